@@ -1,0 +1,87 @@
+"""The tables that a step reads and writes: column names in one place.
+
+The same layouts stand in ``csrc/include/aim/step.h``; ``tests/test_tables.py`` compares the two. ``docs/design.md`` says what
+each column means.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+PHASES = ("true", "aux")
+PHASE_COLUMNS = ("grad_under", "grad_well", "step_under", "step_well", "live_under", "live_well")
+
+#: Columns of one modulation row, in memory order (float64).
+ROW_COLUMNS = (
+    "grad_under",
+    "grad_well",
+    "tau_prev",
+    "tau",
+    "noise",
+    "emitted_under",
+    "emitted_well",
+    *(f"{phase}_{column}" for phase in PHASES for column in PHASE_COLUMNS),
+)
+ROW = {name: index for index, name in enumerate(ROW_COLUMNS)}
+
+#: The columns that users read and write: ``modulation()``, ``set_modulation()`` (spec section 3).
+PUBLIC_COLUMNS = (*PHASE_COLUMNS, "tau_prev", "tau", "noise")
+
+#: Columns of the statistics table (float64), raw sums of the latest step.
+STATISTICS_COLUMNS = ("numel", "under", "grad_sum", "grad_sq", "update_sq", "param_sq", "nonfinite")
+STATISTIC = {name: index for index, name in enumerate(STATISTICS_COLUMNS)}
+
+#: Columns of the control table (int64), one row an optimizer.
+CONTROL_COLUMNS = ("seed", "counter", "threshold", "phase")
+CONTROL = {name: index for index, name in enumerate(CONTROL_COLUMNS)}
+
+#: Storage types of a parameter, as numbered in ``aim::DType``.
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+#: Base rules, as numbered in ``aim::Rule``.
+RULES = ("adamw", "adam", "sgd")
+
+#: One parameter of a step (``aim::Tensor``). Pointers are addresses; 0 means absent.
+TENSOR_RECORD = np.dtype(
+    [
+        ("param", np.uint64),  # live weights; the true weights where there is no master
+        ("grad", np.uint64),  # 0: not stepped
+        ("exp_avg", np.uint64),  # first moment, or SGD's momentum buffer
+        ("exp_avg_sq", np.uint64),
+        ("master", np.uint64),  # true weights, where live weights exist
+        ("anchor", np.uint64),  # initial weights, for anchor="init"
+        ("step", np.uint64),  # float32 step count
+        ("numel", np.int64),
+        ("first", np.int64),  # global index of the first element (noise)
+        ("group", np.int32),
+        ("dtype", np.int32),
+    ],
+    align=True,
+)
+
+#: Hyperparameters of one group (``aim::Group``).
+GROUP_RECORD = np.dtype(
+    [
+        ("lr", np.float64),
+        ("beta1", np.float64),
+        ("beta2", np.float64),
+        ("eps", np.float64),
+        ("weight_decay", np.float64),
+        ("momentum", np.float64),
+        ("dampening", np.float64),
+        ("scale", np.float64),  # -1 to maximize
+        ("target", np.float64),  # q of the threshold controller
+        ("rate", np.float64),  # its step size; 0 holds the threshold
+        ("rule", np.int32),
+        ("nesterov", np.int32),
+    ],
+    align=True,
+)
+
+
+def neutral_row(tau: float = 0.0) -> list[float]:
+    """A row that leaves the base rule as it is, with threshold ``tau``."""
+    row = [1.0] * len(ROW_COLUMNS)
+    row[ROW["tau_prev"]] = row[ROW["tau"]] = tau
+    row[ROW["noise"]] = 0.0
+    return row
