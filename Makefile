@@ -1,0 +1,67 @@
+# Everything goes through one virtual environment, .venv, made on the first call. `make help` lists the targets.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# The pin of torch stands in one place, and so do the build requirements.
+TORCH := $(shell grep '^torch==' constraints-dev.txt)
+BUILD_REQUIRES = $(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")'
+CXX_FILES = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.h csrc/*/*.cu csrc/*/*.cuh python/*.cpp python/*.h)
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test build bench format lint check-install clean
+
+help:  ## list the targets
+	@awk -F ":.*## *" '/^[a-z-]+:.*##/ { printf "%-15s %s\n", $$1, $$2 }' Makefile
+
+demo: build  ## install, build and run the main job: joint training beside AIM, with pictures
+	$(BIN)/python -m aim_kernels demo
+
+test: build  ## install, build and run every test that needs no GPU, style checks included
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not gpu" $(PYTEST_ARGS)
+
+# torch goes first and alone, exactly as pinned, so that no later requirement can choose another build of it.
+$(STAMP): pyproject.toml constraints-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
+	  rm -rf $(VENV); echo "no virtual environment: on Debian, apt install python3-venv python3-dev" >&2; exit 1; }
+	$(PIP) install $(TORCH)
+	$(BUILD_REQUIRES) | $(PIP) install -c constraints-dev.txt -r /dev/stdin
+	$(PIP) install -c constraints-dev.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+build: $(STAMP)  ## rebuild the extension where its sources changed
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+
+bench: build  ## this machine's table: the kernels, their peers and the memory floor
+	$(BIN)/python -m aim_kernels bench
+
+format: $(STAMP)  ## rewrite the sources in the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+lint: $(STAMP)  ## style, types and formatting, without changing anything
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/mypy
+
+check-install: $(STAMP)  ## prove `pip install`: sdist, then an isolated build in an empty environment, then one example
+	rm -rf build/check-install
+	$(BIN)/python -c 'from setuptools import build_meta; build_meta.build_sdist("build/check-install")'
+	$(PYTHON) -m venv build/check-install/venv
+	build/check-install/venv/bin/python -m pip install $(TORCH)
+	build/check-install/venv/bin/python -m pip install build/check-install/*.tar.gz
+	cd build/check-install && venv/bin/python -m aim_kernels && venv/bin/python ../../examples/drop_in.py
+	rm -rf build/check-install
+
+clean:  ## remove what was built, but not .venv
+	rm -rf build dist *.egg-info aim_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -f $(STAMP)
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf

@@ -1,0 +1,46 @@
+"""``python -m aim_kernels``: what is installed, and the two jobs.
+
+python -m aim_kernels                environment report: versions, backends and why one is missing, CPU instruction set
+python -m aim_kernels demo [...]     main job: joint training beside AIM on small data sets, with pictures
+python -m aim_kernels bench [...]    this machine's table: kernels, peers and the memory floor
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+from aim_kernels import report
+
+COMMANDS = ("demo", "bench")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; the exit status is 2 for one that does not exist."""
+    command, *rest = (sys.argv[1:] if argv is None else argv) or ["report"]
+    if command == "report" and not rest:
+        print(report.render(report.environment()))
+        return 0
+    if command in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if command not in COMMANDS:
+        print(f"unknown command {command!r}\n\n{usage()}", file=sys.stderr)
+        return 2
+    try:
+        module = import_module(f"aim_kernels.{command}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "aim_kernels":
+            raise
+        print(f"{error}: `pip install 'aim-kernels[{command}]'` brings what {command!r} needs", file=sys.stderr)
+        return 1
+    return module.main(rest) or 0
+
+
+def usage() -> str:
+    """The commands, one a line."""
+    return "usage:\n" + (__doc__ or "").partition("\n\n")[2].rstrip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

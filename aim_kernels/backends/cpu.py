@@ -1,0 +1,66 @@
+"""The compiled CPU kernels (csrc/cpu)."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from aim_kernels.plan import StepPlan
+
+_IMPORT_ERROR = ""
+try:
+    from aim_kernels import _C
+except ImportError as error:  # pragma: no cover - a source tree that was not built
+    _IMPORT_ERROR = f"the extension aim_kernels._C was not built or does not load ({error}); run `pip install .`"
+
+_PROCESS = os.getpid()
+
+
+def unavailable() -> str:
+    """Why this backend cannot run; empty if it can."""
+    return _IMPORT_ERROR
+
+
+@functools.cache
+def _torch_team() -> int:
+    """Address of ``GOMP_parallel`` in the OpenMP runtime that torch itself uses; 0 if there is none.
+
+    Steps run on torch's own pool: a second one would fight it for the cores, as torch's workers spin for a while after each
+    of its operations.
+    """
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        parallel = ctypes.CDLL(str(library)).GOMP_parallel
+    except (OSError, AttributeError):
+        return 0
+    return ctypes.cast(parallel, ctypes.c_void_p).value or 0
+
+
+def _team() -> int:
+    # An OpenMP pool does not survive a fork; a child process starts threads of its own (address 0).
+    return _torch_team() if os.getpid() == _PROCESS else 0
+
+
+def step(plan: StepPlan) -> None:
+    """One step over all tensors of the plan."""
+    tables = plan.tables
+    _C.step(
+        plan.records,
+        plan.groups,
+        tables.rows.data_ptr(),
+        tables.statistics.data_ptr(),
+        tables.control.data_ptr(),
+        torch.get_num_threads(),
+        _team(),
+    )
+
+
+def emit(plan: StepPlan) -> None:
+    """Writes the live weights of all parameters that have a master."""
+    _C.emit(plan.records, plan.groups, plan.tables.rows.data_ptr(), torch.get_num_threads(), _team())

@@ -1,0 +1,206 @@
+"""The step in eager PyTorch: readable, always there, on every device, in the order of operations of docs/design.md."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from aim_kernels.philox import normals
+from aim_kernels.plan import arithmetic_dtype, first_moment_name, is_dense
+from aim_kernels.rows import CONTROL, PHASES, ROW, STATISTIC
+
+if TYPE_CHECKING:
+    from aim_kernels.plan import StepPlan
+
+
+@dataclass
+class Sums:
+    """The statistics of one group, as they grow."""
+
+    numel: int = 0
+    under: float = 0.0
+    grad_sum: float = 0.0
+    grad_sq: float = 0.0
+    update_sq: float = 0.0
+    param_sq: float = 0.0
+    nonfinite: float = 0.0
+
+
+def step(plan: StepPlan) -> None:
+    """One step over all tensors of the plan."""
+    tables = plan.tables
+    following = PHASES[tables.next_phase()]
+    now = PHASES[tables.phase()]
+    rows = tables.rows.tolist()
+    sums = [Sums() for _ in plan.param_groups]
+    for index, p in enumerate(plan.params):
+        number = plan.group_of[index]
+        group, row, state = plan.param_groups[number], rows[number], plan.state.get(p, {})
+        live = (row[ROW[f"{following}_live_under"]], row[ROW[f"{following}_live_well"]])
+        if plan.grads[index] is None:
+            if "master" in state:
+                _emit(p, group, state, float(state["step"]), row[ROW["tau"]], live)
+            continue
+        steps = (row[ROW[f"{now}_step_under"]], row[ROW[f"{now}_step_well"]])
+        noise = _noise(plan, index, row[ROW["noise"]])
+        _update(p, plan.grads[index], group, state, row, steps, live, noise, sums[number])
+    _finish(plan, following, sums)
+
+
+def emit(plan: StepPlan) -> None:
+    """Writes the live weights of all parameters that have a master."""
+    rows = plan.tables.rows.tolist()
+    for index, p in enumerate(plan.params):
+        state = plan.state.get(p, {})
+        if "master" in state:
+            row = rows[plan.group_of[index]]
+            live = (row[ROW["emitted_under"]], row[ROW["emitted_well"]])
+            group = plan.param_groups[plan.group_of[index]]
+            _emit(p, group, state, float(state["step"]), row[ROW["tau_prev"]], live)
+
+
+def _update(
+    p: Tensor,
+    grad: Tensor,
+    group: dict[str, Any],
+    state: dict[str, Any],
+    row: list[float],
+    steps: tuple[float, float],
+    live: tuple[float, float],
+    noise: Tensor | None,
+    sums: Sums,
+) -> None:
+    kind = arithmetic_dtype(p.dtype)
+    theta = state["master"] if "master" in state else p.detach().to(kind, copy=True)
+    taken = float(state["step"])
+    t = taken + 1
+    sgd, lr, decay = group["rule"] == "sgd", float(group["lr"]), group["weight_decay"]
+    decoupled = group["rule"] == "adamw"
+    m, v = state.get(first_moment_name(group)), state.get("exp_avg_sq")
+
+    # 1 and 2: the gradient, by the class that the old moments give
+    g0 = grad.to(kind) * (-1.0 if group["maximize"] else 1.0)
+    g = g0 if decoupled else g0 + theta * decay
+    grad_under, grad_well = row[ROW["grad_under"]], row[ROW["grad_well"]]
+    if v is None:
+        g = g * grad_under
+    else:
+        g = g * _choose(_under(m, v, group, taken, row[ROW["tau_prev"]]), grad_under, grad_well, g)
+    if noise is not None:
+        g = g + noise.to(kind)
+
+    # 3: moments
+    beta1, beta2 = group["betas"]
+    if m is not None and sgd and group["momentum"]:
+        m.mul_(group["momentum"] if taken else 0.0).add_(g * (1 - group["dampening"] if taken else 1.0))
+    elif m is not None:
+        m.mul_(beta1).add_(g * (1 - beta1))
+    if v is not None:
+        v.mul_(beta2).add_((g * g) * (1 - beta2))
+
+    # 4 and 5: decoupled decay, update, by the class that the new moments give
+    under = None if v is None else _under(m, v, group, t, row[ROW["tau"]])
+    if not sgd:
+        rate = lr / (1 - beta1**t)
+        direction = m / (v.sqrt() * (1 / math.sqrt(1 - beta2**t)) + group["eps"])
+    else:
+        rate = lr
+        direction = g
+        if group["momentum"]:
+            direction = g + m * group["momentum"] if group["nesterov"] else m
+    if under is None:
+        delta = direction * (rate * steps[0])
+    else:
+        delta = direction * _choose(under, rate * steps[0], rate * steps[1], direction)
+    theta.mul_(1 - lr * decay if decoupled else 1.0).sub_(delta)
+
+    # 6: what the next forward pass sees
+    if "master" in state:
+        p.copy_(_live(theta, state.get("anchor"), under, live))
+    else:
+        p.copy_(theta)
+    state["step"] += 1
+
+    sums.numel += p.numel()
+    sums.under += math.nan if under is None else float(under.sum())
+    finite = torch.isfinite(g0)
+    sums.nonfinite += float((~finite).sum())
+    sums.grad_sum += float(g0.sum(dtype=torch.float64))
+    sums.grad_sq += float(g0.double().square().sum())
+    sums.update_sq += float(delta.double().square().sum())
+    sums.param_sq += float(theta.double().square().sum())
+
+
+def _emit(
+    p: Tensor, group: dict[str, Any], state: dict[str, Any], taken: float, tau: float, live: tuple[float, float]
+) -> None:
+    m, v = state.get(first_moment_name(group)), state.get("exp_avg_sq")
+    under = None if v is None else _under(m, v, group, taken, tau)
+    p.copy_(_live(state["master"], state.get("anchor"), under, live))
+
+
+def _under(m: Tensor, v: Tensor, group: dict[str, Any], t: float, tau: float) -> Tensor:
+    """The class of moments that are ``t`` steps old: m_hat^2 >= tau^2 (v_hat + eps^2), without the divisions."""
+    if t < 1:
+        return torch.ones_like(m, dtype=torch.bool)
+    if group["rule"] == "sgd" and group["momentum"]:
+        mu = group["momentum"]
+        earlier = t - 1 if mu == 1 else (1 - mu ** (t - 1)) / (1 - mu)
+        weight = mu ** (t - 1) + (1 - group["dampening"]) * earlier
+    else:
+        weight = 1 - group["betas"][0] ** t
+    squared = tau * tau * weight * weight
+    return m * m >= v * (squared / (1 - group["betas"][1] ** t)) + squared * group["eps"] ** 2
+
+
+def _choose(under: Tensor, if_under: float, if_well: float, like: Tensor) -> Tensor:
+    # Filled tensors: torch.where on two numbers would compute in the default dtype.
+    return torch.where(under, torch.full_like(like, if_under), torch.full_like(like, if_well))
+
+
+def _live(theta: Tensor, anchor: Tensor | None, under: Tensor | None, live: tuple[float, float]) -> Tensor:
+    c = torch.full_like(theta, live[0]) if under is None else _choose(under, live[0], live[1], theta)
+    degraded = theta * c if anchor is None else anchor + (theta - anchor) * c
+    return torch.where(c == 1, theta, degraded)
+
+
+def _noise(plan: StepPlan, index: int, level: float) -> Tensor | None:
+    """sigma * z for the elements of a parameter, laid out in its memory order."""
+    previous = plan.tables.statistics[plan.group_of[index]].tolist()
+    numel = previous[STATISTIC["numel"]]
+    if not level or not numel:
+        return None
+    mean = previous[STATISTIC["grad_sum"]] / numel
+    sigma = level * math.sqrt(max(previous[STATISTIC["grad_sq"]] / numel - mean * mean, 0.0))
+    p, control = plan.params[index], plan.tables.control.tolist()
+    first = int(plan.records["first"][index])
+    z = torch.from_numpy(normals(control[CONTROL["seed"]], control[CONTROL["counter"]], first, p.numel())).to(p.device)
+    z = torch.as_strided(z, p.shape, p.stride()) if is_dense(p) else z.view(p.shape)
+    return z.to(arithmetic_dtype(p.dtype)) * sigma
+
+
+def _finish(plan: StepPlan, following: str, sums: list[Sums]) -> None:
+    """7: thresholds, latched gradient columns, statistics, phase."""
+    tables = plan.tables
+    for number, (group, total) in enumerate(zip(plan.param_groups, sums, strict=True)):
+        row = tables.rows[number].tolist()
+        kind, target = group["under_optimized"]
+        tau = row[ROW["tau"]]
+        changed = {
+            "tau_prev": tau,
+            "grad_under": row[ROW[f"{following}_grad_under"]],
+            "grad_well": row[ROW[f"{following}_grad_well"]],
+            "emitted_under": row[ROW[f"{following}_live_under"]],
+            "emitted_well": row[ROW[f"{following}_live_well"]],
+        }
+        if total.numel:
+            if kind == "fraction" and not math.isnan(total.under):
+                changed["tau"] = min(max(tau + group["threshold_rate"] * (total.under / total.numel - target), 0.0), 1.0)
+            tables.statistics[number] = torch.tensor([float(getattr(total, name)) for name in STATISTIC], dtype=torch.float64)
+        tables.set_columns(number, **changed)
+    tables.control[CONTROL["phase"]] = PHASES.index(following)
+    tables.control[CONTROL["counter"]] += 1

@@ -1,0 +1,140 @@
+"""Checkpoints: torch.optim's format, complete, with the bits and dtypes that were saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from aim_kernels import checks
+from aim_kernels.plan import arithmetic_dtype, first_moment_name, is_dense
+from aim_kernels.tables import Tables
+
+if TYPE_CHECKING:
+    from aim_kernels.optimizer import AIMFusedOptimizer
+
+_TABLE_KEYS = ("modulation_row", "statistics_row", "control")
+
+#: Options of torch.optim that change the rule and are not supported here, with the value that leaves it as it is.
+_UNSUPPORTED = {"amsgrad": False, "differentiable": False}
+
+
+def with_tables(state_dict: dict[str, Any], tables: Tables) -> dict[str, Any]:
+    """Adds each group's row, statistics and the control table to torch's state dict, as plain numbers."""
+    for number, group in enumerate(state_dict["param_groups"]):
+        group.update(tables.to_lists(number))
+    return state_dict
+
+
+def load(optimizer: AIMFusedOptimizer, state_dict: dict[str, Any]) -> None:
+    """Replaces groups, states and tables; checks everything first.
+
+    The base class is not used for it: it would cast every state to the parameter's dtype, and so round the float32 moments of
+    16-bit parameters.
+    """
+    state_dict = state_dict.copy()
+    for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        changed = hook(optimizer, state_dict)
+        if changed is not None:
+            state_dict = changed
+
+    saved_groups = state_dict["param_groups"]
+    groups = _merged_groups(optimizer, saved_groups)
+    state = {p: _checked_state(groups, place, p, saved) for place, p, saved in _pairs(groups, saved_groups, state_dict)}
+    tables_saved = [{key: group.pop(key) for key in _TABLE_KEYS if key in group} for group in groups]
+
+    for number, saved in enumerate(tables_saved):
+        optimizer.tables.from_lists(number, saved)
+    kept = {p: {"anchor": s["anchor"]} for p, s in optimizer.state.items() if "anchor" in s}
+    optimizer.state.clear()
+    for p, values in state.items():
+        merged = {**kept.get(p, {}), **values}
+        if merged:
+            optimizer.state[p] = merged
+    optimizer.param_groups[:] = groups
+    for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
+        post_hook(optimizer)
+
+
+def _merged_groups(optimizer: AIMFusedOptimizer, saved_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Saved options over today's, with today's parameters."""
+    today = optimizer.param_groups
+    if len(saved_groups) != len(today):
+        raise ValueError(f"the checkpoint has {len(saved_groups)} param groups, the optimizer {len(today)}")
+    merged = []
+    for number, (group, saved) in enumerate(zip(today, saved_groups, strict=True)):
+        if len(saved["params"]) != len(group["params"]):
+            raise ValueError(
+                f"group {number} has {len(saved['params'])} parameters in the checkpoint and {len(group['params'])} here"
+            )
+        rule = saved.get("rule", group["rule"])
+        is_sgd = "betas" not in saved
+        if rule != group["rule"] or is_sgd != (group["rule"] == "sgd" and "rule" not in saved):
+            other = rule if "rule" in saved else ("sgd or another rule without betas" if is_sgd else "a rule with betas")
+            raise ValueError(f"group {number}: the checkpoint is of {other}, the optimizer of {group['rule']!r}")
+        decoupled = saved.get("decoupled_weight_decay")
+        if decoupled is not None and "rule" not in saved and decoupled != (group["rule"] == "adamw"):
+            other = "adamw" if decoupled else "adam"
+            raise ValueError(f"group {number}: the checkpoint is of {other!r}, the optimizer of {group['rule']!r}")
+        for option, neutral in _UNSUPPORTED.items():
+            if saved.get(option, neutral) != neutral:
+                raise ValueError(f"group {number}: the checkpoint has {option}={saved[option]!r}, which is not supported")
+        options = {key: value for key, value in saved.items() if key != "params"}
+        if isinstance(options.get("lr"), Tensor):
+            options["lr"] = options["lr"].clone()
+        result = {**group, **options, "params": group["params"]}
+        if "param_names" in group:
+            result["param_names"] = group["param_names"]
+        # JSON-like formats return lists; the options are tuples.
+        result["betas"], result["under_optimized"] = tuple(result["betas"]), tuple(result["under_optimized"])
+        checks.check_hyperparameters(result, number)
+        merged.append(result)
+    return merged
+
+
+def _pairs(
+    groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]], state_dict: dict[str, Any]
+) -> Iterator[tuple[tuple[int, int], Tensor, dict[str, Any]]]:
+    for number, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+        for index, (p, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
+            yield (number, index), p, state_dict["state"].get(key, {})
+
+
+def _checked_state(
+    groups: list[dict[str, Any]], place: tuple[int, int], p: Tensor, saved: dict[str, Any]
+) -> dict[str, Any]:
+    """The state of one parameter: own copies, in the arithmetic dtype and the parameter's memory order."""
+    group = groups[place[0]]
+    first = first_moment_name(group)
+    state: dict[str, Any] = {}
+    for key, value in saved.items():
+        if value is None:  # torch.optim.SGD without momentum
+            continue
+        if key == "step":
+            count = value.item() if isinstance(value, Tensor) else value
+            state[key] = torch.tensor(float(count), dtype=torch.float32)
+        elif isinstance(value, Tensor):
+            name = checks.name_of(groups, *place)
+            if value.shape != p.shape:
+                raise ValueError(f"{name}: its {key} has shape {tuple(value.shape)} in the checkpoint, {tuple(p.shape)} here")
+            layout = torch.preserve_format if is_dense(p) else torch.contiguous_format
+            own = torch.empty_like(p, dtype=arithmetic_dtype(p.dtype), memory_format=layout, requires_grad=False)
+            state[key] = own.copy_(value)
+        else:
+            state[key] = value
+    if not state:
+        return state
+    # torch.optim.SGD counts no steps, and keeps neither moment that a modulated group needs.
+    state.setdefault("step", torch.tensor(1.0, dtype=torch.float32))
+    needed = []
+    if group["rule"] != "sgd" or group["modulated"]:
+        needed = [first, "exp_avg_sq"]
+    elif group["momentum"]:
+        needed = [first]
+    for key in needed:
+        if key not in state:
+            layout = torch.preserve_format if is_dense(p) else torch.contiguous_format
+            state[key] = torch.zeros_like(p, dtype=arithmetic_dtype(p.dtype), memory_format=layout, requires_grad=False)
+    return state

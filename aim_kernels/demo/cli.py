@@ -1,0 +1,202 @@
+"""``python -m aim_kernels demo``: options, progress, and what lies in the output folder afterwards."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aim_kernels.data.common import MissingPackageError, require
+from aim_kernels.demo.results import Folder, markdown, summary, table_of
+from aim_kernels.demo.trainer import DATA, HYPERPARAMETERS, METHODS, Run, train
+
+DESCRIPTION = """\
+Trains a two-modality network on coloured digits (scikit-learn; colour gives the class away in training only) and on
+smartwatch data (seglearn; split by person), each by joint training, OGM-GE, AIM, and a control that drops the dominant
+modality's features. Prints and saves test accuracy, linear probes and times. Interrupted, it continues where it
+stopped.
+"""
+
+
+def _seeds(text: str) -> list[int]:
+    """One seed ("7") or a range that includes both ends ("100-109")."""
+    first, dash, last = text.partition("-")
+    try:
+        seeds = list(range(int(first), int(last if dash else first) + 1))
+    except ValueError:
+        seeds = []
+    if not seeds:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a seed like 7 nor a range like 100-109")
+    return seeds
+
+
+def _epochs(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of epochs >= 1")
+    return int(text)
+
+
+def _device(text: str) -> str:
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device; use cpu, cuda or cuda:1") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(f"{text!r} is not available here: torch {torch.__version__} sees no GPU")
+    return text
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's options."""
+    options = argparse.ArgumentParser("python -m aim_kernels demo", description=DESCRIPTION)
+    options.add_argument("--data", nargs="+", choices=list(DATA), default=list(DATA), help="data sets (default: all)")
+    options.add_argument(
+        "--method",
+        nargs="+",
+        choices=list(METHODS),
+        default=list(METHODS),
+        help="methods (default: all; ogm-ge is three runs)",
+    )
+    options.add_argument(
+        "--seeds",
+        nargs="+",
+        type=_seeds,
+        default=[[0, 1, 2]],
+        metavar="SEED",
+        help="seeds or ranges: 0 1 2, or 100-109 (default: 0 1 2)",
+    )
+    epochs = ", ".join(f"{name} {DATA[name].epochs}" for name in DATA)
+    options.add_argument("--epochs", type=_epochs, help=f"passes over the training split (default: {epochs})")
+    options.add_argument("--out", type=Path, default=Path("demo-output"), help="output folder (default: demo-output)")
+    options.add_argument("--device", type=_device, default="cpu", help="where to train (default: cpu)")
+    return options
+
+
+def planned(options: argparse.Namespace) -> list[Run]:
+    """All runs asked for, methods innermost, so that after an interruption the finished seeds have every method."""
+    seeds = list(dict.fromkeys(seed for part in options.seeds for seed in part))
+    methods = [name for option in METHODS if option in options.method for name in METHODS[option]]
+    return [
+        Run(data, method, seed, options.epochs or DATA[data].epochs, options.device)
+        for data in DATA
+        if data in options.data
+        for seed in seeds
+        for method in methods
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo; returns the exit status: 0 done, 1 something is missing, 130 interrupted."""
+    options = parser().parse_args(argv)
+    try:
+        for package in ("rich", "matplotlib", "sklearn", *(["seglearn"] if "watch" in options.data else [])):
+            require(package, "the demo")
+    except MissingPackageError as error:
+        print(error, file=sys.stderr)
+        return 1
+    folder = Folder(options.out)
+    runs = planned(options)
+    _write_config(folder, options, runs)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # networks this small are fastest with one, and give the same bits everywhere
+    try:
+        _run_all(folder, runs)
+    except KeyboardInterrupt:
+        print(
+            f"\nInterrupted. Finished runs are in {folder.path / 'results.csv'}; the same command continues.",
+            file=sys.stderr,
+        )
+        return 130
+    finally:
+        torch.set_num_threads(threads)
+    _report(folder, runs)
+    return 0
+
+
+def _write_config(folder: Folder, options: argparse.Namespace, runs: Sequence[Run]) -> None:
+    import aim_kernels
+
+    config: dict[str, Any] = {
+        "data": options.data,
+        "method": options.method,
+        "seeds": sorted({run.seed for run in runs}),
+        "epochs": {run.data: run.epochs for run in runs},
+        "batch_size": {run.data: DATA[run.data].batch_size for run in runs},
+        "device": options.device,
+        "optimizer": {"rule": "adamw", **HYPERPARAMETERS},
+        "versions": {
+            "aim_kernels": aim_kernels.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    (folder.path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _run_all(folder: Folder, runs: Sequence[Run]) -> None:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    done = {_key(row) for row in folder.rows()}
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns) as progress:
+        every = progress.add_task("all epochs", total=sum(run.epochs for run in runs))
+        for number, run in enumerate(runs, 1):
+            progress.update(every, description=f"run {number}/{len(runs)}: {run.data}, {run.method}, seed {run.seed}")
+            if _key(vars(run)) in done:
+                progress.advance(every, run.epochs)
+                continue
+            row, history = train(run, lambda _epoch: progress.advance(every))
+            folder.add(row, history)
+            progress.print(f"{run.data:7} {run.method:17} seed {run.seed:<4} test accuracy {row['test']:5.1f} %")
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("data", "method", "seed", "epochs", "device"))
+
+
+def _report(folder: Folder, runs: Sequence[Run]) -> None:
+    """Tables on the screen; table.md and the pictures in the folder."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from aim_kernels.plots import plot_accuracy, plot_modulation
+
+    wanted = {_key(vars(run)) for run in runs}
+    rows = [row for row in folder.rows() if _key(row) in wanted]
+    console = Console()
+    for data in summary(rows):
+        header, lines = table_of(rows, data)
+        table = Table(title=f"{data}: percent, mean ± standard error")
+        for name in header:
+            table.add_column(name, justify="left" if name == "method" else "right")
+        for line in lines:
+            table.add_row(*line)
+        console.print(table)
+    (folder.path / "table.md").write_text(markdown(rows))
+    plot_accuracy(summary(rows)).savefig(folder.path / "accuracy.png", dpi=120)
+    for run in runs:
+        picture = folder.path / f"modulation-{run.data}.png"
+        if run.method == "aim" and run.seed == min(r.seed for r in runs):
+            history = folder.history(run)
+            if history:
+                plot_modulation(history).savefig(picture, dpi=120)
+    console.print(f"Saved in {folder.path}: " + ", ".join(sorted(path.name for path in folder.path.iterdir())))

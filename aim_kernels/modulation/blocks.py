@@ -1,0 +1,76 @@
+"""A block is a param group: modality, depth, and whether its rows may modulate it (specification section 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+
+def block_param_groups(
+    model: nn.Module,
+    blocks: Mapping[str, Sequence[nn.Module] | nn.Sequential | nn.ModuleList],
+    weight_decay: float | None = None,
+) -> list[dict[str, Any]]:
+    """Param groups for :class:`AIMFusedOptimizer` from the blocks of each modality's encoder.
+
+    ``blocks`` maps a modality to its modules, shallow to deep; the order of the modalities is the order of the model's
+    inputs that :meth:`AIM.update` takes. Blocks are found by identity, never by name; any module will do.
+
+    Returns, for each modality and depth, the block's weights (``dim >= 2``; ``modulated=True``, with ``weight_decay``
+    unless that is None) and its biases and normalization parameters (``modulated=False``, ``weight_decay=0.0``), each
+    only where there are any; last one plain group of everything else (fusion, head) where there is something else.
+    Every group has the keys ``modality``, ``depth``, ``modulated`` and ``module``, the block's qualified name in
+    ``model`` (None in the plain group), so that an optimizer's state stays plain data. The plain group's weights and
+    biases share the rule's decay.
+
+    Raises ValueError, naming module or parameter: a modality without blocks, a block that is not in ``model``, a block
+    without parameters, blocks that share a module or a parameter (also with each other's submodules), fewer than one
+    modality; TypeError where a block is not a module.
+    """
+    if not blocks:
+        raise ValueError("blocks names no modality; give {'audio': [shallow, ..., deep], 'video': [...]}")
+    module_names = {id(module): name for name, module in model.named_modules()}
+    parameter_names = {id(p): name for name, p in model.named_parameters()}
+    owner: dict[int, str] = {}
+    groups: list[dict[str, Any]] = []
+    for modality, modules in blocks.items():
+        if not isinstance(modules, (Sequence, nn.Sequential, nn.ModuleList)):
+            raise TypeError(
+                f"blocks[{modality!r}] is a {type(modules).__name__}; give a list of modules, shallow to deep"
+            )
+        if len(modules) == 0:
+            raise ValueError(f"blocks[{modality!r}] is empty; every modality needs at least one block")
+        for depth, module in enumerate(modules):
+            where = f"blocks[{modality!r}][{depth}]"
+            if not isinstance(module, nn.Module):
+                raise TypeError(f"{where} is a {type(module).__name__}; blocks are modules, not parameters or names")
+            if id(module) not in module_names:
+                raise ValueError(f"{where} ({type(module).__name__}) is not a module of the model")
+            name = module_names[id(module)]
+            parameters = list(module.parameters())
+            if not parameters:
+                raise ValueError(
+                    f"{where} ({name!r}, {type(module).__name__}) has no parameters; join it to a neighbour"
+                )
+            for parameter in parameters:
+                if id(parameter) in owner:
+                    raise ValueError(
+                        f"parameter {parameter_names[id(parameter)]!r} belongs to {owner[id(parameter)]} and "
+                        f"to {where}; blocks must not share parameters"
+                    )
+                owner[id(parameter)] = where
+            key = {"modality": modality, "depth": depth, "module": name}
+            weights = [p for p in parameters if p.dim() >= 2]
+            if weights:
+                group = {"params": weights, **key, "modulated": True}
+                groups.append(group if weight_decay is None else {**group, "weight_decay": weight_decay})
+            rest = [p for p in parameters if p.dim() < 2]
+            if rest:
+                groups.append({"params": rest, **key, "modulated": False, "weight_decay": 0.0})
+    plain = [p for p in model.parameters() if id(p) not in owner]
+    if plain:
+        group = {"params": plain, "modality": None, "depth": None, "module": None, "modulated": False}
+        groups.append(group if weight_decay is None else {**group, "weight_decay": weight_decay})
+    return groups

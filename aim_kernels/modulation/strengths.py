@@ -1,0 +1,143 @@
+"""From scores to strengths: pure arithmetic on small tables (specification sections 4 and 5, steps 3 and 4)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+#: One number a depth, for each modality.
+Scores = dict[str, list[float]]
+
+#: Largest strength: below 1 also when stored as float32.
+KAPPA_MAX = 1.0 - 1e-6
+#: A modality whose strengths average more than this is dominant.
+DOMINANT = 0.01
+
+
+def at_relative_depth(values: list[float], position: float) -> float:
+    """``values`` at ``position`` in [0, 1] of the encoder (0: first block, 1: last), interpolated linearly."""
+    x = position * (len(values) - 1)
+    low = min(int(x), len(values) - 1)
+    high = min(low + 1, len(values) - 1)
+    return values[low] + (x - low) * (values[high] - values[low])
+
+
+def ratios(scores: Mapping[str, list[float]]) -> Scores:
+    """``rho[m][d] = s[m][d] / mean_{m' != m} s[m'][d]``; the other encoders' scores are read at the same relative
+    depth.
+
+    A single block counts as its encoder's last. The paper says that imbalance is assessed at each depth; this ratio is
+    our reading.
+    """
+    table: Scores = {}
+    for modality, own in scores.items():
+        others = [values for name, values in scores.items() if name != modality]
+        table[modality] = []
+        for depth, score in enumerate(own):
+            position = depth / (len(own) - 1) if len(own) > 1 else 1.0
+            mean = sum(at_relative_depth(values, position) for values in others) / len(others)
+            table[modality].append(score / max(mean, 1e-12))
+    return table
+
+
+def strength(excess: float, alpha: float, dead_zone: float) -> float:
+    """``tanh(alpha * max(excess - 1 - dead_zone, 0))``, at most :data:`KAPPA_MAX`; 0 where ``excess`` is not a
+    number."""
+    if math.isnan(excess):
+        return 0.0
+    return min(math.tanh(alpha * max(excess - 1.0 - dead_zone, 0.0)), KAPPA_MAX)
+
+
+@dataclass(frozen=True)
+class ModulationTable:
+    """What one :meth:`AIM.update` found and set. Every table maps a modality to one number a depth, shallow to deep.
+
+    ``excess`` is what became a strength: the ratio, or under the gap rule the training ratio over the held-out ratio.
+    ``kappa`` holds back a dominant modality; ``weak_kappa`` is the same rule on the inverse excess, and acts where
+    ``decouple="all"``. ``under_fraction`` is the optimizer's count at its latest step (NaN before the first).
+    """
+
+    update: int
+    rule: str
+    modalities: tuple[str, ...]
+    scores: Scores
+    ratios: Scores
+    held_out_scores: Scores | None
+    held_out_ratios: Scores | None
+    excess: Scores
+    kappa: Scores
+    weak_kappa: Scores
+    under_fraction: Scores
+    dominant: tuple[str, ...]
+    weak: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for files and state dictionaries."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ModulationTable:
+        """Inverse of :meth:`to_dict`, also after a round trip through JSON."""
+        fields: dict[str, Any] = dict(data)
+        for name in ("modalities", "dominant", "weak"):
+            fields[name] = tuple(fields[name])
+        return cls(**fields)
+
+    def __repr__(self) -> str:
+        columns = {"score": self.scores, "held-out": self.held_out_scores, self.rule: self.excess, "kappa": self.kappa}
+        shown = {name: values for name, values in columns.items() if values is not None}
+        width = max(8, *(len(name) for name in self.modalities))
+        lines = [f"AIM update {self.update}: dominant {', '.join(self.dominant) or 'none'}"]
+        lines.append(f"{'modality':{width}}  depth" + "".join(f"{name:>10}" for name in shown))
+        for modality in self.modalities:
+            for depth in range(len(self.kappa[modality])):
+                cells = "".join(f"{values[modality][depth]:10.3f}" for values in shown.values())
+                lines.append(f"{modality:{width}}  {depth:5d}{cells}")
+        return "\n".join(lines)
+
+
+def assess(
+    update: int,
+    scores: Scores,
+    held_out: Scores | None,
+    under_fraction: Scores,
+    *,
+    rule: str,
+    alpha: float,
+    dead_zone: float,
+    factor: float = 1.0,
+) -> ModulationTable:
+    """Strengths and roles from scores.
+
+    ``rule="ratio"``: excess = rho. ``rule="gap"``: excess = rho_train / rho_heldout, large where a lead in training is
+    not confirmed by the held-out samples. ``kappa = factor * strength(excess)``. A modality is dominant where its kappa
+    averages more than 0.01 over depths, weak where another one is dominant and it is not.
+    """
+    rho = ratios(scores)
+    rho_out = ratios(held_out) if held_out is not None else None
+    excess = rho
+    if rule == "gap":
+        assert rho_out is not None
+        excess = {m: [a / max(b, 1e-12) for a, b in zip(rho[m], rho_out[m], strict=True)] for m in rho}
+    kappa = {m: [factor * strength(x, alpha, dead_zone) for x in row] for m, row in excess.items()}
+    inverse = {m: [1.0 / max(x, 1e-12) for x in row] for m, row in excess.items()}
+    weak_kappa = {m: [factor * strength(x, alpha, dead_zone) for x in row] for m, row in inverse.items()}
+    dominant = tuple(m for m, row in kappa.items() if sum(row) / len(row) > DOMINANT)
+    weak = tuple(m for m in kappa if dominant and m not in dominant)
+    return ModulationTable(
+        update,
+        rule,
+        tuple(scores),
+        scores,
+        rho,
+        held_out,
+        rho_out,
+        excess,
+        kappa,
+        weak_kappa,
+        under_fraction,
+        dominant,
+        weak,
+    )

@@ -1,0 +1,491 @@
+"""``AIMFusedOptimizer``: a ``torch.optim.Optimizer`` whose step also computes AIM's mask, modulation and live weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from aim_kernels import backends, checkpoint, checks
+from aim_kernels.plan import StepPlan, arithmetic_dtype, first_moment_name, is_dense
+from aim_kernels.rows import CONTROL, PHASE_COLUMNS, PHASES, ROW, STATISTIC
+from aim_kernels.tables import Tables
+
+#: Weight decay of torch.optim where the user gives none.
+_DEFAULT_DECAY = {"adamw": 1e-2, "adam": 0.0, "sgd": 0.0}
+
+#: What a block's param group says of itself (``block_param_groups``); plain groups keep these.
+_BLOCK_KEYS = {"modality": None, "depth": None, "modulated": False, "module": None}
+
+#: States of parameters up to this many elements share a buffer: fewer allocations, and one version counter to bump.
+_SMALL = 1 << 16
+_ALIGN = 16  # elements, so that every state in a buffer starts on a cache line
+
+
+class AIMFusedOptimizer(torch.optim.Optimizer):
+    r"""AdamW, Adam or SGD with adaptive intra-network modulation, in one pass over memory.
+
+    With no strength set it is its base rule (torch.optim's formulae, within a few ulp). Per element and step, with
+    :math:`\hat m, \hat v` the bias-corrected moments that the rule keeps anyway (spec section 2, our reading of the paper's
+    "optimization state")::
+
+        under = m_hat^2 >= tau^2 * (v_hat + eps^2)             the element is under-optimized
+        theta -= lr * (step_under if under else step_well) * direction
+        live   = anchor + (theta - anchor) * (live_under if under else live_well)
+
+    ``tau`` is a threshold per group; docs/design.md gives every formula in order.
+
+    Args:
+        params: tensors, ``(name, tensor)`` pairs, or groups (``block_param_groups`` makes those of blocks). Any option below,
+            but ``anchor``, ``backend`` and ``seed``, may be set per group.
+        lr: learning rate, a number or a one-element tensor.
+        rule: "adamw", "adam" or "sgd".
+        betas: decay rates of the moments. Under "sgd" only ``modulated`` groups use them, for their optimization state.
+        eps: added to the denominator; also the floor of the signal-to-noise ratio.
+        weight_decay: None means the rule's default in torch.optim (1e-2 for "adamw", else 0). Decoupled for "adamw".
+        momentum, dampening, nesterov: of "sgd", as in ``torch.optim.SGD``.
+        maximize: ascend instead of descending.
+        under_optimized: ("fraction", q) steers ``tau`` until a share q of the group is under-optimized; ("absolute", tau)
+            holds it.
+        threshold_rate: step size of that controller.
+        anchor: what a degraded weight is withdrawn to: "zero", or "init", the weights at construction (one more copy of
+            the modulated parameters).
+        backend: "auto", "cpu" or "reference"; "auto" also reads the environment variable AIM_KERNELS_BACKEND.
+        seed: of the noise and of the phase draws.
+
+    Raises:
+        ValueError, TypeError: options or parameters that a step cannot work with, by name.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        *,
+        rule: str = "adamw",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float | None = None,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        nesterov: bool = False,
+        maximize: bool = False,
+        under_optimized: tuple[str, float] = ("fraction", 0.1),
+        threshold_rate: float = 0.1,
+        anchor: str = "zero",
+        backend: str = "auto",
+        seed: int = 0,
+    ) -> None:
+        if anchor not in ("zero", "init"):
+            raise ValueError(f"anchor: expected 'zero' or 'init', got {anchor!r}")
+        if not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise ValueError(f"seed: expected an integer in [0, 2^63), got {seed!r}")
+        backends.check_name(backend)
+        self.anchor = anchor
+        self.backend = backend
+        self._seed = seed
+        self._plan: StepPlan | None = None
+        self._holds_true_weights = False
+        self._true_versions: dict[Tensor, int] = {}
+        self._leaving: set[int] = set()  # groups whose masters the next step makes superfluous
+        defaults = {
+            "lr": lr,
+            "rule": rule,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "dampening": dampening,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "under_optimized": under_optimized,
+            "threshold_rate": threshold_rate,
+            **_BLOCK_KEYS,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, at any time; its row starts neutral."""
+        group = dict(param_group)
+        params = group["params"]
+        group["params"] = [params] if isinstance(params, Tensor) else list(params)
+        number = len(self.param_groups)
+        named = [entry for entry in group["params"] if isinstance(entry, tuple)]
+        tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]]
+        preview = [*self.param_groups, {"param_names": [entry[0] for entry in named]} if named else {}]
+        full = {**self.defaults, **group}
+        if full["weight_decay"] is None:
+            full["weight_decay"] = group["weight_decay"] = _DEFAULT_DECAY.get(full["rule"], 0.0)
+        checks.check_hyperparameters(full, number)
+        device = self.tables.rows.device if number else None
+        checks.check_parameters(preview, number, tensors, device)
+        super().add_param_group(group)
+
+        if not hasattr(self, "tables"):
+            self.tables = Tables(tensors[0].device if tensors else torch.device("cpu"), self._seed)
+        kind, value = full["under_optimized"]
+        self.tables.add_group(float(value) if kind == "absolute" else 0.0)
+        if self.anchor == "init" and full["modulated"]:
+            for p in tensors:
+                self.state[p]["anchor"] = _master_of(p)
+        self._plan = None
+
+    # -- the step ----------------------------------------------------------------------------------------------------
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One optimization step over all parameters that have gradients.
+
+        Args:
+            closure: reevaluates the model and returns the loss; run with gradients enabled.
+
+        Raises:
+            RuntimeError: a gradient that cannot be used, by the parameter's name, or true weights in a module that trains
+                on live ones (after ``eval()``). Nothing was changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            self._step()
+        return loss
+
+    def _step(self) -> None:
+        plan = self._ready_plan()
+        if plan is None:
+            return
+        backend = backends.select(self.backend, self.tables.rows.device)
+        plan.read_hyperparameters()
+        plan.load_staged()
+        backend.step(plan)
+        plan.store_staged()
+        plan.bump_versions()
+        self._drop_masters()
+
+    def _ready_plan(self) -> StepPlan | None:
+        """A plan that has read this step's gradients; None where there are none."""
+        if self._holds_true_weights and self._has_masters():
+            raise RuntimeError("the module holds the true weights (after optimizer.eval()); call optimizer.train() before step()")
+        plan = self._plan
+        grads = [p.grad for p in plan.params] if plan else [p.grad for group in self.param_groups for p in group["params"]]
+        if plan is None or not plan.read(grads):
+            if all(g is None for g in grads):
+                return None
+            checks.check_gradients(self.param_groups)
+            self._make_state()
+            plan = self._plan = StepPlan(self)
+            if not plan.read(grads):  # pragma: no cover - the checks above name every cause known
+                raise RuntimeError("a gradient or parameter has no plain memory that a kernel can read")
+        return plan if plan.has_gradients() else None
+
+    def _make_state(self) -> None:
+        """States of parameters that meet their first gradient, and masters where live weights are to exist."""
+        for number, group in enumerate(self.param_groups):
+            live = self.tables.has_live_weights(number)
+            fresh = [
+                p for p in group["params"] if (live or p.grad is not None) and "step" not in self.state.get(p, ())
+            ]
+            names = []
+            if group["rule"] != "sgd":
+                names = ["exp_avg", "exp_avg_sq"]
+            elif group["modulated"]:
+                names = [first_moment_name(group), "exp_avg_sq"]
+            elif group["momentum"]:
+                names = ["momentum_buffer"]
+            steps = torch.zeros(len(fresh), dtype=torch.float32)
+            for p, step in zip(fresh, steps, strict=True):
+                self.state[p]["step"] = step
+            for name in names:
+                for p, moment in zip(fresh, _zeros_like_all(fresh), strict=True):
+                    self.state[p][name] = moment
+            for p in group["params"]:
+                if live and "master" not in self.state[p]:
+                    self.state[p]["master"] = _master_of(p)
+
+    def _has_masters(self) -> bool:
+        return any("master" in state for state in self.state.values())
+
+    def _drop_masters(self) -> None:
+        """Where no phase degrades weights any more, the live weights just written are the true ones."""
+        for number in self._leaving:
+            for p in self.param_groups[number]["params"]:
+                self.state[p].pop("master", None)
+        if self._leaving:
+            self._leaving.clear()
+            self._plan = None
+
+    def _note_live_weights(self, number: int) -> None:
+        """After a change of rows: masters are to be made, or to be dropped once the next step has written true weights."""
+        live = self.tables.has_live_weights(number)
+        has_masters = any("master" in self.state.get(p, ()) for p in self.param_groups[number]["params"])
+        if live != has_masters:
+            self._plan = None
+        if has_masters and not live:
+            self._leaving.add(number)
+        else:
+            self._leaving.discard(number)
+
+    # -- modulation --------------------------------------------------------------------------------------------------
+
+    def set_strength(
+        self, modality: str, depth: int, kappa: float | Tensor, coefficients: str = "chain"
+    ) -> None:
+        """Turns a block into its Auxiliary Block of strength ``kappa``, in both phases (spec section 4).
+
+        The next step emits ``live = anchor + (theta - anchor) * (1 if under else 1 - kappa)``.
+
+        Args:
+            modality, depth: the block, as in its param group.
+            kappa: in [0, 1); 0 undoes it. A 0-dim tensor on the parameters' device is taken without waiting for it.
+            coefficients: how the gradient of a well-optimized element follows: "chain" (times 1 - kappa, the chain rule),
+                "straight-through" (unchanged), "step" (unchanged, but its step is scaled by 1 - kappa).
+
+        Raises:
+            ValueError: no such block, kappa outside [0, 1), or unknown coefficients.
+        """
+        checks.check_kappa(kappa)
+        keep = 1.0 - kappa
+        row: dict[str, Any] = {"live_well": keep}
+        if coefficients == "chain":
+            row["grad_well"] = keep
+        elif coefficients == "step":
+            row["step_well"] = keep
+        elif coefficients != "straight-through":
+            raise ValueError(f"coefficients: expected 'chain', 'straight-through' or 'step', got {coefficients!r}")
+        for number in self._block(modality, depth):
+            self.set_phase_rows(number, true=row, aux=row)
+
+    def set_modulation(self, group: int | tuple[str, int], **columns: float | Tensor) -> None:
+        """Writes columns of a row by hand; they hold in both phases, from the next step on.
+
+        Args:
+            group: index of a param group, or the (modality, depth) of a block.
+            columns: any of grad_under, grad_well, step_under, step_well, live_under, live_well, tau_prev, tau, noise.
+
+        Raises:
+            ValueError: no such group, an unknown column, or a value that it cannot hold.
+        """
+        checks.check_columns(columns)
+        for number in self._block(*group) if isinstance(group, tuple) else [self._group_number(group)]:
+            self._check_state_suffices(number, columns)
+            written: dict[str, Any] = {}
+            for column, value in columns.items():
+                if column in PHASE_COLUMNS:
+                    written |= {f"{phase}_{column}": value for phase in PHASES}
+                if column not in PHASE_COLUMNS or column.startswith("grad"):
+                    written[column] = value
+            self.tables.set_columns(number, **written)
+            self._note_live_weights(number)
+
+    def set_phase_rows(
+        self, group: int, *, true: dict[str, Any] | None = None, aux: dict[str, Any] | None = None
+    ) -> None:
+        """Writes what holds in the true and in the auxiliary phase; columns not named become one.
+
+        Live columns shape the next emission; the gradient columns take effect one step later, when the live weights they
+        belong to are those that the forward pass saw (spec section 4).
+        """
+        number = self._group_number(group)
+        for row in (true or {}, aux or {}):
+            checks.check_columns(row)
+            self._check_state_suffices(number, row)
+        self.tables.set_phase_row(number, "true", true or {})
+        self.tables.set_phase_row(number, "aux", aux or {})
+        self._note_live_weights(number)
+
+    def set_phases(self, probability: float) -> None:
+        """The probability with which the step draws the auxiliary phase for the next forward pass; 0: always the true one."""
+        checks.check_number("probability", probability, 0.0, 1.0)
+        self.tables.control[CONTROL["threshold"]] = round(probability * 2**32)
+
+    @property
+    def phase(self) -> str:
+        """Phase of the live weights that the module holds: "true" or "auxiliary"."""
+        return ("true", "auxiliary")[self.tables.phase()]
+
+    def modulation(self) -> list[dict[str, Any]]:
+        """The rows as the next step will apply them, one dict a group."""
+        return [
+            {"modality": group["modality"], "depth": group["depth"], **self.tables.public_row(number)}
+            for number, group in enumerate(self.param_groups)
+        ]
+
+    def statistics(self) -> list[dict[str, Any]]:
+        """What the latest step measured, one dict a group. The only call that waits for the device.
+
+        Keys: modality, depth, numel, under_fraction (share of under-optimized elements; NaN where the group keeps no
+        optimization state or has not been stepped), threshold (tau), grad_norm (of the gradients as given), update_norm (of
+        what the step subtracted), param_norm (of the true weights), nonfinite (NaN and infinite gradient elements). Norms are L2.
+        """
+        rows, sums = self.tables.rows.tolist(), self.tables.statistics.tolist()
+        result = []
+        for number, group in enumerate(self.param_groups):
+            row, total = rows[number], sums[number]
+            stepped = total[STATISTIC["numel"]]
+            result.append(
+                {
+                    "modality": group["modality"],
+                    "depth": group["depth"],
+                    "numel": sum(p.numel() for p in group["params"]),
+                    "under_fraction": total[STATISTIC["under"]] / stepped if stepped else float("nan"),
+                    "threshold": row[ROW["tau"]],
+                    "grad_norm": total[STATISTIC["grad_sq"]] ** 0.5,
+                    "update_norm": total[STATISTIC["update_sq"]] ** 0.5,
+                    "param_norm": total[STATISTIC["param_sq"]] ** 0.5,
+                    "nonfinite": int(total[STATISTIC["nonfinite"]]),
+                }
+            )
+        return result
+
+    def _block(self, modality: str, depth: int) -> list[int]:
+        found = [
+            number
+            for number, group in enumerate(self.param_groups)
+            if group["modality"] == modality and group["depth"] == depth and group["modulated"]
+        ]
+        if not found:
+            blocks = sorted({(g["modality"], g["depth"]) for g in self.param_groups if g["modulated"]}, key=str)
+            raise ValueError(f"no modulated block {(modality, depth)!r}; the blocks are {blocks}")
+        return found
+
+    def _group_number(self, group: int) -> int:
+        if not isinstance(group, int) or not 0 <= group < len(self.param_groups):
+            raise ValueError(f"no param group {group!r}; there are {len(self.param_groups)}, numbered from 0")
+        return group
+
+    def _check_state_suffices(self, number: int, columns: dict[str, Any]) -> None:
+        group = self.param_groups[number]
+        if group["rule"] != "sgd" or group["modulated"]:
+            return
+        row = {**dict.fromkeys(PHASE_COLUMNS, 1.0), **columns}
+        for kind in ("grad", "step", "live"):
+            if row[f"{kind}_under"] is not row[f"{kind}_well"] and row[f"{kind}_under"] != row[f"{kind}_well"]:
+                raise ValueError(
+                    f"group {number}: {kind}_under and {kind}_well differ, but under rule 'sgd' a group that is not modulated "
+                    "keeps no optimization state; give the group modulated=True"
+                )
+
+    # -- live and true weights ---------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Puts the true weights into the module (validation, checkpoint, export). Exact; does nothing where it holds them."""
+        if self._holds_true_weights:
+            return
+        self._holds_true_weights = True
+        for p, master in self._masters():
+            p.copy_(master)
+            self._true_versions[p] = p._version
+
+    @torch.no_grad()
+    def train(self) -> None:
+        """Puts the live weights back, to the bit. True weights that were changed meanwhile are kept as the new ones."""
+        masters = self._masters()
+        for p, master in masters:
+            if self._holds_true_weights and p._version != self._true_versions.get(p, p._version):
+                master.copy_(p)
+        self._holds_true_weights = False
+        self._true_versions.clear()
+        if not masters:
+            return
+        plan = StepPlan(self)
+        plan.read_hyperparameters()
+        plan.load_staged()
+        backends.select(self.backend, self.tables.rows.device).emit(plan)
+        plan.store_staged()
+        torch.autograd.graph.increment_version([p for p, _ in masters])
+
+    @contextmanager
+    def true_parameters(self) -> Iterator[None]:
+        """The true weights inside, what was there before after."""
+        held = self._holds_true_weights
+        self.eval()
+        try:
+            yield
+        finally:
+            if not held:
+                self.train()
+
+    def _masters(self) -> list[tuple[Tensor, Tensor]]:
+        return [
+            (p, self.state[p]["master"])
+            for group in self.param_groups
+            for p in group["params"]
+            if "master" in self.state.get(p, ())
+        ]
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch.optim's, plus ``master`` states (the true weights) and, in each group, its row, statistics and control."""
+        return checkpoint.with_tables(super().state_dict(), self.tables)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a checkpoint of this class, or of the same rule in torch.optim; values keep their bits and dtype.
+
+        Where live weights exist, the module receives those that belong to the loaded state, so a resumed run continues bit
+        for bit. Load the module first.
+
+        Raises:
+            ValueError: other groups, another rule, or states of another shape. Nothing was changed.
+        """
+        checkpoint.load(self, state_dict)
+        self._reset()
+        if self._holds_true_weights:
+            self._holds_true_weights = False
+            self.eval()
+        else:
+            self.train()
+
+    def _reset(self) -> None:
+        """Forgets what is derived from states and tables."""
+        self._plan = None
+        self._true_versions = {}
+        self._leaving = set()
+        for number in range(len(self.param_groups)):
+            self._note_live_weights(number)
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("tables", "anchor", "backend", "_seed", "_holds_true_weights")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._reset()
+        self._true_versions = {p: p._version for p, _ in self._masters()} if self._holds_true_weights else {}
+
+
+def _master_of(p: Tensor) -> Tensor:
+    """A copy in the arithmetic type, in the memory order of ``p`` (contiguous where ``p`` fills no block of memory)."""
+    layout = torch.preserve_format if is_dense(p) else torch.contiguous_format
+    return p.detach().to(dtype=arithmetic_dtype(p.dtype), memory_format=layout, copy=True)
+
+
+def _zeros_like_all(params: list[Tensor]) -> list[Tensor]:
+    """A zero moment for every parameter, small ones as views of shared buffers."""
+    result: dict[int, Tensor] = {}
+    buffers: dict[torch.dtype, list[int]] = {}
+    for index, p in enumerate(params):
+        dtype = arithmetic_dtype(p.dtype)
+        if p.is_contiguous() and 0 < p.numel() <= _SMALL:
+            buffers.setdefault(dtype, []).append(index)
+        else:
+            layout = torch.preserve_format if is_dense(p) else torch.contiguous_format
+            result[index] = torch.zeros_like(p, dtype=dtype, memory_format=layout, requires_grad=False)
+    for dtype, members in buffers.items():
+        sizes = [-(-params[i].numel() // _ALIGN) * _ALIGN for i in members]
+        buffer = torch.zeros(sum(sizes), dtype=dtype, device=params[members[0]].device)
+        offset = 0
+        for index, size in zip(members, sizes, strict=True):
+            p = params[index]
+            result[index] = buffer[offset : offset + p.numel()].view(p.shape)
+            offset += size
+    return [result[index] for index in range(len(params))]

@@ -1,0 +1,197 @@
+"""The plan of a step: which memory it touches. Built once, rebuilt when something moved, otherwise only re-read.
+
+A plan holds references to all state tensors whose addresses stand in its records, so none can be freed under the kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aim_kernels.rows import DTYPES, GROUP_RECORD, RULES, TENSOR_RECORD
+
+if TYPE_CHECKING:
+    from aim_kernels.optimizer import AIMFusedOptimizer
+
+# Unbound C methods: map() over them costs half of a Python loop, and a step reads thousands.
+_data_ptr = Tensor.data_ptr
+_is_contiguous = Tensor.is_contiguous
+_numel = Tensor.numel
+
+DTYPE_NUMBER = {getattr(torch, name): number for number, name in enumerate(DTYPES)}
+
+
+def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of moments, masters and arithmetic for parameters of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def first_moment_name(group: dict[str, Any]) -> str:
+    """State key of a group's first moment: torch.optim's names."""
+    return "momentum_buffer" if group["rule"] == "sgd" and group["momentum"] else "exp_avg"
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one block of memory, in whatever order of the dimensions."""
+    return tensor.is_contiguous() or torch.empty_like(tensor, device="meta").stride() == tensor.stride()
+
+
+def _read(method: Any, tensors: list[Tensor], dtype: Any) -> np.ndarray[Any, Any]:
+    return np.fromiter(map(method, tensors), dtype, len(tensors))
+
+
+class StepPlan:
+    """All parameters of an optimizer, in group order, as the kernel's tables.
+
+    Attributes:
+        params, group_of: parameters and their group numbers.
+        grads: this step's gradients as the user's tensors; None where there is none.
+        records: ``rows.TENSOR_RECORD``, one a parameter; groups: ``rows.GROUP_RECORD``, one a group.
+    """
+
+    def __init__(self, optimizer: AIMFusedOptimizer) -> None:
+        self.tables = optimizer.tables
+        self.state = optimizer.state
+        self.param_groups = optimizer.param_groups
+        self.params: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
+        self.group_of = [number for number, group in enumerate(self.param_groups) for _ in group["params"]]
+        self.grads: list[Tensor | None] = [None] * len(self.params)
+        self.records = np.zeros(len(self.params), TENSOR_RECORD)
+        self.groups = np.zeros(len(self.param_groups), GROUP_RECORD)
+        self._hyperparameters: list[Any] = [None] * len(self.param_groups)
+        self._states: list[Tensor] = []
+        self._anchors: list[Tensor] = []
+        # Parameters whose elements do not fill one aligned block are stepped in a contiguous copy.
+        self._staged: dict[int, Tensor] = {}
+        # Gradients copied into the memory order of their parameters, alive until the next step.
+        self._matched: list[Tensor] = []
+        self._written: list[Tensor] = []
+        self._build()
+
+    def _build(self) -> None:
+        records, params = self.records, self.params
+        self._numel = _read(_numel, params, np.int64)
+        records["numel"] = self._numel
+        records["first"] = np.cumsum(self._numel) - self._numel
+        records["group"] = self.group_of
+        records["dtype"] = [DTYPE_NUMBER[p.dtype] for p in params]
+        self._itemsize = np.array([p.element_size() for p in params], np.uint64)
+        self._addresses = _read(_data_ptr, params, np.uint64)
+        records["param"] = self._addresses
+        for index, p in enumerate(params):
+            if not is_dense(p) or p.data_ptr() % p.element_size():
+                buffer = torch.empty(p.shape, dtype=p.dtype, device=p.device)
+                self._staged[index] = buffer
+                records["param"][index] = buffer.data_ptr()
+            self._read_state(index)
+        # Where a gradient must be contiguous; elsewhere its strides are compared with the parameter's.
+        self._contiguous = np.array([i in self._staged or p.is_contiguous() for i, p in enumerate(params)], bool)
+        # Views of one buffer share its version counter, so the buffer stands for them all.
+        bases = (t if t._base is None else t._base for t in self._states)
+        self._written = list({id(t): t for t in bases}.values())
+
+    def _read_state(self, index: int) -> None:
+        state = self.state.get(self.params[index])
+        if not state:
+            return
+        group = self.param_groups[self.group_of[index]]
+        fields = {"exp_avg": first_moment_name(group), "exp_avg_sq": "exp_avg_sq", "master": "master"}
+        for field, name in (fields | {"anchor": "anchor", "step": "step"}).items():
+            tensor = state.get(name)
+            if tensor is not None:
+                self.records[field][index] = tensor.data_ptr()
+                # An anchor is only read: held, but its version stays.
+                (self._anchors if name == "anchor" else self._states).append(tensor)
+
+    # -- before a step -----------------------------------------------------------------------------------------------
+
+    def read(self, grads: list[Tensor | None]) -> bool:
+        """Takes this step's addresses. False where something has to be built anew, or is wrong, first."""
+        records = self.records
+        present = [g for g in grads if g is not None]
+        everything = len(present) == len(grads)
+        index = np.arange(len(grads)) if everything else np.array([g is not None for g in grads], bool).nonzero()[0]
+        try:
+            if not np.array_equal(_read(_data_ptr, self.params, np.uint64), self._addresses):
+                return False
+            addresses = _read(_data_ptr, present, np.uint64)
+            contiguous = _read(_is_contiguous, present, bool)
+            sizes = _read(_numel, present, np.int64)
+        except RuntimeError:  # a gradient without plain memory (sparse, meta, ...)
+            return False
+        if not np.array_equal(sizes, self._numel[index]) or not records["step"][index].all():
+            return False
+        odd = ~(contiguous & self._contiguous[index]) | (addresses % self._itemsize[index] != 0)
+        self._matched = []
+        for at in odd.nonzero()[0]:
+            addresses[at] = self._match(int(index[at]), present[at])
+        addresses[sizes == 0] = 8  # an empty gradient has no address, but it is there; nothing reads it
+        records["grad"] = 0
+        records["grad"][index] = addresses
+        self.grads = grads
+        return True
+
+    def _match(self, index: int, grad: Tensor) -> int:
+        """Address of the gradient's values in the memory order of its parameter."""
+        p = self.params[index]
+        staged = index in self._staged
+        same = grad.is_contiguous() if staged or p.is_contiguous() else grad.stride() == p.stride()
+        if same and grad.data_ptr() % grad.element_size() == 0:
+            return grad.data_ptr()
+        if staged or p.is_contiguous():
+            copy = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+        else:
+            copy = torch.empty_strided(p.shape, p.stride(), dtype=grad.dtype, device=grad.device)
+        self._matched.append(copy.copy_(grad))
+        return copy.data_ptr()
+
+    def has_gradients(self) -> bool:
+        return bool(self.records["grad"].any())
+
+    def read_hyperparameters(self) -> None:
+        """Takes the groups' hyperparameters, which schedulers change between steps."""
+        for number, group in enumerate(self.param_groups):
+            rule = group["rule"]
+            kind, target = group["under_optimized"]
+            values = (
+                float(group["lr"]),
+                float(group["betas"][0]),
+                float(group["betas"][1]),
+                group["eps"],
+                group["weight_decay"],
+                group["momentum"] if rule == "sgd" else 0.0,
+                group["dampening"],
+                -1.0 if group["maximize"] else 1.0,
+                target,
+                group["threshold_rate"] if kind == "fraction" else 0.0,
+                RULES.index(rule),
+                bool(group["nesterov"]),
+            )
+            if values != self._hyperparameters[number]:
+                self.groups[number] = self._hyperparameters[number] = values
+
+    # -- around the kernel -------------------------------------------------------------------------------------------
+
+    def load_staged(self) -> None:
+        for index, buffer in self._staged.items():
+            buffer.copy_(self.params[index])
+
+    def store_staged(self) -> None:
+        for index, buffer in self._staged.items():
+            self.params[index].copy_(buffer)
+
+    def bump_versions(self) -> None:
+        """Tells autograd which tensors changed under it: a backward through old values must fail, not be wrong."""
+        changed: Iterable[Tensor] = self.params
+        if not self.records["grad"].all():
+            touched = (self.records["grad"] != 0) | (self.records["master"] != 0)
+            changed = [self.params[i] for i in touched.nonzero()[0]]
+        torch.autograd.graph.increment_version([*changed, *self._written])
+
+    def masters(self) -> list[tuple[Tensor, Tensor]]:
+        """(parameter, master) of every parameter that has live weights."""
+        return [(p, self.state[p]["master"]) for p in self.params if "master" in self.state.get(p, ())]

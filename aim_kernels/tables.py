@@ -1,0 +1,84 @@
+"""The tables of one optimizer: rows, statistics, control. ``rows.py`` names their columns, docs/design.md explains them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from aim_kernels.philox import draw_phase
+from aim_kernels.rows import CONTROL, PHASE_COLUMNS, PHASES, ROW, ROW_COLUMNS, STATISTICS_COLUMNS, neutral_row
+
+
+class Tables:
+    """Rows ``[G, 19]`` and statistics ``[G, 7]`` (float64), control ``[4]`` (int64), on one device.
+
+    Writers assign tensor elements, so a value may be a number or a 0-dim tensor on the device: no synchronization.
+    """
+
+    def __init__(self, device: torch.device, seed: int) -> None:
+        self.rows = torch.empty(0, len(ROW_COLUMNS), dtype=torch.float64, device=device)
+        self.statistics = torch.empty(0, len(STATISTICS_COLUMNS), dtype=torch.float64, device=device)
+        self.control = torch.tensor([seed, 0, 0, 0], dtype=torch.int64, device=device)
+
+    def add_group(self, tau: float) -> None:
+        """Appends a neutral row."""
+        row = torch.tensor([neutral_row(tau)], dtype=torch.float64, device=self.rows.device)
+        self.rows = torch.cat([self.rows, row])
+        self.statistics = torch.cat([self.statistics, self.statistics.new_zeros(1, len(STATISTICS_COLUMNS))])
+
+    def set_columns(self, group: int, **columns: float | torch.Tensor) -> None:
+        for name, value in columns.items():
+            self.rows[group, ROW[name]] = value
+
+    def set_phase_row(self, group: int, phase: str, columns: dict[str, Any]) -> None:
+        """Writes the six columns of one phase; columns not named become one."""
+        for column in PHASE_COLUMNS:
+            self.rows[group, ROW[f"{phase}_{column}"]] = columns.get(column, 1.0)
+
+    def has_live_weights(self, group: int) -> bool:
+        """Whether a phase of this group degrades its live weights."""
+        columns = [ROW[f"{phase}_live_{kind}"] for phase in PHASES for kind in ("under", "well")]
+        return bool((self.rows[group, columns] != 1.0).any())
+
+    def phase(self) -> int:
+        """Phase of the live weights now in the module: 0 true, 1 auxiliary."""
+        return int(self.control[CONTROL["phase"]])
+
+    def next_phase(self) -> int:
+        """Phase of the live weights that the next step will write."""
+        seed, counter, threshold, _ = self.control.tolist()
+        return draw_phase(seed, counter, threshold)
+
+    def public_row(self, group: int) -> dict[str, float]:
+        """The nine columns as the next step will apply them."""
+        row = self.rows[group].tolist()
+        now, following = PHASES[self.phase()], PHASES[self.next_phase()]
+        return {
+            "grad_under": row[ROW["grad_under"]],
+            "grad_well": row[ROW["grad_well"]],
+            "step_under": row[ROW[f"{now}_step_under"]],
+            "step_well": row[ROW[f"{now}_step_well"]],
+            "live_under": row[ROW[f"{following}_live_under"]],
+            "live_well": row[ROW[f"{following}_live_well"]],
+            "tau_prev": row[ROW["tau_prev"]],
+            "tau": row[ROW["tau"]],
+            "noise": row[ROW["noise"]],
+        }
+
+    def to_lists(self, group: int) -> dict[str, list[float] | list[int]]:
+        """What a checkpoint keeps of one group (plain numbers, so ``weights_only`` loading works)."""
+        return {
+            "modulation_row": self.rows[group].tolist(),
+            "statistics_row": self.statistics[group].tolist(),
+            "control": self.control.tolist(),
+        }
+
+    def from_lists(self, group: int, saved: dict[str, Any]) -> None:
+        """The inverse of :meth:`to_lists`; keys that are absent leave the tables as they are."""
+        if "modulation_row" in saved:
+            self.rows[group] = torch.tensor(saved["modulation_row"], dtype=torch.float64)
+        if "statistics_row" in saved:
+            self.statistics[group] = torch.tensor(saved["statistics_row"], dtype=torch.float64)
+        if "control" in saved:
+            self.control.copy_(torch.tensor(saved["control"], dtype=torch.int64))

@@ -1,0 +1,80 @@
+// Counter-based random numbers: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) and normals
+// by Box-Muller. Only +, -, *, / and sqrt on float32, so that every device draws the same bits.
+#pragma once
+
+#include "common/scalar.h"
+
+namespace aim {
+namespace AIM_ISA {
+
+enum Stream : uint32_t { kNoiseStream = 0, kPhaseStream = 1 };
+
+struct Philox4 {
+  uint32_t x[4];
+};
+
+AIM_INLINE Philox4 philox4x32(uint64_t seed, Philox4 c) {
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p0 = uint64_t{0xD2511F53} * c.x[0];
+    const uint64_t p1 = uint64_t{0xCD9E8D57} * c.x[2];
+    c = {{static_cast<uint32_t>(p1 >> 32) ^ c.x[1] ^ k0, static_cast<uint32_t>(p1),
+          static_cast<uint32_t>(p0 >> 32) ^ c.x[3] ^ k1, static_cast<uint32_t>(p0)}};
+    k0 += 0x9E3779B9;
+    k1 += 0xBB67AE85;
+  }
+  return c;
+}
+
+// ln(n * 2^-24) for 1 <= n <= 2^24. ln x = k ln 2 + 2 artanh(s), s = (m-1)/(m+1), with m in [1/sqrt 2, sqrt 2].
+AIM_INLINE float log_fraction(uint32_t n) {
+  float m = static_cast<float>(n);  // exact
+  uint32_t bits;
+  __builtin_memcpy(&bits, &m, sizeof bits);
+  int k = static_cast<int>(bits >> 23) - (127 + 24);
+  bits = (bits & 0x7FFFFF) | 0x3F800000;
+  __builtin_memcpy(&m, &bits, sizeof m);
+  if (m >= 1.41421356f) {
+    m *= 0.5f;
+    ++k;
+  }
+  const float s = (m - 1.0f) / (m + 1.0f);
+  const float z = s * s;
+  // Taylor's series of artanh(s)/s: |s| <= 0.1716, so the first term left out is below 3e-9.
+  const float series = 1.0f + z * (1.0f / 3 + z * (1.0f / 5 + z * (1.0f / 7 + z * (1.0f / 9))));
+  return static_cast<float>(k) * 0.693147181f + 2.0f * s * series;
+}
+
+// cos and sin of 2 pi n 2^-24: the top two bits are the quadrant, the rest an angle in [0, pi/2), folded to [0, pi/4].
+AIM_INLINE void circle(uint32_t n, float* cosine, float* sine) {
+  const uint32_t quadrant = n >> 22, rest = n & 0x3FFFFF;
+  const bool swap = rest > 0x200000;
+  const float a = static_cast<float>(swap ? 0x400000 - rest : rest) * (6.28318531f / 16777216.0f);
+  const float z = a * a;
+  // Taylor's series; at pi/4 the first terms left out are below 4e-8.
+  const float s0 = a * (1.0f + z * (-1.0f / 6 + z * (1.0f / 120 + z * (-1.0f / 5040 + z * (1.0f / 362880)))));
+  const float c0 = 1.0f + z * (-0.5f + z * (1.0f / 24 + z * (-1.0f / 720 + z * (1.0f / 40320))));
+  const float s = swap ? c0 : s0, c = swap ? s0 : c0;
+  *cosine = quadrant == 0 ? c : quadrant == 1 ? -s : quadrant == 2 ? -c : s;
+  *sine = quadrant == 0 ? s : quadrant == 1 ? c : quadrant == 2 ? -s : -c;
+}
+
+// Two independent standard normals from two 32-bit words (their upper 24 bits).
+AIM_INLINE void normal_pair(uint32_t x0, uint32_t x1, float* z0, float* z1) {
+  const float radius = square_root(-2.0f * log_fraction((x0 >> 8) + 1));
+  float cosine, sine;
+  circle(x1 >> 8, &cosine, &sine);
+  *z0 = radius * cosine;
+  *z1 = radius * sine;
+}
+
+// The normals of elements 4k .. 4k+3 in the step numbered `counter`.
+AIM_INLINE void normal4(uint64_t seed, uint32_t counter, uint64_t k, float z[4]) {
+  const Philox4 r = philox4x32(
+      seed, {{static_cast<uint32_t>(k), static_cast<uint32_t>(k >> 32), counter, kNoiseStream}});
+  normal_pair(r.x[0], r.x[1], &z[0], &z[1]);
+  normal_pair(r.x[2], r.x[3], &z[2], &z[3]);
+}
+
+}  // namespace AIM_ISA
+}  // namespace aim

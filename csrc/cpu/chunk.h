@@ -1,0 +1,290 @@
+// One chunk of the step, for the instruction set of the including translation unit. Three pieces: arithmetic on registers
+// (common/element.h), loads and stores (here), chunks and threads (step.cpp).
+//
+// Statistics are summed in 16 lanes (element i into lane i % 16) whatever the vector width, and lanes are added in a fixed
+// order: every instruction set gives the same bits.
+#pragma once
+
+#include "cpu/kernels.h"
+#include "cpu/vector.h"
+// after vector.h, whose square roots it uses
+#include "common/convert.h"
+#include "common/element.h"
+#include "common/philox.h"
+
+namespace aim {
+namespace AIM_ISA {
+
+constexpr int kLanes = 16;
+constexpr int64_t kTile = 1024;  // elements converted at a time: three float32 buffers of it stay in the first-level cache
+
+// Contiguous runs of the arithmetic type; where storage has the same type they are the tensor's own memory.
+template <class T>
+struct Tile {
+  const T* theta_in;
+  T* theta_out;
+  const T* grad;
+  T* m;
+  T* v;
+  T* live;
+  const T* anchor;
+  const T* noise;
+
+  AIM_INLINE Tile advanced(int64_t by) const {
+    return {theta_in + by, theta_out + by, grad + by, m ? m + by : m, v ? v + by : v, live ? live + by : live,
+            anchor ? anchor + by : anchor, noise ? noise + by : noise};
+  }
+};
+
+template <class T>
+struct Sums {
+  T grad[kLanes], grad_sq[kLanes], update_sq[kLanes], param_sq[kLanes];
+  typename CounterOf<T>::type under[kLanes];
+};
+
+template <class T>
+AIM_INLINE Uniforms<T> rounded(const Uniforms<double>& u) {
+  auto r = [](double x) { return static_cast<T>(x); };
+  return {r(u.scale),      r(u.coupled_decay), r(u.decay),       {r(u.grad[0]), r(u.grad[1])},
+          {r(u.step[0]), r(u.step[1])},        {r(u.live[0]), r(u.live[1])},
+          r(u.sigma),      r(u.first_keep),    r(u.first_add),   r(u.second_keep),
+          r(u.second_add), r(u.old_v),         r(u.old_0),       r(u.new_v),
+          r(u.new_0),      r(u.root_scale),    r(u.eps),         r(u.nesterov)};
+}
+
+// `count` must be a multiple of 16.
+template <Kind kKind, bool kNoise, bool kLive, class T>
+void run(const Uniforms<T>& u, const Tile<T>& t, int64_t count, Sums<T>& sums) {
+  using V = typename Lanes<T>::Vector;
+  constexpr int kWidth = Lanes<T>::kCount, kParts = kLanes / kWidth;
+  V grad[kParts] = {}, grad_sq[kParts] = {}, update_sq[kParts] = {}, param_sq[kParts] = {};
+  typename Lanes<T>::Count under[kParts] = {};
+  for (int64_t i = 0; i < count; i += kLanes) {
+#pragma GCC unroll 2
+    for (int part = 0; part < kParts; ++part) {
+      const int64_t at = i + part * kWidth;
+      Element<V> e;
+      e.theta = load<V>(t.theta_in + at);
+      e.grad = load<V>(t.grad + at);
+      e.m = has_first(kKind) ? load<V>(t.m + at) : V{};
+      e.v = has_second(kKind) ? load<V>(t.v + at) : V{};
+      const auto mask = update<kKind, kNoise>(u, e, kNoise ? load<V>(t.noise + at) : V{});
+      store(t.theta_out + at, e.theta);
+      if constexpr (has_first(kKind)) store(t.m + at, e.m);
+      if constexpr (has_second(kKind)) store(t.v + at, e.v);
+      if constexpr (kLive) {
+        const V anchor = t.anchor ? load<V>(t.anchor + at) : V{};
+        store(t.live + at, live_weight(e.theta, anchor, e.coefficient));
+      }
+      grad[part] += e.grad;
+      grad_sq[part] += e.grad * e.grad;
+      update_sq[part] += e.delta * e.delta;
+      param_sq[part] += e.theta * e.theta;
+      add_mask(under[part], mask);
+    }
+  }
+  __builtin_memcpy(sums.grad, grad, sizeof grad);
+  __builtin_memcpy(sums.grad_sq, grad_sq, sizeof grad_sq);
+  __builtin_memcpy(sums.update_sq, update_sq, sizeof update_sq);
+  __builtin_memcpy(sums.param_sq, param_sq, sizeof param_sq);
+  __builtin_memcpy(sums.under, under, sizeof under);
+}
+
+template <class T>
+AIM_INLINE void add(const Sums<T>& sums, int lanes, Partial& into) {
+  for (int lane = 0; lane < lanes; ++lane) {
+    into.grad_sum += sums.grad[lane];
+    into.grad_sq += sums.grad_sq[lane];
+    into.update_sq += sums.update_sq[lane];
+    into.param_sq += sums.param_sq[lane];
+    into.under += sums.under[lane];
+  }
+}
+
+// The last elements of a tensor: padded to 16 in buffers, run by the same code, the padding's lanes left out of the sums.
+template <Kind kKind, bool kNoise, bool kLive, class T>
+void run_tail(const Uniforms<T>& u, const Tile<T>& t, int rest, Sums<T>& sums) {
+  T theta[kLanes] = {}, grad[kLanes] = {}, m[kLanes] = {}, v[kLanes] = {}, live[kLanes] = {}, anchor[kLanes] = {},
+    noise[kLanes] = {};
+  const unsigned long bytes = rest * sizeof(T);
+  __builtin_memcpy(theta, t.theta_in, bytes);
+  __builtin_memcpy(grad, t.grad, bytes);
+  if (has_first(kKind)) __builtin_memcpy(m, t.m, bytes);
+  if (has_second(kKind)) __builtin_memcpy(v, t.v, bytes);
+  if (kLive && t.anchor) __builtin_memcpy(anchor, t.anchor, bytes);
+  if (kNoise) __builtin_memcpy(noise, t.noise, bytes);
+  const Tile<T> padded{theta, theta, grad, m, v, live, kLive && t.anchor ? anchor : nullptr, noise};
+  run<kKind, kNoise, kLive>(u, padded, kLanes, sums);
+  __builtin_memcpy(t.theta_out, theta, bytes);
+  if (has_first(kKind)) __builtin_memcpy(t.m, m, bytes);
+  if (has_second(kKind)) __builtin_memcpy(t.v, v, bytes);
+  if (kLive) __builtin_memcpy(t.live, live, bytes);
+}
+
+template <class T, class S>
+AIM_INLINE const T* widened(const S* from, int64_t count, T* buffer) {
+  if constexpr (sizeof(S) == sizeof(T)) {
+    return from;
+  } else {
+    for (int64_t i = 0; i < count; ++i) buffer[i] = widen(from[i]);
+    return buffer;
+  }
+}
+
+template <class T, class S>
+AIM_INLINE void narrowed(const T* from, int64_t count, S* to) {
+  if constexpr (sizeof(S) != sizeof(T)) {
+    for (int64_t i = 0; i < count; ++i) to[i] = narrow(from[i], S{});
+  }
+}
+
+template <class T>
+void draw_noise(const Shared& shared, int64_t first, int64_t count, T* into) {
+  float z[4];
+  for (int64_t i = 0; i < count; ++i) {
+    const uint64_t index = static_cast<uint64_t>(first + i);
+    if (i == 0 || index % 4 == 0) normal4(shared.seed, shared.counter, index / 4, z);
+    into[i] = z[index % 4];
+  }
+}
+
+// The sums that hold for gradients whose squares leave float32's range, and the count of what is not finite.
+template <class T>
+void rescan(const T* grad, T scale, int64_t count, Partial& into) {
+  for (int64_t i = 0; i < count; ++i) {
+    const T g = grad[i] * scale;
+    into.nonfinite += g - g != T{0};
+    into.grad_sq += static_cast<double>(g) * g;
+  }
+}
+
+// S: storage type of parameter, gradient and live weights. T: of everything else.
+template <Kind kKind, bool kNoise, bool kLive, class S, class T>
+void update_chunk(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t end, Partial* partial) {
+  constexpr bool kConvert = sizeof(S) != sizeof(T);
+  T theta_buffer[kConvert ? kTile : 1], grad_buffer[kConvert ? kTile : 1], noise_buffer[kNoise ? kTile : 1];
+  const Uniforms<T> u = rounded<T>(shared.u);
+  S* const param = static_cast<S*>(tensor.param);
+  T* const master = static_cast<T*>(tensor.master);
+  Partial total{};
+  for (int64_t at = begin; at < end; at += kTile) {
+    const int64_t count = end - at < kTile ? end - at : kTile;
+    Tile<T> t;
+    t.grad = widened(static_cast<const S*>(tensor.grad) + at, count, grad_buffer);
+    t.m = has_first(kKind) ? static_cast<T*>(tensor.exp_avg) + at : nullptr;
+    t.v = has_second(kKind) ? static_cast<T*>(tensor.exp_avg_sq) + at : nullptr;
+    t.anchor = kLive && tensor.anchor ? static_cast<const T*>(tensor.anchor) + at : nullptr;
+    // What is written to storage: live weights where there is a master, the true weights elsewhere.
+    T* stored = theta_buffer;
+    if constexpr (!kConvert) stored = reinterpret_cast<T*>(param + at);
+    if (kLive) {
+      t.theta_in = t.theta_out = master + at;
+      t.live = stored;
+    } else {
+      t.theta_in = widened(param + at, count, theta_buffer);
+      t.theta_out = stored;
+      t.live = nullptr;
+    }
+    t.noise = noise_buffer;
+    if (kNoise) draw_noise(shared, tensor.first + at, count, noise_buffer);
+
+    const int64_t body = count / kLanes * kLanes;
+    const int rest = static_cast<int>(count - body);
+    Partial tile{};
+    Sums<T> sums;
+    if (body) {
+      run<kKind, kNoise, kLive>(u, t, body, sums);
+      add(sums, kLanes, tile);
+    }
+    if (rest) {
+      run_tail<kKind, kNoise, kLive>(u, t.advanced(body), rest, sums);
+      add(sums, rest, tile);
+    }
+    narrowed(stored, count, param + at);
+    if (tile.grad_sq - tile.grad_sq != 0) {
+      tile.grad_sq = 0;
+      rescan(t.grad, u.scale, count, tile);
+    }
+    total.under += tile.under;
+    total.grad_sum += tile.grad_sum;
+    total.grad_sq += tile.grad_sq;
+    total.update_sq += tile.update_sq;
+    total.param_sq += tile.param_sq;
+    total.nonfinite += tile.nonfinite;
+  }
+  *partial = total;
+}
+
+template <Kind kKind, class S, class T>
+void update_kind(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t end, Partial* partial) {
+  const bool live = tensor.master != nullptr;
+  const auto kernel = shared.has_noise ? (live ? update_chunk<kKind, true, true, S, T> : update_chunk<kKind, true, false, S, T>)
+                                       : (live ? update_chunk<kKind, false, true, S, T> : update_chunk<kKind, false, false, S, T>);
+  kernel(tensor, shared, begin, end, partial);
+}
+
+template <class S, class T>
+void update_type(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t end, Partial* partial) {
+  switch (shared.kind) {
+    case Kind::kAdam:
+      return update_kind<Kind::kAdam, S, T>(tensor, shared, begin, end, partial);
+    case Kind::kSgd:
+      return update_kind<Kind::kSgd, S, T>(tensor, shared, begin, end, partial);
+    case Kind::kSgdMomentum:
+      return update_kind<Kind::kSgdMomentum, S, T>(tensor, shared, begin, end, partial);
+    case Kind::kSgdState:
+      return update_kind<Kind::kSgdState, S, T>(tensor, shared, begin, end, partial);
+    case Kind::kSgdMomentumState:
+      return update_kind<Kind::kSgdMomentumState, S, T>(tensor, shared, begin, end, partial);
+  }
+}
+
+void update_any(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t end, Partial* partial) {
+  switch (static_cast<DType>(tensor.dtype)) {
+    case DType::kFloat32:
+      return update_type<float, float>(tensor, shared, begin, end, partial);
+    case DType::kFloat64:
+      return update_type<double, double>(tensor, shared, begin, end, partial);
+    case DType::kBFloat16:
+      return update_type<BFloat16, float>(tensor, shared, begin, end, partial);
+    case DType::kFloat16:
+      return update_type<Float16, float>(tensor, shared, begin, end, partial);
+  }
+}
+
+AIM_INLINE float narrowed_to(float x, float) { return x; }
+AIM_INLINE double narrowed_to(double x, double) { return x; }
+AIM_INLINE BFloat16 narrowed_to(float x, BFloat16 s) { return narrow(x, s); }
+AIM_INLINE Float16 narrowed_to(float x, Float16 s) { return narrow(x, s); }
+
+template <class S, class T>
+void emit_type(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t end) {
+  const Uniforms<T> u = rounded<T>(shared.u);
+  const T* const theta = static_cast<const T*>(tensor.master);
+  const T* const m = static_cast<const T*>(tensor.exp_avg);
+  const T* const v = static_cast<const T*>(tensor.exp_avg_sq);
+  const T* const anchor = static_cast<const T*>(tensor.anchor);
+  S* const live = static_cast<S*>(tensor.param);
+  for (int64_t i = begin; i < end; ++i) {
+    const bool under = !v || is_under(m[i], v[i], u.old_v, u.old_0);
+    live[i] = narrowed_to(live_weight(theta[i], anchor ? anchor[i] : T{0}, u.live[under ? kUnder : kWell]), S{});
+  }
+}
+
+void emit_any(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t end) {
+  switch (static_cast<DType>(tensor.dtype)) {
+    case DType::kFloat32:
+      return emit_type<float, float>(tensor, shared, begin, end);
+    case DType::kFloat64:
+      return emit_type<double, double>(tensor, shared, begin, end);
+    case DType::kBFloat16:
+      return emit_type<BFloat16, float>(tensor, shared, begin, end);
+    case DType::kFloat16:
+      return emit_type<Float16, float>(tensor, shared, begin, end);
+  }
+}
+
+const KernelTable kKernels = {update_any, emit_any};
+
+}  // namespace AIM_ISA
+}  // namespace aim

@@ -1,0 +1,100 @@
+// The fused step: gradient -> moments -> optimization state -> update -> live weights, in one pass over memory.
+//
+// Plain structs, raw pointers, status codes: no torch, no Python. docs/design.md gives the formulae and says what each table
+// column means; aim_kernels/rows.py holds the same layouts for numpy, and a test compares the two.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace aim {
+
+enum class Status : int32_t {
+  kOk = 0,
+  kNullPointer,    // a pointer that the rule or the state needs is absent
+  kBadSize,        // a negative count or a total that overflows 64 bits
+  kBadGroup,       // a tensor names a group that does not exist
+  kBadDType,       // not a DType
+  kBadRule,        // not a Rule
+  kStatelessRow,   // under and well columns differ in a group that keeps no optimization state
+  kUnknownIsa,     // no instruction set has this name
+  kUnsupportedIsa  // this build or this processor lacks it
+};
+const char* describe(Status status);
+
+enum class DType : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+enum class Rule : int32_t { kAdamW, kAdam, kSgd };
+
+// Index into every {under, well} pair.
+enum Class : int { kUnder = 0, kWell = 1 };
+
+// One parameter. Moments, master and anchor are float32 (float64 for float64 parameters).
+struct Tensor {
+  void* param;       // live weights; the true weights where there is no master
+  const void* grad;  // in the parameter's dtype and memory order; null: not stepped
+  void* exp_avg;     // first moment, or SGD's momentum buffer
+  void* exp_avg_sq;
+  void* master;        // true weights, where live weights exist
+  const void* anchor;  // null: zero
+  float* step;         // steps taken, incremented
+  int64_t numel;
+  int64_t first;  // global index of the first element
+  int32_t group;
+  int32_t dtype;
+};
+
+struct Group {
+  double lr, beta1, beta2, eps, weight_decay, momentum, dampening;
+  double scale;   // multiplies the gradient first; -1 maximizes
+  double target;  // q of the threshold controller
+  double rate;    // its step size; 0 holds the threshold
+  int32_t rule;
+  int32_t nesterov;
+};
+
+struct PhaseRow {
+  double grad[2], step[2], live[2];
+};
+
+struct Row {
+  double grad[2];  // for the next step, latched when the live weights were emitted
+  double tau_prev, tau, noise;
+  double emitted[2];  // live coefficients of the weights that the module holds
+  PhaseRow phases[2];
+};
+
+struct Statistics {
+  double numel, under, grad_sum, grad_sq, update_sq, param_sq, nonfinite;
+};
+
+struct Control {
+  int64_t seed, counter;
+  int64_t threshold;  // the next phase is auxiliary where a uniform 32-bit draw is below it
+  int64_t phase;
+};
+
+// Elements of one unit of work; chunks start at multiples of it from the start of a tensor.
+inline constexpr int64_t kChunk = 16384;
+
+// Runs `body(data)` on up to `threads` threads, the caller's included, and returns when all have finished. The signature is
+// that of GOMP_parallel, so a caller may lend the OpenMP pool that its process already has.
+using Team = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+
+struct Execution {
+  Team team;        // null: threads made for the call
+  int32_t threads;  // at least 1
+  const char* isa;  // "scalar", "avx2", "avx512", "neon"; null: the best one here
+};
+
+// One optimizer step over all tensors. On any status but kOk nothing was written.
+Status step(const Tensor* tensors, int64_t tensor_count, const Group* groups, Row* rows,
+            Statistics* statistics, int64_t group_count, Control* control, const Execution& execution);
+
+// Writes the live weights of all tensors that have a master, from stored state, `tau_prev` and the emitted columns.
+Status emit(const Tensor* tensors, int64_t tensor_count, const Group* groups, const Row* rows,
+            int64_t group_count, const Execution& execution);
+
+// Philox4x32-10 output for (seed, counter words): what noise and phases are drawn with.
+void philox(uint64_t seed, const uint32_t counter[4], uint32_t output[4]);
+
+}  // namespace aim

@@ -1,0 +1,24 @@
+"""Types of the native module (python/bindings.cpp)."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+CHUNK: int
+
+def step(
+    tensors: NDArray[np.void],
+    groups: NDArray[np.void],
+    rows: int,
+    statistics: int,
+    control: int,
+    threads: int,
+    team: int = 0,
+) -> None: ...
+def emit(tensors: NDArray[np.void], groups: NDArray[np.void], rows: int, threads: int, team: int = 0) -> None: ...
+def isas() -> list[tuple[str, bool, bool]]: ...
+def active_isa() -> str: ...
+def philox(seed: int, counter: list[int]) -> list[int]: ...
+def build_info() -> dict[str, Any]: ...
+def layout() -> dict[str, Any]: ...

@@ -1,0 +1,347 @@
+"""What the optimizer tests share: tensors in every layout, rows, gradients, and the comparison with the oracle."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import oracle
+import tolerances as tol
+import torch
+
+import aim_kernels as ak
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+#: Rules in all their variants: keyword arguments of the optimizer. Decay is never zero, so that its place in the step shows.
+RULES: dict[str, dict[str, Any]] = {
+    "adamw": {"rule": "adamw", "lr": 3e-2, "betas": (0.85, 0.98), "weight_decay": 0.1},
+    "adam": {"rule": "adam", "lr": 3e-2, "betas": (0.85, 0.98), "weight_decay": 0.1},
+    "adam-maximize": {"rule": "adam", "lr": 3e-2, "weight_decay": 0.05, "maximize": True, "eps": 1e-3},
+    "sgd": {"rule": "sgd", "lr": 3e-2, "betas": (0.85, 0.98), "weight_decay": 0.1},
+    "sgd-momentum": {"rule": "sgd", "lr": 2e-2, "betas": (0.85, 0.98), "momentum": 0.8, "weight_decay": 0.1},
+    "sgd-dampening": {"rule": "sgd", "lr": 2e-2, "momentum": 0.7, "dampening": 0.4, "weight_decay": 0.1, "maximize": True},
+    "sgd-nesterov": {"rule": "sgd", "lr": 2e-2, "momentum": 0.8, "nesterov": True, "weight_decay": 0.1},
+}
+
+#: Rows by name: columns of ``set_modulation``. "alternate" differs between the phases, see ``set_row``.
+ROWS: dict[str, dict[str, float]] = {
+    "ones": {},
+    "chain": {"grad_well": 0.7, "live_well": 0.7},
+    "straight-through": {"live_well": 0.3},
+    "step": {"step_under": 1.5, "step_well": 0.25},
+    "grad": {"grad_under": 0.5, "grad_well": 2.0},
+    "whole": {"grad_under": 0.5, "grad_well": 0.5, "step_under": 0.75, "step_well": 0.75},
+    "noise": {"noise": 0.5},
+    "all": {
+        "grad_under": 1.25,
+        "grad_well": 0.5,
+        "step_under": 1.5,
+        "step_well": 0.5,
+        "live_under": 0.9,
+        "live_well": 0.4,
+        "noise": 0.3,
+    },
+    "alternate": {},
+}
+TRUE_PHASE = {"grad_under": 1.0, "grad_well": 1.0, "step_under": 1.0, "step_well": 0.8, "live_under": 1.0, "live_well": 1.0}
+AUX_PHASE = {"grad_under": 0.5, "grad_well": 0.0, "step_under": 1.25, "step_well": 1.0, "live_under": 1.0, "live_well": 0.4}
+
+
+def set_row(optimizer: ak.AIMFusedOptimizer, group: int, name: str) -> None:
+    """Sets a row of ROWS; "alternate" also makes the phase a fair draw."""
+    if name == "alternate":
+        optimizer.set_phases(0.5)
+        optimizer.set_phase_rows(group, true=TRUE_PHASE, aux=AUX_PHASE)
+    elif ROWS[name]:
+        optimizer.set_modulation(group, **ROWS[name])
+
+
+# --------------------------------------------------------------------------------------------------------------- tensors
+
+
+def layout(values: torch.Tensor, kind: str) -> torch.Tensor:
+    """The same values in another memory layout, never aliasing ``values``."""
+    if kind == "transposed":
+        return values.permute(*reversed(range(values.dim()))).contiguous().permute(*reversed(range(values.dim())))
+    if kind == "channels_last":
+        form = torch.channels_last if values.dim() == 4 else torch.contiguous_format
+        return values.clone(memory_format=form)
+    if kind == "sliced":
+        base = torch.full((*values.shape[:-1], 2 * values.shape[-1]) if values.dim() else (2,), 7.0, dtype=values.dtype)
+        view = base[..., ::2] if values.dim() else base[0]
+        return view.copy_(values)
+    if kind == "rows":
+        base = torch.full((2 * values.shape[0], *values.shape[1:]) if values.dim() else (2,), 7.0, dtype=values.dtype)
+        view = base[::2] if values.dim() else base[1]
+        return view.copy_(values)
+    if kind == "offset":
+        return torch.full((values.numel() + 3,), 7.0, dtype=values.dtype)[1:-2].view(values.shape).copy_(values)
+    if kind == "expanded":
+        return values.flatten()[:1].clone().reshape([1] * values.dim()).expand(values.shape) if values.numel() else values.clone()
+    assert kind == "contiguous", kind
+    return values.clone(memory_format=torch.contiguous_format)
+
+
+PARAMETER_LAYOUTS = ("contiguous", "transposed", "channels_last", "sliced", "rows", "offset")
+GRADIENT_LAYOUTS = (*PARAMETER_LAYOUTS, "expanded")
+
+
+def parameter(shape: Sequence[int], dtype: str = "float32", kind: str = "contiguous", seed: int = 0) -> torch.Tensor:
+    """A leaf that requires a gradient, standard normal, in the given layout."""
+    values = torch.from_numpy(np.asarray(np.random.default_rng(seed).standard_normal(tuple(shape)))).to(DTYPES[dtype])
+    return layout(values, kind).requires_grad_()
+
+
+class Gradients:
+    """Gradients with a persistent part, so that some elements stay under-optimized and others do not, and some zeros."""
+
+    def __init__(self, params: Sequence[torch.Tensor], seed: int = 1, kinds: Sequence[str] = ("contiguous",)) -> None:
+        self.random = np.random.default_rng(seed)
+        self.params, self.kinds = params, kinds
+        self.signal = [self._scale(p) * self.random.standard_normal(p.shape) for p in params]
+
+    def _scale(self, p: torch.Tensor) -> np.ndarray:
+        return 10.0 ** self.random.uniform(-2, 0.5, p.shape)
+
+    def __call__(self) -> list[torch.Tensor]:
+        made = []
+        for index, (p, signal) in enumerate(zip(self.params, self.signal, strict=True)):
+            values = np.asarray(signal + 0.7 * np.abs(signal).mean() * self.random.standard_normal(p.shape) if p.numel() else signal)
+            values = values * (self.random.uniform(size=p.shape) > 0.02)
+            made.append(layout(torch.from_numpy(np.asarray(values)).to(p.dtype), self.kinds[index % len(self.kinds)]))
+        return made
+
+
+def assign(params: Iterable[torch.Tensor], grads: Iterable[torch.Tensor | None]) -> None:
+    for p, grad in zip(params, grads, strict=True):
+        p.grad = grad
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def memory_order(tensor: torch.Tensor) -> list[int]:
+    """Dimensions from the slowest to the fastest in memory."""
+    return sorted(range(tensor.dim()), key=lambda dim: (-tensor.stride(dim), dim))
+
+
+def flat(tensor: torch.Tensor, like: torch.Tensor) -> np.ndarray:
+    """Elements as float64 in the memory order of ``like``."""
+    return tensor.detach().permute(memory_order(like)).reshape(-1).to(torch.float64).numpy().copy()
+
+
+def frozen(optimizer: ak.AIMFusedOptimizer) -> dict[str, Any]:
+    """Everything a step may write, copied: for "nothing changed" and bitwise comparisons."""
+    params = parameters_of(optimizer)
+    return {
+        "params": [p.detach().clone() for p in params],
+        "state": [{k: copy.deepcopy(v) for k, v in optimizer.state[p].items()} if p in optimizer.state else {} for p in params],
+        **{name: getattr(optimizer.tables, name).clone() for name in ("rows", "statistics", "control")},
+    }
+
+
+def same_bits(a: Any, b: Any, where: str = "") -> None:
+    """Asserts that two trees of tensors agree bit for bit (NaN included)."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), f"{where}: {sorted(map(str, a))} and {sorted(map(str, b))}"
+        for key in a:
+            same_bits(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for index, (x, y) in enumerate(zip(a, b, strict=True)):
+            same_bits(x, y, f"{where}[{index}]")
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and a.shape == b.shape, f"{where}: {a.dtype} {a.shape}, {b.dtype} {b.shape}"
+        x, y = (t.detach().contiguous().view(-1).view(torch.uint8) for t in (a, b))
+        unequal = int((x != y).sum())
+        assert not unequal, f"{where}: {unequal} bytes differ: {a.flatten()[:8]} and {b.flatten()[:8]}"
+    else:
+        assert a == b, f"{where}: {a} and {b}"
+
+
+# ------------------------------------------------------------------------------------------------- optimizer and oracle
+
+
+def build(
+    rule: str = "adamw",
+    shapes: Sequence[Sequence[Sequence[int]]] = (((5, 7), (33,), (), (0,)),),
+    dtype: str = "float32",
+    kinds: Sequence[str] = ("contiguous",),
+    modulated: bool = True,
+    **options: Any,
+) -> ak.AIMFusedOptimizer:
+    """An optimizer with one modulated group for each list of shapes; layouts cycle through ``kinds``."""
+    groups, seed = [], 0
+    for depth, members in enumerate(shapes):
+        params = []
+        for shape in members:
+            params.append(parameter(shape, dtype, kinds[seed % len(kinds)], seed))
+            seed += 1
+        groups.append({"params": params, "modality": "audio", "depth": depth, "modulated": modulated})
+    options = {"backend": "cpu", "under_optimized": ("fraction", 0.4), "threshold_rate": 0.3, "seed": 1234567890123} | options
+    return ak.AIMFusedOptimizer(groups, **(RULES[rule] | options))
+
+
+def first_moment_name(group: dict[str, Any], rule: str) -> str:
+    return "momentum_buffer" if rule == "sgd" and group["momentum"] else "exp_avg"
+
+
+class Twin:
+    """An optimizer and its oracle, stepped together and compared element by element.
+
+    In lock step the oracle starts every step from what the optimizer holds, so a comparison covers one step; free-running it
+    starts once, and its error bounds grow with the steps.
+    """
+
+    def __init__(
+        self,
+        optimizer: ak.AIMFusedOptimizer,
+        rule: str,
+        *,
+        free: bool = False,
+        under_optimized: tuple[str, float] = ("fraction", 0.4),
+        threshold_rate: float = 0.3,
+        anchors: dict[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
+        self.optimizer, self.rule, self.free, self.anchors = optimizer, rule, free, anchors or {}
+        self.target = under_optimized[1] if under_optimized[0] == "fraction" else 0.0
+        self.rate = threshold_rate if under_optimized[0] == "fraction" else 0.0
+        self.oracle = oracle.Oracle([])
+        self.masks = {True: 0, False: 0}  # classes seen, so that a test can ask for both
+        self.reload()
+
+    def hyper(self, group: dict[str, Any]) -> oracle.Hyper:
+        return oracle.Hyper(
+            rule=self.rule,
+            lr=float(group["lr"]),
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            momentum=group.get("momentum", 0.0),
+            dampening=group.get("dampening", 0.0),
+            nesterov=group.get("nesterov", False),
+            maximize=group["maximize"],
+            modulated=bool(group.get("modulated", False)),
+            target=self.target,
+            rate=self.rate,
+        )
+
+    def reload(self) -> None:
+        """Starts the oracle from what the optimizer holds now."""
+        tables, blocks, first = self.optimizer.tables, [], 0
+        for index, group in enumerate(self.optimizer.param_groups):
+            leaves = []
+            for p in group["params"]:
+                leaves.append(self.leaf(p, group, first))
+                first += p.numel()
+            row = dict(zip(oracle.COLUMNS, tables.rows[index].tolist(), strict=True))
+            sums = dict(zip(oracle.SUMS, tables.statistics[index].tolist(), strict=True))
+            blocks.append(oracle.Block(self.hyper(group), row, leaves, sums))
+        self.oracle.blocks = blocks
+        self.oracle.seed, self.oracle.counter, self.oracle.threshold, self.oracle.phase = tables.control.tolist()
+
+    def leaf(self, p: torch.Tensor, group: dict[str, Any], first: int) -> oracle.Leaf:
+        state = self.optimizer.state.get(p, {})
+        live = flat(p, p) if "master" in state else None
+        moments = [state.get(first_moment_name(group, self.rule)), state.get("exp_avg_sq")]
+        return oracle.Leaf(
+            theta=flat(state.get("master", p), p),
+            dtype=NAMES[p.dtype],
+            first=first,
+            t=int(state["step"]) if "step" in state else 0,
+            m=None if moments[0] is None else flat(moments[0], p),
+            v=None if moments[1] is None else flat(moments[1], p),
+            live=live,
+            anchor=flat(self.anchors[p], p) if p in self.anchors else 0.0,
+        )
+
+    def step(self, grads: Sequence[torch.Tensor | None], closure: Callable[[], Any] | None = None) -> None:
+        """Steps both with these gradients (in the order of the groups) and compares everything."""
+        params = parameters_of(self.optimizer)
+        if self.free:
+            for block, group in zip(self.oracle.blocks, self.optimizer.param_groups, strict=True):
+                block.hyper = self.hyper(group)
+        else:
+            self.reload()
+        flat_grads = [None if grad is None else flat(grad, p) for p, grad in zip(params, grads, strict=True)]
+        assign(params, grads)
+        versions = [p._version for p in params]
+        self.optimizer.step(closure)
+        for p, grad, version in zip(params, grads, versions, strict=True):
+            if grad is not None and p.numel():
+                assert p._version > version, "a parameter was written without bumping its version"
+        nested, seen, place = [], [], 0
+        for group in self.optimizer.param_groups:
+            count = len(group["params"])
+            nested.append(flat_grads[place : place + count])
+            place += count
+            leaves = [self.leaf(p, group, 0) for p in group["params"]]
+            seen.append([oracle.Observed(leaf.theta, leaf.m, leaf.live) for leaf in leaves])
+        under = self.optimizer.tables.statistics[:, oracle.SUMS.index("under")].tolist()
+        self.oracle.step(nested, seen, under)
+        self.compare()
+
+    def compare(self) -> None:
+        """Every element of parameters, states, rows, statistics and control."""
+        tables = self.optimizer.tables
+        o = self.oracle
+        assert tables.control.tolist() == [o.seed, o.counter, o.threshold, o.phase]
+        for index, (block, group) in enumerate(zip(o.blocks, self.optimizer.param_groups, strict=True)):
+            for place, (leaf, p) in enumerate(zip(block.leaves, group["params"], strict=True)):
+                self._compare_leaf(leaf, self.leaf(p, group, leaf.first), f"group {index}, parameter {place} {tuple(p.shape)}")
+            row = dict(zip(oracle.COLUMNS, tables.rows[index].tolist(), strict=True))
+            for name, value in block.row.items():
+                slack = tol.THRESHOLD if name.startswith("tau") else 0.0
+                assert abs(row[name] - value) <= slack, f"group {index}, row {name}: {row[name]} is not {value}"
+            sums = dict(zip(oracle.SUMS, tables.statistics[index].tolist(), strict=True))
+            for name, value in block.sums.items():
+                slack = tol.SAFETY * block.slack[name]
+                agree = abs(sums[name] - value) <= slack or (np.isnan(value) and np.isnan(sums[name])) or sums[name] == value
+                assert agree or not np.isfinite(slack), f"group {index}, {name}: {sums[name]} is not {value} +- {slack}"
+
+    def _compare_leaf(self, want: oracle.Leaf, have: oracle.Leaf, where: str) -> None:
+        assert have.t == want.t, f"{where}: step count {have.t} is not {want.t}"
+        assert (have.live is None) == (want.live is None), f"{where}: master {'absent' if have.live is None else 'present'}"
+        for name in ("theta", "m", "v", "live"):
+            expected, found = getattr(want, name), getattr(have, name)
+            if expected is None and not have.t and name in ("m", "v"):
+                # A parameter with a master that has met no gradient yet may keep moments, of zeros.
+                expected = None if found is None else np.zeros_like(found)
+            assert (expected is None) == (found is None), f"{where}: {name} is {'absent' if found is None else 'there'}"
+            if expected is not None:
+                close(found, expected, getattr(want, f"e_{name}"), f"{where}: {name}")
+        if want.under is not None:
+            for value in (True, False):
+                self.masks[value] += int(np.count_nonzero(want.under == value))
+
+    def finish(self) -> None:
+        """Near ties must have been rare."""
+        o = self.oracle
+        assert o.ties <= max(tol.TIES_FLOOR, tol.TIES_SHARE * o.decisions), f"{o.ties} near ties in {o.decisions} decisions"
+
+
+def close(found: np.ndarray, expected: np.ndarray, bound: np.ndarray | float, where: str) -> None:
+    """Asserts that every element is within SAFETY times its bound, with equal infinities and NaN."""
+    bound = np.broadcast_to(np.asarray(bound, dtype=np.float64), expected.shape)
+    with np.errstate(invalid="ignore"):
+        ok = np.abs(found - expected) <= tol.SAFETY * bound
+    ok |= (found == expected) | (np.isnan(found) & np.isnan(expected))
+    if not ok.all():
+        bad = np.flatnonzero(~ok)
+        i = bad[0]
+        raise AssertionError(
+            f"{where}: {bad.size} of {ok.size} elements differ; [{i}] is {found[i]!r}, not {expected[i]!r} +- {tol.SAFETY * bound[i]:.3g}"
+        )
+
+
+def run_twin(twin: Twin, gradients: Callable[[], Sequence[torch.Tensor | None]], steps: int) -> Twin:
+    for _ in range(steps):
+        twin.step(gradients())
+    twin.finish()
+    return twin

@@ -1,0 +1,272 @@
+"""Saving, loading, resuming, copying: bit for bit, and to and from torch.optim."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from helpers import DTYPES, RULES, Gradients, Twin, assign, build, frozen, parameter, parameters_of, run_twin, same_bits, set_row
+
+import aim_kernels as ak
+
+SHAPES = (((5, 7), (33,), ()), ((6, 2),))
+PEERS = {
+    "adamw": (torch.optim.AdamW, {"rule": "adamw", "lr": 0.01, "weight_decay": 0.1}),
+    "adam": (torch.optim.Adam, {"rule": "adam", "lr": 0.01, "weight_decay": 0.1}),
+    "sgd": (torch.optim.SGD, {"rule": "sgd", "lr": 0.01, "weight_decay": 0.1}),
+    "sgd-momentum": (torch.optim.SGD, {"rule": "sgd", "lr": 0.01, "weight_decay": 0.1, "momentum": 0.9}),
+}
+
+
+def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def drive(optimizer: torch.optim.Optimizer, batches: list[list[torch.Tensor]]) -> None:
+    for grads in batches:
+        assign(parameters_of(optimizer), [g.clone() for g in grads])
+        optimizer.step()
+
+
+def batches(optimizer: torch.optim.Optimizer, steps: int, seed: int = 1) -> list[list[torch.Tensor]]:
+    gradients = Gradients(parameters_of(optimizer), seed)
+    return [gradients() for _ in range(steps)]
+
+
+def transplant(source: ak.AIMFusedOptimizer, target: ak.AIMFusedOptimizer, state: dict[str, Any]) -> None:
+    """A new process: parameters from the model's checkpoint (live weights), everything else from the optimizer's."""
+    for old, new in zip(parameters_of(source), parameters_of(target), strict=True):
+        new.data.copy_(old.detach())
+    target.load_state_dict(state)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("row", ["ones", "alternate", "all"])
+@pytest.mark.parametrize("rule", ["adamw", "sgd", "sgd-momentum"])
+def test_resume_is_bit_for_bit(rule: str, row: str, dtype: str) -> None:
+    through, first, second = (build(rule, SHAPES, dtype, ("contiguous", "transposed")) for _ in range(3))
+    for optimizer in (through, first):
+        set_row(optimizer, 0, row)
+    grads = batches(through, 14)
+    drive(through, grads)
+    drive(first, grads[:7])
+    transplant(first, second, through_a_file(first.state_dict()))
+    same_bits(frozen(first), frozen(second))
+    drive(second, grads[7:])
+    same_bits(frozen(through), frozen(second))
+
+
+@pytest.mark.parametrize("saved_in", ["train", "eval", "true_parameters"])
+def test_resume_from_a_checkpoint_taken_in_eval_mode(saved_in: str) -> None:
+    """The usual loop: eval(), save model and optimizer, train()."""
+    through, first, second = (build("adamw", SHAPES) for _ in range(3))
+    for optimizer in (through, first):
+        set_row(optimizer, 0, "alternate")
+    grads = batches(through, 12)
+    drive(through, grads)
+    drive(first, grads[:6])
+    if saved_in == "eval":
+        first.eval()
+        transplant(first, second, through_a_file(first.state_dict()))
+        first.train()
+    elif saved_in == "true_parameters":
+        with first.true_parameters():
+            transplant(first, second, through_a_file(first.state_dict()))
+    else:
+        transplant(first, second, through_a_file(first.state_dict()))
+    second.train()
+    same_bits(frozen(first), frozen(second))
+    drive(second, grads[6:])
+    same_bits(frozen(through), frozen(second))
+
+
+def test_state_dict_holds_the_true_weights_however_it_is_called() -> None:
+    optimizer = build("adamw", SHAPES)
+    set_row(optimizer, 0, "all")
+    drive(optimizer, batches(optimizer, 5))
+    masters = [optimizer.state[p]["master"].clone() for p in optimizer.param_groups[0]["params"]]
+    states = [optimizer.state_dict()]
+    optimizer.eval()
+    states.append(optimizer.state_dict())
+    with optimizer.true_parameters():
+        states.append(optimizer.state_dict())
+    for state in states:
+        same_bits([state["state"][i]["master"] for i in range(len(masters))], masters)
+
+
+def test_loading_does_not_alias() -> None:
+    """Neither a loaded dict nor a second optimizer shares memory with the first."""
+    first, second, third = (build("adamw", SHAPES) for _ in range(3))
+    set_row(first, 0, "all")
+    grads = batches(first, 9)
+    drive(first, grads[:3])
+    state = first.state_dict()
+    transplant(first, second, state)
+    transplant(first, third, state)
+    before = frozen(third)
+    drive(first, grads[3:6])
+    drive(second, grads[6:])
+    same_bits(before, frozen(third))
+
+
+def test_a_saved_dict_stays_as_it_was() -> None:
+    """Step counts and tables in a state_dict kept in memory must not move with the run, moments may (as torch's do)."""
+    optimizer = build("adamw", SHAPES)
+    drive(optimizer, batches(optimizer, 3))
+    state = optimizer.state_dict()
+    kept = copy.deepcopy(state)
+    assign(parameters_of(optimizer), [None] * 4)
+    optimizer.step()
+    same_bits(kept["state"], state["state"])
+    fresh = build("adamw", SHAPES)
+    transplant(optimizer, fresh, kept)
+    drive(fresh, batches(fresh, 2))
+    assert all(float(s["step"]) == 3 for s in kept["state"].values())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+def test_state_dtypes_are_kept_on_load(dtype: str) -> None:
+    first, second = build("adamw", SHAPES, dtype), build("adamw", SHAPES, dtype)
+    set_row(first, 0, "all")
+    drive(first, batches(first, 3))
+    transplant(first, second, through_a_file(first.state_dict()))
+    wide = torch.float64 if dtype == "float64" else torch.float32
+    for p in parameters_of(second):
+        state = second.state[p]
+        assert state["step"].dtype == torch.float32
+        assert {state[name].dtype for name in state if name != "step"} == {wide}
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_checkpoints_of_torch_load_here_and_back(peer: str) -> None:
+    """Three legs (torch, here, torch), and the same without a change of horses: equal to float64 rounding."""
+    make, options = PEERS[peer]
+    torch_options = {k: v for k, v in options.items() if k != "rule"}
+
+    def params() -> list[torch.Tensor]:
+        return [parameter(shape, "float64", seed=i) for i, shape in enumerate(((4, 3), (7,), ()))]
+
+    straight = make(params(), foreach=False, **torch_options)
+    grads = batches(straight, 12)
+    drive(straight, grads)
+
+    one = make(params(), foreach=False, **torch_options)
+    drive(one, grads[:4])
+    two = ak.AIMFusedOptimizer([p.detach().clone().requires_grad_() for p in parameters_of(one)], backend="cpu", **options)
+    two.load_state_dict(through_a_file(one.state_dict()))
+    drive(two, grads[4:8])
+    three = make([p.detach().clone().requires_grad_() for p in parameters_of(two)], foreach=False, **torch_options)
+    three.load_state_dict(through_a_file(two.state_dict()))
+    drive(three, grads[8:])
+    for p, q in zip(parameters_of(straight), parameters_of(three), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-13)
+
+
+def test_hyperparameters_of_a_torch_checkpoint_are_taken() -> None:
+    source = torch.optim.AdamW([parameter((3,))], lr=0.5, betas=(0.1, 0.2), eps=0.3, weight_decay=0.4)
+    drive(source, batches(source, 1))
+    target = ak.AIMFusedOptimizer([parameter((3,))], backend="cpu")
+    target.load_state_dict(source.state_dict())
+    group = target.param_groups[0]
+    assert (group["lr"], tuple(group["betas"]), group["eps"], group["weight_decay"]) == (0.5, (0.1, 0.2), 0.3, 0.4)
+    run_twin(Twin(target, "adamw", under_optimized=("fraction", 0.1), threshold_rate=0.1), Gradients(parameters_of(target)), 3)
+
+
+@pytest.mark.parametrize("legacy", ["integer", "float", "float64 tensor"])
+def test_step_counts_of_other_versions(legacy: str) -> None:
+    optimizer, fresh = build("adamw", SHAPES), build("adamw", SHAPES)
+    drive(optimizer, batches(optimizer, 3))
+    state = copy.deepcopy(optimizer.state_dict())
+    for entry in state["state"].values():
+        entry["step"] = {"integer": 3, "float": 3.0, "float64 tensor": torch.tensor(3.0, dtype=torch.float64)}[legacy]
+    transplant(optimizer, fresh, state)
+    grads = batches(optimizer, 2, seed=5)
+    drive(optimizer, grads)
+    drive(fresh, grads)
+    same_bits(frozen(optimizer)["params"], frozen(fresh)["params"])
+
+
+@pytest.mark.parametrize("copier", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("row", ["ones", "alternate"])
+def test_copies_go_on_as_the_original_and_alone(copier: str, row: str) -> None:
+    optimizer = build("adamw", SHAPES)
+    set_row(optimizer, 0, row)
+    grads = batches(optimizer, 10)
+    drive(optimizer, grads[:5])
+    twin = copy.deepcopy(optimizer) if copier == "deepcopy" else pickle.loads(pickle.dumps(optimizer))
+    before = frozen(twin)
+    same_bits(frozen(optimizer), before)
+    drive(optimizer, grads[5:])
+    same_bits(before, frozen(twin))
+    drive(twin, grads[5:])
+    same_bits(frozen(optimizer), frozen(twin))
+    assert not {id(p) for p in parameters_of(optimizer)} & {id(p) for p in parameters_of(twin)}
+
+
+def test_copy_of_a_fresh_optimizer() -> None:
+    optimizer = build("sgd-momentum", SHAPES)
+    twin = copy.deepcopy(optimizer)
+    grads = batches(optimizer, 3)
+    drive(optimizer, grads)
+    drive(twin, grads)
+    same_bits(frozen(optimizer), frozen(twin))
+
+
+def test_loading_into_a_running_optimizer() -> None:
+    """Rolling back: the state of step 4 replaces that of step 8, tables and masters included."""
+    optimizer = build("adamw", SHAPES)
+    set_row(optimizer, 0, "chain")
+    grads = batches(optimizer, 8)
+    drive(optimizer, grads[:4])
+    kept, state, params = frozen(optimizer), copy.deepcopy(optimizer.state_dict()), [p.detach().clone() for p in parameters_of(optimizer)]
+    drive(optimizer, grads[4:])
+    last = frozen(optimizer)
+    for p, old in zip(parameters_of(optimizer), params, strict=True):
+        p.data.copy_(old)
+    optimizer.load_state_dict(state)
+    same_bits(kept, frozen(optimizer))
+    drive(optimizer, grads[4:])
+    same_bits(last, frozen(optimizer))
+
+
+def test_a_checkpoint_without_masters_drops_them() -> None:
+    plain, modulated = build("adamw", SHAPES), build("adamw", SHAPES)
+    set_row(modulated, 0, "chain")
+    for optimizer in (plain, modulated):
+        drive(optimizer, batches(optimizer, 3))
+    transplant(plain, modulated, through_a_file(plain.state_dict()))
+    same_bits(frozen(plain), frozen(modulated))
+    grads = batches(plain, 2, seed=9)
+    for optimizer in (plain, modulated):
+        drive(optimizer, grads)
+    same_bits(frozen(plain), frozen(modulated))
+
+
+def test_mismatched_groups_are_refused() -> None:
+    optimizer, other = build("adamw", SHAPES), build("adamw", SHAPES[:1])
+    drive(optimizer, batches(optimizer, 1))
+    before = frozen(other)
+    with pytest.raises(ValueError, match="group"):
+        other.load_state_dict(optimizer.state_dict())
+    same_bits(before, frozen(other))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_no_state_beyond_the_base_rule_s(rule: str) -> None:
+    optimizer = ak.AIMFusedOptimizer([parameter((4,)), parameter((3, 2))], backend="cpu", **RULES[rule])
+    make, options = {"adamw": PEERS["adamw"], "adam": PEERS["adam"]}.get(RULES[rule]["rule"], PEERS["sgd"])
+    options = {k: v for k, v in RULES[rule].items() if k not in {"rule"} and (make is not torch.optim.SGD or k != "betas")}
+    peer = make([parameter((4,)), parameter((3, 2))], foreach=False, **options)
+    for made in (optimizer, peer):
+        drive(made, batches(made, 2))
+    for p, q in zip(parameters_of(optimizer), parameters_of(peer), strict=True):
+        assert {k for k, v in optimizer.state[p].items() if v is not None} - {"step"} == {
+            k for k, v in peer.state[q].items() if v is not None
+        } - {"step"}

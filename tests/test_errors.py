@@ -1,0 +1,215 @@
+"""Every error of the public surface, raised before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import Gradients, assign, build, frozen, parameter, parameters_of, same_bits, set_row
+
+import aim_kernels as ak
+
+AK = ak.AIMFusedOptimizer
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"lr": -1.0}, "lr"),
+        ({"lr": float("nan")}, "lr"),
+        ({"eps": -1e-8}, "eps"),
+        ({"betas": (1.0, 0.9)}, "beta"),
+        ({"betas": (0.9, 1.0)}, "beta"),
+        ({"betas": (-0.1, 0.9)}, "beta"),
+        ({"weight_decay": -0.1}, "weight_decay"),
+        ({"rule": "sgd", "momentum": -0.1}, "momentum"),
+        ({"rule": "sgd", "nesterov": True}, "esterov"),
+        ({"rule": "sgd", "nesterov": True, "momentum": 0.9, "dampening": 0.1}, "esterov"),
+        ({"rule": "lamb"}, "lamb"),
+        ({"backend": "quantum"}, "quantum"),
+        ({"anchor": "moon"}, "moon"),
+        ({"under_optimized": ("share", 0.1)}, "share"),
+        ({"under_optimized": ("fraction", 1.5)}, "1.5"),
+        ({"under_optimized": ("absolute", -0.5)}, "0.5"),
+        ({"threshold_rate": -0.1}, "threshold_rate"),
+        ({"unknown": 1}, "unknown"),
+    ],
+    ids=str,
+)
+def test_options(options: dict[str, Any], words: str) -> None:
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=words):
+        AK([parameter((3,))], **options)
+
+
+@pytest.mark.parametrize("bad", [{"lr": -1.0}, {"eps": -1.0}, {"betas": (0.9, 1.5)}, {"weight_decay": -1.0}], ids=str)
+def test_options_of_a_group(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(bad))[:4]):
+        AK([{"params": [parameter((3,))], **bad}])
+    optimizer = AK([parameter((3,))])
+    with pytest.raises(ValueError, match=next(iter(bad))[:4]):
+        optimizer.add_param_group({"params": [parameter((2,))], **bad})
+    assert len(optimizer.param_groups) == 1 and optimizer.tables.rows.shape[0] == 1
+
+
+def test_repeated_parameters() -> None:
+    p = parameter((3,))
+    with pytest.raises(ValueError, match="(?i)duplicate|repeated|more than one|twice"):
+        AK([p, p])
+    with pytest.raises(ValueError, match="(?i)duplicate|repeated|more than one|twice"):
+        AK([{"params": [p]}, {"params": [p]}])
+
+
+def test_parameters_that_cannot_be_stepped() -> None:
+    for bad in (torch.zeros(3, dtype=torch.complex64), torch.zeros(3, dtype=torch.int32)):
+        if bad.is_complex():
+            bad.requires_grad_()
+        with pytest.raises((TypeError, ValueError), match="(?i)complex|dtype|int|float"):
+            AK([bad])
+    with pytest.raises((TypeError, ValueError, RuntimeError)):
+        optimizer = AK([torch.zeros(3, device="meta", requires_grad=True)])
+        optimizer.param_groups[0]["params"][0].grad = torch.zeros(3, device="meta")
+        optimizer.step()
+    with pytest.raises(ValueError, match="leaf"):
+        AK([parameter((3,)) * 2])
+    with pytest.raises(ValueError, match="empty"):
+        AK([])
+
+
+def wrong_shape(p: torch.Tensor) -> torch.Tensor:
+    return torch.ones(p.numel() + 1)
+
+
+def sparse(p: torch.Tensor) -> torch.Tensor:
+    return torch.ones_like(p).detach().to_sparse()
+
+
+def complex_values(p: torch.Tensor) -> torch.Tensor:
+    return torch.ones(p.shape, dtype=torch.complex64)
+
+
+def other_precision(p: torch.Tensor) -> torch.Tensor:
+    return torch.ones(p.shape, dtype=torch.float64)
+
+
+def other_device(p: torch.Tensor) -> torch.Tensor:
+    return torch.ones(p.shape, device="meta")
+
+
+def transposed_shape(p: torch.Tensor) -> torch.Tensor:
+    return torch.ones(tuple(reversed(p.shape)))
+
+
+def forced(p: torch.Tensor, grad: torch.Tensor) -> bool:
+    """Puts a gradient there that torch's own setter refuses, by giving the parameter its shape for a moment."""
+    original = p.data
+    try:
+        if grad.dtype != p.dtype:
+            p.grad_dtype = None
+        if grad.shape != p.shape:
+            p.grad = None
+            p.data = torch.zeros(grad.shape)
+        p.grad = grad
+    except (RuntimeError, TypeError, AttributeError):
+        return False
+    finally:
+        p.data = original
+    return True
+
+
+@pytest.mark.parametrize("make", [wrong_shape, sparse, complex_values, other_precision, other_device, transposed_shape])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("running", [False, True])
+def test_bad_gradients_change_nothing(make: Callable[[torch.Tensor], torch.Tensor], backend: str, running: bool) -> None:
+    """The bad gradient is the last of the last group, so that a half-made step would show."""
+    optimizer = build("adamw", (((4, 3), (5,)), ((2, 6), (3, 2))), backend=backend)
+    set_row(optimizer, 0, "all")
+    params = parameters_of(optimizer)
+    gradients = Gradients(params)
+    if running:
+        for _ in range(3):
+            assign(params, gradients())
+            optimizer.step()
+    assign(params, gradients())
+    if not forced(params[-1], make(params[-1])):
+        pytest.skip(f"torch {torch.__version__} lets nobody set a gradient like {make.__name__}")
+    before, versions = frozen(optimizer), [p._version for p in params]
+    with pytest.raises((RuntimeError, ValueError, TypeError), match=r"(?i)sparse|complex|shape|size|device|meta|dtype|type"):
+        optimizer.step()
+    after = frozen(optimizer)
+    if not running:  # states may have been created; they must not have been stepped
+        assert all(not s or float(s["step"]) == 0 for s in after["state"])
+        before["state"] = after["state"] = []
+    same_bits(before, after)
+    assert versions == [p._version for p in params]
+    assign(params, gradients())
+    optimizer.step()
+
+
+def test_error_names_the_parameter() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2))
+    optimizer = AK(model.named_parameters(), backend="cpu")
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    model[1].bias.grad = torch.zeros(2).to_sparse()
+    with pytest.raises(RuntimeError, match=r"1\.bias"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kappa", [-0.1, 1.0, 1.5, float("nan")])
+def test_strength_outside_its_range(kappa: float) -> None:
+    optimizer = build()
+    before = optimizer.tables.rows.clone()
+    with pytest.raises(ValueError, match="kappa"):
+        optimizer.set_strength("audio", 0, kappa)
+    same_bits(before, optimizer.tables.rows)
+
+
+def test_blocks_columns_and_groups_that_do_not_exist() -> None:
+    optimizer = build()
+    before = optimizer.tables.rows.clone()
+    for modality, depth in (("video", 0), ("audio", 1), ("audio", -1)):
+        with pytest.raises((KeyError, ValueError, IndexError), match=f"{modality}|{depth}"):
+            optimizer.set_strength(modality, depth, 0.5)
+        with pytest.raises((KeyError, ValueError, IndexError), match=f"{modality}|{depth}"):
+            optimizer.set_modulation((modality, depth), live_well=0.5)
+    with pytest.raises((ValueError, TypeError), match="coefficients|bend"):
+        optimizer.set_strength("audio", 0, 0.5, coefficients="bend")
+    with pytest.raises((ValueError, TypeError, KeyError), match="live_middle"):
+        optimizer.set_modulation(0, live_well=0.5, live_middle=0.5)
+    with pytest.raises((ValueError, IndexError, KeyError), match="1"):
+        optimizer.set_modulation(1, live_well=0.5)
+    same_bits(before, optimizer.tables.rows)
+
+
+def test_sgd_without_classes_refuses_rows_that_split() -> None:
+    for rule in ("sgd", "sgd-momentum"):
+        optimizer = build(rule, modulated=False)
+        before = optimizer.tables.rows.clone()
+        for columns in ({"grad_well": 0.5}, {"step_under": 0.5}, {"live_well": 0.5}):
+            with pytest.raises(ValueError, match="modulated|class"):
+                optimizer.set_modulation(0, **columns)
+        same_bits(before, optimizer.tables.rows)
+        optimizer.set_modulation(0, grad_under=0.5, grad_well=0.5)
+
+
+def test_explicit_backend_that_cannot_be_met() -> None:
+    with pytest.raises((RuntimeError, ValueError), match="cuda"):
+        AK([parameter((3,))], backend="cuda")
+
+
+def test_step_in_eval_mode_with_masters() -> None:
+    optimizer = build()
+    set_row(optimizer, 0, "chain")
+    params = parameters_of(optimizer)
+    gradients = Gradients(params)
+    assign(params, gradients())
+    optimizer.step()
+    optimizer.eval()
+    before = frozen(optimizer)
+    with pytest.raises(RuntimeError, match=r"train\(\)|eval"):
+        optimizer.step()
+    same_bits(before, frozen(optimizer))
+    optimizer.train()
+    optimizer.step()

@@ -1,0 +1,135 @@
+"""Trajectories against the float64 oracle: every rule, row and storage type, in lock step and free-running."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import DTYPES, ROWS, RULES, Gradients, Twin, build, parameters_of, run_twin, set_row
+
+SHAPES = (((5, 7), (33,), (0,), ()), ((3, 4, 2), (16,)))
+KINDS = ("contiguous", "transposed", "offset")
+STEPS = 20
+SPLITTING = ("chain", "straight-through", "step", "grad", "all", "alternate")
+
+
+def twin(rule: str, row: str, dtype: str, free: bool, backend: str = "cpu") -> Twin:
+    """Two groups: one with the row, one plain; steps and compares."""
+    optimizer = build(rule, SHAPES, dtype, KINDS, backend=backend)
+    set_row(optimizer, 0, row)
+    made = Twin(optimizer, RULES[rule]["rule"], free=free)
+    run_twin(made, Gradients(parameters_of(optimizer), kinds=("contiguous", "sliced")), STEPS)
+    assert min(made.masks.values()) > 50, "one class only: nothing was tested"
+    return made
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("rule", RULES)
+def test_lock_step(rule: str, row: str, dtype: str) -> None:
+    twin(rule, row, dtype, free=False)
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("rule", RULES)
+def test_free_running(rule: str, row: str) -> None:
+    twin(rule, row, "float32", free=True)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
+@pytest.mark.parametrize("rule", ["adamw", "sgd-momentum"])
+def test_free_running_other_dtypes(rule: str, dtype: str) -> None:
+    twin(rule, "all", dtype, free=True)
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("rule", ["adamw", "adam-maximize", "sgd", "sgd-nesterov"])
+def test_reference_backend(rule: str, row: str) -> None:
+    twin(rule, row, "float32", free=False, backend="reference")
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
+def test_reference_backend_other_dtypes(dtype: str) -> None:
+    twin("adamw", "all", dtype, free=False, backend="reference")
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("row", ["ones", "whole", "noise"])
+@pytest.mark.parametrize("rule", ["sgd", "sgd-momentum", "sgd-nesterov", "adam"])
+def test_groups_that_are_not_modulated(rule: str, row: str, backend: str) -> None:
+    optimizer = build(rule, SHAPES, modulated=False, backend=backend)
+    set_row(optimizer, 0, row)
+    run_twin(Twin(optimizer, RULES[rule]["rule"]), Gradients(parameters_of(optimizer)), 6)
+    if rule.startswith("sgd"):
+        assert torch.isnan(optimizer.tables.statistics[:, 1]).all()
+        names = {"step", "momentum_buffer"} if "-" in rule else {"step"}
+        for p in parameters_of(optimizer):
+            assert optimizer.state[p].keys() == names
+
+
+@pytest.mark.parametrize("rule", ["adamw", "sgd", "sgd-momentum"])
+def test_class_masks_show_in_the_weights(rule: str) -> None:
+    """A class taken wrongly must move the weights by much more than any tolerance: the masks read back from them agree."""
+    optimizer = build(rule, (((300,),),), weight_decay=0.0)
+    optimizer.set_modulation(0, live_under=1.0, live_well=0.5)
+    made = Twin(optimizer, RULES[rule]["rule"])
+    gradients = Gradients(parameters_of(optimizer))
+    p = parameters_of(optimizer)[0]
+    for _ in range(STEPS):
+        made.step(gradients())
+        leaf = made.oracle.blocks[0].leaves[0]
+        kept = p.detach() == optimizer.state[p]["master"]
+        distinct = (optimizer.state[p]["master"] != 0).numpy()
+        assert ((kept.numpy() == leaf.under) | ~distinct).all()
+        assert optimizer.tables.statistics[0, 1] == int(leaf.under.sum())
+    made.finish()
+
+
+@pytest.mark.parametrize("anchor", ["zero", "init"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_anchor(anchor: str, dtype: str) -> None:
+    optimizer = build("adamw", SHAPES, dtype, anchor=anchor)
+    anchors = {p: p.detach().clone() for p in parameters_of(optimizer)} if anchor == "init" else None
+    set_row(optimizer, 0, "all")
+    made = Twin(optimizer, "adamw", anchors=anchors)
+    run_twin(made, Gradients(parameters_of(optimizer)), STEPS)
+
+
+@pytest.mark.parametrize("target", [("fraction", 0.0), ("fraction", 1.0), ("absolute", 0.0), ("absolute", 0.3)])
+def test_threshold_controller_at_its_limits(target: tuple[str, float]) -> None:
+    """Clipped at 0 and 1 by the controller; held where it is absolute."""
+    optimizer = build("adam", (((40,), (9,)),), under_optimized=target, threshold_rate=0.45)
+    set_row(optimizer, 0, "straight-through")
+    made = Twin(optimizer, "adam", under_optimized=target, threshold_rate=0.45)
+    gradients, seen = Gradients(parameters_of(optimizer)), []
+    for _ in range(12):
+        made.step(gradients())
+        seen.append(optimizer.modulation()[0]["tau"])
+    if target[0] == "absolute":
+        assert set(seen) == {target[1]}
+    else:
+        assert (max(seen) > 0.5) if target[1] == 0.0 else (set(seen) == {0.0})
+
+
+def test_rows_changed_between_steps() -> None:
+    """A row takes effect in the next step; the free-running oracle is told of the change only."""
+    optimizer = build("adamw", SHAPES)
+    made = Twin(optimizer, "adamw")
+    gradients = Gradients(parameters_of(optimizer))
+    for name in ("ones", "chain", "all", "step", "noise", "straight-through"):
+        set_row(optimizer, 1, name)
+        for _ in range(4):
+            made.step(gradients())
+    made.finish()
+
+
+def test_learning_rate_zero_and_zero_gradients_are_harmless() -> None:
+    """What frameworks do to create the state of an empty optimizer."""
+    optimizer = build("adamw", SHAPES, lr=0.0)
+    params = parameters_of(optimizer)
+    before = [p.detach().clone() for p in params]
+    made = Twin(optimizer, "adamw")
+    made.step([torch.zeros_like(p) for p in params])
+    assert all(torch.equal(a, b) for a, b in zip(before, params, strict=True))
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01
+    run_twin(made, Gradients(params), 5)
