@@ -40,43 +40,58 @@ AIM_INLINE V live_weight(V theta, V anchor, V c) {
   return select(c == splat<V>(1.0f), theta, anchor + (theta - anchor) * c);
 }
 
+// What a vector of elements hands from steps 1-3 to steps 4-6.
 template <class V>
-struct Element {
-  V theta, grad, m, v;  // in: before the step; out: after it (grad: scaled, as the statistics see it)
-  V delta;              // out: what step 5 subtracts
-  V coefficient;        // out: live coefficient of the new class
+struct Between {
+  V direction;    // numerator of the update direction
+  V denominator;  // of it; Adam only
+  V step, live;   // coefficients of the new class; live only where live weights are written
 };
 
-// Steps 1 to 5 on one element (vector). Returns the new class (no meaning where no state is kept).
-template <Kind kKind, bool kNoise, class T, class V>
-AIM_INLINE auto update(const Uniforms<T>& u, Element<V>& e, V noise) {
-  const V g0 = e.grad * u.scale;
-  e.grad = g0;
-  V g = g0 + e.theta * u.coupled_decay;
-  if constexpr (has_second(kKind)) {
-    const auto old = is_under(e.m, e.v, u.old_v, u.old_0);
-    g = g * select(old, splat<V>(u.grad[0]), splat<V>(u.grad[1]));
-  } else {
-    g = g * u.grad[0];
+// Steps 1 to 3 and the new class. `grad` becomes g0, the gradient that the statistics see; returns the mask of the
+// under-optimized (no meaning where no state is kept).
+template <Kind kKind, bool kNoise, bool kLive, class T, class V>
+AIM_INLINE auto accumulate(const Uniforms<T>& u, V theta, V& grad, V& m, V& v, V noise, Between<V>& out) {
+  grad = grad * u.scale;
+  V g = grad;
+  if (u.coupled) g = g + theta * u.coupled_decay;
+  if (u.routed) {
+    if constexpr (has_second(kKind)) {
+      const auto old = is_under(m, v, u.old_v, u.old_0);
+      g = g * select(old, splat<V>(u.grad[0]), splat<V>(u.grad[1]));
+    } else {
+      g = g * u.grad[0];
+    }
   }
   if constexpr (kNoise) g = g + noise * u.sigma;
 
-  if constexpr (has_first(kKind)) e.m = e.m * u.first_keep + g * u.first_add;
-  if constexpr (has_second(kKind)) e.v = e.v * u.second_keep + (g * g) * u.second_add;
+  if constexpr (has_first(kKind)) m = m * u.first_keep + g * u.first_add;
+  if constexpr (has_second(kKind)) v = v * u.second_keep + (g * g) * u.second_add;
 
-  auto under = e.theta == e.theta;  // any mask: without state both classes have equal coefficients
-  if constexpr (has_second(kKind)) under = is_under(e.m, e.v, u.new_v, u.new_0);
+  auto under = grad == grad;  // any mask: without state both classes have equal coefficients
+  if constexpr (has_second(kKind)) under = is_under(m, v, u.new_v, u.new_0);
 
-  V direction = g;
   if constexpr (kKind == Kind::kAdam) {
-    direction = e.m / (square_root(e.v) * u.root_scale + u.eps);
+    out.direction = m;
+    out.denominator = square_root(v) * u.root_scale + u.eps;
   } else if constexpr (has_momentum(kKind)) {
-    direction = u.nesterov != T{0} ? g + e.m * u.nesterov : e.m;
+    out.direction = u.nesterov != T{0} ? g + m * u.nesterov : m;
+  } else {
+    out.direction = g;
   }
-  e.delta = direction * select(under, splat<V>(u.step[0]), splat<V>(u.step[1]));
-  e.theta = e.theta * u.decay - e.delta;
-  e.coefficient = select(under, splat<V>(u.live[0]), splat<V>(u.live[1]));
+  out.step = select(under, splat<V>(u.step[0]), splat<V>(u.step[1]));
+  if constexpr (kLive) out.live = select(under, splat<V>(u.live[0]), splat<V>(u.live[1]));
   return under;
+}
+
+// Steps 4 and 5. Returns delta, what was subtracted.
+template <Kind kKind, class T, class V>
+AIM_INLINE V apply(const Uniforms<T>& u, const Between<V>& in, V& theta) {
+  V direction = in.direction;
+  if constexpr (kKind == Kind::kAdam) direction = direction / in.denominator;
+  const V delta = direction * in.step;
+  theta = theta * u.decay - delta;
+  return delta;
 }
 
 }  // namespace AIM_ISA

@@ -17,6 +17,7 @@ struct Uniforms {
   T old_v, old_0, new_v, new_0;  // under: m^2 >= _v * v + _0
   T root_scale, eps;             // denominator: sqrt(v) * root_scale + eps
   T nesterov;                    // direction: g + nesterov * m, where it is not zero
+  bool coupled, routed;          // whether coupled_decay, and grad, change anything
 };
 
 }  // namespace aim

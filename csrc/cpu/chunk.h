@@ -16,6 +16,7 @@ namespace aim {
 namespace AIM_ISA {
 
 constexpr int kLanes = 16;
+constexpr int64_t kBlock = 64;
 constexpr int64_t kTile = 1024;  // elements converted at a time: three float32 buffers of it stay in the first-level cache
 
 // Contiguous runs of the arithmetic type; where storage has the same type they are the tensor's own memory.
@@ -49,38 +50,58 @@ AIM_INLINE Uniforms<T> rounded(const Uniforms<double>& u) {
           {r(u.step[0]), r(u.step[1])},        {r(u.live[0]), r(u.live[1])},
           r(u.sigma),      r(u.first_keep),    r(u.first_add),   r(u.second_keep),
           r(u.second_add), r(u.old_v),         r(u.old_0),       r(u.new_v),
-          r(u.new_0),      r(u.root_scale),    r(u.eps),         r(u.nesterov)};
+          r(u.new_0),      r(u.root_scale),    r(u.eps),         r(u.nesterov),
+          u.coupled,       u.routed};
 }
 
 // `count` must be a multiple of 16.
+//
+// Two short loops over a block instead of one long body: a square root followed by a division in one dependency chain would
+// fill the processor's window with a single vector's work. The block's intermediate values stay in the first-level cache.
 template <Kind kKind, bool kNoise, bool kLive, class T>
-void run(const Uniforms<T>& u, const Tile<T>& t, int64_t count, Sums<T>& sums) {
+void run(const Uniforms<T>& uniforms, const Tile<T>& tile, int64_t count, Sums<T>& sums) {
   using V = typename Lanes<T>::Vector;
   constexpr int kWidth = Lanes<T>::kCount, kParts = kLanes / kWidth;
+  // Copies, which no store through a tile's pointers can change.
+  const Uniforms<T> u = uniforms;
+  const Tile<T> t = tile;
   V grad[kParts] = {}, grad_sq[kParts] = {}, update_sq[kParts] = {}, param_sq[kParts] = {};
   typename Lanes<T>::Count under[kParts] = {};
-  for (int64_t i = 0; i < count; i += kLanes) {
+  Between<V> between[kBlock / kWidth];
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
+    const int64_t size = count - begin < kBlock ? count - begin : kBlock;
+    for (int64_t i = 0; i < size; i += kLanes) {
 #pragma GCC unroll 2
-    for (int part = 0; part < kParts; ++part) {
-      const int64_t at = i + part * kWidth;
-      Element<V> e;
-      e.theta = load<V>(t.theta_in + at);
-      e.grad = load<V>(t.grad + at);
-      e.m = has_first(kKind) ? load<V>(t.m + at) : V{};
-      e.v = has_second(kKind) ? load<V>(t.v + at) : V{};
-      const auto mask = update<kKind, kNoise>(u, e, kNoise ? load<V>(t.noise + at) : V{});
-      store(t.theta_out + at, e.theta);
-      if constexpr (has_first(kKind)) store(t.m + at, e.m);
-      if constexpr (has_second(kKind)) store(t.v + at, e.v);
-      if constexpr (kLive) {
-        const V anchor = t.anchor ? load<V>(t.anchor + at) : V{};
-        store(t.live + at, live_weight(e.theta, anchor, e.coefficient));
+      for (int part = 0; part < kParts; ++part) {
+        const int64_t at = begin + i + part * kWidth;
+        V g = load<V>(t.grad + at), m{}, v{}, theta{};
+        if (u.coupled) theta = load<V>(t.theta_in + at);
+        if constexpr (has_first(kKind)) m = load<V>(t.m + at);
+        if constexpr (has_second(kKind)) v = load<V>(t.v + at);
+        const V noise = kNoise ? load<V>(t.noise + at) : V{};
+        const auto mask = accumulate<kKind, kNoise, kLive>(u, theta, g, m, v, noise, between[i / kWidth + part]);
+        if constexpr (has_first(kKind)) store(t.m + at, m);
+        if constexpr (has_second(kKind)) store(t.v + at, v);
+        grad[part] += g;
+        grad_sq[part] += g * g;
+        add_mask(under[part], mask);
       }
-      grad[part] += e.grad;
-      grad_sq[part] += e.grad * e.grad;
-      update_sq[part] += e.delta * e.delta;
-      param_sq[part] += e.theta * e.theta;
-      add_mask(under[part], mask);
+    }
+    for (int64_t i = 0; i < size; i += kLanes) {
+#pragma GCC unroll 2
+      for (int part = 0; part < kParts; ++part) {
+        const int64_t at = begin + i + part * kWidth;
+        const Between<V>& in = between[i / kWidth + part];
+        V theta = load<V>(t.theta_in + at);
+        const V delta = apply<kKind>(u, in, theta);
+        store(t.theta_out + at, theta);
+        if constexpr (kLive) {
+          const V anchor = t.anchor ? load<V>(t.anchor + at) : V{};
+          store(t.live + at, live_weight(theta, anchor, in.live));
+        }
+        update_sq[part] += delta * delta;
+        param_sq[part] += theta * theta;
+      }
     }
   }
   __builtin_memcpy(sums.grad, grad, sizeof grad);

@@ -122,6 +122,8 @@ Shared shared_of(const Group& group, const Row& row, const PhaseRow& now, const 
   u.step[kWell] = rate * now.step[kWell];
   u.eps = group.eps;
   u.nesterov = group.nesterov ? group.momentum : 0;
+  u.coupled = u.coupled_decay != 0;
+  u.routed = u.grad[kUnder] != 1 || u.grad[kWell] != 1;
   shared.kind = kind;
   shared.has_noise = u.sigma != 0;
   shared.seed = static_cast<uint64_t>(control.seed);
