@@ -1,6 +1,7 @@
 """Builds ``aim_kernels._C`` with ninja: parallel, incremental, without torch. Metadata stand in pyproject.toml.
 
-``MAX_JOBS`` bounds the compiler processes, ``CXX`` chooses the compiler, ``AIM_KERNELS_CXXFLAGS`` adds flags (sanitizers).
+``MAX_JOBS`` bounds the compiler processes, ``CXX`` chooses the compiler, ``AIM_KERNELS_CXXFLAGS`` adds flags
+(sanitizers).
 """
 
 import os
@@ -16,8 +17,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 
-# Rounding is part of the contract: no contraction into FMA, no fast-math. Processor-specific instructions are confined to the
-# kernels_<isa>.cpp units and chosen at run time, so one build serves every processor.
+# Rounding is part of the contract: no contraction into FMA, no fast-math. Processor-specific instructions are
+# confined to the kernels_<isa>.cpp units and chosen at run time, so one build serves every processor.
 CXXFLAGS = "-std=c++17 -O3 -fPIC -DNDEBUG -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall -Wextra".split()
 ISA_FLAGS = {
     "scalar": [],
@@ -27,9 +28,11 @@ ISA_FLAGS = {
     "-Wno-maybe-uninitialized -Wno-uninitialized".split(),
     "neon": [],
 }
-ISAS_OF = {"x86_64": ["scalar", "avx2", "avx512"], "AMD64": ["scalar", "avx2", "avx512"]} | dict.fromkeys(
-    ["aarch64", "arm64"], ["scalar", "neon"]
-)
+ISAS_OF = {
+    "x86_64": ["scalar", "avx2", "avx512"],
+    "aarch64": ["scalar", "neon"],
+    "arm64": ["scalar", "neon"],
+}
 
 
 def sources() -> dict[Path, list[str]]:
@@ -83,7 +86,9 @@ class NinjaBuild(build_ext):
             objects.append(escaped(name))
         lines += [f"build {escaped(output)}: link {' '.join(objects)}", f"default {escaped(output)}", ""]
         (work / "build.ninja").write_text("\n".join(lines))
-        ninja = shutil.which("ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+        ninja = shutil.which(
+            "ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        )
         command = [ninja] if ninja else [sys.executable, "-m", "ninja"]
         jobs = os.environ.get("MAX_JOBS")
         subprocess.run([*command, "-C", str(work), *(["-j", jobs] if jobs else [])], check=True)

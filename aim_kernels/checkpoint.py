@@ -31,8 +31,8 @@ def with_tables(state_dict: dict[str, Any], tables: Tables) -> dict[str, Any]:
 def load(optimizer: AIMFusedOptimizer, state_dict: dict[str, Any]) -> None:
     """Replaces groups, states and tables; checks everything first.
 
-    The base class is not used for it: it would cast every state to the parameter's dtype, and so round the float32 moments of
-    16-bit parameters.
+    The base class is not used for it: it would cast every state to the parameter's dtype, and so round the float32
+    moments of 16-bit parameters.
     """
     state_dict = state_dict.copy()
     for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
@@ -67,12 +67,15 @@ def _merged_groups(optimizer: AIMFusedOptimizer, saved_groups: list[dict[str, An
     for number, (group, saved) in enumerate(zip(today, saved_groups, strict=True)):
         if len(saved["params"]) != len(group["params"]):
             raise ValueError(
-                f"group {number} has {len(saved['params'])} parameters in the checkpoint and {len(group['params'])} here"
+                f"group {number} has {len(saved['params'])} parameters in the checkpoint "
+                f"and {len(group['params'])} here"
             )
         rule = saved.get("rule", group["rule"])
         is_sgd = "betas" not in saved
         if rule != group["rule"] or is_sgd != (group["rule"] == "sgd" and "rule" not in saved):
-            other = rule if "rule" in saved else ("sgd or another rule without betas" if is_sgd else "a rule with betas")
+            other = (
+                rule if "rule" in saved else ("sgd or another rule without betas" if is_sgd else "a rule with betas")
+            )
             raise ValueError(f"group {number}: the checkpoint is of {other}, the optimizer of {group['rule']!r}")
         decoupled = saved.get("decoupled_weight_decay")
         if decoupled is not None and "rule" not in saved and decoupled != (group["rule"] == "adamw"):
@@ -80,7 +83,9 @@ def _merged_groups(optimizer: AIMFusedOptimizer, saved_groups: list[dict[str, An
             raise ValueError(f"group {number}: the checkpoint is of {other!r}, the optimizer of {group['rule']!r}")
         for option, neutral in _UNSUPPORTED.items():
             if saved.get(option, neutral) != neutral:
-                raise ValueError(f"group {number}: the checkpoint has {option}={saved[option]!r}, which is not supported")
+                raise ValueError(
+                    f"group {number}: the checkpoint has {option}={saved[option]!r}, which is not supported"
+                )
         options = {key: value for key, value in saved.items() if key != "params"}
         if isinstance(options.get("lr"), Tensor):
             options["lr"] = options["lr"].clone()
@@ -118,13 +123,15 @@ def _checked_state(
         elif isinstance(value, Tensor):
             name = checks.name_of(groups, *place)
             if value.shape != p.shape:
-                raise ValueError(f"{name}: its {key} has shape {tuple(value.shape)} in the checkpoint, {tuple(p.shape)} here")
+                raise ValueError(
+                    f"{name}: its {key} has shape {tuple(value.shape)} in the checkpoint, {tuple(p.shape)} here"
+                )
             layout = torch.preserve_format if is_dense(p) else torch.contiguous_format
             own = torch.empty_like(p, dtype=arithmetic_dtype(p.dtype), memory_format=layout, requires_grad=False)
             state[key] = own.copy_(value)
         else:
             state[key] = value
-    if not state:
+    if not state.keys() - {"anchor"}:  # not stepped yet
         return state
     # torch.optim.SGD counts no steps, and keeps neither moment that a modulated group needs.
     state.setdefault("step", torch.tensor(1.0, dtype=torch.float32))

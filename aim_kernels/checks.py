@@ -37,7 +37,9 @@ def check_hyperparameters(group: Group, number: int) -> None:
     if group["rule"] not in RULES:
         raise ValueError(f"rule{where}: unknown rule {group['rule']!r}; choose one of {', '.join(RULES)}")
     if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
-        raise ValueError(f"lr{where}: a tensor learning rate must have one element, got shape {tuple(group['lr'].shape)}")
+        raise ValueError(
+            f"lr{where}: a tensor learning rate must have one element, got shape {tuple(group['lr'].shape)}"
+        )
     for option in ("lr", "eps", "weight_decay", "momentum"):
         check_number(option + where, group[option], 0.0)
     try:
@@ -103,7 +105,8 @@ def check_gradients(groups: list[Group]) -> None:
                 raise RuntimeError(f"{name}: its gradient is complex; optimize torch.view_as_real(parameter) instead")
             if g.shape != p.shape:
                 raise RuntimeError(
-                    f"{name}: its gradient has shape {tuple(g.shape)}, the parameter {tuple(p.shape)}; run backward() again"
+                    f"{name}: its gradient has shape {tuple(g.shape)}, the parameter {tuple(p.shape)}; "
+                    "run backward() again"
                 )
             if g.device != p.device:
                 raise RuntimeError(

@@ -1,4 +1,4 @@
-"""``AIMFusedOptimizer``: a ``torch.optim.Optimizer`` whose step also computes AIM's mask, modulation and live weights."""
+"""``AIMFusedOptimizer``: a ``torch.optim.Optimizer`` whose step also computes AIM's mask and live weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from aim_kernels import backends, checkpoint, checks
+from aim_kernels import checkpoint, checks
+from aim_kernels.backends import check_name, select
 from aim_kernels.plan import StepPlan, arithmetic_dtype, first_moment_name, is_dense
 from aim_kernels.rows import CONTROL, PHASE_COLUMNS, PHASES, ROW, STATISTIC
 from aim_kernels.tables import Tables
@@ -29,8 +30,8 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
     r"""AdamW, Adam or SGD with adaptive intra-network modulation, in one pass over memory.
 
     With no strength set it is its base rule (torch.optim's formulae, within a few ulp). Per element and step, with
-    :math:`\hat m, \hat v` the bias-corrected moments that the rule keeps anyway (spec section 2, our reading of the paper's
-    "optimization state")::
+    :math:`\hat m, \hat v` the bias-corrected moments that the rule keeps anyway (spec section 2, our reading of the
+    paper's "optimization state")::
 
         under = m_hat^2 >= tau^2 * (v_hat + eps^2)             the element is under-optimized
         theta -= lr * (step_under if under else step_well) * direction
@@ -39,8 +40,8 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
     ``tau`` is a threshold per group; docs/design.md gives every formula in order.
 
     Args:
-        params: tensors, ``(name, tensor)`` pairs, or groups (``block_param_groups`` makes those of blocks). Any option below,
-            but ``anchor``, ``backend`` and ``seed``, may be set per group.
+        params: tensors, ``(name, tensor)`` pairs, or groups (``block_param_groups`` makes those of blocks). Any
+            option below, but ``anchor``, ``backend`` and ``seed``, may be set per group.
         lr: learning rate, a number or a one-element tensor.
         rule: "adamw", "adam" or "sgd".
         betas: decay rates of the moments. Under "sgd" only ``modulated`` groups use them, for their optimization state.
@@ -48,8 +49,8 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
         weight_decay: None means the rule's default in torch.optim (1e-2 for "adamw", else 0). Decoupled for "adamw".
         momentum, dampening, nesterov: of "sgd", as in ``torch.optim.SGD``.
         maximize: ascend instead of descending.
-        under_optimized: ("fraction", q) steers ``tau`` until a share q of the group is under-optimized; ("absolute", tau)
-            holds it.
+        under_optimized: ("fraction", q) steers ``tau`` until a share q of the group is under-optimized;
+            ("absolute", tau) holds it.
         threshold_rate: step size of that controller.
         anchor: what a degraded weight is withdrawn to: "zero", or "init", the weights at construction (one more copy of
             the modulated parameters).
@@ -59,6 +60,8 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
     Raises:
         ValueError, TypeError: options or parameters that a step cannot work with, by name.
     """
+
+    tables: Tables  # rows, statistics, control: made with the first group
 
     def __init__(
         self,
@@ -83,7 +86,7 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"anchor: expected 'zero' or 'init', got {anchor!r}")
         if not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise ValueError(f"seed: expected an integer in [0, 2^63), got {seed!r}")
-        backends.check_name(backend)
+        check_name(backend)
         self.anchor = anchor
         self.backend = backend
         self._seed = seed
@@ -146,8 +149,8 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
             closure: reevaluates the model and returns the loss; run with gradients enabled.
 
         Raises:
-            RuntimeError: a gradient that cannot be used, by the parameter's name, or true weights in a module that trains
-                on live ones (after ``eval()``). Nothing was changed.
+            RuntimeError: a gradient that cannot be used, by the parameter's name, or true weights in a module that
+                trains on live ones (after ``eval()``). Nothing was changed.
         """
         loss = None
         if closure is not None:
@@ -161,20 +164,22 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
         plan = self._ready_plan()
         if plan is None:
             return
-        backend = backends.select(self.backend, self.tables.rows.device)
+        backend = select(self.backend, self.tables.rows.device)
         plan.read_hyperparameters()
-        plan.load_staged()
         backend.step(plan)
-        plan.store_staged()
         plan.bump_versions()
         self._drop_masters()
 
     def _ready_plan(self) -> StepPlan | None:
         """A plan that has read this step's gradients; None where there are none."""
         if self._holds_true_weights and self._has_masters():
-            raise RuntimeError("the module holds the true weights (after optimizer.eval()); call optimizer.train() before step()")
+            raise RuntimeError(
+                "the module holds the true weights (after optimizer.eval()); call optimizer.train() before step()"
+            )
         plan = self._plan
-        grads = [p.grad for p in plan.params] if plan else [p.grad for group in self.param_groups for p in group["params"]]
+        grads = (
+            [p.grad for p in plan.params] if plan else [p.grad for group in self.param_groups for p in group["params"]]
+        )
         if plan is None or not plan.read(grads):
             if all(g is None for g in grads):
                 return None
@@ -189,9 +194,7 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
         """States of parameters that meet their first gradient, and masters where live weights are to exist."""
         for number, group in enumerate(self.param_groups):
             live = self.tables.has_live_weights(number)
-            fresh = [
-                p for p in group["params"] if (live or p.grad is not None) and "step" not in self.state.get(p, ())
-            ]
+            fresh = [p for p in group["params"] if (live or p.grad is not None) and "step" not in self.state.get(p, ())]
             names = []
             if group["rule"] != "sgd":
                 names = ["exp_avg", "exp_avg_sq"]
@@ -222,7 +225,7 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
             self._plan = None
 
     def _note_live_weights(self, number: int) -> None:
-        """After a change of rows: masters are to be made, or to be dropped once the next step has written true weights."""
+        """After a change of rows: masters are to be made, or dropped once the next step has written true weights."""
         live = self.tables.has_live_weights(number)
         has_masters = any("master" in self.state.get(p, ()) for p in self.param_groups[number]["params"])
         if live != has_masters:
@@ -234,9 +237,7 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
 
     # -- modulation --------------------------------------------------------------------------------------------------
 
-    def set_strength(
-        self, modality: str, depth: int, kappa: float | Tensor, coefficients: str = "chain"
-    ) -> None:
+    def set_strength(self, modality: str, depth: int, kappa: float | Tensor, coefficients: str = "chain") -> None:
         """Turns a block into its Auxiliary Block of strength ``kappa``, in both phases (spec section 4).
 
         The next step emits ``live = anchor + (theta - anchor) * (1 if under else 1 - kappa)``.
@@ -244,8 +245,8 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
         Args:
             modality, depth: the block, as in its param group.
             kappa: in [0, 1); 0 undoes it. A 0-dim tensor on the parameters' device is taken without waiting for it.
-            coefficients: how the gradient of a well-optimized element follows: "chain" (times 1 - kappa, the chain rule),
-                "straight-through" (unchanged), "step" (unchanged, but its step is scaled by 1 - kappa).
+            coefficients: how the gradient of a well-optimized element follows: "chain" (times 1 - kappa, the
+                chain rule), "straight-through" (unchanged), "step" (unchanged, but its step is scaled by 1 - kappa).
 
         Raises:
             ValueError: no such block, kappa outside [0, 1), or unknown coefficients.
@@ -289,8 +290,8 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
     ) -> None:
         """Writes what holds in the true and in the auxiliary phase; columns not named become one.
 
-        Live columns shape the next emission; the gradient columns take effect one step later, when the live weights they
-        belong to are those that the forward pass saw (spec section 4).
+        Live columns shape the next emission; the gradient columns take effect one step later, when the live weights
+        they belong to are those that the forward pass saw (spec section 4).
         """
         number = self._group_number(group)
         for row in (true or {}, aux or {}):
@@ -301,7 +302,7 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
         self._note_live_weights(number)
 
     def set_phases(self, probability: float) -> None:
-        """The probability with which the step draws the auxiliary phase for the next forward pass; 0: always the true one."""
+        """Probability of drawing the auxiliary phase for the next forward pass; 0: always the true one."""
         checks.check_number("probability", probability, 0.0, 1.0)
         self.tables.control[CONTROL["threshold"]] = round(probability * 2**32)
 
@@ -321,8 +322,9 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
         """What the latest step measured, one dict a group. The only call that waits for the device.
 
         Keys: modality, depth, numel, under_fraction (share of under-optimized elements; NaN where the group keeps no
-        optimization state or has not been stepped), threshold (tau), grad_norm (of the gradients as given), update_norm (of
-        what the step subtracted), param_norm (of the true weights), nonfinite (NaN and infinite gradient elements). Norms are L2.
+        optimization state or has not been stepped), threshold (tau), grad_norm (of the gradients as given),
+        update_norm (of what the step subtracted), param_norm (of the true weights), nonfinite (NaN and infinite
+        gradient elements). Norms are L2.
         """
         rows, sums = self.tables.rows.tolist(), self.tables.statistics.tolist()
         result = []
@@ -368,15 +370,15 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
         for kind in ("grad", "step", "live"):
             if row[f"{kind}_under"] is not row[f"{kind}_well"] and row[f"{kind}_under"] != row[f"{kind}_well"]:
                 raise ValueError(
-                    f"group {number}: {kind}_under and {kind}_well differ, but under rule 'sgd' a group that is not modulated "
-                    "keeps no optimization state; give the group modulated=True"
+                    f"group {number}: {kind}_under and {kind}_well differ, but under rule 'sgd' a group that is not "
+                    "modulated keeps no optimization state; give the group modulated=True"
                 )
 
     # -- live and true weights ---------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def eval(self) -> None:
-        """Puts the true weights into the module (validation, checkpoint, export). Exact; does nothing where it holds them."""
+        """Puts the true weights into the module (validation, checkpoint, export). Exact and idempotent."""
         if self._holds_true_weights:
             return
         self._holds_true_weights = True
@@ -397,9 +399,7 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
             return
         plan = StepPlan(self)
         plan.read_hyperparameters()
-        plan.load_staged()
-        backends.select(self.backend, self.tables.rows.device).emit(plan)
-        plan.store_staged()
+        select(self.backend, self.tables.rows.device).emit(plan)
         torch.autograd.graph.increment_version([p for p, _ in masters])
 
     @contextmanager
@@ -424,15 +424,15 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """torch.optim's, plus ``master`` states (the true weights) and, in each group, its row, statistics and control."""
+        """torch.optim's, plus ``master`` states (the true weights) and each group's row, statistics and control."""
         return checkpoint.with_tables(super().state_dict(), self.tables)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint of this class, or of the same rule in torch.optim; values keep their bits and dtype.
 
-        Where live weights exist, the module receives those that belong to the loaded state, so a resumed run continues bit
-        for bit. Load the module first.
+        Where live weights exist, the module receives those that belong to the loaded state, so a resumed run
+        continues bit for bit. Load the module first.
 
         Raises:
             ValueError: other groups, another rule, or states of another shape. Nothing was changed.

@@ -1,7 +1,7 @@
 """Philox4x32-10 and standard normals in numpy: the readable twin of ``csrc/common/philox.h``.
 
-Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (2011). docs/design.md says which counters are
-drawn for what.
+Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (2011). docs/design.md says which
+counters are drawn for what.
 """
 
 from __future__ import annotations

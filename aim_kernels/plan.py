@@ -1,11 +1,14 @@
 """The plan of a step: which memory it touches. Built once, rebuilt when something moved, otherwise only re-read.
 
-A plan holds references to all state tensors whose addresses stand in its records, so none can be freed under the kernel.
+A plan holds references to all state tensors whose addresses stand in its records, so none can be freed under the
+kernel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain, compress
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 _data_ptr = Tensor.data_ptr
 _is_contiguous = Tensor.is_contiguous
 _numel = Tensor.numel
+_stride = Tensor.stride
+_EVERYTHING = slice(None)
 
 DTYPE_NUMBER = {getattr(torch, name): number for number, name in enumerate(DTYPES)}
 
@@ -70,6 +75,9 @@ class StepPlan:
         # Gradients copied into the memory order of their parameters, alive until the next step.
         self._matched: list[Tensor] = []
         self._written: list[Tensor] = []
+        # Where the gradients were in the latest step, and which parameters had one.
+        self._grad_addresses: Any = None
+        self._index: Any = _EVERYTHING
         self._build()
 
     def _build(self) -> None:
@@ -80,7 +88,7 @@ class StepPlan:
         records["group"] = self.group_of
         records["dtype"] = [DTYPE_NUMBER[p.dtype] for p in params]
         self._itemsize = np.array([p.element_size() for p in params], np.uint64)
-        self._addresses = _read(_data_ptr, params, np.uint64)
+        self._addresses = list(map(_data_ptr, params))
         records["param"] = self._addresses
         for index, p in enumerate(params):
             if not is_dense(p) or p.data_ptr() % p.element_size():
@@ -88,8 +96,12 @@ class StepPlan:
                 self._staged[index] = buffer
                 records["param"][index] = buffer.data_ptr()
             self._read_state(index)
-        # Where a gradient must be contiguous; elsewhere its strides are compared with the parameter's.
-        self._contiguous = np.array([i in self._staged or p.is_contiguous() for i, p in enumerate(params)], bool)
+        self._kinds = [(p.shape, p.dtype) for p in params]
+        self._flat = list(map(_is_contiguous, params))
+        self._all_flat = all(self._flat)
+        # The strides of a gradient that can be read as it is.
+        self._strides = [self._staged.get(index, p).stride() for index, p in enumerate(params)]
+        self._held = self._everything_held()
         # Views of one buffer share its version counter, so the buffer stands for them all.
         bases = (t if t._base is None else t._base for t in self._states)
         self._written = list({id(t): t for t in bases}.values())
@@ -103,37 +115,73 @@ class StepPlan:
         for field, name in (fields | {"anchor": "anchor", "step": "step"}).items():
             tensor = state.get(name)
             if tensor is not None:
+                if name != "step":
+                    tensor = state[name] = self._in_order(index, tensor)
                 self.records[field][index] = tensor.data_ptr()
                 # An anchor is only read: held, but its version stays.
                 (self._anchors if name == "anchor" else self._states).append(tensor)
 
+    def _in_order(self, index: int, tensor: Tensor) -> Tensor:
+        """A state in the type and memory order that the kernel reads: itself, or a copy where the parameter was laid
+        out anew."""
+        p, kind = self.params[index], arithmetic_dtype(self.params[index].dtype)
+        flat = index in self._staged or p.is_contiguous()
+        if tensor.dtype == kind and (tensor.is_contiguous() if flat else tensor.stride() == p.stride()):
+            return tensor
+        strides = torch.empty(p.shape, device="meta").stride() if flat else p.stride()
+        return torch.empty_strided(p.shape, strides, dtype=kind, device=p.device).copy_(tensor)
+
+    def _everything_held(self) -> list[Any]:
+        """All state tensors of the optimizer, in an order that changes when one is replaced."""
+        return list(chain.from_iterable(map(dict.values, self.state.values())))
+
     # -- before a step -----------------------------------------------------------------------------------------------
 
     def read(self, grads: list[Tensor | None]) -> bool:
-        """Takes this step's addresses. False where something has to be built anew, or is wrong, first."""
+        """Takes this step's addresses. False where something has to be built anew, or is wrong, first.
+
+        What autograd guarantees of a gradient when it is set (shape, dtype, device) is looked at only where the
+        gradient has moved since; its strides, which autograd does not guarantee, at every step.
+        """
         records = self.records
         present = [g for g in grads if g is not None]
-        everything = len(present) == len(grads)
-        index = np.arange(len(grads)) if everything else np.array([g is not None for g in grads], bool).nonzero()[0]
+        index: Any = _EVERYTHING
+        strides = self._strides
+        if len(present) != len(grads):
+            index = np.array([g is not None for g in grads], bool)
+            strides = list(compress(strides, index))
         try:
-            if not np.array_equal(_read(_data_ptr, self.params, np.uint64), self._addresses):
+            if list(map(_data_ptr, self.params)) != self._addresses or not self._same_layouts():
                 return False
             addresses = _read(_data_ptr, present, np.uint64)
-            contiguous = _read(_is_contiguous, present, bool)
-            sizes = _read(_numel, present, np.int64)
         except RuntimeError:  # a gradient without plain memory (sparse, meta, ...)
             return False
-        if not np.array_equal(sizes, self._numel[index]) or not records["step"][index].all():
+        if index is not self._index and not np.array_equal(index, self._index):
+            self._grad_addresses = None
+        if not np.array_equal(addresses, self._grad_addresses):
+            kinds = self._kinds if index is _EVERYTHING else list(compress(self._kinds, index))
+            if [(g.shape, g.dtype) for g in present] != kinds or not records["step"][index].all():
+                return False
+        held = self._everything_held()
+        if len(held) != len(self._held) or not all(map(is_, held, self._held)):
             return False
-        odd = ~(contiguous & self._contiguous[index]) | (addresses % self._itemsize[index] != 0)
-        self._matched = []
-        for at in odd.nonzero()[0]:
-            addresses[at] = self._match(int(index[at]), present[at])
-        addresses[sizes == 0] = 8  # an empty gradient has no address, but it is there; nothing reads it
+        self._grad_addresses, self._index = addresses, index
+        self.grads, self._matched = grads, []
+        odd = addresses % self._itemsize[index] != 0
+        found = list(map(_stride, present))
+        if found != strides or odd.any():
+            addresses = addresses.copy()
+            for at, where in enumerate(np.arange(len(grads))[index]):
+                if odd[at] or found[at] != strides[at]:
+                    addresses[at] = self._match(int(where), present[at])
         records["grad"] = 0
-        records["grad"][index] = addresses
-        self.grads = grads
+        # An empty gradient has no address, but it is there; nothing reads it.
+        records["grad"][index] = np.where(self._numel[index] == 0, 8, addresses)
         return True
+
+    def _same_layouts(self) -> bool:
+        flat = map(_is_contiguous, self.params)
+        return all(flat) if self._all_flat else list(flat) == self._flat
 
     def _match(self, index: int, grad: Tensor) -> int:
         """Address of the gradient's values in the memory order of its parameter."""

@@ -11,7 +11,6 @@ import os
 import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 #: Every environment variable that the library or its build reads.
 VARIABLES = {
@@ -115,7 +114,8 @@ def _extension() -> Section:
             "help": "`pip install .` builds it (`make build` in a checkout); it needs a C++17 compiler and python3-dev",
         }
     section = {"_C": str(_C.__file__)}
-    section.update((name, _text(value)) for name, value in _C.build_info().items())
+    # The instruction sets of build_info() follow below, with what this processor makes of them.
+    section.update((name, str(value)) for name, value in _C.build_info().items() if name != "isas")
     for name, compiled, supported in _C.isas():
         section[f"isa {name}"] = _isa_state(compiled, supported)
     try:
@@ -139,7 +139,7 @@ def _backends() -> Section:
         fields = backend if isinstance(backend, Mapping) else vars(backend)
         state = "available" if fields["available"] else "not available"
         reason = f": {fields['reason']}" if fields["reason"] else ""
-        section[name] = f"{state} for {fields['device']} tensors{reason}"
+        section[name] = f"{state}, device {fields['device']}{reason}"
     return section
 
 
@@ -149,7 +149,3 @@ def _variables(environ: Mapping[str, str]) -> Section:
         if name.startswith("AIM_KERNELS_") and name not in VARIABLES:
             section[name] = f"{environ[name]} (unknown: nothing reads it)"
     return section
-
-
-def _text(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

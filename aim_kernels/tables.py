@@ -1,4 +1,5 @@
-"""The tables of one optimizer: rows, statistics, control. ``rows.py`` names their columns, docs/design.md explains them."""
+"""The tables of one optimizer: rows, statistics, control. ``rows.py`` names their columns, docs/design.md explains
+them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-// The pybind11 binding: tables and addresses in, status -> exception, GIL released. All tensor checks live in Python.
+// The pybind11 binding: tables and addresses in, status -> exception, GIL released. All tensor
+// checks live in Python.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -10,6 +11,7 @@
 
 #include "aim/isa.h"
 #include "aim/step.h"
+#include "aim/stream.h"
 
 namespace py = pybind11;
 
@@ -20,8 +22,8 @@ template <class T>
 T* records(py::array& array, const char* name) {
   if (array.ndim() != 1 || array.itemsize() != static_cast<py::ssize_t>(sizeof(T)) ||
       (array.size() > 1 && array.strides(0) != array.itemsize())) {
-    throw std::invalid_argument(std::string(name) + ": expected a contiguous array of " + std::to_string(sizeof(T)) +
-                                "-byte records");
+    throw std::invalid_argument(std::string(name) + ": expected a contiguous array of " +
+                                std::to_string(sizeof(T)) + "-byte records");
   }
   return static_cast<T*>(array.mutable_data());
 }
@@ -48,8 +50,8 @@ aim::Execution execution(int threads, uintptr_t team) {
   return {reinterpret_cast<aim::Team>(team), threads, requested_isa()};
 }
 
-void step(py::array tensors, py::array groups, uintptr_t rows, uintptr_t statistics, uintptr_t control, int threads,
-          uintptr_t team) {
+void step(py::array tensors, py::array groups, uintptr_t rows, uintptr_t statistics,
+          uintptr_t control, int threads, uintptr_t team) {
   const aim::Execution how = execution(threads, team);
   const auto* tensor_table = records<aim::Tensor>(tensors, "tensors");
   const auto* group_table = records<aim::Group>(groups, "groups");
@@ -58,7 +60,8 @@ void step(py::array tensors, py::array groups, uintptr_t rows, uintptr_t statist
   {
     py::gil_scoped_release release;
     status = aim::step(tensor_table, tensor_count, group_table, table<aim::Row>(rows),
-                       table<aim::Statistics>(statistics), group_count, table<aim::Control>(control), how);
+                       table<aim::Statistics>(statistics), group_count,
+                       table<aim::Control>(control), how);
   }
   raise(status, how.isa);
 }
@@ -71,7 +74,21 @@ void emit(py::array tensors, py::array groups, uintptr_t rows, int threads, uint
   aim::Status status;
   {
     py::gil_scoped_release release;
-    status = aim::emit(tensor_table, tensor_count, group_table, table<aim::Row>(rows), group_count, how);
+    status =
+        aim::emit(tensor_table, tensor_count, group_table, table<aim::Row>(rows), group_count, how);
+  }
+  raise(status, how.isa);
+}
+
+void stream(py::array tensors, bool live, bool nontemporal, int64_t chunk, float factor,
+            int threads, uintptr_t team) {
+  const aim::Execution how = execution(threads, team);
+  const auto* tensor_table = records<aim::Tensor>(tensors, "tensors");
+  const int64_t tensor_count = tensors.size();
+  aim::Status status;
+  {
+    py::gil_scoped_release release;
+    status = aim::stream(tensor_table, tensor_count, {live, nontemporal, chunk}, factor, how);
   }
   raise(status, how.isa);
 }
@@ -81,7 +98,8 @@ std::vector<std::tuple<std::string, bool, bool>> isas() {
   int count = 0;
   raise(aim::list_isas(info, 8, &count), nullptr);
   std::vector<std::tuple<std::string, bool, bool>> result;
-  for (int i = 0; i < count; ++i) result.emplace_back(info[i].name, info[i].compiled, info[i].supported);
+  for (int i = 0; i < count; ++i)
+    result.emplace_back(info[i].name, info[i].compiled, info[i].supported);
   return result;
 }
 
@@ -115,7 +133,8 @@ py::dict build_info() {
   return info;
 }
 
-// Field offsets as this compiler lays them out, for the test that compares them with aim_kernels/rows.py.
+// Field offsets as this compiler lays them out, for the test that compares them with
+// aim_kernels/rows.py.
 py::dict layout() {
   using aim::Group, aim::Row, aim::Statistics, aim::Tensor;
   py::dict tensor, group;
@@ -160,14 +179,21 @@ py::dict layout() {
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Native kernels of aim_kernels; docs/design.md describes the tables.";
   module.attr("CHUNK") = aim::kChunk;
-  module.def("step", &step, py::arg("tensors"), py::arg("groups"), py::arg("rows"), py::arg("statistics"),
-             py::arg("control"), py::arg("threads"), py::arg("team") = 0,
-             "One optimizer step over all tensors; `rows`, `statistics`, `control` and `team` are addresses.");
-  module.def("emit", &emit, py::arg("tensors"), py::arg("groups"), py::arg("rows"), py::arg("threads"),
-             py::arg("team") = 0, "Writes the live weights of all tensors that have a master.");
+  module.def("step", &step, py::arg("tensors"), py::arg("groups"), py::arg("rows"),
+             py::arg("statistics"), py::arg("control"), py::arg("threads"), py::arg("team") = 0,
+             "One optimizer step over all tensors; `rows`, `statistics`, `control` and `team` are "
+             "addresses.");
+  module.def("emit", &emit, py::arg("tensors"), py::arg("groups"), py::arg("rows"),
+             py::arg("threads"), py::arg("team") = 0,
+             "Writes the live weights of all tensors that have a master.");
+  module.def("stream", &stream, py::arg("tensors"), py::arg("live"), py::arg("nontemporal"),
+             py::arg("chunk"), py::arg("factor"), py::arg("threads"), py::arg("team") = 0,
+             "Moves the bytes of a step and computes next to nothing: the memory floor.");
   module.def("isas", &isas, "(name, compiled, supported) of every instruction set.");
-  module.def("active_isa", &active_isa, "The instruction set that a step uses now (AIM_KERNELS_ISA forces one).");
+  module.def("active_isa", &active_isa,
+             "The instruction set that a step uses now (AIM_KERNELS_ISA forces one).");
   module.def("philox", &philox, py::arg("seed"), py::arg("counter"), "Philox4x32-10.");
-  module.def("build_info", &build_info, "Compiler, C++ standard and instruction sets of this build.");
+  module.def("build_info", &build_info,
+             "Compiler, C++ standard and instruction sets of this build.");
   module.def("layout", &layout, "Offsets and sizes of the tables as compiled.");
 }

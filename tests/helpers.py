@@ -16,14 +16,21 @@ import aim_kernels as ak
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-#: Rules in all their variants: keyword arguments of the optimizer. Decay is never zero, so that its place in the step shows.
+#: Rules in all their variants: options of the optimizer. Decay is never zero, so that its place in the step shows.
 RULES: dict[str, dict[str, Any]] = {
     "adamw": {"rule": "adamw", "lr": 3e-2, "betas": (0.85, 0.98), "weight_decay": 0.1},
     "adam": {"rule": "adam", "lr": 3e-2, "betas": (0.85, 0.98), "weight_decay": 0.1},
     "adam-maximize": {"rule": "adam", "lr": 3e-2, "weight_decay": 0.05, "maximize": True, "eps": 1e-3},
     "sgd": {"rule": "sgd", "lr": 3e-2, "betas": (0.85, 0.98), "weight_decay": 0.1},
     "sgd-momentum": {"rule": "sgd", "lr": 2e-2, "betas": (0.85, 0.98), "momentum": 0.8, "weight_decay": 0.1},
-    "sgd-dampening": {"rule": "sgd", "lr": 2e-2, "momentum": 0.7, "dampening": 0.4, "weight_decay": 0.1, "maximize": True},
+    "sgd-dampening": {
+        "rule": "sgd",
+        "lr": 2e-2,
+        "momentum": 0.7,
+        "dampening": 0.4,
+        "weight_decay": 0.1,
+        "maximize": True,
+    },
     "sgd-nesterov": {"rule": "sgd", "lr": 2e-2, "momentum": 0.8, "nesterov": True, "weight_decay": 0.1},
 }
 
@@ -47,8 +54,22 @@ ROWS: dict[str, dict[str, float]] = {
     },
     "alternate": {},
 }
-TRUE_PHASE = {"grad_under": 1.0, "grad_well": 1.0, "step_under": 1.0, "step_well": 0.8, "live_under": 1.0, "live_well": 1.0}
-AUX_PHASE = {"grad_under": 0.5, "grad_well": 0.0, "step_under": 1.25, "step_well": 1.0, "live_under": 1.0, "live_well": 0.4}
+TRUE_PHASE = {
+    "grad_under": 1.0,
+    "grad_well": 1.0,
+    "step_under": 1.0,
+    "step_well": 0.8,
+    "live_under": 1.0,
+    "live_well": 1.0,
+}
+AUX_PHASE = {
+    "grad_under": 0.5,
+    "grad_well": 0.0,
+    "step_under": 1.25,
+    "step_well": 1.0,
+    "live_under": 1.0,
+    "live_well": 0.4,
+}
 
 
 def set_row(optimizer: ak.AIMFusedOptimizer, group: int, name: str) -> None:
@@ -60,13 +81,11 @@ def set_row(optimizer: ak.AIMFusedOptimizer, group: int, name: str) -> None:
         optimizer.set_modulation(group, **ROWS[name])
 
 
-# --------------------------------------------------------------------------------------------------------------- tensors
-
-
 def layout(values: torch.Tensor, kind: str) -> torch.Tensor:
     """The same values in another memory layout, never aliasing ``values``."""
     if kind == "transposed":
-        return values.permute(*reversed(range(values.dim()))).contiguous().permute(*reversed(range(values.dim())))
+        order = list(reversed(range(values.dim())))
+        return values.permute(order).clone(memory_format=torch.contiguous_format).permute(order)
     if kind == "channels_last":
         form = torch.channels_last if values.dim() == 4 else torch.contiguous_format
         return values.clone(memory_format=form)
@@ -81,7 +100,11 @@ def layout(values: torch.Tensor, kind: str) -> torch.Tensor:
     if kind == "offset":
         return torch.full((values.numel() + 3,), 7.0, dtype=values.dtype)[1:-2].view(values.shape).copy_(values)
     if kind == "expanded":
-        return values.flatten()[:1].clone().reshape([1] * values.dim()).expand(values.shape) if values.numel() else values.clone()
+        return (
+            values.flatten()[:1].clone().reshape([1] * values.dim()).expand(values.shape)
+            if values.numel()
+            else values.clone()
+        )
     assert kind == "contiguous", kind
     return values.clone(memory_format=torch.contiguous_format)
 
@@ -97,7 +120,7 @@ def parameter(shape: Sequence[int], dtype: str = "float32", kind: str = "contigu
 
 
 class Gradients:
-    """Gradients with a persistent part, so that some elements stay under-optimized and others do not, and some zeros."""
+    """Gradients with a persistent part, so that some elements stay under-optimized and others do not; some are zero."""
 
     def __init__(self, params: Sequence[torch.Tensor], seed: int = 1, kinds: Sequence[str] = ("contiguous",)) -> None:
         self.random = np.random.default_rng(seed)
@@ -110,7 +133,9 @@ class Gradients:
     def __call__(self) -> list[torch.Tensor]:
         made = []
         for index, (p, signal) in enumerate(zip(self.params, self.signal, strict=True)):
-            values = np.asarray(signal + 0.7 * np.abs(signal).mean() * self.random.standard_normal(p.shape) if p.numel() else signal)
+            values = np.asarray(
+                signal + 0.7 * np.abs(signal).mean() * self.random.standard_normal(p.shape) if p.numel() else signal
+            )
             values = values * (self.random.uniform(size=p.shape) > 0.02)
             made.append(layout(torch.from_numpy(np.asarray(values)).to(p.dtype), self.kinds[index % len(self.kinds)]))
         return made
@@ -140,7 +165,9 @@ def frozen(optimizer: ak.AIMFusedOptimizer) -> dict[str, Any]:
     params = parameters_of(optimizer)
     return {
         "params": [p.detach().clone() for p in params],
-        "state": [{k: copy.deepcopy(v) for k, v in optimizer.state[p].items()} if p in optimizer.state else {} for p in params],
+        "state": [
+            {k: copy.deepcopy(v) for k, v in optimizer.state[p].items()} if p in optimizer.state else {} for p in params
+        ],
         **{name: getattr(optimizer.tables, name).clone() for name in ("rows", "statistics", "control")},
     }
 
@@ -164,9 +191,6 @@ def same_bits(a: Any, b: Any, where: str = "") -> None:
         assert a == b, f"{where}: {a} and {b}"
 
 
-# ------------------------------------------------------------------------------------------------- optimizer and oracle
-
-
 def build(
     rule: str = "adamw",
     shapes: Sequence[Sequence[Sequence[int]]] = (((5, 7), (33,), (), (0,)),),
@@ -183,7 +207,12 @@ def build(
             params.append(parameter(shape, dtype, kinds[seed % len(kinds)], seed))
             seed += 1
         groups.append({"params": params, "modality": "audio", "depth": depth, "modulated": modulated})
-    options = {"backend": "cpu", "under_optimized": ("fraction", 0.4), "threshold_rate": 0.3, "seed": 1234567890123} | options
+    options = {
+        "backend": "cpu",
+        "under_optimized": ("fraction", 0.4),
+        "threshold_rate": 0.3,
+        "seed": 1234567890123,
+    } | options
     return ak.AIMFusedOptimizer(groups, **(RULES[rule] | options))
 
 
@@ -194,8 +223,8 @@ def first_moment_name(group: dict[str, Any], rule: str) -> str:
 class Twin:
     """An optimizer and its oracle, stepped together and compared element by element.
 
-    In lock step the oracle starts every step from what the optimizer holds, so a comparison covers one step; free-running it
-    starts once, and its error bounds grow with the steps.
+    In lock step the oracle starts every step from what the optimizer holds, so a comparison covers one step;
+    free-running it starts once, and its error bounds grow with the steps.
     """
 
     def __init__(
@@ -294,7 +323,9 @@ class Twin:
         assert tables.control.tolist() == [o.seed, o.counter, o.threshold, o.phase]
         for index, (block, group) in enumerate(zip(o.blocks, self.optimizer.param_groups, strict=True)):
             for place, (leaf, p) in enumerate(zip(block.leaves, group["params"], strict=True)):
-                self._compare_leaf(leaf, self.leaf(p, group, leaf.first), f"group {index}, parameter {place} {tuple(p.shape)}")
+                self._compare_leaf(
+                    leaf, self.leaf(p, group, leaf.first), f"group {index}, parameter {place} {tuple(p.shape)}"
+                )
             row = dict(zip(oracle.COLUMNS, tables.rows[index].tolist(), strict=True))
             for name, value in block.row.items():
                 slack = tol.THRESHOLD if name.startswith("tau") else 0.0
@@ -302,12 +333,18 @@ class Twin:
             sums = dict(zip(oracle.SUMS, tables.statistics[index].tolist(), strict=True))
             for name, value in block.sums.items():
                 slack = tol.SAFETY * block.slack[name]
-                agree = abs(sums[name] - value) <= slack or (np.isnan(value) and np.isnan(sums[name])) or sums[name] == value
+                agree = (
+                    abs(sums[name] - value) <= slack
+                    or (np.isnan(value) and np.isnan(sums[name]))
+                    or sums[name] == value
+                )
                 assert agree or not np.isfinite(slack), f"group {index}, {name}: {sums[name]} is not {value} +- {slack}"
 
     def _compare_leaf(self, want: oracle.Leaf, have: oracle.Leaf, where: str) -> None:
         assert have.t == want.t, f"{where}: step count {have.t} is not {want.t}"
-        assert (have.live is None) == (want.live is None), f"{where}: master {'absent' if have.live is None else 'present'}"
+        assert (have.live is None) == (want.live is None), (
+            f"{where}: master {'absent' if have.live is None else 'present'}"
+        )
         for name in ("theta", "m", "v", "live"):
             expected, found = getattr(want, name), getattr(have, name)
             if expected is None and not have.t and name in ("m", "v"):
@@ -323,7 +360,9 @@ class Twin:
     def finish(self) -> None:
         """Near ties must have been rare."""
         o = self.oracle
-        assert o.ties <= max(tol.TIES_FLOOR, tol.TIES_SHARE * o.decisions), f"{o.ties} near ties in {o.decisions} decisions"
+        assert o.ties <= max(tol.TIES_FLOOR, tol.TIES_SHARE * o.decisions), (
+            f"{o.ties} near ties in {o.decisions} decisions"
+        )
 
 
 def close(found: np.ndarray, expected: np.ndarray, bound: np.ndarray | float, where: str) -> None:
@@ -336,7 +375,8 @@ def close(found: np.ndarray, expected: np.ndarray, bound: np.ndarray | float, wh
         bad = np.flatnonzero(~ok)
         i = bad[0]
         raise AssertionError(
-            f"{where}: {bad.size} of {ok.size} elements differ; [{i}] is {found[i]!r}, not {expected[i]!r} +- {tol.SAFETY * bound[i]:.3g}"
+            f"{where}: {bad.size} of {ok.size} elements differ; "
+            f"[{i}] is {found[i]!r}, not {expected[i]!r} +- {tol.SAFETY * bound[i]:.3g}"
         )
 
 

@@ -1,11 +1,13 @@
 """One optimizer step in float64 numpy, written from the contract (docs/design.md), with a bound of the rounding error.
 
-Nothing here reads the package. A ``Leaf`` is one parameter, flat in memory order; a ``Block`` is one param group. Every value
-has an error bound beside it (``e_theta`` beside ``theta``): what an implementation in the arithmetic type may differ by.
+Nothing here reads the package. A ``Leaf`` is one parameter, flat in memory order; a ``Block`` is one param group. Every
+value has an error bound beside it (``e_theta`` beside ``theta``): what an implementation in the arithmetic type may
+differ by.
 
-The class decision is discontinuous: where ``m*m`` and ``c_v*v + c_0`` agree within their error bounds either class is right,
-and the trajectories part. For exactly these near ties the oracle follows the implementation: it computes both outcomes and keeps
-the one nearer to what was observed. It counts them, and a test bounds their share. All other elements are on their own.
+The class decision is discontinuous: where ``m*m`` and ``c_v*v + c_0`` agree within their error bounds either class is
+right, and the trajectories part. For exactly these near ties the oracle follows the implementation: it computes both
+outcomes and keeps the one nearer to what was observed. It counts them, and a test bounds their share. All other
+elements are on their own.
 """
 
 from __future__ import annotations
@@ -21,10 +23,7 @@ COLUMNS = (
     "true_grad_under true_grad_well true_step_under true_step_well true_live_under true_live_well "
     "aux_grad_under aux_grad_well aux_step_under aux_step_well aux_live_under aux_live_well"
 ).split()
-SUMS = "numel under grad_sum grad_sq update_sq param_sq nonfinite".split()
-
-
-# ---------------------------------------------------------------------------------------------------------------- random
+SUMS = ["numel", "under", "grad_sum", "grad_sq", "update_sq", "param_sq", "nonfinite"]
 
 
 def philox(seed: int, counter: tuple[np.ndarray | int, ...]) -> np.ndarray:
@@ -60,9 +59,6 @@ def draw_phase(seed: int, counter: int, threshold: int) -> int:
     return int(int(philox(seed, (0, 0, counter & 0xFFFFFFFF, 1)).reshape(4)[0]) < threshold)
 
 
-# --------------------------------------------------------------------------------------------------------------- storage
-
-
 def narrow(value: np.ndarray, dtype: str) -> np.ndarray:
     """Nearest representable value (ties to even) of a 16-bit type; others unchanged."""
     if dtype not in tol.NARROW:
@@ -86,9 +82,6 @@ def stored(value: np.ndarray, error: np.ndarray, dtype: str) -> tuple[np.ndarray
     with np.errstate(invalid="ignore"):
         spread = np.maximum(np.abs(high - kept), np.abs(kept - low))
     return kept, np.where(np.isfinite(spread), spread, 0.0)
-
-
-# ----------------------------------------------------------------------------------------------------------------- state
 
 
 @dataclass
@@ -217,7 +210,12 @@ class Oracle:
         c_v, c_0 = tau**2 * b**2 / bc2, tau**2 * hyper.eps**2 * b**2
         with np.errstate(all="ignore"):
             left, right = leaf.m * leaf.m, c_v * leaf.v + c_0
-            margin = tol.CLASS_ROUNDOFFS * unit * (left + right) + 2 * np.abs(leaf.m) * leaf.e_m + c_v * leaf.e_v + 2 * tiny
+            margin = (
+                tol.CLASS_ROUNDOFFS * unit * (left + right)
+                + (2 * np.abs(leaf.m) + leaf.e_m) * leaf.e_m
+                + c_v * leaf.e_v
+                + 2 * tiny
+            )
             under = left >= right
             tie = (np.abs(left - right) <= tol.SAFETY * margin) if tau else np.zeros(size, bool)
         self.decisions += size
@@ -252,24 +250,38 @@ class Oracle:
             if row["noise"]:
                 z, radius = normals(self.seed, self.counter, leaf.first, g.size)
                 noise = sigma[0] * z
-                e_noise = sigma[0] * tol.NORMAL_ROUNDOFFS * tol.NORMAL_UNIT * radius + (sigma[1] + 3 * unit * sigma[0]) * np.abs(z)
+                e_noise = sigma[0] * tol.NORMAL_ROUNDOFFS * tol.NORMAL_UNIT * radius + (
+                    sigma[1] + 3 * unit * sigma[0]
+                ) * np.abs(z)
 
             def moments(mask: np.ndarray) -> tuple[np.ndarray, ...]:
                 c = np.where(mask, row["grad_under"], row["grad_well"])
                 scaled = c * g + noise
-                e = np.abs(c) * e_g + 2 * unit * np.abs(c * g) * (c != 1) + e_noise + unit * np.abs(scaled) * bool(row["noise"])
+                e = (
+                    np.abs(c) * e_g
+                    + 2 * unit * np.abs(c * g) * (c != 1)
+                    + e_noise
+                    + unit * np.abs(scaled) * bool(row["noise"])
+                )
                 return (scaled, e, *first_moment(hyper, leaf, scaled, e, unit, tiny))
 
             scaled, e_scaled, m, e_m = moments(under)
             if tie.any() and seen is not None and row["grad_under"] != row["grad_well"]:
                 other = moments(~under)
                 swap = tie & (np.abs(other[2] - seen.m) < np.abs(m - seen.m))
-                scaled, e_scaled, m, e_m = (np.where(swap, b, a) for a, b in zip((scaled, e_scaled, m, e_m), other, strict=True))
+                scaled, e_scaled, m, e_m = (
+                    np.where(swap, b, a) for a, b in zip((scaled, e_scaled, m, e_m), other, strict=True)
+                )
             if hyper.classes:
                 b2 = hyper.beta2
                 v_old = np.zeros_like(g) if leaf.v is None else leaf.v
                 square = (1 - b2) * scaled * scaled
-                e_v = b2 * leaf.e_v + (1 - b2) * 2 * np.abs(scaled) * e_scaled + unit * (3 * b2 * v_old + 5 * square) + 3 * tiny
+                e_v = (
+                    b2 * leaf.e_v
+                    + (1 - b2) * (2 * np.abs(scaled) + e_scaled) * e_scaled
+                    + unit * (3 * b2 * v_old + 5 * square)
+                    + 3 * tiny
+                )
                 leaf.v, leaf.e_v = b2 * v_old + square, e_v
             leaf.m, leaf.e_m = m, e_m
 
@@ -306,7 +318,11 @@ class Oracle:
             new["param_sq"] += (theta * theta).sum()
             adding = tol.SUM_ROUNDOFFS * unit
             slack["grad_sum"] += adding * np.abs(g0).sum()
-            for name, values, errors in (("grad_sq", g0, 0.0), ("update_sq", delta, e_delta), ("param_sq", theta, e_theta)):
+            for name, values, errors in (
+                ("grad_sq", g0, 0.0),
+                ("update_sq", delta, e_delta),
+                ("param_sq", theta, e_theta),
+            ):
                 slack[name] += (2 * np.abs(values) * errors + adding * values * values + tiny).sum()
 
             if block.emitting:
@@ -350,7 +366,11 @@ class Oracle:
             with np.errstate(all="ignore"):
                 part = leaf.theta - leaf.anchor
                 value = leaf.anchor + part * c
-                error = np.abs(c) * (leaf.e_theta + unit * np.abs(part)) + 2 * unit * np.abs(c * part) + unit * np.abs(value)
+                error = (
+                    np.abs(c) * (leaf.e_theta + unit * np.abs(part))
+                    + 2 * unit * np.abs(c * part)
+                    + unit * np.abs(value)
+                )
             whole = c == 1
             return np.where(whole, leaf.theta, value), np.where(whole, leaf.e_theta, error)
 
@@ -365,7 +385,9 @@ class Oracle:
         return under
 
     @staticmethod
-    def _control(block: Block, new: dict[str, float], slack: dict[str, float], open_count: int, seen: float | None) -> None:
+    def _control(
+        block: Block, new: dict[str, float], slack: dict[str, float], open_count: int, seen: float | None
+    ) -> None:
         """Statistics and threshold of a stepped group; the observed count stands in where near ties leave it open."""
         if open_count and seen is not None and abs(seen - new["under"]) <= open_count:
             new["under"] = seen
@@ -403,7 +425,7 @@ def first_moment(
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """New first moment and its error bound; None where the rule keeps none."""
     if hyper.rule == "sgd" and hyper.momentum:
-        if leaf.m is None:
+        if leaf.t == 1:
             return g, e_g
         keep, take = hyper.momentum, 1.0 - hyper.dampening
     elif hyper.rule != "sgd" or hyper.modulated:
@@ -412,5 +434,11 @@ def first_moment(
         return None, None
     old = np.zeros_like(g) if leaf.m is None else leaf.m
     value = keep * old + take * g
-    error = keep * leaf.e_m + take * e_g + 2 * unit * (np.abs(keep * old) + np.abs(take * g)) + unit * np.abs(value) + 2 * tiny
+    error = (
+        keep * leaf.e_m
+        + take * e_g
+        + 2 * unit * (np.abs(keep * old) + np.abs(take * g))
+        + unit * np.abs(value)
+        + 2 * tiny
+    )
     return value, error

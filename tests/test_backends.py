@@ -1,4 +1,4 @@
-"""The compiled backend against the eager one: same order of operations, so a few roundings apart at most, decisions included."""
+"""The compiled backend against the eager one: the same order of operations, so a few roundings apart at most."""
 
 from __future__ import annotations
 
@@ -34,14 +34,18 @@ def test_backends_agree(rule: str, row: str, dtype: str) -> None:
     same_bits(cpu.tables.control, reference.tables.control)
     unit = tol.UNIT[dtype]
     torch.testing.assert_close(cpu.tables.rows, reference.tables.rows, rtol=0, atol=1e-15)
-    torch.testing.assert_close(cpu.tables.statistics, reference.tables.statistics, rtol=200 * tol.UNIT["float32"], atol=1e-4)
+    torch.testing.assert_close(
+        cpu.tables.statistics, reference.tables.statistics, rtol=200 * tol.UNIT["float32"], atol=1e-4
+    )
     for p, q in zip(parameters_of(cpu), parameters_of(reference), strict=True):
         assert cpu.state[p].keys() == reference.state[q].keys()
         for name, value in cpu.state[p].items():
             other = reference.state[q][name]
             assert value.dtype == other.dtype
             # Five steps of ten roundings each, in weights and moments of order one (momentum sums five).
-            torch.testing.assert_close(value, other, rtol=100 * unit, atol=400 * (unit if row == "ones" else tol.NORMAL_UNIT))
+            torch.testing.assert_close(
+                value, other, rtol=100 * unit, atol=400 * (unit if row == "ones" else tol.NORMAL_UNIT)
+            )
         if dtype in tol.NARROW:
             torch.testing.assert_close(p, q, rtol=2.0 ** (1 - tol.NARROW[dtype][0]), atol=1e-4)
 
@@ -51,8 +55,9 @@ def test_reports_agree(row: str) -> None:
     cpu, reference = pair("adamw", row, "float32", 4)
     for one, other in zip(cpu.statistics(), reference.statistics(), strict=True):
         assert one.keys() == other.keys()
+        assert (one.pop("modality"), one.pop("depth")) == (other.pop("modality"), other.pop("depth"))
         assert one == pytest.approx(other, rel=1e-4)
-    assert cpu.modulation() == pytest.approx(reference.modulation())
+    same_bits(cpu.modulation(), reference.modulation())
 
 
 def test_backends_are_reported() -> None:

@@ -9,7 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import DTYPES, RULES, Gradients, Twin, assign, build, frozen, parameter, parameters_of, run_twin, same_bits, set_row
+from helpers import (
+    DTYPES,
+    RULES,
+    Gradients,
+    Twin,
+    assign,
+    build,
+    frozen,
+    parameter,
+    parameters_of,
+    run_twin,
+    same_bits,
+    set_row,
+)
 
 import aim_kernels as ak
 
@@ -159,7 +172,9 @@ def test_checkpoints_of_torch_load_here_and_back(peer: str) -> None:
 
     one = make(params(), foreach=False, **torch_options)
     drive(one, grads[:4])
-    two = ak.AIMFusedOptimizer([p.detach().clone().requires_grad_() for p in parameters_of(one)], backend="cpu", **options)
+    two = ak.AIMFusedOptimizer(
+        [p.detach().clone().requires_grad_() for p in parameters_of(one)], backend="cpu", **options
+    )
     two.load_state_dict(through_a_file(one.state_dict()))
     drive(two, grads[4:8])
     three = make([p.detach().clone().requires_grad_() for p in parameters_of(two)], foreach=False, **torch_options)
@@ -176,7 +191,11 @@ def test_hyperparameters_of_a_torch_checkpoint_are_taken() -> None:
     target.load_state_dict(source.state_dict())
     group = target.param_groups[0]
     assert (group["lr"], tuple(group["betas"]), group["eps"], group["weight_decay"]) == (0.5, (0.1, 0.2), 0.3, 0.4)
-    run_twin(Twin(target, "adamw", under_optimized=("fraction", 0.1), threshold_rate=0.1), Gradients(parameters_of(target)), 3)
+    run_twin(
+        Twin(target, "adamw", under_optimized=("fraction", 0.1), threshold_rate=0.1),
+        Gradients(parameters_of(target)),
+        3,
+    )
 
 
 @pytest.mark.parametrize("legacy", ["integer", "float", "float64 tensor"])
@@ -225,7 +244,11 @@ def test_loading_into_a_running_optimizer() -> None:
     set_row(optimizer, 0, "chain")
     grads = batches(optimizer, 8)
     drive(optimizer, grads[:4])
-    kept, state, params = frozen(optimizer), copy.deepcopy(optimizer.state_dict()), [p.detach().clone() for p in parameters_of(optimizer)]
+    kept, state, params = (
+        frozen(optimizer),
+        copy.deepcopy(optimizer.state_dict()),
+        [p.detach().clone() for p in parameters_of(optimizer)],
+    )
     drive(optimizer, grads[4:])
     last = frozen(optimizer)
     for p, old in zip(parameters_of(optimizer), params, strict=True):
@@ -249,6 +272,49 @@ def test_a_checkpoint_without_masters_drops_them() -> None:
     same_bits(frozen(plain), frozen(modulated))
 
 
+@pytest.mark.parametrize("steps", [0, 3])
+def test_anchors_are_saved(steps: int) -> None:
+    """Also before the first step, when a parameter has an anchor and no other state."""
+    first = build("adamw", SHAPES, anchor="init")
+    set_row(first, 0, "chain")
+    grads = batches(first, steps + 4)
+    drive(first, grads[:steps])
+    second = build("adamw", SHAPES, anchor="init")
+    for p in parameters_of(second):
+        p.data.fill_(3.0)
+    transplant(first, second, through_a_file(first.state_dict()))
+    for optimizer in (first, second):
+        drive(optimizer, grads[steps:])
+    same_bits(frozen(first), frozen(second))
+
+
+def test_distributed_checkpoint_functions() -> None:
+    """get/set_optimizer_state_dict step an empty optimizer with zero gradients first: harmless, the resume bitwise."""
+    from torch.distributed.checkpoint import state_dict as dcp
+
+    def fresh() -> tuple[torch.nn.Module, ak.AIMFusedOptimizer]:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Linear(4, 3))
+        block = {"params": list(model[0].parameters()), "modality": "audio", "depth": 0, "modulated": True}
+        return model, ak.AIMFusedOptimizer([block, {"params": list(model[1].parameters())}], backend="cpu", seed=3)
+
+    model, first = fresh()
+    before = [p.detach().clone() for p in model.parameters()]
+    dcp.get_optimizer_state_dict(model, first)
+    same_bits(before, [p.detach() for p in model.parameters()])
+
+    (model, first), (other, second) = fresh(), fresh()
+    set_row(first, 0, "alternate")
+    grads = batches(first, 8)
+    drive(first, grads[:4])
+    dcp.set_model_state_dict(other, dcp.get_model_state_dict(model))
+    dcp.set_optimizer_state_dict(other, second, dcp.get_optimizer_state_dict(model, first))
+    same_bits(frozen(first), frozen(second))
+    for optimizer in (first, second):
+        drive(optimizer, grads[4:])
+    same_bits(frozen(first), frozen(second))
+
+
 def test_mismatched_groups_are_refused() -> None:
     optimizer, other = build("adamw", SHAPES), build("adamw", SHAPES[:1])
     drive(optimizer, batches(optimizer, 1))
@@ -262,7 +328,9 @@ def test_mismatched_groups_are_refused() -> None:
 def test_no_state_beyond_the_base_rule_s(rule: str) -> None:
     optimizer = ak.AIMFusedOptimizer([parameter((4,)), parameter((3, 2))], backend="cpu", **RULES[rule])
     make, options = {"adamw": PEERS["adamw"], "adam": PEERS["adam"]}.get(RULES[rule]["rule"], PEERS["sgd"])
-    options = {k: v for k, v in RULES[rule].items() if k not in {"rule"} and (make is not torch.optim.SGD or k != "betas")}
+    options = {
+        k: v for k, v in RULES[rule].items() if k not in {"rule"} and (make is not torch.optim.SGD or k != "betas")
+    }
     peer = make([parameter((4,)), parameter((3, 2))], foreach=False, **options)
     for made in (optimizer, peer):
         drive(made, batches(made, 2))

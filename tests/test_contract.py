@@ -35,7 +35,7 @@ def test_training_reduces_a_loss() -> None:
         loss = (model(x) - y).square().mean()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.2 * losses[0]
 
 
@@ -140,6 +140,10 @@ def change_layout(optimizer: ak.AIMFusedOptimizer, p: torch.Tensor) -> None:
     p.data = p.data.t().contiguous().t()
 
 
+def restride_in_place(optimizer: ak.AIMFusedOptimizer, p: torch.Tensor) -> None:
+    p.data = p.data.t()
+
+
 def change_betas(optimizer: ak.AIMFusedOptimizer, p: torch.Tensor) -> None:
     optimizer.param_groups[0].update(betas=(0.5, 0.75), eps=1e-3, weight_decay=0.3)
 
@@ -168,6 +172,7 @@ def clear_state(optimizer: ak.AIMFusedOptimizer, p: torch.Tensor) -> None:
         replace_step,
         replace_master,
         change_layout,
+        restride_in_place,
         change_betas,
         change_lr,
         change_tables,
@@ -209,7 +214,9 @@ def test_add_param_group_in_mid_run() -> None:
     made = Twin(optimizer, "adamw")
     run_twin(made, Gradients(parameters_of(optimizer)), 4)
     rows = optimizer.tables.rows.clone()
-    optimizer.add_param_group({"params": [parameter((6, 2), seed=9)], "modality": "video", "depth": 0, "modulated": True, "lr": 0.5})
+    optimizer.add_param_group(
+        {"params": [parameter((6, 2), seed=9)], "modality": "video", "depth": 0, "modulated": True, "lr": 0.5}
+    )
     same_bits(rows, optimizer.tables.rows[:2])
     made.reload()
     run_twin(made, Gradients(parameters_of(optimizer)), 4)

@@ -55,9 +55,9 @@ def test_options_of_a_group(bad: dict[str, Any]) -> None:
 
 def test_repeated_parameters() -> None:
     p = parameter((3,))
-    with pytest.raises(ValueError, match="(?i)duplicate|repeated|more than one|twice"):
+    with pytest.raises(ValueError, match=r"(?i)duplicate|repeated|more than on|twice"):
         AK([p, p])
-    with pytest.raises(ValueError, match="(?i)duplicate|repeated|more than one|twice"):
+    with pytest.raises(ValueError, match=r"(?i)duplicate|repeated|more than on|twice"):
         AK([{"params": [p]}, {"params": [p]}])
 
 
@@ -65,12 +65,10 @@ def test_parameters_that_cannot_be_stepped() -> None:
     for bad in (torch.zeros(3, dtype=torch.complex64), torch.zeros(3, dtype=torch.int32)):
         if bad.is_complex():
             bad.requires_grad_()
-        with pytest.raises((TypeError, ValueError), match="(?i)complex|dtype|int|float"):
+        with pytest.raises((TypeError, ValueError), match=r"(?i)complex|dtype|int|float"):
             AK([bad])
-    with pytest.raises((TypeError, ValueError, RuntimeError)):
-        optimizer = AK([torch.zeros(3, device="meta", requires_grad=True)])
-        optimizer.param_groups[0]["params"][0].grad = torch.zeros(3, device="meta")
-        optimizer.step()
+    with pytest.raises((TypeError, ValueError), match="meta"):
+        AK([torch.zeros(3, device="meta", requires_grad=True)])
     with pytest.raises(ValueError, match="leaf"):
         AK([parameter((3,)) * 2])
     with pytest.raises(ValueError, match="empty"):
@@ -91,10 +89,6 @@ def complex_values(p: torch.Tensor) -> torch.Tensor:
 
 def other_precision(p: torch.Tensor) -> torch.Tensor:
     return torch.ones(p.shape, dtype=torch.float64)
-
-
-def other_device(p: torch.Tensor) -> torch.Tensor:
-    return torch.ones(p.shape, device="meta")
 
 
 def transposed_shape(p: torch.Tensor) -> torch.Tensor:
@@ -118,10 +112,12 @@ def forced(p: torch.Tensor, grad: torch.Tensor) -> bool:
     return True
 
 
-@pytest.mark.parametrize("make", [wrong_shape, sparse, complex_values, other_precision, other_device, transposed_shape])
+@pytest.mark.parametrize("make", [wrong_shape, sparse, complex_values, other_precision, transposed_shape])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("running", [False, True])
-def test_bad_gradients_change_nothing(make: Callable[[torch.Tensor], torch.Tensor], backend: str, running: bool) -> None:
+def test_bad_gradients_change_nothing(
+    make: Callable[[torch.Tensor], torch.Tensor], backend: str, running: bool
+) -> None:
     """The bad gradient is the last of the last group, so that a half-made step would show."""
     optimizer = build("adamw", (((4, 3), (5,)), ((2, 6), (3, 2))), backend=backend)
     set_row(optimizer, 0, "all")
@@ -135,7 +131,10 @@ def test_bad_gradients_change_nothing(make: Callable[[torch.Tensor], torch.Tenso
     if not forced(params[-1], make(params[-1])):
         pytest.skip(f"torch {torch.__version__} lets nobody set a gradient like {make.__name__}")
     before, versions = frozen(optimizer), [p._version for p in params]
-    with pytest.raises((RuntimeError, ValueError, TypeError), match=r"(?i)sparse|complex|shape|size|device|meta|dtype|type"):
+    with pytest.raises(
+        (RuntimeError, ValueError, TypeError),
+        match=r"parameter 1 of group 1.*(sparse|complex|shape|device|meta|float64)",
+    ):
         optimizer.step()
     after = frozen(optimizer)
     if not running:  # states may have been created; they must not have been stepped
@@ -174,7 +173,7 @@ def test_blocks_columns_and_groups_that_do_not_exist() -> None:
             optimizer.set_strength(modality, depth, 0.5)
         with pytest.raises((KeyError, ValueError, IndexError), match=f"{modality}|{depth}"):
             optimizer.set_modulation((modality, depth), live_well=0.5)
-    with pytest.raises((ValueError, TypeError), match="coefficients|bend"):
+    with pytest.raises((ValueError, TypeError), match=r"coefficients|bend"):
         optimizer.set_strength("audio", 0, 0.5, coefficients="bend")
     with pytest.raises((ValueError, TypeError, KeyError), match="live_middle"):
         optimizer.set_modulation(0, live_well=0.5, live_middle=0.5)
@@ -188,7 +187,7 @@ def test_sgd_without_classes_refuses_rows_that_split() -> None:
         optimizer = build(rule, modulated=False)
         before = optimizer.tables.rows.clone()
         for columns in ({"grad_well": 0.5}, {"step_under": 0.5}, {"live_well": 0.5}):
-            with pytest.raises(ValueError, match="modulated|class"):
+            with pytest.raises(ValueError, match=r"modulated|class"):
                 optimizer.set_modulation(0, **columns)
         same_bits(before, optimizer.tables.rows)
         optimizer.set_modulation(0, grad_under=0.5, grad_well=0.5)

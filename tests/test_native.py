@@ -1,10 +1,11 @@
-"""Instruction sets, threads, processes and the native entry points: the same bits everywhere, errors before anything is written."""
+"""Instruction sets, threads, processes: the same bits everywhere. Native entry points: errors before any write."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -18,9 +19,9 @@ import torch
 from helpers import DTYPES, ROWS, RULES, Gradients, assign, build, frozen, parameters_of, same_bits, set_row
 
 import aim_kernels as ak
-from aim_kernels import rows
+from aim_kernels import _C, rows
 
-CHUNK = ak._C.CHUNK
+CHUNK = _C.CHUNK
 SHAPES = (((1,), (15,), (16, 3), (70,), (1031,), (CHUNK + 5,)), ((2 * CHUNK + 33,), (0,), (7,)))
 
 
@@ -43,19 +44,19 @@ def trajectory(rule: str, row: str, dtype: str, steps: int = 3) -> bytes:
 
 
 def available() -> list[str]:
-    return [name for name, _, supported in ak._C.isas() if supported]
+    return [name for name, _, supported in _C.isas() if supported]
 
 
 def test_instruction_sets_are_named() -> None:
-    names = [name for name, _, _ in ak._C.isas()]
+    names = [name for name, _, _ in _C.isas()]
     assert names == ["scalar", "avx2", "avx512", "neon"]
     assert "scalar" in available()
-    assert ak._C.active_isa() in available()
+    assert _C.active_isa() in available()
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "neon"])
+@pytest.mark.parametrize("isa", ["avx2", "avx512", "neon"])
 def test_instruction_sets_agree_bit_for_bit(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forced by the environment, against the scalar one: every rule, rows with and without live weights, every storage type."""
+    """Forced by the environment, against the scalar one: every rule, row and storage type."""
     if isa not in available():
         pytest.skip(f"this build or this processor lacks {isa}")
     cases = [(rule, "all", "float32") for rule in RULES] + [("adamw", row, "float32") for row in ROWS]
@@ -63,7 +64,7 @@ def test_instruction_sets_agree_bit_for_bit(isa: str, monkeypatch: pytest.Monkey
     results = {}
     for name in ("scalar", isa):
         monkeypatch.setenv("AIM_KERNELS_ISA", name)
-        assert ak._C.active_isa() == name
+        assert _C.active_isa() == name
         results[name] = [trajectory(*case, steps=2) for case in cases]
     differing = [case for case, a, b in zip(cases, results["scalar"], results[isa], strict=True) if a != b]
     assert not differing
@@ -81,7 +82,10 @@ def test_instruction_set_that_cannot_be_had(isa: str, monkeypatch: pytest.Monkey
     with pytest.raises((ValueError, RuntimeError), match=isa):
         optimizer.step()
     after = frozen(optimizer)
-    same_bits({k: before[k] for k in ("params", "rows", "statistics", "control")}, {k: after[k] for k in before if k != "state"})
+    same_bits(
+        {k: before[k] for k in ("params", "rows", "statistics", "control")},
+        {k: after[k] for k in before if k != "state"},
+    )
     assert all(float(s["step"]) == 0 for s in after["state"] if s)
 
 
@@ -125,6 +129,7 @@ def test_a_forked_child_steps_on_its_own() -> None:
     child = os.fork()
     if child == 0:
         try:
+            signal.alarm(60)  # a child that waits for threads it does not have must not hang the tests
             os.close(read)
             optimizer.step()
             # Converting through numpy: torch's own parallel operations are not ours to test after a fork.
@@ -144,8 +149,10 @@ def test_a_forked_child_steps_on_its_own() -> None:
 
 
 def test_import_is_quiet_and_needs_no_compiler() -> None:
-    code = "import aim_kernels, torch; p = torch.ones(3, requires_grad=True); p.grad = p.detach().clone(); " \
+    code = (
+        "import aim_kernels, torch; p = torch.ones(3, requires_grad=True); p.grad = p.detach().clone(); "
         "aim_kernels.AIMFusedOptimizer([p]).step(); assert (p != 1).all()"
+    )
     environment = {**os.environ, "PATH": "", "CC": "false", "CXX": "false"}
     done = subprocess.run(
         [sys.executable, "-W", "error::UserWarning", "-c", code],
@@ -155,9 +162,6 @@ def test_import_is_quiet_and_needs_no_compiler() -> None:
         cwd=Path(ak.__file__).parents[1],
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-# ------------------------------------------------------------------------------------------------- the entry points
 
 
 class Call:
@@ -183,7 +187,7 @@ class Call:
 
     def __call__(self, threads: int = 1) -> None:
         tables = (self.rows.ctypes.data, self.statistics.ctypes.data, self.control.ctypes.data)
-        ak._C.step(self.tensors, self.groups, *tables, threads)
+        _C.step(self.tensors, self.groups, *tables, threads)
 
     def bytes(self) -> bytes:
         written = (self.param, self.exp_avg, self.exp_avg_sq, self.step, self.rows, self.statistics, self.control)
@@ -227,7 +231,7 @@ def spoil(field: str, value: int) -> object:
         spoil("step", 0),
     ],
 )
-def test_bad_tables_are_refused_before_anything_is_written(act) -> None:  # noqa: ANN001
+def test_bad_tables_are_refused_before_anything_is_written(act) -> None:
     call = Call(rule="adamw")
     act(call)
     before = call.bytes()
@@ -249,9 +253,9 @@ def test_rows_that_split_a_stateless_group_are_refused_by_the_kernel() -> None:
 def test_arrays_of_other_records_are_refused() -> None:
     call = Call()
     with pytest.raises((ValueError, TypeError), match="tensors"):
-        ak._C.step(np.zeros(3), call.groups, 0, 0, 0, 1)
+        _C.step(np.zeros(3), call.groups, 0, 0, 0, 1)
     with pytest.raises((ValueError, TypeError), match="tensors"):
-        ak._C.step(np.zeros(4, rows.TENSOR_RECORD)[::2], call.groups, 0, 0, 0, 1)
+        _C.step(np.zeros(4, rows.TENSOR_RECORD)[::2], call.groups, 0, 0, 0, 1)
     with pytest.raises((ValueError, TypeError), match="threads"):
         call(threads=0)
 

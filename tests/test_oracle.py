@@ -48,7 +48,9 @@ def test_normals_are_normal() -> None:
 def test_narrow_rounds_as_torch_does(dtype: str) -> None:
     random = np.random.default_rng(0)
     values = (random.standard_normal(20_000) * 10.0 ** random.uniform(-9, 6, 20_000)).astype(np.float32)
-    edges = np.float32([0.0, -0.0, 65504, 65519.996, 65520, 2.0**-24, 2.0**-25, 3 * 2.0**-25, 1 + 2.0**-9, 1 + 3 * 2.0**-9, np.inf])
+    edges = np.float32(
+        [0.0, -0.0, 65504, 65519.996, 65520, 2.0**-24, 2.0**-25, 3 * 2.0**-25, 1 + 2.0**-9, 1 + 3 * 2.0**-9, np.inf]
+    )
     values = np.concatenate([values, edges, -edges])
     expected = torch.from_numpy(values).to(getattr(torch, dtype)).to(torch.float64).numpy()
     assert np.array_equal(oracle.narrow(values.astype(np.float64), dtype), expected)
@@ -88,7 +90,9 @@ def test_row_of_ones_is_torch_in_float64(peer: str, maximize: bool) -> None:
     assert np.all(leaf.e_theta < 1e-12)
 
 
-def block(moments: tuple[list[float], list[float]], t: int, tau: float) -> tuple[oracle.Oracle, oracle.Leaf, oracle.Hyper]:
+def block(
+    moments: tuple[list[float], list[float]], t: int, tau: float
+) -> tuple[oracle.Oracle, oracle.Leaf, oracle.Hyper]:
     hyper = oracle.Hyper(rule="adam", lr=0.1)
     m, v = (np.asarray(x, dtype=np.float64) for x in moments)
     leaf = oracle.Leaf(np.ones_like(m), "float32", 0, t=t, m=m, v=v)

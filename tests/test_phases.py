@@ -9,9 +9,22 @@ import oracle
 import pytest
 import tolerances as tol
 import torch
-from helpers import AUX_PHASE, TRUE_PHASE, Gradients, Twin, assign, build, frozen, parameters_of, run_twin, same_bits, set_row
+from helpers import (
+    AUX_PHASE,
+    TRUE_PHASE,
+    Gradients,
+    Twin,
+    assign,
+    build,
+    frozen,
+    parameters_of,
+    run_twin,
+    same_bits,
+    set_row,
+)
 
 import aim_kernels as ak
+from aim_kernels import _C
 
 
 def plain(size: int, seed: int = 0, value: float = 0.0, **options: object) -> tuple[ak.AIMFusedOptimizer, torch.Tensor]:
@@ -25,7 +38,7 @@ def test_the_oracle_s_philox_is_the_kernel_s() -> None:
     for _ in range(50):
         seed = int(random.integers(0, 2**64, dtype=np.uint64))
         counter = [int(x) for x in random.integers(0, 2**32, 4)]
-        assert ak._C.philox(seed, counter) == oracle.philox(seed, tuple(counter)).reshape(4).tolist()
+        assert _C.philox(seed, counter) == oracle.philox(seed, tuple(counter)).reshape(4).tolist()
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.25, 0.5, 1.0])
@@ -59,7 +72,7 @@ def test_seeds_differ() -> None:
 
 
 def test_gradient_coefficients_are_latched_at_emission() -> None:
-    """In every step: grad_* of the phase whose live weights the forward saw, step_* of that phase, live_* of the next."""
+    """In a step: grad_* of the phase whose live weights the forward saw, step_* of that phase, live_* of the next."""
     optimizer = build("adamw", (((60,),),))
     set_row(optimizer, 0, "alternate")
     made = Twin(optimizer, "adamw")
@@ -84,7 +97,12 @@ def test_set_strength_shapes_the_next_emission_and_the_gradient_after_it() -> No
     run_twin(made, gradients, 6)
     optimizer.set_strength("audio", 0, 0.75)
     row = dict(zip(oracle.COLUMNS, optimizer.tables.rows[0].tolist(), strict=True))
-    assert (row["grad_well"], row["true_live_well"], row["aux_live_well"], row["true_live_under"]) == (1.0, 0.25, 0.25, 1.0)
+    assert (row["grad_well"], row["true_live_well"], row["aux_live_well"], row["true_live_under"]) == (
+        1.0,
+        0.25,
+        0.25,
+        1.0,
+    )
     assert row["emitted_well"] == 1.0
     made.step(gradients())
     row = dict(zip(oracle.COLUMNS, optimizer.tables.rows[0].tolist(), strict=True))
@@ -105,13 +123,14 @@ def test_set_strength_shapes_the_next_emission_and_the_gradient_after_it() -> No
 def test_coefficients_of_set_strength(coefficients: str, columns: tuple[str, ...] | None) -> None:
     optimizer = build()
     optimizer.set_strength("audio", 0, 0.5, coefficients=coefficients)
-    row = optimizer.modulation()[0]
-    changed = {name for name in TRUE_PHASE if row[name] != 1.0}
+    row = dict(zip(oracle.COLUMNS, optimizer.tables.rows[0].tolist(), strict=True))
+    changed = {name for name in TRUE_PHASE if row[f"true_{name}"] != 1.0}
+    assert changed == {name for name in TRUE_PHASE if row[f"aux_{name}"] != 1.0}
     if columns is None:
         assert changed and all(name.startswith(("step", "live")) for name in changed)
     else:
         assert changed == set(columns)
-        assert all(row[name] == 0.5 for name in columns)
+        assert all(row[f"true_{name}"] == row[f"aux_{name}"] == 0.5 for name in columns)
 
 
 def test_kappa_as_a_tensor() -> None:
@@ -159,17 +178,18 @@ def test_modulation_reports_what_was_set() -> None:
     optimizer = build()
     columns = {"grad_well": 0.5, "step_under": 2.0, "live_well": 0.25, "tau_prev": 0.1, "tau": 0.2, "noise": 0.3}
     optimizer.set_modulation(("audio", 0), **columns)
-    expected = dict.fromkeys(("grad_under", "grad_well", "step_under", "step_well", "live_under", "live_well"), 1.0) | columns
+    expected = (
+        dict.fromkeys(("grad_under", "grad_well", "step_under", "step_well", "live_under", "live_well"), 1.0) | columns
+    )
     (found,) = optimizer.modulation()
     assert {name: found[name] for name in expected} == expected
     assert (found["modality"], found["depth"]) == ("audio", 0)
 
 
-# ------------------------------------------------------------------------------------------------------------------ noise
-
-
-def noise_of(size: int, steps: int, dtype: torch.dtype = torch.float32, seed: int = 77, **options: object) -> list[np.ndarray]:
-    """What SGD with lr 1 adds to weights whose gradients are +-1 (standard deviation 1 where size is even), step by step."""
+def noise_of(
+    size: int, steps: int, dtype: torch.dtype = torch.float32, seed: int = 77, **options: object
+) -> list[np.ndarray]:
+    """What SGD with lr 1 adds to weights whose gradients are +-1 (standard deviation 1 for an even size), by step."""
     optimizer, p = plain(size, seed=seed, **options)
     p.data = p.data.to(dtype)
     optimizer.set_modulation(0, noise=1.0)
@@ -240,3 +260,16 @@ def test_noise_does_not_depend_on_how_parameters_are_split() -> None:
             optimizer.step()
         results.append(torch.cat([p.detach() for p in params]))
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_noise_after_gradients_that_were_not_finite(backend: str) -> None:
+    """Their standard deviation is not a number: no noise for a step, and nothing beside them is spoilt."""
+    optimizer, p = plain(8, backend=backend)
+    optimizer.set_modulation(0, noise=0.5)
+    for number in range(4):
+        p.grad = torch.linspace(-1, 1, 8)
+        if number == 1:
+            p.grad[0], p.grad[1] = float("nan"), float("inf")
+        optimizer.step()
+    assert torch.isfinite(p[2:]).all()

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from helpers import DTYPES, GRADIENT_LAYOUTS, PARAMETER_LAYOUTS, ROWS, RULES, Gradients, Twin, build, parameters_of, set_row
+from helpers import (
+    DTYPES,
+    GRADIENT_LAYOUTS,
+    PARAMETER_LAYOUTS,
+    ROWS,
+    RULES,
+    Gradients,
+    Twin,
+    build,
+    parameters_of,
+    set_row,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,9 +36,11 @@ def schedules(draw: st.DrawFn) -> dict[str, Any]:
         "groups": groups,
         "kinds": draw(st.lists(st.sampled_from(PARAMETER_LAYOUTS), min_size=1, max_size=3)),
         "grad_kinds": draw(st.lists(st.sampled_from(GRADIENT_LAYOUTS), min_size=1, max_size=3)),
-        "missing": draw(st.lists(st.lists(st.booleans(), min_size=count, max_size=count), min_size=steps, max_size=steps)),
+        "missing": draw(
+            st.lists(st.lists(st.booleans(), min_size=count, max_size=count), min_size=steps, max_size=steps)
+        ),
         "rows": draw(st.lists(st.sampled_from(sorted(ROWS)), min_size=len(groups), max_size=len(groups))),
-        "later": draw(st.none() | st.fixed_dictionaries({name: COLUMN for name in NAMES})),
+        "later": draw(st.none() | st.fixed_dictionaries(dict.fromkeys(NAMES, COLUMN))),
         "seed": draw(st.integers(0, 2**63 - 1)),
         "weight_decay": draw(st.sampled_from([0.0, 0.01, 0.3])),
         "backend": draw(st.sampled_from(["cpu", "cpu", "reference"])),

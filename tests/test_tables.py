@@ -11,21 +11,20 @@ import pytest
 import torch
 from helpers import build
 
-import aim_kernels as ak
-from aim_kernels import rows
+from aim_kernels import _C, rows
 
 HEADER = Path(__file__).parents[1] / "csrc" / "include" / "aim" / "step.h"
 
 
 @pytest.mark.parametrize(("record", "name"), [(rows.TENSOR_RECORD, "tensor"), (rows.GROUP_RECORD, "group")])
 def test_records_have_the_compiled_offsets(record: np.dtype, name: str) -> None:
-    layout = ak._C.layout()
+    layout = _C.layout()
     assert {field: record.fields[field][1] for field in record.names} == layout[name]
     assert record.itemsize == layout[f"{name}_size"]
 
 
 def test_tables_have_the_compiled_number_of_columns() -> None:
-    layout = ak._C.layout()
+    layout = _C.layout()
     assert layout["row_columns"] == len(rows.ROW_COLUMNS)
     assert layout["statistics_columns"] == len(rows.STATISTICS_COLUMNS)
     assert layout["control_columns"] == len(rows.CONTROL_COLUMNS)
@@ -72,7 +71,7 @@ def test_header_names_the_columns_in_order() -> None:
 
 def test_sizes_and_indices_are_64_bit_everywhere() -> None:
     """More than 2^31 elements do not fit into a test, so the types are looked at."""
-    kinds = dict((name, kind) for kind, name in fields("Tensor"))
+    kinds = {name: kind for kind, name in fields("Tensor")}
     assert kinds["numel"] == kinds["first"] == "int64_t"
     assert {kind for kind, _ in fields("Control")} == {"int64_t"}
     for field in rows.TENSOR_RECORD.names:
@@ -82,7 +81,9 @@ def test_sizes_and_indices_are_64_bit_everywhere() -> None:
     assert sources
     for source in sources:
         for line in source.read_text().splitlines():
-            assert not re.search(r"\bint(32_t)? (numel|begin|end|at|first|index|count) *[=,);]", line), f"{source.name}: {line}"
+            assert not re.search(r"\bint(32_t)? (numel|begin|end|at|first|index|count) *[=,);]", line), (
+                f"{source.name}: {line}"
+            )
 
 
 def test_orders_of_dtypes_and_rules() -> None:

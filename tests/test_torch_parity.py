@@ -30,7 +30,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 SHAPES = [(5, 7), (2, 3, 4, 3), (70,), (), (1,), (0,)]
 
 
-def pair(case: str, dtype: str = "float32", kinds: tuple[str, ...] = ("contiguous",), backend: str = "cpu") -> tuple[Any, ...]:
+def pair(
+    case: str, dtype: str = "float32", kinds: tuple[str, ...] = ("contiguous",), backend: str = "cpu"
+) -> tuple[Any, ...]:
     """The optimizer, its torch peer, and the parameters of both."""
     rule, options = CASES[case]
     ours, theirs = (
@@ -132,7 +134,7 @@ def test_gradient_strides_differ_from_parameter_strides(kind: str, grad_kind: st
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("case", ["adamw", "adam", "sgd", "sgd-momentum"])
+@pytest.mark.parametrize("case", ["adamw", "adam", "adam-default", "sgd", "sgd-default", "sgd-momentum"])
 def test_non_finite_gradients(case: str, backend: str) -> None:
     """Counted, and otherwise as torch does; the elements beside them and the steps after them are untouched."""
     optimizer, peer, ours, theirs = pair(case, backend=backend)

@@ -68,7 +68,7 @@ def test_groups_that_are_not_modulated(rule: str, row: str, backend: str) -> Non
 
 @pytest.mark.parametrize("rule", ["adamw", "sgd", "sgd-momentum"])
 def test_class_masks_show_in_the_weights(rule: str) -> None:
-    """A class taken wrongly must move the weights by much more than any tolerance: the masks read back from them agree."""
+    """A class taken wrongly moves the weights by much more than any tolerance: the masks read back from them agree."""
     optimizer = build(rule, (((300,),),), weight_decay=0.0)
     optimizer.set_modulation(0, live_under=1.0, live_well=0.5)
     made = Twin(optimizer, RULES[rule]["rule"])
@@ -82,6 +82,22 @@ def test_class_masks_show_in_the_weights(rule: str) -> None:
         assert ((kept.numpy() == leaf.under) | ~distinct).all()
         assert optimizer.tables.statistics[0, 1] == int(leaf.under.sum())
     made.finish()
+
+
+@pytest.mark.parametrize("free", [False, True])
+@pytest.mark.parametrize("row", ["chain", "step", "grad", "all"])
+def test_near_ties_follow_the_implementation(row: str, free: bool) -> None:
+    """Equal gradients at a threshold of one: every decision is a tie, settled by roundings that no contract fixes."""
+    options = {"under_optimized": ("absolute", 1.0), "threshold_rate": 0.3}
+    optimizer = build("adam", (((400,),),), weight_decay=0.0, **options)
+    set_row(optimizer, 0, row)
+    made = Twin(optimizer, "adam", free=free, under_optimized=options["under_optimized"])
+    (grad,) = Gradients(parameters_of(optimizer))()
+    for _ in range(2 if row == "all" else 4):
+        made.step([grad.clone()])
+    assert made.oracle.ties > 300
+    with pytest.raises(AssertionError, match="near ties"):
+        made.finish()
 
 
 @pytest.mark.parametrize("anchor", ["zero", "init"])

@@ -1,8 +1,9 @@
 """Every tolerance of the optimizer tests, with its reason.
 
 The oracle carries a first-order bound of the rounding error of each element beside its value: what the documented
-order of operations loses in the arithmetic type, plus what earlier steps left behind. Comparisons use that bound times SAFETY, so a
-tolerance follows the data: it is a few units in the last place of the terms that were added, not of a result that cancelled.
+order of operations loses in the arithmetic type, plus what earlier steps left behind. Comparisons use that bound times
+SAFETY, so a tolerance follows the data: it is a few units in the last place of the terms that were added, not of a
+result that cancelled.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ NARROW = {"bfloat16": (8, -126), "float16": (11, -14)}
 #: Smallest subnormal of the arithmetic types: what an underflow may lose.
 TINY = {"float32": 2.0**-149, "bfloat16": 2.0**-149, "float16": 2.0**-149, "float64": 2.0**-1074}
 
-#: The bound is first order and the oracle rounds too (it computes float64 parameters in the same type): a factor of two covers both.
+#: The bound is first order and the oracle rounds too (it computes float64 parameters in the same type): a factor of two
+#: covers both.
 SAFETY = 2.0
 
 #: Error of one standard normal in units of its Box-Muller radius, in roundoffs: the angle reaches 2 pi and is rounded
@@ -26,8 +28,8 @@ NORMAL_ROUNDOFFS = 16.0
 #: float32 normals: the draws have 24 bits, and nothing asks for normals of float64 parameters to be finer.
 NORMAL_UNIT = 2.0**-24
 
-#: Decisions within this many roundoffs of their terms are near ties even when the moments are exact: two constants rounded,
-#: two products, one sum, one square.
+#: Decisions within this many roundoffs of their terms are near ties even when the moments are exact: two constants
+#: rounded, two products, one sum, one square.
 CLASS_ROUNDOFFS = 6.0
 
 #: Near ties have probability about 1e-6 a decision in lock step and 1e-5 after 20 free steps; more than this share
@@ -35,12 +37,13 @@ CLASS_ROUNDOFFS = 6.0
 TIES_SHARE = 1e-3
 TIES_FLOOR = 2
 
-#: Statistics are float64 sums of partial sums in the arithmetic type: 64 additions a lane of a tile of 1024 elements, and a product.
+#: Statistics are float64 sums of partial sums in the arithmetic type: 64 additions a lane of a tile of 1024 elements,
+#: and a product.
 SUM_ROUNDOFFS = 66.0
 
 #: A threshold is float64 arithmetic on counts: identical but for the order of three operations, over tens of steps.
 THRESHOLD = 64 * 2.0**-53
 
-#: torch.optim in the same arithmetic, one step: the two differ in the order of about ten operations (torch divides by bias
-#: corrections where the kernel multiplies), each good to half an ulp of its terms.
+#: torch.optim in the same arithmetic, one step: the two differ in the order of about ten operations (torch divides by
+#: bias corrections where the kernel multiplies), each good to half an ulp of its terms.
 PEER_ULPS = 8

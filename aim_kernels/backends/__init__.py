@@ -1,4 +1,5 @@
-"""Who carries out a step. "auto" lets the tensors' device decide; an explicit request that cannot be met raises, with the reason."""
+"""Who carries out a step. "auto" lets the tensors' device decide; an explicit request that cannot be met raises, with
+the reason."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ def check_name(name: str) -> None:
 
 
 def select(name: str, device: torch.device) -> ModuleType:
-    """The backend module for tensors on ``device``. ``name`` "auto" first asks the environment variable AIM_KERNELS_BACKEND.
+    """The backend module for tensors on ``device``. ``name`` "auto" first asks the environment variable
+    AIM_KERNELS_BACKEND.
 
     Raises:
         ValueError: an unknown name, or a backend that does not run on this device.

@@ -31,8 +31,8 @@ def unavailable() -> str:
 def _torch_team() -> int:
     """Address of ``GOMP_parallel`` in the OpenMP runtime that torch itself uses; 0 if there is none.
 
-    Steps run on torch's own pool: a second one would fight it for the cores, as torch's workers spin for a while after each
-    of its operations.
+    Steps run on torch's own pool: a second one would fight it for the cores, as torch's workers spin for a while
+    after each of its operations.
     """
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
@@ -50,6 +50,7 @@ def _team() -> int:
 def step(plan: StepPlan) -> None:
     """One step over all tensors of the plan."""
     tables = plan.tables
+    plan.load_staged()
     _C.step(
         plan.records,
         plan.groups,
@@ -59,8 +60,11 @@ def step(plan: StepPlan) -> None:
         torch.get_num_threads(),
         _team(),
     )
+    plan.store_staged()
 
 
 def emit(plan: StepPlan) -> None:
     """Writes the live weights of all parameters that have a master."""
+    plan.load_staged()
     _C.emit(plan.records, plan.groups, plan.tables.rows.data_ptr(), torch.get_num_threads(), _team())
+    plan.store_staged()

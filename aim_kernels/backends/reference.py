@@ -41,13 +41,14 @@ def step(plan: StepPlan) -> None:
         number = plan.group_of[index]
         group, row, state = plan.param_groups[number], rows[number], plan.state.get(p, {})
         live = (row[ROW[f"{following}_live_under"]], row[ROW[f"{following}_live_well"]])
-        if plan.grads[index] is None:
+        grad = plan.grads[index]
+        if grad is None:
             if "master" in state:
                 _emit(p, group, state, float(state["step"]), row[ROW["tau"]], live)
             continue
         steps = (row[ROW[f"{now}_step_under"]], row[ROW[f"{now}_step_well"]])
         noise = _noise(plan, index, row[ROW["noise"]])
-        _update(p, plan.grads[index], group, state, row, steps, live, noise, sums[number])
+        _update(p, grad, group, state, row, steps, live, noise, sums[number])
     _finish(plan, following, sums)
 
 
@@ -80,11 +81,12 @@ def _update(
     t = taken + 1
     sgd, lr, decay = group["rule"] == "sgd", float(group["lr"]), group["weight_decay"]
     decoupled = group["rule"] == "adamw"
-    m, v = state.get(first_moment_name(group)), state.get("exp_avg_sq")
+    m: Any = state.get(first_moment_name(group))
+    v: Any = state.get("exp_avg_sq")
 
     # 1 and 2: the gradient, by the class that the old moments give
     g0 = grad.to(kind) * (-1.0 if group["maximize"] else 1.0)
-    g = g0 if decoupled else g0 + theta * decay
+    g = g0 if decoupled or not decay else g0 + theta * decay
     grad_under, grad_well = row[ROW["grad_under"]], row[ROW["grad_well"]]
     if v is None:
         g = g * grad_under
@@ -138,7 +140,8 @@ def _update(
 def _emit(
     p: Tensor, group: dict[str, Any], state: dict[str, Any], taken: float, tau: float, live: tuple[float, float]
 ) -> None:
-    m, v = state.get(first_moment_name(group)), state.get("exp_avg_sq")
+    m: Any = state.get(first_moment_name(group))
+    v: Any = state.get("exp_avg_sq")
     under = None if v is None else _under(m, v, group, taken, tau)
     p.copy_(_live(state["master"], state.get("anchor"), under, live))
 
@@ -175,7 +178,10 @@ def _noise(plan: StepPlan, index: int, level: float) -> Tensor | None:
     if not level or not numel:
         return None
     mean = previous[STATISTIC["grad_sum"]] / numel
-    sigma = level * math.sqrt(max(previous[STATISTIC["grad_sq"]] / numel - mean * mean, 0.0))
+    variance = previous[STATISTIC["grad_sq"]] / numel - mean * mean
+    if not variance > 0.0:  # NaN after gradients that were not finite
+        return None
+    sigma = level * math.sqrt(variance)
     p, control = plan.params[index], plan.tables.control.tolist()
     first = int(plan.records["first"][index])
     z = torch.from_numpy(normals(control[CONTROL["seed"]], control[CONTROL["counter"]], first, p.numel())).to(p.device)
@@ -199,8 +205,12 @@ def _finish(plan: StepPlan, following: str, sums: list[Sums]) -> None:
         }
         if total.numel:
             if kind == "fraction" and not math.isnan(total.under):
-                changed["tau"] = min(max(tau + group["threshold_rate"] * (total.under / total.numel - target), 0.0), 1.0)
-            tables.statistics[number] = torch.tensor([float(getattr(total, name)) for name in STATISTIC], dtype=torch.float64)
+                changed["tau"] = min(
+                    max(tau + group["threshold_rate"] * (total.under / total.numel - target), 0.0), 1.0
+                )
+            tables.statistics[number] = torch.tensor(
+                [float(getattr(total, name)) for name in STATISTIC], dtype=torch.float64
+            )
         tables.set_columns(number, **changed)
     tables.control[CONTROL["phase"]] = PHASES.index(following)
     tables.control[CONTROL["counter"]] += 1

@@ -1,15 +1,16 @@
 """AIM's step written in PyTorch: the rivals that need no kernel of ours.
 
-Both classes do the arithmetic of ``docs/design.md`` for one group under AdamW: old class, gradient coefficients, moments,
-decay, new class, step coefficients, live weights, count, and the threshold's controller. Of the statistics they keep only
-the count, so they do less than the kernel.
+Both classes do the arithmetic of ``docs/design.md`` for one group under AdamW: old class, gradient coefficients,
+moments, decay, new class, step coefficients, live weights, count, and the threshold's controller. Of the statistics
+they keep only the count, so they do less than the kernel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -96,9 +97,9 @@ class _AIM:
 
 
 class EagerAIM(_AIM):
-    """Tuned eager PyTorch: ``out=`` variants, temporaries allocated once, ``count_nonzero``, no synchronization but the count."""
+    """Tuned eager PyTorch: ``out=`` variants, temporaries allocated once, ``count_nonzero``."""
 
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         largest = max(p.numel() for p in self.params)
         scratch = [torch.empty(largest, dtype=dtype) for dtype in (torch.float32, torch.float32, torch.bool)]
@@ -118,8 +119,8 @@ class EagerAIM(_AIM):
         beta1, beta2 = s.betas
         assert grad is not None
 
-        if s.grad == (1.0, 1.0):
-            g = grad
+        if s.grad[0] == s.grad[1]:
+            g = grad if s.grad[0] == 1.0 else torch.mul(grad, s.grad[0], out=a)
         else:
             torch.mul(m, m, out=a)
             torch.mul(v, k.old_v, out=b).add_(k.old_0)
@@ -147,15 +148,14 @@ class EagerAIM(_AIM):
 class CompiledAIM(_AIM):
     """The same under ``torch.compile``: one graph of all tensors, static shapes, the count inside."""
 
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         states = [tuple(self.state[p].get(name) for name in ("exp_avg", "exp_avg_sq", "master")) for p in self.params]
         self.arguments = [(p.detach(), p.grad, *s) for p, s in zip(self.params, states, strict=True)]
         # A number would be compiled in as a constant, and a new one would compile again: they travel as a tensor.
         self.scalars = torch.zeros(len(Scalars._fields))
-        settings = self.settings
         torch._dynamo.reset()  # graphs of sets that are gone count against its limit of graphs per function
-        self.compiled = torch.compile(lambda *a: step_functional(*a, settings), dynamic=False, fullgraph=True)
+        self.compiled = torch.compile(partial(step_functional, self.settings), dynamic=False, fullgraph=True)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -164,15 +164,15 @@ class CompiledAIM(_AIM):
         self._control(int(self.compiled(self.arguments, self.scalars)))
 
 
-def step_functional(arguments: list[tuple[Tensor | None, ...]], scalars: Tensor, s: Settings) -> Tensor:
+def step_functional(s: Settings, arguments: list[tuple[Any, ...]], scalars: Tensor) -> Tensor:
     """One step of all tensors; returns the number of under-optimized elements. Written to be compiled."""
-    k = Scalars(*scalars.unbind())
+    k = Scalars(*scalars.unbind())  # type: ignore[arg-type]
     beta1, beta2 = s.betas
     count = torch.zeros((), dtype=torch.int64)
     for param, grad, m, v, master in arguments:
         theta = param if master is None else master
-        old = m * m >= v * k.old_v + k.old_0
-        g = grad * torch.where(old, *s.grad)
+        one_for_all = s.grad[0] == s.grad[1]
+        g = grad * (s.grad[0] if one_for_all else torch.where(m * m >= v * k.old_v + k.old_0, *s.grad))
         m_new = m * beta1 + g * (1 - beta1)
         v_new = v * beta2 + (g * g) * (1 - beta2)
         under = m_new * m_new >= v_new * k.new_v + k.new_0

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
 
 from aim_kernels import rows
+from aim_kernels.optimizer import AIMFusedOptimizer
 
 Shape = tuple[int, ...]
 
@@ -62,7 +65,7 @@ SETS = {
         ShapeSet("vit-b16", vit_b16(), "ViT-B/16, 152 tensors, 86.6M"),
         ShapeSet("resnet18", resnet18(), "ResNet-18, 62 tensors, 11.7M", rounds=31),
         ShapeSet("1000x1k", ((1024,),) * 1000, "1000 tensors of 1024", rounds=31, repeats=3),
-        ShapeSet("l3-256k", ((256, 256),) * 4, "4 tensors of 64k: 4 MiB, stays in the L3 cache", rounds=41, repeats=100),
+        ShapeSet("l3-256k", ((256, 256),) * 4, "4 tensors of 64k, 4 MiB: stays in L3", rounds=41, repeats=20),
     )
 }
 
@@ -73,7 +76,8 @@ _SHIFT, _SHIFTS = 97, 64  # gradients are windows of one random pool, moved on b
 class Arrays:
     """Parameters, gradients and states of one set.
 
-    Every candidate works on these same arrays, since page placement alone moves a ratio by more than the candidates differ.
+    Every candidate works on these same arrays: page placement alone moves a ratio by more than the candidates differ.
+    The states are those that AIMFusedOptimizer allocates (those of small tensors lie in common buffers).
     """
 
     def __init__(self, shape_set: ShapeSet, seed: int = 0) -> None:
@@ -82,11 +86,16 @@ class Arrays:
         self.params = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in shape_set.shapes]
         largest = max(p.numel() for p in self.params)
         self._pool = torch.randn(largest + _SHIFT * _SHIFTS, generator=generator)
-        self.exp_avg = [torch.zeros_like(p, requires_grad=False) for p in self.params]
-        self.exp_avg_sq = [torch.zeros_like(p, requires_grad=False) for p in self.params]
-        self.master = [p.detach().clone() for p in self.params]
         self._round = 0
         self.stir()
+        owner = AIMFusedOptimizer(self.params, lr=0.0)
+        owner.set_modulation(0, live_well=0.5)
+        owner.step()
+        self.exp_avg = [owner.state[p]["exp_avg"] for p in self.params]
+        self.exp_avg_sq = [owner.state[p]["exp_avg_sq"] for p in self.params]
+        self.master = [owner.state[p]["master"] for p in self.params]
+        for moment in (*self.exp_avg, *self.exp_avg_sq):
+            moment.zero_()
 
     @property
     def numel(self) -> int:
@@ -98,7 +107,7 @@ class Arrays:
 
     @torch.no_grad()
     def stir(self) -> None:
-        """Give every parameter another gradient, in place, so that the moments never settle and both classes stay populated."""
+        """Give every parameter another gradient, in place: moments never settle, and both classes stay populated."""
         start = self._round % _SHIFTS * _SHIFT
         self._round += 1
         for param in self.params:
@@ -108,10 +117,10 @@ class Arrays:
             else:
                 param.grad.copy_(values)
 
-    def table(self) -> np.ndarray:
+    def table(self) -> np.ndarray[Any, Any]:
         """The set as a table of ``rows.TENSOR_RECORD``, masters included (for the floor's streams)."""
         table = np.zeros(len(self.params), rows.TENSOR_RECORD)
-        columns = {
+        columns: dict[str, Sequence[torch.Tensor]] = {
             "param": self.params,
             "grad": self.grads,
             "exp_avg": self.exp_avg,

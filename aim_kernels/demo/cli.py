@@ -175,6 +175,7 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def _report(folder: Folder, runs: Sequence[Run]) -> None:
     """Tables on the screen; table.md and the pictures in the folder."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
@@ -185,9 +186,10 @@ def _report(folder: Folder, runs: Sequence[Run]) -> None:
     console = Console()
     for data in summary(rows):
         header, lines = table_of(rows, data)
-        table = Table(title=f"{data}: percent, mean ± standard error")
+        seeds = len({row["seed"] for row in rows if row["data"] == data})
+        table = Table(title=f"{data}: percent, mean ± standard error over {seeds} seeds", box=box.SIMPLE)
         for name in header:
-            table.add_column(name, justify="left" if name == "method" else "right")
+            table.add_column(name, justify="left" if name == "method" else "right", no_wrap=name == "method")
         for line in lines:
             table.add_row(*line)
         console.print(table)

@@ -101,13 +101,11 @@ def table_of(rows: Sequence[dict[str, Any]], data: str) -> tuple[list[str], list
     first, second = DATA[data].modalities
     header = [
         "method",
-        "seeds",
         "test accuracy",
         "vs joint",
         f"probe {first}",
         f"probe {second}",
         "ms/step",
-        "ms/update",
         "max kappa",
     ]
     joint = {row["seed"]: row["test"] for row in rows if (row["data"], row["method"]) == (data, "joint")}
@@ -118,13 +116,11 @@ def table_of(rows: Sequence[dict[str, Any]], data: str) -> tuple[list[str], list
         lines.append(
             [
                 method,
-                str(len(own)),
                 _shown([row["test"] for row in own]),
                 _shown(paired, "+") if paired and method != "joint" else "",
                 _shown([row["probe_0"] for row in own]),
                 _shown([row["probe_1"] for row in own]),
                 f"{statistics.median(row['step_ms'] for row in own):.2f}",
-                f"{statistics.median(row['update_ms'] for row in own):.0f}" if method in ("aim", "drop") else "",
                 f"{max(row['kappa_max'] for row in own):.2f}" if method in ("aim", "drop") else "",
             ]
         )

@@ -302,7 +302,7 @@ class AIM:
                 f"{what}labels range from {low} to {high}; "
                 f"with num_classes={self.num_classes} they lie in 0..{self.num_classes - 1}"
             )
-        return list(inputs), labels.long()
+        return list(inputs), labels.to(inputs[0].device).long()
 
     def _scores(
         self, inputs: list[Tensor], labels: Tensor | None, held_out: tuple[Sequence[Tensor], Tensor | None] | None

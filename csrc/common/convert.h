@@ -34,8 +34,9 @@ AIM_INLINE BFloat16 narrow(float x, BFloat16) {
 }
 
 AIM_INLINE float widen(Float16 x) {
-  // Moves exponent and fraction to their places in a float32; a multiplication by 2^112 mends the bias and makes subnormals
-  // normal. Infinities and NaN take the all-ones exponent (and NaN its quiet bit, as the hardware's conversion does).
+  // Moves exponent and fraction to their places in a float32; a multiplication by 2^112 mends the
+  // bias and makes subnormals normal. Infinities and NaN take the all-ones exponent (and NaN its
+  // quiet bit, as the hardware's conversion does).
   const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16, rest = uint32_t{x.bits & 0x7FFFu} << 13;
   const uint32_t special = 0x7F800000u | (rest & 0x7FFFFFu) | ((rest & 0x7FFFFFu) ? 0x400000u : 0u);
   const uint32_t finite = float_bits(bits_float(rest) * 5.192296858534828e33f);  // 2^112

@@ -1,7 +1,9 @@
-// The arithmetic of one element, once for all devices. V is a float, a double or a vector of them; the order of operations is
-// that of docs/design.md, and no compiler may contract it (-ffp-contract=off, -fmad=false).
+// The arithmetic of one element, once for all devices. V is a float, a double or a vector of them;
+// the order of operations is that of docs/design.md, and no compiler may contract it
+// (-ffp-contract=off, -fmad=false).
 //
-// square_root() must be declared for V before this header is included (scalar.h does it for float and double).
+// square_root() must be declared for V before this header is included (scalar.h does it for float
+// and double).
 #pragma once
 
 #include "common/scalar.h"
@@ -48,10 +50,11 @@ struct Between {
   V step, live;   // coefficients of the new class; live only where live weights are written
 };
 
-// Steps 1 to 3 and the new class. `grad` becomes g0, the gradient that the statistics see; returns the mask of the
-// under-optimized (no meaning where no state is kept).
+// Steps 1 to 3 and the new class. `grad` becomes g0, the gradient that the statistics see; returns
+// the mask of the under-optimized (no meaning where no state is kept).
 template <Kind kKind, bool kNoise, bool kLive, class T, class V>
-AIM_INLINE auto accumulate(const Uniforms<T>& u, V theta, V& grad, V& m, V& v, V noise, Between<V>& out) {
+AIM_INLINE auto accumulate(const Uniforms<T>& u, V theta, V& grad, V& m, V& v, V noise,
+                           Between<V>& out) {
   grad = grad * u.scale;
   V g = grad;
   if (u.coupled) g = g + theta * u.coupled_decay;

@@ -1,5 +1,6 @@
-// Counter-based random numbers: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) and normals
-// by Box-Muller. Only +, -, *, / and sqrt on float32, so that every device draws the same bits.
+// Counter-based random numbers: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as
+// 1, 2, 3", 2011) and normals by Box-Muller. Only +, -, *, / and sqrt on float32, so that every
+// device draws the same bits.
 #pragma once
 
 #include "common/scalar.h"
@@ -26,7 +27,8 @@ AIM_INLINE Philox4 philox4x32(uint64_t seed, Philox4 c) {
   return c;
 }
 
-// ln(n * 2^-24) for 1 <= n <= 2^24. ln x = k ln 2 + 2 artanh(s), s = (m-1)/(m+1), with m in [1/sqrt 2, sqrt 2].
+// ln(n * 2^-24) for 1 <= n <= 2^24. ln x = k ln 2 + 2 artanh(s), s = (m-1)/(m+1), with m in [1/sqrt
+// 2, sqrt 2].
 AIM_INLINE float log_fraction(uint32_t n) {
   float m = static_cast<float>(n);  // exact
   uint32_t bits;
@@ -45,14 +47,16 @@ AIM_INLINE float log_fraction(uint32_t n) {
   return static_cast<float>(k) * 0.693147181f + 2.0f * s * series;
 }
 
-// cos and sin of 2 pi n 2^-24: the top two bits are the quadrant, the rest an angle in [0, pi/2), folded to [0, pi/4].
+// cos and sin of 2 pi n 2^-24: the top two bits are the quadrant, the rest an angle in [0, pi/2),
+// folded to [0, pi/4].
 AIM_INLINE void circle(uint32_t n, float* cosine, float* sine) {
   const uint32_t quadrant = n >> 22, rest = n & 0x3FFFFF;
   const bool swap = rest > 0x200000;
   const float a = static_cast<float>(swap ? 0x400000 - rest : rest) * (6.28318531f / 16777216.0f);
   const float z = a * a;
   // Taylor's series; at pi/4 the first terms left out are below 4e-8.
-  const float s0 = a * (1.0f + z * (-1.0f / 6 + z * (1.0f / 120 + z * (-1.0f / 5040 + z * (1.0f / 362880)))));
+  const float s0 =
+      a * (1.0f + z * (-1.0f / 6 + z * (1.0f / 120 + z * (-1.0f / 5040 + z * (1.0f / 362880)))));
   const float c0 = 1.0f + z * (-0.5f + z * (1.0f / 24 + z * (-1.0f / 720 + z * (1.0f / 40320))));
   const float s = swap ? c0 : s0, c = swap ? s0 : c0;
   *cosine = quadrant == 0 ? c : quadrant == 1 ? -s : quadrant == 2 ? -c : s;

@@ -1,4 +1,5 @@
-// What all elements of a tensor share in one step: computed once in float64, rounded once to the arithmetic type.
+// What all elements of a tensor share in one step: computed once in float64, rounded once to the
+// arithmetic type.
 #pragma once
 
 namespace aim {
@@ -12,8 +13,8 @@ struct Uniforms {
   T scale, coupled_decay, decay;
   T grad[2], step[2], live[2];  // step: learning rate included
   T sigma;
-  T first_keep, first_add;    // m = first_keep * m + first_add * g
-  T second_keep, second_add;  // v = second_keep * v + second_add * g^2
+  T first_keep, first_add;       // m = first_keep * m + first_add * g
+  T second_keep, second_add;     // v = second_keep * v + second_add * g^2
   T old_v, old_0, new_v, new_0;  // under: m^2 >= _v * v + _0
   T root_scale, eps;             // denominator: sqrt(v) * root_scale + eps
   T nesterov;                    // direction: g + nesterov * m, where it is not zero

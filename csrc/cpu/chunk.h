@@ -1,8 +1,9 @@
-// One chunk of the step, for the instruction set of the including translation unit. Three pieces: arithmetic on registers
-// (common/element.h), loads and stores (here), chunks and threads (step.cpp).
+// One chunk of the step, for the instruction set of the including translation unit. Three pieces:
+// arithmetic on registers (common/element.h), loads and stores (here), chunks and threads
+// (step.cpp).
 //
-// Statistics are summed in 16 lanes (element i into lane i % 16) whatever the vector width, and lanes are added in a fixed
-// order: every instruction set gives the same bits.
+// Statistics are summed in 16 lanes (element i into lane i % 16) whatever the vector width, and
+// lanes are added in a fixed order: every instruction set gives the same bits.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -16,10 +17,12 @@ namespace aim {
 namespace AIM_ISA {
 
 constexpr int kLanes = 16;
-constexpr int64_t kBlock = 64;
-constexpr int64_t kTile = 1024;  // elements converted at a time: three float32 buffers of it stay in the first-level cache
+constexpr int64_t kBlock = 256;
+constexpr int64_t kTile = 1024;  // elements converted at a time: three float32 buffers of it stay
+                                 // in the first-level cache
 
-// Contiguous runs of the arithmetic type; where storage has the same type they are the tensor's own memory.
+// Contiguous runs of the arithmetic type; where storage has the same type they are the tensor's own
+// memory.
 template <class T>
 struct Tile {
   const T* theta_in;
@@ -32,8 +35,14 @@ struct Tile {
   const T* noise;
 
   AIM_INLINE Tile advanced(int64_t by) const {
-    return {theta_in + by, theta_out + by, grad + by, m ? m + by : m, v ? v + by : v, live ? live + by : live,
-            anchor ? anchor + by : anchor, noise ? noise + by : noise};
+    return {theta_in + by,
+            theta_out + by,
+            grad + by,
+            m ? m + by : m,
+            v ? v + by : v,
+            live ? live + by : live,
+            anchor ? anchor + by : anchor,
+            noise ? noise + by : noise};
   }
 };
 
@@ -46,18 +55,33 @@ struct Sums {
 template <class T>
 AIM_INLINE Uniforms<T> rounded(const Uniforms<double>& u) {
   auto r = [](double x) { return static_cast<T>(x); };
-  return {r(u.scale),      r(u.coupled_decay), r(u.decay),       {r(u.grad[0]), r(u.grad[1])},
-          {r(u.step[0]), r(u.step[1])},        {r(u.live[0]), r(u.live[1])},
-          r(u.sigma),      r(u.first_keep),    r(u.first_add),   r(u.second_keep),
-          r(u.second_add), r(u.old_v),         r(u.old_0),       r(u.new_v),
-          r(u.new_0),      r(u.root_scale),    r(u.eps),         r(u.nesterov),
-          u.coupled,       u.routed};
+  return {r(u.scale),
+          r(u.coupled_decay),
+          r(u.decay),
+          {r(u.grad[0]), r(u.grad[1])},
+          {r(u.step[0]), r(u.step[1])},
+          {r(u.live[0]), r(u.live[1])},
+          r(u.sigma),
+          r(u.first_keep),
+          r(u.first_add),
+          r(u.second_keep),
+          r(u.second_add),
+          r(u.old_v),
+          r(u.old_0),
+          r(u.new_v),
+          r(u.new_0),
+          r(u.root_scale),
+          r(u.eps),
+          r(u.nesterov),
+          u.coupled,
+          u.routed};
 }
 
 // `count` must be a multiple of 16.
 //
-// Two short loops over a block instead of one long body: a square root followed by a division in one dependency chain would
-// fill the processor's window with a single vector's work. The block's intermediate values stay in the first-level cache.
+// Two short loops over a block instead of one long body: a square root followed by a division in
+// one dependency chain would fill the processor's window with a single vector's work. The block's
+// intermediate values stay in the first-level cache.
 template <Kind kKind, bool kNoise, bool kLive, class T>
 void run(const Uniforms<T>& uniforms, const Tile<T>& tile, int64_t count, Sums<T>& sums) {
   using V = typename Lanes<T>::Vector;
@@ -79,7 +103,8 @@ void run(const Uniforms<T>& uniforms, const Tile<T>& tile, int64_t count, Sums<T
         if constexpr (has_first(kKind)) m = load<V>(t.m + at);
         if constexpr (has_second(kKind)) v = load<V>(t.v + at);
         const V noise = kNoise ? load<V>(t.noise + at) : V{};
-        const auto mask = accumulate<kKind, kNoise, kLive>(u, theta, g, m, v, noise, between[i / kWidth + part]);
+        const auto mask =
+            accumulate<kKind, kNoise, kLive>(u, theta, g, m, v, noise, between[i / kWidth + part]);
         if constexpr (has_first(kKind)) store(t.m + at, m);
         if constexpr (has_second(kKind)) store(t.v + at, v);
         grad[part] += g;
@@ -122,11 +147,12 @@ AIM_INLINE void add(const Sums<T>& sums, int lanes, Partial& into) {
   }
 }
 
-// The last elements of a tensor: padded to 16 in buffers, run by the same code, the padding's lanes left out of the sums.
+// The last elements of a tensor: padded to 16 in buffers, run by the same code, the padding's lanes
+// left out of the sums.
 template <Kind kKind, bool kNoise, bool kLive, class T>
 void run_tail(const Uniforms<T>& u, const Tile<T>& t, int rest, Sums<T>& sums) {
-  T theta[kLanes] = {}, grad[kLanes] = {}, m[kLanes] = {}, v[kLanes] = {}, live[kLanes] = {}, anchor[kLanes] = {},
-    noise[kLanes] = {};
+  T theta[kLanes] = {}, grad[kLanes] = {}, m[kLanes] = {}, v[kLanes] = {}, live[kLanes] = {},
+    anchor[kLanes] = {}, noise[kLanes] = {};
   const unsigned long bytes = rest * sizeof(T);
   __builtin_memcpy(theta, t.theta_in, bytes);
   __builtin_memcpy(grad, t.grad, bytes);
@@ -169,7 +195,8 @@ void draw_noise(const Shared& shared, int64_t first, int64_t count, T* into) {
   }
 }
 
-// The sums that hold for gradients whose squares leave float32's range, and the count of what is not finite.
+// The sums that hold for gradients whose squares leave float32's range, and the count of what is
+// not finite.
 template <class T>
 void rescan(const T* grad, T scale, int64_t count, Partial& into) {
   for (int64_t i = 0; i < count; ++i) {
@@ -181,9 +208,11 @@ void rescan(const T* grad, T scale, int64_t count, Partial& into) {
 
 // S: storage type of parameter, gradient and live weights. T: of everything else.
 template <Kind kKind, bool kNoise, bool kLive, class S, class T>
-void update_chunk(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t end, Partial* partial) {
+void update_chunk(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t end,
+                  Partial* partial) {
   constexpr bool kConvert = sizeof(S) != sizeof(T);
-  T theta_buffer[kConvert ? kTile : 1], grad_buffer[kConvert ? kTile : 1], noise_buffer[kNoise ? kTile : 1];
+  T theta_buffer[kConvert ? kTile : 1], grad_buffer[kConvert ? kTile : 1],
+      noise_buffer[kNoise ? kTile : 1];
   const Uniforms<T> u = rounded<T>(shared.u);
   S* const param = static_cast<S*>(tensor.param);
   T* const master = static_cast<T*>(tensor.master);
@@ -237,15 +266,20 @@ void update_chunk(const Tensor& tensor, const Shared& shared, int64_t begin, int
 }
 
 template <Kind kKind, class S, class T>
-void update_kind(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t end, Partial* partial) {
+void update_kind(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t end,
+                 Partial* partial) {
   const bool live = tensor.master != nullptr;
-  const auto kernel = shared.has_noise ? (live ? update_chunk<kKind, true, true, S, T> : update_chunk<kKind, true, false, S, T>)
-                                       : (live ? update_chunk<kKind, false, true, S, T> : update_chunk<kKind, false, false, S, T>);
+  const auto kernel =
+      shared.has_noise
+          ? (live ? update_chunk<kKind, true, true, S, T> : update_chunk<kKind, true, false, S, T>)
+          : (live ? update_chunk<kKind, false, true, S, T>
+                  : update_chunk<kKind, false, false, S, T>);
   kernel(tensor, shared, begin, end, partial);
 }
 
 template <class S, class T>
-void update_type(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t end, Partial* partial) {
+void update_type(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t end,
+                 Partial* partial) {
   switch (shared.kind) {
     case Kind::kAdam:
       return update_kind<Kind::kAdam, S, T>(tensor, shared, begin, end, partial);
@@ -260,7 +294,8 @@ void update_type(const Tensor& tensor, const Shared& shared, int64_t begin, int6
   }
 }
 
-void update_any(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t end, Partial* partial) {
+void update_any(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t end,
+                Partial* partial) {
   switch (static_cast<DType>(tensor.dtype)) {
     case DType::kFloat32:
       return update_type<float, float>(tensor, shared, begin, end, partial);
@@ -288,7 +323,8 @@ void emit_type(const Tensor& tensor, const Shared& shared, int64_t begin, int64_
   S* const live = static_cast<S*>(tensor.param);
   for (int64_t i = begin; i < end; ++i) {
     const bool under = !v || is_under(m[i], v[i], u.old_v, u.old_0);
-    live[i] = narrowed_to(live_weight(theta[i], anchor ? anchor[i] : T{0}, u.live[under ? kUnder : kWell]), S{});
+    live[i] = narrowed_to(
+        live_weight(theta[i], anchor ? anchor[i] : T{0}, u.live[under ? kUnder : kWell]), S{});
   }
 }
 
@@ -305,6 +341,7 @@ void emit_any(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t
   }
 }
 
+extern const KernelTable kKernels;  // external linkage, whichever namespace this is
 const KernelTable kKernels = {update_any, emit_any};
 
 }  // namespace AIM_ISA

@@ -1,5 +1,5 @@
-// The work on one chunk of one tensor: what a translation unit per instruction set provides (kernels_<isa>.cpp), and all that
-// the driver (step.cpp) knows of it.
+// The work on one chunk of one tensor: what a translation unit per instruction set provides
+// (kernels_<isa>.cpp), and all that the driver (step.cpp) knows of it.
 #pragma once
 
 #include "aim/step.h"
@@ -24,7 +24,8 @@ struct KernelTable {
   // Steps elements [begin, end) of `tensor`, which lie in one chunk.
   void (*update)(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t end,
                  Partial* partial);
-  // Writes live weights of [begin, end) from the master and the class of the stored moments (the "old" one of `shared`).
+  // Writes live weights of [begin, end) from the master and the class of the stored moments (the
+  // "old" one of `shared`).
   void (*emit)(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t end);
 };
 

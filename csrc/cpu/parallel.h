@@ -35,8 +35,8 @@ class FloatModes {
 // Starts threads for this call and joins them: needs no pool, so nothing can be lost in a fork.
 void run_on_new_threads(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 
-// Calls task(i) for every i in [0, count), each once, on up to execution.threads threads. Tasks are handed out one by one, so
-// a thread that the system slows down takes fewer of them.
+// Calls task(i) for every i in [0, count), each once, on up to execution.threads threads. Tasks are
+// handed out one by one, so a thread that the system slows down takes fewer of them.
 template <class Task>
 void for_each_task(const Execution& execution, int64_t count, const Task& task) {
   const int64_t threads = count < execution.threads ? count : execution.threads;

@@ -1,4 +1,5 @@
-// The driver of a step: checks, what a tensor's elements share, chunks over threads, reduction, controller.
+// The driver of a step: checks, what a tensor's elements share, chunks over threads, reduction,
+// controller.
 #include "aim/step.h"
 
 #include <cmath>
@@ -34,29 +35,35 @@ Kind kind_of(const Tensor& tensor, const Group& group) {
 
 bool differ(const double pair[2]) { return pair[kUnder] != pair[kWell]; }
 
-Status check(const Tensor* tensors, int64_t tensor_count, const Group* groups, const Row* rows, int64_t group_count) {
-  if ((tensor_count && !tensors) || (group_count && (!groups || !rows))) return Status::kNullPointer;
+Status check(const Tensor* tensors, int64_t tensor_count, const Group* groups, const Row* rows,
+             int64_t group_count) {
+  if ((tensor_count && !tensors) || (group_count && (!groups || !rows)))
+    return Status::kNullPointer;
   if (tensor_count < 0 || group_count < 0) return Status::kBadSize;
   if (tensor_count > std::numeric_limits<int32_t>::max()) return Status::kBadSize;
   for (int64_t g = 0; g < group_count; ++g) {
-    if (groups[g].rule < 0 || groups[g].rule > static_cast<int32_t>(Rule::kSgd)) return Status::kBadRule;
+    if (groups[g].rule < 0 || groups[g].rule > static_cast<int32_t>(Rule::kSgd))
+      return Status::kBadRule;
   }
   for (int64_t i = 0; i < tensor_count; ++i) {
     const Tensor& t = tensors[i];
     if (t.group < 0 || t.group >= group_count) return Status::kBadGroup;
     if (t.dtype < 0 || t.dtype > static_cast<int32_t>(DType::kFloat16)) return Status::kBadDType;
-    if (t.numel < 0 || t.first < 0 || t.first > std::numeric_limits<int64_t>::max() - t.numel) return Status::kBadSize;
+    if (t.numel < 0 || t.first < 0 || t.first > std::numeric_limits<int64_t>::max() - t.numel)
+      return Status::kBadSize;
     if (!t.grad && !t.master) continue;
     const Kind kind = kind_of(t, groups[t.group]);
     if (!t.step) return Status::kNullPointer;
     if (t.numel == 0) continue;
-    if (!t.param || (baseline::has_first(kind) && !t.exp_avg) || (baseline::has_second(kind) && !t.exp_avg_sq)) {
+    if (!t.param || (baseline::has_first(kind) && !t.exp_avg) ||
+        (baseline::has_second(kind) && !t.exp_avg_sq)) {
       return Status::kNullPointer;
     }
     if (!baseline::has_second(kind)) {
       const Row& row = rows[t.group];
       bool split = differ(row.grad) || differ(row.emitted);
-      for (const PhaseRow& phase : row.phases) split |= differ(phase.grad) || differ(phase.step) || differ(phase.live);
+      for (const PhaseRow& phase : row.phases)
+        split |= differ(phase.grad) || differ(phase.step) || differ(phase.live);
       if (split) return Status::kStatelessRow;
     }
   }
@@ -65,13 +72,15 @@ Status check(const Tensor* tensors, int64_t tensor_count, const Group* groups, c
 
 // Factor that turns the stored first moment into an average, after `t` steps.
 double first_weight(const Group& group, Kind kind, double t) {
-  if (kind != Kind::kSgdMomentum && kind != Kind::kSgdMomentumState) return 1 - std::pow(group.beta1, t);
+  if (kind != Kind::kSgdMomentum && kind != Kind::kSgdMomentumState)
+    return 1 - std::pow(group.beta1, t);
   const double mu = group.momentum;
   const double earlier = mu == 1 ? t - 1 : (1 - std::pow(mu, t - 1)) / (1 - mu);
   return std::pow(mu, t - 1) + (1 - group.dampening) * earlier;
 }
 
-// under: m^2 >= slope * v + offset, for thresholds on moments that are `t` steps old. At t = 0 everything is under-optimized.
+// under: m^2 >= slope * v + offset, for thresholds on moments that are `t` steps old. At t = 0
+// everything is under-optimized.
 void threshold(const Group& group, Kind kind, double t, double tau, double* slope, double* offset) {
   if (t < 1) {
     *slope = *offset = 0;
@@ -88,8 +97,8 @@ void copy(const double from[2], double to[2]) {
   to[1] = from[1];
 }
 
-Shared shared_of(const Group& group, const Row& row, const PhaseRow& now, const PhaseRow& next, Kind kind, double steps_taken,
-                 double deviation, const Control& control) {
+Shared shared_of(const Group& group, const Row& row, const PhaseRow& now, const PhaseRow& next,
+                 Kind kind, double steps_taken, double deviation, const Control& control) {
   Shared shared{};
   Uniforms<double>& u = shared.u;
   const double t = steps_taken + 1;
@@ -132,10 +141,12 @@ Shared shared_of(const Group& group, const Row& row, const PhaseRow& now, const 
 }
 
 // What emit needs: live coefficients, and the class of moments `steps_taken` old under `tau`.
-Shared emission_of(const Group& group, Kind kind, double steps_taken, double tau, const double live[2]) {
+Shared emission_of(const Group& group, Kind kind, double steps_taken, double tau,
+                   const double live[2]) {
   Shared shared{};
   copy(live, shared.u.live);
-  if (baseline::has_second(kind)) threshold(group, kind, steps_taken, tau, &shared.u.old_v, &shared.u.old_0);
+  if (baseline::has_second(kind))
+    threshold(group, kind, steps_taken, tau, &shared.u.old_v, &shared.u.old_0);
   shared.kind = kind;
   return shared;
 }
@@ -155,7 +166,8 @@ class Work {
   }
 
   void close() {
-    const int64_t begin = tasks.empty() ? 0 : tasks.back().end, end = static_cast<int64_t>(chunks.size());
+    const int64_t begin = tasks.empty() ? 0 : tasks.back().end,
+                  end = static_cast<int64_t>(chunks.size());
     if (end > begin) tasks.push_back({begin, end});
     pending_ = 0;
   }
@@ -174,15 +186,16 @@ double standard_deviation(const Statistics& s) {
 }
 
 int64_t draw_phase(const Control& control) {
-  const uint32_t counter[4] = {0, 0, static_cast<uint32_t>(control.counter), baseline::kPhaseStream};
+  const uint32_t counter[4] = {0, 0, static_cast<uint32_t>(control.counter),
+                               baseline::kPhaseStream};
   uint32_t drawn[4];
   philox(static_cast<uint64_t>(control.seed), counter, drawn);
   return static_cast<int64_t>(drawn[0]) < control.threshold ? 1 : 0;
 }
 
 // Adds chunk sums in the order of the chunks, whichever thread made them.
-void reduce(const Tensor* tensors, const Group* groups, const Work& work, const std::vector<Partial>& partials,
-            std::vector<Statistics>& into) {
+void reduce(const Tensor* tensors, const Group* groups, const Work& work,
+            const std::vector<Partial>& partials, std::vector<Statistics>& into) {
   for (size_t i = 0; i < work.chunks.size(); ++i) {
     const Chunk& chunk = work.chunks[i];
     const Tensor& tensor = tensors[chunk.tensor];
@@ -209,8 +222,9 @@ void control_threshold(const Group& group, const Statistics& s, Row& row) {
 
 }  // namespace
 
-Status step(const Tensor* tensors, int64_t tensor_count, const Group* groups, Row* rows, Statistics* statistics,
-            int64_t group_count, Control* control, const Execution& execution) {
+Status step(const Tensor* tensors, int64_t tensor_count, const Group* groups, Row* rows,
+            Statistics* statistics, int64_t group_count, Control* control,
+            const Execution& execution) {
   Status status = check(tensors, tensor_count, groups, rows, group_count);
   if (status != Status::kOk) return status;
   if (!control || (group_count && !statistics)) return Status::kNullPointer;
@@ -239,8 +253,10 @@ Status step(const Tensor* tensors, int64_t tensor_count, const Group* groups, Ro
     const double steps = *t.step;
     const bool stepped = t.grad != nullptr;
     // Most tensors of a group are of one age: they share.
-    if (t.group != last_group || steps != last_steps || kind != last_kind || stepped != last_stepped) {
-      shared.push_back(stepped ? shared_of(group, row, row.phases[control->phase & 1], row.phases[next], kind, steps,
+    if (t.group != last_group || steps != last_steps || kind != last_kind ||
+        stepped != last_stepped) {
+      shared.push_back(stepped ? shared_of(group, row, row.phases[control->phase & 1],
+                                           row.phases[next], kind, steps,
                                            deviations[static_cast<size_t>(t.group)], *control)
                                : emission_of(group, kind, steps, row.tau, row.phases[next].live));
       last_group = t.group;
@@ -287,8 +303,8 @@ Status step(const Tensor* tensors, int64_t tensor_count, const Group* groups, Ro
   return Status::kOk;
 }
 
-Status emit(const Tensor* tensors, int64_t tensor_count, const Group* groups, const Row* rows, int64_t group_count,
-            const Execution& execution) {
+Status emit(const Tensor* tensors, int64_t tensor_count, const Group* groups, const Row* rows,
+            int64_t group_count, const Execution& execution) {
   Status status = check(tensors, tensor_count, groups, rows, group_count);
   if (status != Status::kOk) return status;
   const char* isa;
@@ -311,7 +327,8 @@ Status emit(const Tensor* tensors, int64_t tensor_count, const Group* groups, co
     const Task& range = work.tasks[static_cast<size_t>(task)];
     for (int64_t i = range.begin; i < range.end; ++i) {
       const Chunk& chunk = work.chunks[static_cast<size_t>(i)];
-      kernels.emit(tensors[chunk.tensor], shared[static_cast<size_t>(chunk.shared)], chunk.begin, chunk.end);
+      kernels.emit(tensors[chunk.tensor], shared[static_cast<size_t>(chunk.shared)], chunk.begin,
+                   chunk.end);
     }
   });
   return Status::kOk;
@@ -337,7 +354,8 @@ const char* describe(Status status) {
     case Status::kBadRule:
       return "unknown rule";
     case Status::kStatelessRow:
-      return "under and well columns differ in a group that keeps no optimization state (modulated=False under rule 'sgd')";
+      return "under and well columns differ in a group that keeps no optimization state "
+             "(modulated=False under rule 'sgd')";
     case Status::kUnknownIsa:
       return "unknown instruction set; the names are scalar, avx2, avx512, neon";
     case Status::kUnsupportedIsa:

@@ -1,5 +1,6 @@
-// Vectors of the processor at hand, as compiler vector types: +, -, *, /, comparisons and ?: work on them as on a float.
-// AIM_VECTOR_BYTES is set by the translation unit; sizeof(T) there means plain scalars.
+// Vectors of the processor at hand, as compiler vector types: +, -, *, /, comparisons and ?: work
+// on them as on a float. AIM_VECTOR_BYTES is set by the translation unit; sizeof(T) there means
+// plain scalars.
 #pragma once
 
 #include "common/scalar.h"
@@ -56,7 +57,9 @@ AIM_INLINE DoubleVector square_root(DoubleVector x) {
   return (DoubleVector)_mm256_sqrt_pd((__m256d)x);
 }
 #elif AIM_VECTOR_BYTES == 16 && defined(__aarch64__)
-AIM_INLINE FloatVector square_root(FloatVector x) { return (FloatVector)vsqrtq_f32((float32x4_t)x); }
+AIM_INLINE FloatVector square_root(FloatVector x) {
+  return (FloatVector)vsqrtq_f32((float32x4_t)x);
+}
 AIM_INLINE DoubleVector square_root(DoubleVector x) {
   return (DoubleVector)vsqrtq_f64((float64x2_t)x);
 }

@@ -11,7 +11,8 @@ struct IsaInfo {
   bool supported;  // compiled, and this processor has it
 };
 
-// All names ever known, slowest first; `count` receives their number. kBadSize if `capacity` is smaller.
+// All names ever known, slowest first; `count` receives their number. kBadSize if `capacity` is
+// smaller.
 Status list_isas(IsaInfo* into, int capacity, int* count);
 
 // The one that `name` asks for (null or empty: the fastest supported); its name goes to `chosen`.

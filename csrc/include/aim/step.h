@@ -1,7 +1,9 @@
-// The fused step: gradient -> moments -> optimization state -> update -> live weights, in one pass over memory.
+// The fused step: gradient -> moments -> optimization state -> update -> live weights, in one pass
+// over memory.
 //
-// Plain structs, raw pointers, status codes: no torch, no Python. docs/design.md gives the formulae and says what each table
-// column means; aim_kernels/rows.py holds the same layouts for numpy, and a test compares the two.
+// Plain structs, raw pointers, status codes: no torch, no Python. docs/design.md gives the formulae
+// and says what each table column means; aim_kernels/rows.py holds the same layouts for numpy, and
+// a test compares the two.
 #pragma once
 
 #include <cstddef>
@@ -76,8 +78,9 @@ struct Control {
 // Elements of one unit of work; chunks start at multiples of it from the start of a tensor.
 inline constexpr int64_t kChunk = 16384;
 
-// Runs `body(data)` on up to `threads` threads, the caller's included, and returns when all have finished. The signature is
-// that of GOMP_parallel, so a caller may lend the OpenMP pool that its process already has.
+// Runs `body(data)` on up to `threads` threads, the caller's included, and returns when all have
+// finished. The signature is that of GOMP_parallel, so a caller may lend the OpenMP pool that its
+// process already has.
 using Team = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 
 struct Execution {
@@ -88,9 +91,11 @@ struct Execution {
 
 // One optimizer step over all tensors. On any status but kOk nothing was written.
 Status step(const Tensor* tensors, int64_t tensor_count, const Group* groups, Row* rows,
-            Statistics* statistics, int64_t group_count, Control* control, const Execution& execution);
+            Statistics* statistics, int64_t group_count, Control* control,
+            const Execution& execution);
 
-// Writes the live weights of all tensors that have a master, from stored state, `tau_prev` and the emitted columns.
+// Writes the live weights of all tensors that have a master, from stored state, `tau_prev` and the
+// emitted columns.
 Status emit(const Tensor* tensors, int64_t tensor_count, const Group* groups, const Row* rows,
             int64_t group_count, const Execution& execution);
 

@@ -1,0 +1,111 @@
+"""``python -m aim_kernels bench``: this machine's table of the kernels, their peers and the memory floor.
+
+A run first checks every candidate against a reference and stops at the first element that differs. It then times all
+candidates and the plain memory streams of the same bytes, interleaved, in this process and on the same arrays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aim_kernels.bench import floor, report, timing
+from aim_kernels.bench.gate import WrongResultError, verify
+from aim_kernels.bench.peers import CANDIDATES, Candidate, state_bytes
+from aim_kernels.bench.shapes import SETS, Arrays, ShapeSet
+
+
+def measure(
+    shape_set: ShapeSet, candidates: Sequence[Candidate], rounds: int | None = None, gap: float = 0.01
+) -> list[report.Result]:
+    """Time the candidates and their floors on one set. They must have been verified."""
+    arrays = Arrays(shape_set)
+    chosen = [c for c in candidates if not c.skips(shape_set)]
+    rounds = rounds or shape_set.rounds
+    cases: dict[str, Callable[[], Any]] = {}
+    states: dict[str, float] = {}
+    for candidate in chosen:
+        step, state = candidate.build(arrays)
+        step()
+        cases[candidate.name] = step
+        states[candidate.name] = state_bytes(state, arrays.params)
+    floors = floor.streams(arrays, {c.reads_and_writes for c in chosen})
+    samples = timing.interleaved(cases | floors, rounds, shape_set.repeats, arrays.stir, gap)
+
+    best = floor.best(samples)
+    fused = samples["torch-fused"].median if "torch-fused" in samples else float("nan")
+    shared = report.circumstances() | {"set": shape_set.name, "rounds": rounds}
+    lines = [(c.name, samples[c.name], c.reads_and_writes, states[c.name]) for c in chosen]
+    lines += [(name, sample, size, 0.0) for size, (name, sample) in best.items()]
+    return [
+        report.Result(
+            **shared,
+            candidate=name,
+            median_ns_per_param=sample.median / arrays.numel,
+            p20=sample.quantile(0.2) / arrays.numel,
+            p80=sample.quantile(0.8) / arrays.numel,
+            step_ms=sample.median / 1e6,
+            bytes_per_param=size,
+            state_bytes_per_param=state,
+            ratio_to_floor=sample.median / best[size][1].median,
+            ratio_to_torch_fused=sample.median / fused,
+        )
+        for name, sample, size, state in lines
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; the exit status is 1 where a candidate computes something else than it claims."""
+    arguments = parser().parse_args(argv)
+    torch.set_num_threads(arguments.threads or torch.get_num_threads())
+    candidates = [CANDIDATES[name] for name in arguments.candidates]
+    try:
+        verify(candidates)
+    except WrongResultError as error:
+        print(f"no times: {error}", file=sys.stderr)
+        return 1
+    shared = report.circumstances()
+    title = f"{shared['cpu']}, {shared['threads']} threads, {shared['isa']}, torch {shared['torch']}"
+    print(f"{title}; all candidates verified, {shared['commit']}", flush=True)
+    results: list[report.Result] = []
+    for name in arguments.sets:
+        shape_set = SETS[name]
+        for reason in filter(None, (c.skips(shape_set) for c in candidates)):
+            print(reason)
+        lines = measure(shape_set, candidates, arguments.rounds, arguments.gap / 1e3)
+        report.print_table(f"{name}: {shape_set.note}", lines)
+        sys.stdout.flush()
+        results += lines
+    print("\ntargets:")
+    report.print_targets(results)
+    if arguments.out is not None:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        report.append_csv(arguments.out / "results.csv", results)
+        if not report.plot(arguments.out / "results.png", results, title):
+            print("no chart: matplotlib is not installed")
+        print(f"written to {arguments.out}")
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of ``python -m aim_kernels bench``."""
+    p = argparse.ArgumentParser(prog="python -m aim_kernels bench", description=(__doc__ or "").partition("\n\n")[0])
+    p.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS), metavar="SET", help=", ".join(SETS))
+    p.add_argument(
+        "--candidates",
+        nargs="+",
+        choices=CANDIDATES,
+        default=list(CANDIDATES),
+        metavar="NAME",
+        help=", ".join(f"{c.name} ({c.title})" for c in CANDIDATES.values()),
+    )
+    p.add_argument("--rounds", type=int, help="samples of every candidate (default: by set)")
+    p.add_argument("--threads", type=int, help="default: torch.get_num_threads()")
+    p.add_argument("--gap", type=float, default=10.0, help="idle milliseconds before every sample (default: 10)")
+    p.add_argument("--out", type=Path, help="folder for results.csv (appended to) and results.png")
+    return p

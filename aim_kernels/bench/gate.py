@@ -1,0 +1,51 @@
+"""The gate before the clock: every candidate must compute what it claims to, on a small copy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from aim_kernels.bench.eager import EagerAIM
+from aim_kernels.bench.peers import PLAIN, Candidate
+from aim_kernels.bench.shapes import Arrays, ShapeSet
+
+SMALL = ShapeSet("small", ((64, 65), (1,), (37,), (16, 1025)), "odd sizes, more than one chunk")
+STEPS = 6
+
+#: The references contract into FMA where torch does, and fold constants differently: a few ulp of a parameter a step.
+RELATIVE, ABSOLUTE = 1e-5, 2e-6
+
+
+class WrongResultError(AssertionError):
+    """A candidate disagrees with its reference: no time of it is worth printing."""
+
+
+def verify(candidates: Iterable[Candidate]) -> None:
+    """Run every candidate beside its reference; raise WrongResultError at the first element that differs."""
+    for candidate in candidates:
+        mine, reference = Arrays(SMALL), Arrays(SMALL)
+        step, _ = candidate.build(mine)
+        settings = candidate.settings or PLAIN
+        master = reference.master if settings.live != PLAIN.live else None
+        expected = EagerAIM(reference.params, reference.exp_avg, reference.exp_avg_sq, settings, master)
+        for number in range(STEPS):
+            step()
+            expected.step()
+            mine.stir()
+            reference.stir()
+            compare(candidate.name, number, mine, reference)
+        if candidate.settings and not 0 < expected.under < expected.numel:
+            raise WrongResultError("the check itself is worthless: all elements are of one class")
+
+
+def compare(name: str, step: int, mine: Arrays, reference: Arrays) -> None:
+    """Every element of parameters and states."""
+    for kind in ("params", "exp_avg", "exp_avg_sq", "master"):
+        for index, (got, want) in enumerate(zip(getattr(mine, kind), getattr(reference, kind), strict=True)):
+            try:
+                torch.testing.assert_close(got.detach(), want.detach(), rtol=RELATIVE, atol=ABSOLUTE)
+            except AssertionError as error:
+                raise WrongResultError(
+                    f"{name}, step {step}, {kind}[{index}] of shape {tuple(got.shape)}: {error}"
+                ) from None

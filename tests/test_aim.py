@@ -1,0 +1,708 @@
+"""AIM: probe, scores, strengths and rows; OGM-GE and the feature-dropping control."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from aim_kernels.modulation import AIM, OGMGE, FeatureDrop, ModulationTable, block_param_groups, late_fusion_logits
+from aim_kernels.modulation.prototypes import channels_first, channels_last, fit_prototypes, probing, prototype_score
+from aim_kernels.modulation.strengths import assess, ratios, strength
+from aim_kernels.optimizer import AIMFusedOptimizer
+from aim_kernels.rows import CONTROL, PHASE_COLUMNS, ROW
+
+CLASSES = 3
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Networks this small only wait for each other's threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Net(nn.Module):
+    """Two encoders of two and three blocks, late fusion."""
+
+    def __init__(self, normalization: nn.Module | None = None) -> None:
+        super().__init__()
+        self.a = nn.Sequential(
+            nn.Sequential(nn.Linear(4, 8), nn.ReLU()),
+            nn.Sequential(nn.Linear(8, 8), normalization or nn.Dropout(0.5), nn.ReLU()),
+        )
+        self.b = nn.Sequential(*(nn.Sequential(nn.Linear(8 if d else CLASSES, 8), nn.Tanh()) for d in range(3)))
+        self.head = nn.Linear(16, CLASSES)
+
+    def features(self, a: Tensor, b: Tensor) -> list[Tensor]:
+        return [self.a(a), self.b(b)]
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.head(torch.cat(self.features(a, b), 1))
+
+
+def build(seed: int = 0, **options: Any) -> tuple[Net, AIMFusedOptimizer]:
+    torch.manual_seed(seed)
+    model = Net(options.pop("normalization", None))
+    groups = block_param_groups(model, {"a": list(model.a), "b": list(model.b)})
+    return model, AIMFusedOptimizer(groups, lr=1e-2, betas=(0.9, 0.99), seed=seed, **options)
+
+
+def batch(count: int = 24, seed: int = 0, *, shortcut: bool = True) -> tuple[list[Tensor], Tensor]:
+    """Modality b is the label itself (with ``shortcut``) or somebody else's; a shows it noisily."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % CLASSES
+    a = torch.randn(count, 4, generator=generator)
+    a[:, :CLASSES] += 1.5 * nn.functional.one_hot(labels, CLASSES)
+    other = labels if shortcut else labels[torch.randperm(count, generator=generator)]
+    return [a, nn.functional.one_hot(other, CLASSES).float()], labels
+
+
+def train(model: Net, optimizer: AIMFusedOptimizer, steps: int, seed: int = 0) -> None:
+    inputs, labels = batch(seed=seed)
+    model.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(*inputs), labels).backward()
+        optimizer.step()
+
+
+def fixed(*rows: Sequence[float], held_out: Sequence[Sequence[float]] | None = None) -> Any:
+    """A probe that returns these rows, and ``held_out`` at every second call."""
+    calls = []
+
+    def probe(_model: nn.Module, _inputs: Any, _labels: Any) -> Any:
+        calls.append(1)
+        return held_out if held_out is not None and len(calls) % 2 == 0 else rows
+
+    return probe
+
+
+DOMINANT_A = fixed((0.6, 0.8), (0.4, 0.4, 0.4))
+
+
+def phase_rows(optimizer: AIMFusedOptimizer, modality: str | None, depth: int | None, modulated: bool) -> Any:
+    """(true, auxiliary) columns that are not one, of one group."""
+    for number, group in enumerate(optimizer.param_groups):
+        if (group["modality"], group["depth"], group["modulated"]) == (modality, depth, modulated):
+            row = optimizer.tables.rows[number]
+            return tuple(
+                {c: row[ROW[f"{phase}_{c}"]].item() for c in PHASE_COLUMNS if row[ROW[f"{phase}_{c}"]] != 1.0}
+                for phase in ("true", "aux")
+            )
+    raise AssertionError((modality, depth, modulated))
+
+
+def probability(optimizer: AIMFusedOptimizer) -> float:
+    return optimizer.tables.control[CONTROL["threshold"]].item() / 2**32
+
+
+# -- scores ---------------------------------------------------------------------------------------------------------
+
+
+def test_prototype_score_is_the_softmax_of_distances() -> None:
+    random = np.random.default_rng(0)
+    z, p, y = random.normal(size=(7, 5)), random.normal(size=(3, 5)), random.integers(0, 3, 7)
+    distance = ((z[:, None] - p[None]) ** 2).sum(-1) / 5
+    share = np.exp(-distance) / np.exp(-distance).sum(1, keepdims=True)
+    expected = share[np.arange(7), y].sum()
+    found = prototype_score(torch.tensor(z).float(), torch.tensor(p).float(), torch.tensor(y))
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_pooling_keeps_the_channels() -> None:
+    x = torch.arange(24.0).view(2, 3, 4)
+    assert torch.equal(channels_first(x), x.mean(2))
+    assert torch.equal(channels_last(x), x.mean(1))
+    assert torch.equal(channels_first(x.view(2, 3, 2, 2)), x.mean(2))
+    assert torch.equal(channels_last(x[:, 0]), x[:, 0])
+
+
+def test_fitted_prototypes_are_classified_as_their_classes() -> None:
+    model, optimizer = build()
+    train(model, optimizer, 30)
+    optimizer.zero_grad()
+    inputs, labels = batch()
+    weights = copy.deepcopy(model.state_dict())
+
+    def fit(steps: int, init: str = "noise", scale: float = 1.0) -> list[Tensor]:
+        with probing(model):
+            return fit_prototypes(
+                model,
+                [scale * x for x in inputs],
+                labels,
+                CLASSES,
+                steps=steps,
+                lr=0.1,
+                init=init,
+                loss=nn.functional.cross_entropy,
+                generator=torch.Generator().manual_seed(3),
+            )
+
+    def loss(prototypes: list[Tensor]) -> float:
+        with torch.no_grad(), probing(model):
+            return nn.functional.cross_entropy(model(*prototypes), torch.arange(CLASSES)).item()
+
+    assert [p.shape for p in fit(0)] == [(CLASSES, 4), (CLASSES, CLASSES)]
+    assert loss(fit(100)) < 0.2 * loss(fit(0))
+    means = torch.stack([inputs[0][labels == k].mean(0) for k in range(CLASSES)])
+    assert torch.allclose(fit(0, "mean")[0], means, atol=1e-5)
+    # noise has the moments of the batch, whatever its scale
+    assert torch.allclose(fit(0, scale=100.0)[0], 100.0 * fit(0)[0], rtol=1e-4)
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+
+
+def test_probing_leaves_flags_and_random_state_alone() -> None:
+    model, _ = build()
+    model.train()
+    model.b[1].eval()
+    modes = [module.training for module in model.modules()]
+    state = torch.random.get_rng_state()
+    with contextlib.suppress(KeyError), probing(model):
+        assert not any(module.training for module in model.modules())
+        torch.rand(3)
+        raise KeyError
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+# -- strengths ------------------------------------------------------------------------------------------------------
+
+
+def test_ratios_by_relative_depth() -> None:
+    table = ratios({"a": [0.2, 0.6], "b": [0.1, 0.2, 0.4]})
+    # block 1 of three lies half way: the mean of a's two
+    assert table["a"] == pytest.approx([2.0, 1.5])
+    assert table["b"] == pytest.approx([0.5, 0.5, 0.4 / 0.6])
+
+
+def test_ratios_of_three_modalities_use_the_mean_of_the_others() -> None:
+    table = ratios({"a": [0.6], "b": [0.2], "c": [0.4]})
+    assert [row[0] for row in table.values()] == pytest.approx([2.0, 0.4, 1.0])
+
+
+def test_a_single_block_counts_as_the_last() -> None:
+    assert ratios({"a": [0.5], "b": [0.1, 0.25]})["a"] == pytest.approx([2.0])
+
+
+def test_strength() -> None:
+    assert strength(1.3, 10.0, 0.2) == pytest.approx(math.tanh(1.0))
+    assert strength(1.2, 10.0, 0.2) == strength(0.1, 10.0, 0.0) == 0.0
+    assert strength(math.nan, 10.0, 0.0) == 0.0
+    top = strength(math.inf, 10.0, 0.2)
+    assert np.float32(top) < 1.0
+    assert top > 0.999
+
+
+def assessed(train_scores: Any, held_out: Any = None, **options: Any) -> ModulationTable:
+    defaults: dict[str, Any] = {"rule": "ratio" if held_out is None else "gap", "alpha": 2.0, "dead_zone": 0.0}
+    return assess(0, train_scores, held_out, {m: [math.nan] for m in train_scores}, **defaults | options)
+
+
+def test_gap_compares_training_with_held_out_ratios() -> None:
+    table = assessed({"a": [0.6], "b": [0.3]}, {"a": [0.4], "b": [0.4]}, dead_zone=0.5)
+    assert table.excess == {"a": [pytest.approx(2.0)], "b": [pytest.approx(0.5)]}
+    assert table.kappa == {"a": [pytest.approx(math.tanh(1.0))], "b": [0.0]}
+    assert table.weak_kappa == {"a": [0.0], "b": [pytest.approx(math.tanh(1.0))]}
+    assert (table.dominant, table.weak) == (("a",), ("b",))
+
+
+def test_a_deserved_lead_sets_no_strength() -> None:
+    table = assessed({"a": [0.9], "b": [0.1]}, {"a": [0.9], "b": [0.1]})
+    assert table.kappa == {"a": [0.0], "b": [0.0]}
+    assert table.dominant == table.weak == ()
+
+
+def test_dominance_is_a_mean_over_depths_above_a_hundredth() -> None:
+    # kappa is tanh(2 * 0.0075) at one of two depths: 0.0075 on average
+    assert assessed({"a": [1.0075, 1.0], "b": [1.0, 1.0]}).dominant == ()
+    assert assessed({"a": [1.0125, 1.0], "b": [1.0, 1.0]}).dominant == ("a",)
+
+
+def test_several_modalities_may_be_dominant() -> None:
+    table = assessed({"a": [0.6], "b": [0.5], "c": [0.1]})
+    assert (table.dominant, table.weak) == (("a", "b"), ("c",))
+
+
+def test_table_survives_json_and_prints() -> None:
+    table = assessed({"a": [0.6], "b": [0.3]}, {"a": [0.4], "b": [0.4]})
+    again = ModulationTable.from_dict(json.loads(json.dumps(table.to_dict())))
+    assert again.kappa == table.kappa
+    assert again.dominant == ("a",)
+    assert isinstance(again.modalities, tuple)
+    lines = repr(table).splitlines()
+    assert lines[0] == "AIM update 0: dominant a"
+    assert lines[1].split() == ["modality", "depth", "score", "held-out", "gap", "kappa"]
+    assert lines[2].split() == ["a", "0", "0.600", "0.400", "2.000", "0.964"]
+
+
+# -- rows -----------------------------------------------------------------------------------------------------------
+
+
+def test_alternate_rows() -> None:
+    model, optimizer = build()
+    table = AIM(model, optimizer, CLASSES, probe=DOMINANT_A, probability=0.25).update(*batch())
+    assert table.dominant == ("a",)
+    held = {"grad_under": 0.0, "grad_well": 0.0}
+    for depth, kappa in enumerate(table.kappa["a"]):
+        assert phase_rows(optimizer, "a", depth, True) == ({}, {**held, "live_well": pytest.approx(1.0 - kappa)})
+        assert phase_rows(optimizer, "a", depth, False) == ({}, held)
+    for depth in range(3):
+        for modulated in (True, False):
+            assert phase_rows(optimizer, "b", depth, modulated) == (held, {})
+    assert phase_rows(optimizer, None, None, False) == ({}, {})
+    assert probability(optimizer) == 0.25
+
+
+def test_alternate_options() -> None:
+    model, optimizer = build()
+    aim = AIM(model, optimizer, CLASSES, probe=DOMINANT_A, learn_weak_in_true_phase=True, learn_dominant_in_aux="under")
+    kappa = aim.update(*batch()).kappa["a"][0]
+    expected = {"grad_well": 0.0, "live_well": pytest.approx(1.0 - kappa)}
+    assert phase_rows(optimizer, "a", 0, True) == ({}, expected)
+    assert phase_rows(optimizer, "a", 0, False) == ({}, {"grad_under": 0.0, "grad_well": 0.0})
+    assert phase_rows(optimizer, "b", 0, True) == ({}, {})
+
+
+@pytest.mark.parametrize("mixing", ["alternate", "weights"])
+def test_decouple_all_stimulates_the_weak_modality(mixing: str) -> None:
+    model, optimizer = build()
+    aim = AIM(model, optimizer, CLASSES, probe=DOMINANT_A, decouple="all", beta=0.5, alpha=1.0, mixing=mixing)
+    table = aim.update(*batch())
+    assert min(table.weak_kappa["b"]) > 0.0
+    for depth in range(3):
+        true, aux = phase_rows(optimizer, "b", depth, True)
+        wanted = 1.0 + 0.5 * table.weak_kappa["b"][depth]
+        assert true.get("step_under", 1.0) == pytest.approx(wanted)
+        assert aux.get("step_under", 1.0) == pytest.approx(wanted)
+        assert "step_under" not in phase_rows(optimizer, "b", depth, False)[0]
+
+
+def test_rows_are_taken_back_where_nobody_is_dominant() -> None:
+    model, optimizer = build()
+    AIM(model, optimizer, CLASSES, probe=DOMINANT_A).update(*batch())
+    assert probability(optimizer) == 0.5
+    AIM(model, optimizer, CLASSES, probe=fixed((0.5, 0.5), (0.5, 0.5, 0.5))).update(*batch())
+    assert probability(optimizer) == 0.0
+    for group in optimizer.param_groups:
+        assert phase_rows(optimizer, group["modality"], group["depth"], group["modulated"]) == ({}, {})
+
+
+def test_weights_rows_are_those_of_set_strength() -> None:
+    model, optimizer = build()
+    optimizer.set_phases(0.5)  # as after alternation
+    aim = AIM(model, optimizer, CLASSES, probe=DOMINANT_A, mixing="weights", coefficients="step")
+    kappa = aim.update(*batch()).kappa["a"]
+    _, by_hand = build()
+    for depth in range(2):
+        by_hand.set_strength("a", depth, kappa[depth], coefficients="step")
+    assert torch.equal(optimizer.tables.rows, by_hand.tables.rows)
+    assert probability(optimizer) == 0.0
+
+
+def test_schedule_scales_every_strength() -> None:
+    model, optimizer = build()
+    aim = AIM(model, optimizer, CLASSES, probe=DOMINANT_A, alpha=1.0, schedule=lambda update: 1.0 - 0.5 * update)
+    full, half, none = (aim.update(*batch()).kappa["a"][0] for _ in range(3))
+    assert half == pytest.approx(0.5 * full)
+    assert none == 0.0
+    assert probability(optimizer) == 0.0
+    with pytest.raises(ValueError, match=r"schedule\(3\) returned -0\.5"):
+        aim.update(*batch())
+
+
+# -- update ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_shortcut_is_found_and_a_true_lead_is_not() -> None:
+    inputs, labels = batch(96)
+    for shortcut, found in ((False, ("b",)), (True, ())):
+        model, optimizer = build()
+        train(model, optimizer, 150)
+        held_out = batch(96, seed=1, shortcut=shortcut)
+        table = AIM(model, optimizer, CLASSES).update(inputs, labels, held_out=held_out)
+        assert table.rule == "gap"
+        assert table.dominant == found
+        assert max(table.kappa["b"]) == pytest.approx(1.0 if found else 0.0, abs=1e-3)
+        assert table.held_out_scores is not None
+        assert all(0.0 < s < 1.0 for row in table.scores.values() for s in row)
+
+
+def test_scores_are_those_of_hooked_features() -> None:
+    model, optimizer = build()
+    train(model, optimizer, 10)
+    inputs, labels = batch()
+    table = AIM(model, optimizer, CLASSES, seed=5, batch_size=7).update(inputs, labels)
+    with probing(model):
+        prototypes = fit_prototypes(
+            model,
+            inputs,
+            labels,
+            CLASSES,
+            steps=30,
+            lr=0.1,
+            init="noise",
+            loss=nn.functional.cross_entropy,
+            generator=torch.Generator().manual_seed(5),
+        )
+        with torch.no_grad():
+            z, p = model.a[0](inputs[0]), model.a[0](prototypes[0])
+            assert table.scores["a"][0] == pytest.approx(prototype_score(z, p, labels).item() / 24, rel=1e-5)
+            z, p = model.b(inputs[1]), model.b(prototypes[1])
+            assert table.scores["b"][2] == pytest.approx(prototype_score(z, p, labels).item() / 24, rel=1e-5)
+
+
+def test_probing_sees_the_true_weights_in_evaluation_mode_and_touches_nothing() -> None:
+    model, optimizer = build()
+    AIM(model, optimizer, CLASSES, probe=DOMINANT_A, probability=1.0).update(*batch())
+    train(model, optimizer, 60)
+    weight = model.a[0][0].weight
+    live, true = weight.detach().clone(), optimizer.state[weight]["master"].clone()
+    assert not torch.equal(live, true)
+    seen = []
+
+    def probe(net: nn.Module, _inputs: Any, _labels: Any) -> list[list[float]]:
+        seen.append((weight.detach().clone(), net.training))
+        torch.rand(5)
+        return [[1.0, 1.0], [1.0, 1.0, 1.0]]
+
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    state = torch.random.get_rng_state()
+    AIM(model, optimizer, CLASSES, probe=probe).update(*batch())
+    assert torch.equal(seen[0][0], true)
+    assert seen[0][1] is False
+    assert torch.equal(weight, live)
+    assert model.training
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(a, p.grad) for a, p in zip(gradients, model.parameters(), strict=True) if p.grad is not None)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_update_with_prototypes_leaves_no_gradient() -> None:
+    model, optimizer = build()
+    AIM(model, optimizer, CLASSES).update(*batch(), held_out=batch(seed=1))
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_without_dominance_training_is_joint_training_bit_for_bit() -> None:
+    results = []
+    for use in (False, True):
+        model, optimizer = build()
+        aim = AIM(model, optimizer, CLASSES, dead_zone=1e9)
+        for epoch in range(3):
+            if use:
+                aim.update(*batch(), held_out=batch(seed=1))
+            train(model, optimizer, 4, seed=epoch)
+        results.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("kind", [AIM, FeatureDrop])
+def test_a_resumed_run_continues_bit_for_bit(kind: type[AIM]) -> None:
+    def epoch(model: Net, optimizer: AIMFusedOptimizer, aim: AIM, number: int) -> None:
+        aim.update(*batch(), held_out=batch(seed=1, shortcut=False))
+        torch.manual_seed(number)  # dropout
+        train(model, optimizer, 15, seed=number)
+
+    model, optimizer = build()
+    aim = kind(model, optimizer, CLASSES, seed=4)
+    for number in range(3):
+        epoch(model, optimizer, aim, number)
+    assert any(table.dominant for table in aim.history)
+    with optimizer.true_parameters():
+        saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), aim.state_dict()))
+    epoch(model, optimizer, aim, 3)
+
+    again, resumed = build(seed=9)
+    again.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    aim_again = kind(again, resumed, CLASSES, seed=4)
+    aim_again.load_state_dict(saved[2])
+    assert aim_again.updates == 3
+    epoch(again, resumed, aim_again, 3)
+    assert repr(aim_again.history) == repr(aim.history)
+    assert aim_again.history[-1].scores == aim.history[-1].scores
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_history_has_the_under_optimized_share() -> None:
+    model, optimizer = build()
+    aim = AIM(model, optimizer, CLASSES, probe=DOMINANT_A)
+    assert all(math.isnan(x) for row in aim.update(*batch()).under_fraction.values() for x in row)
+    train(model, optimizer, 3)
+    table = aim.update(*batch())
+    stats = [s for s, g in zip(optimizer.statistics(), optimizer.param_groups, strict=True) if g["modulated"]]
+    assert [x for row in table.under_fraction.values() for x in row] == [s["under_fraction"] for s in stats]
+    assert [t.update for t in aim.history] == [0, 1]
+    assert aim.updates == 2
+
+
+def test_linear_probe_scores_what_it_was_not_fitted_on() -> None:
+    model, optimizer = build()
+    train(model, optimizer, 150)
+    inputs, labels = batch(96)
+    table = AIM(model, optimizer, CLASSES, probe="linear").update(inputs, labels, held_out=batch(96, 1, shortcut=False))
+    assert min(table.scores["b"]) > 0.9  # b is the label itself
+    assert table.held_out_scores is not None
+    assert max(table.held_out_scores["b"]) < 0.5
+    assert table.dominant == ("b",)
+    second_half = [x[48:] for x in inputs], labels[48:]
+    table = AIM(model, optimizer, CLASSES, probe="linear").update(inputs, labels, held_out=second_half)
+    assert table.scores == table.held_out_scores
+
+
+def test_gradient_probe_needs_neither_labels_nor_steps() -> None:
+    model, optimizer = build()
+    aim = AIM(model, optimizer, CLASSES, probe="gradients")
+    inputs, _ = batch()
+    assert aim.update(inputs).scores == {"a": [1.0, 1.0], "b": [1.0, 1.0, 1.0]}
+    train(model, optimizer, 1)
+    scores = aim.update(inputs).scores
+    grads = torch.cat([p.grad.flatten() for p in model.a[1].parameters() if p.grad is not None])
+    assert scores["a"][1] == pytest.approx(grads.square().mean().sqrt().item(), rel=1e-5)
+
+
+def test_scores_are_averaged_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def other_rank_adds_ones(flat: Tensor) -> None:
+        flat += 1.0
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", other_rank_adds_ones)
+    model, optimizer = build()
+    table = AIM(model, optimizer, CLASSES, probe=DOMINANT_A).update(*batch())
+    assert table.scores == {"a": pytest.approx([0.8, 0.9]), "b": pytest.approx([0.7, 0.7, 0.7])}
+
+
+def test_a_wrapped_model_is_probed_unwrapped() -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        plain, _ = build()
+        wrapped = nn.parallel.DistributedDataParallel(plain)
+        groups = block_param_groups(wrapped, {"a": list(plain.a), "b": list(plain.b)})
+        assert groups[0]["module"] == "module.a.0"
+        table = AIM(wrapped, AIMFusedOptimizer(groups), CLASSES).update(*batch())
+    finally:
+        torch.distributed.destroy_process_group()
+    model, optimizer = build()
+    assert table.scores == AIM(model, optimizer, CLASSES).update(*batch()).scores
+
+
+def test_running_statistics_warn_once() -> None:
+    model, optimizer = build(normalization=nn.BatchNorm1d(8))
+    with pytest.warns(UserWarning, match=r"a\.1\.1 .*update_bn"):
+        aim = AIM(model, optimizer, CLASSES)
+    before = copy.deepcopy(model.a[1][1].state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        aim.update(*batch())
+    assert all(torch.equal(before[k], v) for k, v in model.a[1][1].state_dict().items())
+
+
+class Sequences(nn.Module):
+    """A convolution ``[B, C, T]`` beside tokens ``[B, T, C]`` from a recurrent layer that returns a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(2, 5, 3)
+        self.recurrent = nn.GRU(3, 6, batch_first=True)
+        self.head = nn.Linear(11, CLASSES)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.head(torch.cat([self.conv(a).mean(2), self.recurrent(b)[0].mean(1)], 1))
+
+
+def test_pooling_may_differ_by_modality() -> None:
+    torch.manual_seed(0)
+    model = Sequences()
+    optimizer = AIMFusedOptimizer(block_param_groups(model, {"a": [model.conv], "b": [model.recurrent]}))
+    inputs, labels = [torch.randn(6, 2, 9), torch.randn(6, 7, 3)], torch.arange(6) % CLASSES
+    pool = {"a": "channels_first", "b": "channels_last"}
+    table = AIM(model, optimizer, CLASSES, pool=pool, prototype_steps=2).update(inputs, labels)
+    assert all(0.0 < row[0] < 1.0 for row in table.scores.values())
+    with pytest.raises(RuntimeError, match=r"block \('b', 0\) have shape \(3, 7, 6\) after pooling"):
+        AIM(model, optimizer, CLASSES, pool={**pool, "b": lambda x: x}, probe="linear").update(inputs, labels)
+
+
+# -- errors ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mixing": "split"}, "unknown mixing 'split'; it is one of 'alternate', 'weights'"),
+        ({"decouple": "weak"}, "unknown decouple"),
+        ({"probe": "knn"}, "unknown probe 'knn'; it is one of .* or a callable"),
+        ({"rule": "difference"}, "unknown rule"),
+        ({"init": "zeros"}, "unknown init"),
+        ({"pool": "mean"}, "unknown pool"),
+        ({"learn_dominant_in_aux": "all"}, "unknown learn_dominant_in_aux"),
+        ({"pool": {"a": "channels_last"}}, "pool is given for"),
+        ({"alpha": -1.0}, "alpha must be"),
+        ({"alpha": math.inf}, "alpha must be"),
+        ({"dead_zone": -0.1}, "dead_zone must be"),
+        ({"probability": 1.5}, "probability must lie"),
+        ({"num_classes": 1}, "num_classes must be at least 2"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+    ],
+)
+def test_option_errors(options: dict[str, Any], message: str) -> None:
+    model, optimizer = build()
+    with pytest.raises(ValueError, match=message):
+        AIM(model, optimizer, **{"num_classes": CLASSES, **options})
+
+
+def test_group_errors() -> None:
+    model, optimizer = build()
+    with pytest.raises(TypeError, match="SGD has none"):
+        AIM(model, torch.optim.SGD(model.parameters()), CLASSES)
+    with pytest.raises(ValueError, match="at least two modalities"):
+        AIM(model, AIMFusedOptimizer(model.parameters()), CLASSES)
+    with pytest.raises(ValueError, match=r"the model has no module 'a\.0'"):
+        AIM(nn.Linear(2, 2), optimizer, CLASSES)
+    optimizer.param_groups[0]["module"] = None
+    with pytest.raises(ValueError, match=r"block \('a', 0\) has no 'module'"):
+        AIM(model, optimizer, CLASSES)
+    optimizer.param_groups[0]["depth"] = optimizer.param_groups[1]["depth"] = 7
+    with pytest.raises(ValueError, match=r"'a' has blocks of depths \[1, 7\]"):
+        AIM(model, optimizer, CLASSES)
+
+
+def test_update_errors_change_nothing() -> None:
+    model, optimizer = build()
+    aim = AIM(model, optimizer, CLASSES)
+    inputs, labels = batch()
+    rows, state = optimizer.tables.rows.clone(), aim.generator.get_state()
+    cases: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
+        ((inputs,), {}, ValueError, "probe='prototypes' needs labels"),
+        ((inputs, labels), {"held_out": (inputs, None)}, ValueError, "needs held-out labels"),
+        ((inputs[:1], labels), {}, ValueError, "inputs must be 2 tensors, one a modality in the order a, b; got 1"),
+        ((inputs[0], labels), {}, ValueError, "got one tensor"),
+        ((inputs, labels[:-1]), {}, ValueError, "input of 'a' has 24 samples, labels have 23"),
+        ((inputs, labels + 1), {}, ValueError, "labels range from 1 to 3; with num_classes=3 they lie in 0..2"),
+        ((inputs, labels.float()), {}, ValueError, "labels must be class numbers"),
+        (([x.long() for x in inputs], labels), {}, TypeError, "input 0 has dtype torch.int64"),
+        (([inputs[0], inputs[1][:, :2]], labels), {}, RuntimeError, "shapes cannot be multiplied"),
+    ]
+    for arguments, keywords, error, message in cases:
+        with pytest.raises(error, match=message):
+            aim.update(*arguments, **keywords)
+    assert torch.equal(optimizer.tables.rows, rows)
+    assert torch.equal(aim.generator.get_state(), state)
+    assert aim.history == []
+    with pytest.raises(ValueError, match="rule='gap' compares"):
+        AIM(model, optimizer, CLASSES, rule="gap").update(inputs, labels)
+    with pytest.raises(ValueError, match="has no held-out scores"):
+        AIM(model, optimizer, CLASSES, probe="gradients").update(inputs, labels, held_out=(inputs, labels))
+
+
+def test_probe_table_errors() -> None:
+    model, optimizer = build()
+    with pytest.raises(ValueError, match=r"rows of lengths \[2, 2\]; the blocks are \{'a': 2, 'b': 3\}"):
+        AIM(model, optimizer, CLASSES, probe=fixed((1.0, 1.0), (1.0, 1.0))).update(*batch())
+    with pytest.raises(ValueError, match="negative score for 'a'"):
+        AIM(model, optimizer, CLASSES, probe=fixed((1.0, -1.0), (1.0, 1.0, 1.0))).update(*batch())
+
+
+def test_a_block_that_the_forward_skips() -> None:
+    model, optimizer = build()
+    model.a = nn.Sequential(model.a[0], nn.Sequential(nn.Linear(8, 8)))
+    aim = AIM(model, optimizer, CLASSES)
+    model.a = nn.Sequential(model.a[0])  # the block that AIM knows is gone
+    with pytest.raises(RuntimeError, match=r"block \('a', 1\) was not called"):
+        aim.update(*batch())
+
+
+# -- the control and OGM-GE -----------------------------------------------------------------------------------------
+
+
+def test_feature_drop_drops_the_dominant_modality_only_in_training() -> None:
+    model, optimizer = build()
+    drop = FeatureDrop(model, optimizer, CLASSES, probe=DOMINANT_A, alpha=0.5)
+    neutral = optimizer.tables.rows.clone()
+    kappa = drop.update(*batch()).kappa["a"]
+    x = [torch.randn(4000, 4), torch.randn(4000, CLASSES)]
+    model.train()
+    model.a[1][1].eval()  # its dropout would zero features too
+    a, b = model.features(*x)
+    dropped = (a == 0.0).all(1)
+    plain = nn.functional.relu(model.a[1][0](model.a[0](x[0])))
+    assert abs(dropped.float().mean() - (plain == 0.0).all(1).float().mean() - sum(kappa) / 2) < 0.03
+    assert torch.equal(a[~dropped], plain[~dropped])
+    assert not (b == 0.0).all(1).any()
+    assert torch.equal(optimizer.tables.rows, neutral)
+    model.eval()
+    assert torch.equal(model.features(*x)[0], plain)
+    model.train()
+    model.a[1][1].eval()
+    drop.remove()
+    assert torch.equal(model.features(*x)[0], plain)
+
+
+def test_unimodal_logits_add_up_to_the_joint_ones() -> None:
+    model, _ = build()
+    model.eval()
+    inputs, _ = batch()
+    parts = late_fusion_logits(model.head, model.features(*inputs))
+    assert torch.allclose(sum(parts), model(*inputs), atol=1e-6)
+    zeroed = model.head(torch.cat([model.a(inputs[0]), torch.zeros(24, 8)], 1)) - model.head.bias / 2
+    assert torch.allclose(parts[0], zeroed, atol=1e-6)
+    with pytest.raises(ValueError, match=r"widths \[8\] do not fill a head of 16"):
+        late_fusion_logits(model.head, [torch.ones(2, 8)])
+
+
+@pytest.mark.parametrize("apply_to", ["grad", "step"])
+def test_ogm_ge_writes_its_coefficient_and_noise(apply_to: str) -> None:
+    _, optimizer = build()
+    random = np.random.default_rng(0)
+    logits = [random.normal(size=(6, CLASSES)) for _ in range(2)]
+    labels = random.integers(0, CLASSES, 6)
+    logits[1][np.arange(6), labels] += 2.0
+    ogm = OGMGE(optimizer, alpha=0.7, apply_to=apply_to, noise=0.5)
+    ogm.update([torch.tensor(x) for x in logits], torch.tensor(labels))
+    score = [(np.exp(x) / np.exp(x).sum(1, keepdims=True))[np.arange(6), labels].sum() for x in logits]
+    k = {"a": 1.0, "b": 1.0 - math.tanh(0.7 * score[1] / score[0])}
+    assert score[1] > score[0]
+    for group, row in zip(optimizer.param_groups, optimizer.modulation(), strict=True):
+        expected = k[group["modality"]] if group["modulated"] else 1.0
+        assert row[f"{apply_to}_under"] == row[f"{apply_to}_well"] == pytest.approx(expected, rel=1e-5)
+        other = "step" if apply_to == "grad" else "grad"
+        assert row[f"{other}_under"] == row[f"{other}_well"] == 1.0
+        assert row["noise"] == (0.5 if group["modulated"] else 0.0)
+
+
+def test_ogm_ge_keeps_the_jump_at_equal_scores() -> None:
+    _, optimizer = build()
+    ogm = OGMGE(optimizer, alpha=0.8)
+    equal = torch.zeros(4, CLASSES)
+    labels = torch.zeros(4, dtype=torch.long)
+    assert ogm.coefficients([equal, equal], labels).tolist() == [1.0, 1.0]
+    barely = equal.clone()
+    barely[:, 0] += 1e-4
+    assert ogm.coefficients([equal, barely], labels).tolist() == pytest.approx([1.0, 1.0 - math.tanh(0.8)], abs=1e-3)
+
+
+def test_ogm_ge_errors() -> None:
+    model, optimizer = build()
+    with pytest.raises(ValueError, match="unknown apply_to"):
+        OGMGE(optimizer, apply_to="weights")
+    with pytest.raises(ValueError, match="alpha must be"):
+        OGMGE(optimizer, alpha=-1.0)
+    with pytest.raises(ValueError, match="noise must be"):
+        OGMGE(optimizer, noise=math.nan)
+    with pytest.raises(ValueError, match="at least two modalities"):
+        OGMGE(AIMFusedOptimizer(model.parameters()))
+    with pytest.raises(ValueError, match="logits of 1 modalities, expected 2: a, b"):
+        OGMGE(optimizer).update([torch.zeros(2, CLASSES)], torch.zeros(2, dtype=torch.long))
