@@ -431,6 +431,7 @@ def test_a_resumed_run_continues_bit_for_bit(kind: type[AIM]) -> None:
     aim_again = kind(again, resumed, CLASSES, seed=4)
     aim_again.load_state_dict(saved[2])
     assert aim_again.updates == 3
+    assert getattr(aim_again, "drop", None) == saved[2].get("drop")
     epoch(again, resumed, aim_again, 3)
     assert repr(aim_again.history) == repr(aim.history)
     assert aim_again.history[-1].scores == aim.history[-1].scores
@@ -692,6 +693,18 @@ def test_ogm_ge_keeps_the_jump_at_equal_scores() -> None:
     barely = equal.clone()
     barely[:, 0] += 1e-4
     assert ogm.coefficients([equal, barely], labels).tolist() == pytest.approx([1.0, 1.0 - math.tanh(0.8)], abs=1e-3)
+
+
+def test_ogm_ge_of_three_modalities_compares_with_the_mean_of_the_others() -> None:
+    blocks = [nn.Linear(2, 2) for _ in range(3)]
+    groups = [
+        {"params": [b.weight], "modality": n, "depth": 0, "modulated": True} for n, b in zip("abc", blocks, strict=True)
+    ]
+    scores = (0.6, 0.45, 0.3)
+    logits = [torch.tensor([[s, 1.0 - s]]).log() for s in scores]
+    k = OGMGE(AIMFusedOptimizer(groups), alpha=0.5).coefficients(logits, torch.zeros(1, dtype=torch.long))
+    assert k[0].item() == pytest.approx(1.0 - math.tanh(0.5 * 0.6 / 0.375), rel=1e-5)
+    assert k[2].item() == 1.0
 
 
 def test_ogm_ge_errors() -> None:

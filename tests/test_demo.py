@@ -50,7 +50,7 @@ def test_demo_writes_everything_and_continues(tmp_path: Path, capsys: pytest.Cap
     assert main([*TINY, "--method", "joint", "aim", "--out", str(out)]) == 0
     screen = capsys.readouterr().out
     assert "joint" in screen
-    assert "vs joint" in screen
+    assert "probe" in screen
     names = {path.name for path in out.iterdir()}
     assert names == {"accuracy.png", "config.json", "history", "modulation-digits.png", "results.csv", "table.md"}
     assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in names if name.endswith(".png"))

@@ -23,7 +23,9 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 SCRIPTS = Path(sysconfig.get_path("scripts"))
 
-NATIVE = sorted(path for folder in ("csrc", "python") for path in (ROOT / folder).rglob("*") if path.is_file())
+NATIVE = sorted(
+    path for folder in ("csrc", "python", "tests/native") for path in (ROOT / folder).rglob("*") if path.is_file()
+)
 CXX = [path for path in NATIVE if path.suffix in {".cpp", ".cu", ".cuh", ".h"}]
 PYTHON = [
     path

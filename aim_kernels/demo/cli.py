@@ -189,7 +189,8 @@ def _report(folder: Folder, runs: Sequence[Run]) -> None:
         seeds = len({row["seed"] for row in rows if row["data"] == data})
         table = Table(title=f"{data}: percent, mean ± standard error over {seeds} seeds", box=box.SIMPLE)
         for name in header:
-            table.add_column(name, justify="left" if name == "method" else "right", no_wrap=name == "method")
+            # headers break at the space so that the numbers never do
+            table.add_column(name.replace(" ", "\n"), justify="left" if name == "method" else "right", no_wrap=True)
         for line in lines:
             table.add_row(*line)
         console.print(table)

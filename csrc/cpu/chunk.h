@@ -7,6 +7,7 @@
 #pragma once
 
 #include "cpu/kernels.h"
+#include "cpu/stream_chunk.h"
 #include "cpu/vector.h"
 // after vector.h, whose square roots it uses
 #include "common/convert.h"
@@ -342,7 +343,7 @@ void emit_any(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t
 }
 
 extern const KernelTable kKernels;  // external linkage, whichever namespace this is
-const KernelTable kKernels = {update_any, emit_any};
+const KernelTable kKernels = {update_any, emit_any, stream_any};
 
 }  // namespace AIM_ISA
 }  // namespace aim

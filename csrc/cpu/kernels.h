@@ -20,6 +20,12 @@ struct Shared {
   uint32_t counter;
 };
 
+// The float32 arrays of one tensor, for the memory floor.
+struct StreamArrays {
+  const float* grad;
+  float *param, *m, *v, *master;
+};
+
 struct KernelTable {
   // Steps elements [begin, end) of `tensor`, which lie in one chunk.
   void (*update)(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t end,
@@ -27,6 +33,9 @@ struct KernelTable {
   // Writes live weights of [begin, end) from the master and the class of the stored moments (the
   // "old" one of `shared`).
   void (*emit)(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t end);
+  // Moves the bytes of a step over [begin, end) (aim/stream.h).
+  void (*stream)(const StreamArrays& arrays, bool live, bool nontemporal, float factor,
+                 int64_t begin, int64_t end);
 };
 
 namespace scalar {
