@@ -107,8 +107,10 @@ def _update(
     # 4 and 5: decoupled decay, update, by the class that the new moments give
     under = None if v is None else _under(m, v, group, t, row[ROW["tau"]])
     if not sgd:
-        rate = lr / (1 - beta1**t)
-        direction = m / (v.sqrt() * (1 / math.sqrt(1 - beta2**t)) + group["eps"])
+        # m_hat / (sqrt(v_hat) + eps) = m / (sqrt(v) + eps * root) * root / (1 - beta1^t)
+        root = math.sqrt(1 - beta2**t)
+        rate = lr * (root / (1 - beta1**t))
+        direction = m / (v.sqrt() + group["eps"] * root)
     else:
         rate = lr
         direction = g

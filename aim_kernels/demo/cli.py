@@ -187,10 +187,16 @@ def _report(folder: Folder, runs: Sequence[Run]) -> None:
     for data in summary(rows):
         header, lines = table_of(rows, data)
         seeds = len({row["seed"] for row in rows if row["data"] == data})
-        table = Table(title=f"{data}: percent, mean ± standard error over {seeds} seeds", box=box.SIMPLE)
+        table = Table(
+            title=f"{data}: percent, mean ± standard error over {seeds} seeds", box=box.SIMPLE, padding=(0, 1, 0, 0)
+        )
         for name in header:
-            # headers break at the space so that the numbers never do
-            table.add_column(name.replace(" ", "\n"), justify="left" if name == "method" else "right", no_wrap=True)
+            # headers break, so that the numbers need not in 80 columns
+            table.add_column(
+                name.replace(" ", "\n").replace("/", "/\n"),
+                justify="left" if name == "method" else "right",
+                no_wrap=True,
+            )
         for line in lines:
             table.add_row(*line)
         console.print(table)

@@ -31,8 +31,8 @@ AIM_INLINE V splat(T x) {
   return x - V{};
 }
 
-template <class V, class T>
-AIM_INLINE auto is_under(V m, V v, T slope, T offset) {
+template <class V>
+AIM_INLINE auto is_under(V m, V v, V slope, V offset) {
   return m * m >= v * slope + offset;
 }
 
@@ -45,25 +45,26 @@ AIM_INLINE V live_weight(V theta, V anchor, V c) {
 // What a vector of elements hands from steps 1-3 to steps 4-6.
 template <class V>
 struct Between {
-  V direction;    // numerator of the update direction
-  V denominator;  // of it; Adam only
-  V step, live;   // coefficients of the new class; live only where live weights are written
+  V numerator,
+      denominator;  // of the update direction; Adam's numerator is m, others divide by nothing
+  V step, live;     // coefficients of the new class; live only where live weights are written
 };
 
 // Steps 1 to 3 and the new class. `grad` becomes g0, the gradient that the statistics see; returns
-// the mask of the under-optimized (no meaning where no state is kept).
-template <Kind kKind, bool kNoise, bool kLive, class T, class V>
-AIM_INLINE auto accumulate(const Uniforms<T>& u, V theta, V& grad, V& m, V& v, V noise,
+// the mask of the under-optimized (no meaning where no state is kept). kPlain promises u.plain.
+template <Kind kKind, bool kPlain, bool kNoise, bool kLive, class V>
+AIM_INLINE auto accumulate(const Uniforms<V>& u, V theta, V& grad, V& m, V& v, V noise,
                            Between<V>& out) {
-  grad = grad * u.scale;
+  if constexpr (!kPlain) grad = grad * u.scale;
   V g = grad;
-  if (u.coupled) g = g + theta * u.coupled_decay;
-  if (u.routed) {
-    if constexpr (has_second(kKind)) {
-      const auto old = is_under(m, v, u.old_v, u.old_0);
-      g = g * select(old, splat<V>(u.grad[0]), splat<V>(u.grad[1]));
-    } else {
-      g = g * u.grad[0];
+  if constexpr (!kPlain) {
+    if (u.coupled) g = g + theta * u.coupled_decay;
+    if (u.routed) {
+      if constexpr (has_second(kKind)) {
+        g = g * select(is_under(m, v, u.old_v, u.old_0), u.grad[0], u.grad[1]);
+      } else {
+        g = g * u.grad[0];
+      }
     }
   }
   if constexpr (kNoise) g = g + noise * u.sigma;
@@ -75,22 +76,21 @@ AIM_INLINE auto accumulate(const Uniforms<T>& u, V theta, V& grad, V& m, V& v, V
   if constexpr (has_second(kKind)) under = is_under(m, v, u.new_v, u.new_0);
 
   if constexpr (kKind == Kind::kAdam) {
-    out.direction = m;
-    out.denominator = square_root(v) * u.root_scale + u.eps;
+    out.denominator = square_root(v) + u.eps;
   } else if constexpr (has_momentum(kKind)) {
-    out.direction = u.nesterov != T{0} ? g + m * u.nesterov : m;
+    out.numerator = u.is_nesterov ? g + m * u.nesterov : m;
   } else {
-    out.direction = g;
+    out.numerator = g;
   }
-  out.step = select(under, splat<V>(u.step[0]), splat<V>(u.step[1]));
-  if constexpr (kLive) out.live = select(under, splat<V>(u.live[0]), splat<V>(u.live[1]));
+  out.step = select(under, u.step[0], u.step[1]);
+  if constexpr (kLive) out.live = select(under, u.live[0], u.live[1]);
   return under;
 }
 
 // Steps 4 and 5. Returns delta, what was subtracted.
-template <Kind kKind, class T, class V>
-AIM_INLINE V apply(const Uniforms<T>& u, const Between<V>& in, V& theta) {
-  V direction = in.direction;
+template <Kind kKind, class V>
+AIM_INLINE V apply(const Uniforms<V>& u, const Between<V>& in, V& theta) {
+  V direction = in.numerator;
   if constexpr (kKind == Kind::kAdam) direction = direction / in.denominator;
   const V delta = direction * in.step;
   theta = theta * u.decay - delta;

@@ -16,9 +16,11 @@ struct Uniforms {
   T first_keep, first_add;       // m = first_keep * m + first_add * g
   T second_keep, second_add;     // v = second_keep * v + second_add * g^2
   T old_v, old_0, new_v, new_0;  // under: m^2 >= _v * v + _0
-  T root_scale, eps;             // denominator: sqrt(v) * root_scale + eps
-  T nesterov;                    // direction: g + nesterov * m, where it is not zero
+  T eps;                         // denominator: sqrt(v) + eps
+  T nesterov;                    // direction: g + nesterov * m
   bool coupled, routed;          // whether coupled_decay, and grad, change anything
+  bool is_nesterov;
+  bool plain;  // whether the gradient enters the moments as it is
 };
 
 }  // namespace aim

@@ -19,8 +19,9 @@ namespace AIM_ISA {
 
 constexpr int kLanes = 16;
 constexpr int64_t kBlock = 256;
-constexpr int64_t kTile = 1024;  // elements converted at a time: three float32 buffers of it stay
-                                 // in the first-level cache
+// Elements between two additions of float32 sums to float64 ones. Where types are converted, three
+// buffers of that many elements have to stay in the first-level cache.
+constexpr int64_t kTile = 4096, kConvertedTile = 1024;
 
 // Contiguous runs of the arithmetic type; where storage has the same type they are the tensor's own
 // memory.
@@ -53,29 +54,35 @@ struct Sums {
   typename CounterOf<T>::type under[kLanes];
 };
 
+// Every value of `u` through `map`.
+template <class To, class From, class Map>
+AIM_INLINE Uniforms<To> mapped(const Uniforms<From>& u, const Map& map) {
+  return {map(u.scale),
+          map(u.coupled_decay),
+          map(u.decay),
+          {map(u.grad[0]), map(u.grad[1])},
+          {map(u.step[0]), map(u.step[1])},
+          {map(u.live[0]), map(u.live[1])},
+          map(u.sigma),
+          map(u.first_keep),
+          map(u.first_add),
+          map(u.second_keep),
+          map(u.second_add),
+          map(u.old_v),
+          map(u.old_0),
+          map(u.new_v),
+          map(u.new_0),
+          map(u.eps),
+          map(u.nesterov),
+          u.coupled,
+          u.routed,
+          u.is_nesterov,
+          u.plain};
+}
+
 template <class T>
 AIM_INLINE Uniforms<T> rounded(const Uniforms<double>& u) {
-  auto r = [](double x) { return static_cast<T>(x); };
-  return {r(u.scale),
-          r(u.coupled_decay),
-          r(u.decay),
-          {r(u.grad[0]), r(u.grad[1])},
-          {r(u.step[0]), r(u.step[1])},
-          {r(u.live[0]), r(u.live[1])},
-          r(u.sigma),
-          r(u.first_keep),
-          r(u.first_add),
-          r(u.second_keep),
-          r(u.second_add),
-          r(u.old_v),
-          r(u.old_0),
-          r(u.new_v),
-          r(u.new_0),
-          r(u.root_scale),
-          r(u.eps),
-          r(u.nesterov),
-          u.coupled,
-          u.routed};
+  return mapped<T>(u, [](double x) { return static_cast<T>(x); });
 }
 
 // `count` must be a multiple of 16.
@@ -83,31 +90,37 @@ AIM_INLINE Uniforms<T> rounded(const Uniforms<double>& u) {
 // Two short loops over a block instead of one long body: a square root followed by a division in
 // one dependency chain would fill the processor's window with a single vector's work. The block's
 // intermediate values stay in the first-level cache.
-template <Kind kKind, bool kNoise, bool kLive, class T>
-void run(const Uniforms<T>& uniforms, const Tile<T>& tile, int64_t count, Sums<T>& sums) {
+template <Kind kKind, bool kPlain, bool kNoise, bool kLive, class T>
+void run_variant(const Uniforms<T>& uniforms, const Tile<T>& tile, int64_t count, Sums<T>& sums) {
   using V = typename Lanes<T>::Vector;
-  constexpr int kWidth = Lanes<T>::kCount, kParts = kLanes / kWidth;
-  // Copies, which no store through a tile's pointers can change.
-  const Uniforms<T> u = uniforms;
+  constexpr int kWidth = Lanes<T>::kCount, kParts = kLanes / kWidth, kSlots = kBlock / kWidth;
+  constexpr bool kAdam = kKind == Kind::kAdam;
+  // Copies, which no store through a tile's pointers can change, as whole vectors.
+  const Uniforms<V> u = mapped<V>(uniforms, [](T x) { return splat<V>(x); });
   const Tile<T> t = tile;
   V grad[kParts] = {}, grad_sq[kParts] = {}, update_sq[kParts] = {}, param_sq[kParts] = {};
   typename Lanes<T>::Count under[kParts] = {};
-  Between<V> between[kBlock / kWidth];
+  V numerators[kAdam ? 1 : kSlots], denominators[kAdam ? kSlots : 1], steps[kSlots],
+      lives[kLive ? kSlots : 1];
   for (int64_t begin = 0; begin < count; begin += kBlock) {
     const int64_t size = count - begin < kBlock ? count - begin : kBlock;
     for (int64_t i = 0; i < size; i += kLanes) {
 #pragma GCC unroll 2
       for (int part = 0; part < kParts; ++part) {
-        const int64_t at = begin + i + part * kWidth;
+        const int64_t at = begin + i + part * kWidth, slot = i / kWidth + part;
         V g = load<V>(t.grad + at), m{}, v{}, theta{};
-        if (u.coupled) theta = load<V>(t.theta_in + at);
+        if (!kPlain && u.coupled) theta = load<V>(t.theta_in + at);
         if constexpr (has_first(kKind)) m = load<V>(t.m + at);
         if constexpr (has_second(kKind)) v = load<V>(t.v + at);
         const V noise = kNoise ? load<V>(t.noise + at) : V{};
-        const auto mask =
-            accumulate<kKind, kNoise, kLive>(u, theta, g, m, v, noise, between[i / kWidth + part]);
+        Between<V> out;
+        const auto mask = accumulate<kKind, kPlain, kNoise, kLive>(u, theta, g, m, v, noise, out);
         if constexpr (has_first(kKind)) store(t.m + at, m);
         if constexpr (has_second(kKind)) store(t.v + at, v);
+        if constexpr (kAdam) denominators[slot] = out.denominator;
+        if constexpr (!kAdam) numerators[slot] = out.numerator;
+        if constexpr (kLive) lives[slot] = out.live;
+        steps[slot] = out.step;
         grad[part] += g;
         grad_sq[part] += g * g;
         add_mask(under[part], mask);
@@ -116,8 +129,12 @@ void run(const Uniforms<T>& uniforms, const Tile<T>& tile, int64_t count, Sums<T
     for (int64_t i = 0; i < size; i += kLanes) {
 #pragma GCC unroll 2
       for (int part = 0; part < kParts; ++part) {
-        const int64_t at = begin + i + part * kWidth;
-        const Between<V>& in = between[i / kWidth + part];
+        const int64_t at = begin + i + part * kWidth, slot = i / kWidth + part;
+        Between<V> in;
+        if constexpr (kAdam) in.numerator = load<V>(t.m + at), in.denominator = denominators[slot];
+        if constexpr (!kAdam) in.numerator = numerators[slot];
+        if constexpr (kLive) in.live = lives[slot];
+        in.step = steps[slot];
         V theta = load<V>(t.theta_in + at);
         const V delta = apply<kKind>(u, in, theta);
         store(t.theta_out + at, theta);
@@ -135,6 +152,15 @@ void run(const Uniforms<T>& uniforms, const Tile<T>& tile, int64_t count, Sums<T
   __builtin_memcpy(sums.update_sq, update_sq, sizeof update_sq);
   __builtin_memcpy(sums.param_sq, param_sq, sizeof param_sq);
   __builtin_memcpy(sums.under, under, sizeof under);
+}
+
+// The common case has a loop of its own; the others do not repay the code.
+template <Kind kKind, bool kNoise, bool kLive, class T>
+AIM_INLINE void run(const Uniforms<T>& u, const Tile<T>& tile, int64_t count, Sums<T>& sums) {
+  if constexpr (kKind == Kind::kAdam && !kNoise) {
+    if (u.plain) return run_variant<kKind, true, kNoise, kLive>(u, tile, count, sums);
+  }
+  run_variant<kKind, false, kNoise, kLive>(u, tile, count, sums);
 }
 
 template <class T>
@@ -212,14 +238,15 @@ template <Kind kKind, bool kNoise, bool kLive, class S, class T>
 void update_chunk(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t end,
                   Partial* partial) {
   constexpr bool kConvert = sizeof(S) != sizeof(T);
-  T theta_buffer[kConvert ? kTile : 1], grad_buffer[kConvert ? kTile : 1],
-      noise_buffer[kNoise ? kTile : 1];
+  constexpr int64_t kStride = kConvert || kNoise ? kConvertedTile : kTile;
+  T theta_buffer[kConvert ? kStride : 1], grad_buffer[kConvert ? kStride : 1],
+      noise_buffer[kNoise ? kStride : 1];
   const Uniforms<T> u = rounded<T>(shared.u);
   S* const param = static_cast<S*>(tensor.param);
   T* const master = static_cast<T*>(tensor.master);
   Partial total{};
-  for (int64_t at = begin; at < end; at += kTile) {
-    const int64_t count = end - at < kTile ? end - at : kTile;
+  for (int64_t at = begin; at < end; at += kStride) {
+    const int64_t count = end - at < kStride ? end - at : kStride;
     Tile<T> t;
     t.grad = widened(static_cast<const S*>(tensor.grad) + at, count, grad_buffer);
     t.m = has_first(kKind) ? static_cast<T*>(tensor.exp_avg) + at : nullptr;

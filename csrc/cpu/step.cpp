@@ -124,15 +124,18 @@ Shared shared_of(const Group& group, const Row& row, const PhaseRow& now, const 
     threshold(group, kind, t, row.tau, &u.new_v, &u.new_0);
   }
   if (adam) {
-    rate /= first_weight(group, kind, t);
-    u.root_scale = 1 / std::sqrt(1 - std::pow(group.beta2, t));
+    // m_hat / (sqrt(v_hat) + eps) = m / (sqrt(v) + eps * root) * root / weight
+    const double root = std::sqrt(1 - std::pow(group.beta2, t));
+    rate *= root / first_weight(group, kind, t);
+    u.eps = group.eps * root;
   }
   u.step[kUnder] = rate * now.step[kUnder];
   u.step[kWell] = rate * now.step[kWell];
-  u.eps = group.eps;
   u.nesterov = group.nesterov ? group.momentum : 0;
+  u.is_nesterov = group.nesterov != 0;
   u.coupled = u.coupled_decay != 0;
   u.routed = u.grad[kUnder] != 1 || u.grad[kWell] != 1;
+  u.plain = u.scale == 1 && !u.coupled && !u.routed;
   shared.kind = kind;
   shared.has_noise = u.sigma != 0;
   shared.seed = static_cast<uint64_t>(control.seed);

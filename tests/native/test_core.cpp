@@ -228,11 +228,11 @@ void lowered_kernels_agree(const Case& c) {
   u.old_v = 0.1;
   u.new_v = 0.2;
   u.old_0 = u.new_0 = 1e-12;
-  u.root_scale = 1.5;
   u.eps = 1e-8;
   u.nesterov = 0.9;
   u.coupled = u.coupled_decay != 0;
   u.routed = true;
+  u.is_nesterov = true;
   if (!a.tensor.exp_avg_sq) u.grad[1] = u.grad[0], u.step[1] = u.step[0], u.live[1] = u.live[0];
   shared.kind = c.rule != aim::Rule::kSgd ? aim::Kind::kAdam
                 : c.state ? (c.momentum ? aim::Kind::kSgdMomentumState : aim::Kind::kSgdState)
