@@ -30,7 +30,7 @@ def test_core_under_address_and_undefined_behaviour_sanitizers() -> None:
 
 def _objects(pattern: str) -> list[Path]:
     """Object files of the installed build; `pip install -e .` and `setup.py build_ext` leave them under build/."""
-    return sorted((ROOT / "build").glob(f"temp*/{pattern}"))
+    return sorted((ROOT / "build").glob(f"objects-*/{pattern}"))
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="AVX is x86-64's")

@@ -1,7 +1,7 @@
 // 16-bit storage types, as bits: exact widening, round-to-nearest-even narrowing, NaN kept quiet.
 #pragma once
 
-#include "common/platform.h"
+#include "common/scalar.h"
 
 namespace aim {
 namespace AIM_ISA {
@@ -12,18 +12,6 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
-
-AIM_INLINE uint32_t float_bits(float x) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-
-AIM_INLINE float bits_float(uint32_t bits) {
-  float x;
-  __builtin_memcpy(&x, &bits, sizeof x);
-  return x;
-}
 
 AIM_INLINE float widen(BFloat16 x) { return bits_float(uint32_t{x.bits} << 16); }
 

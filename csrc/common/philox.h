@@ -27,40 +27,45 @@ AIM_INLINE Philox4 philox4x32(uint64_t seed, Philox4 c) {
   return c;
 }
 
-// ln(n * 2^-24) for 1 <= n <= 2^24. ln x = k ln 2 + 2 artanh(s), s = (m-1)/(m+1), with m in [1/sqrt
-// 2, sqrt 2].
+// Random bits make branches that no processor predicts, so choices below are made with masks.
+AIM_INLINE uint32_t choose(bool first, uint32_t a, uint32_t b) {
+  const uint32_t mask = 0u - static_cast<uint32_t>(first);
+  return (a & mask) | (b & ~mask);
+}
+
+// ln(n * 2^-24) for 1 <= n <= 2^24. ln x = k ln 2 + 2 artanh(s), s = (m-1)/(m+1), with m in
+// [1/sqrt 2, sqrt 2].
 AIM_INLINE float log_fraction(uint32_t n) {
-  float m = static_cast<float>(n);  // exact
-  uint32_t bits;
-  __builtin_memcpy(&bits, &m, sizeof bits);
-  int k = static_cast<int>(bits >> 23) - (127 + 24);
-  bits = (bits & 0x7FFFFF) | 0x3F800000;
-  __builtin_memcpy(&m, &bits, sizeof m);
-  if (m >= 1.41421356f) {
-    m *= 0.5f;
-    ++k;
-  }
+  uint32_t bits = float_bits(static_cast<float>(n));  // exact
+  const int exponent = static_cast<int>(bits >> 23) - (127 + 24);
+  bits = (bits & 0x7FFFFF) | 0x3F800000;      // m in [1, 2)
+  const uint32_t above = bits >= 0x3FB504F3;  // sqrt 2
+  const float m = bits_float(bits - (above << 23));
+  const float k = static_cast<float>(exponent + static_cast<int>(above));
   const float s = (m - 1.0f) / (m + 1.0f);
   const float z = s * s;
   // Taylor's series of artanh(s)/s: |s| <= 0.1716, so the first term left out is below 3e-9.
   const float series = 1.0f + z * (1.0f / 3 + z * (1.0f / 5 + z * (1.0f / 7 + z * (1.0f / 9))));
-  return static_cast<float>(k) * 0.693147181f + 2.0f * s * series;
+  return k * 0.693147181f + 2.0f * s * series;
 }
 
 // cos and sin of 2 pi n 2^-24: the top two bits are the quadrant, the rest an angle in [0, pi/2),
 // folded to [0, pi/4].
 AIM_INLINE void circle(uint32_t n, float* cosine, float* sine) {
   const uint32_t quadrant = n >> 22, rest = n & 0x3FFFFF;
-  const bool swap = rest > 0x200000;
-  const float a = static_cast<float>(swap ? 0x400000 - rest : rest) * (6.28318531f / 16777216.0f);
+  const bool folded = rest > 0x200000;
+  const float a =
+      static_cast<float>(choose(folded, 0x400000 - rest, rest)) * (6.28318531f / 16777216.0f);
   const float z = a * a;
   // Taylor's series; at pi/4 the first terms left out are below 4e-8.
-  const float s0 =
-      a * (1.0f + z * (-1.0f / 6 + z * (1.0f / 120 + z * (-1.0f / 5040 + z * (1.0f / 362880)))));
-  const float c0 = 1.0f + z * (-0.5f + z * (1.0f / 24 + z * (-1.0f / 720 + z * (1.0f / 40320))));
-  const float s = swap ? c0 : s0, c = swap ? s0 : c0;
-  *cosine = quadrant == 0 ? c : quadrant == 1 ? -s : quadrant == 2 ? -c : s;
-  *sine = quadrant == 0 ? s : quadrant == 1 ? c : quadrant == 2 ? -s : -c;
+  const uint32_t s = float_bits(
+      a * (1.0f + z * (-1.0f / 6 + z * (1.0f / 120 + z * (-1.0f / 5040 + z * (1.0f / 362880))))));
+  const uint32_t c =
+      float_bits(1.0f + z * (-0.5f + z * (1.0f / 24 + z * (-1.0f / 720 + z * (1.0f / 40320)))));
+  // Folding exchanges sine and cosine, and so does every odd quadrant.
+  const bool exchanged = folded != ((quadrant & 1) != 0);
+  *cosine = bits_float(choose(exchanged, s, c) ^ (((quadrant + 1) >> 1 & 1) << 31));
+  *sine = bits_float(choose(exchanged, c, s) ^ ((quadrant >> 1) << 31));
 }
 
 // Two independent standard normals from two 32-bit words (their upper 24 bits).

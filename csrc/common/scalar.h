@@ -1,4 +1,4 @@
-// Correctly rounded square roots of single numbers.
+// Single numbers: correctly rounded square roots, floats as bits.
 #pragma once
 
 #include "common/platform.h"
@@ -20,6 +20,18 @@ AIM_INLINE double square_root(double x) {
 #else
   return __builtin_sqrt(x);
 #endif
+}
+
+AIM_INLINE uint32_t float_bits(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+AIM_INLINE float bits_float(uint32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, sizeof x);
+  return x;
 }
 
 }  // namespace AIM_ISA
