@@ -168,6 +168,7 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
         plan.read_hyperparameters()
         backend.step(plan)
         plan.bump_versions()
+        plan.forget_gradients()
         self._drop_masters()
 
     def _ready_plan(self) -> StepPlan | None:
@@ -177,17 +178,13 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
                 "the module holds the true weights (after optimizer.eval()); call optimizer.train() before step()"
             )
         plan = self._plan
-        grads = (
-            [p.grad for p in plan.params] if plan else [p.grad for group in self.param_groups for p in group["params"]]
-        )
-        if plan is None or not plan.read(grads):
-            if all(g is None for g in grads):
+        if plan is None or not plan.read():
+            if all(p.grad is None for group in self.param_groups for p in group["params"]):
                 return None
             checks.check_gradients(self.param_groups)
             self._make_state()
             plan = self._plan = StepPlan(self)
-            if not plan.read(grads):  # pragma: no cover - the checks above name every cause known
-                raise RuntimeError("a gradient or parameter has no plain memory that a kernel can read")
+            plan.take()
         return plan if plan.has_gradients() else None
 
     def _make_state(self) -> None:

@@ -7,8 +7,7 @@ kernel.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import chain, compress
-from operator import is_
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,15 +16,14 @@ from torch import Tensor
 
 from aim_kernels.rows import DTYPES, GROUP_RECORD, RULES, TENSOR_RECORD
 
+_C: Any
+try:
+    from aim_kernels import _C
+except ImportError:  # the reference backend works without the extension; its plans are built anew for every step
+    _C = None
+
 if TYPE_CHECKING:
     from aim_kernels.optimizer import AIMFusedOptimizer
-
-# Unbound C methods: map() over them costs half of a Python loop, and a step reads thousands.
-_data_ptr = Tensor.data_ptr
-_is_contiguous = Tensor.is_contiguous
-_numel = Tensor.numel
-_stride = Tensor.stride
-_EVERYTHING = slice(None)
 
 DTYPE_NUMBER = {getattr(torch, name): number for number, name in enumerate(DTYPES)}
 
@@ -43,10 +41,6 @@ def first_moment_name(group: dict[str, Any]) -> str:
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill one block of memory, in whatever order of the dimensions."""
     return tensor.is_contiguous() or torch.empty_like(tensor, device="meta").stride() == tensor.stride()
-
-
-def _read(method: Any, tensors: list[Tensor], dtype: Any) -> np.ndarray[Any, Any]:
-    return np.fromiter(map(method, tensors), dtype, len(tensors))
 
 
 class StepPlan:
@@ -75,33 +69,31 @@ class StepPlan:
         # Gradients copied into the memory order of their parameters, alive until the next step.
         self._matched: list[Tensor] = []
         self._written: list[Tensor] = []
-        # Where the gradients were in the latest step, and which parameters had one.
-        self._grad_addresses: Any = None
-        self._index: Any = _EVERYTHING
+        # What read() fills in: where the gradients are, and which of them do not lie in the order of their parameter.
+        self._grad_addresses = np.zeros(len(self.params), np.uint64)
+        self._odd = np.zeros(len(self.params), bool)
         self._build()
 
     def _build(self) -> None:
         records, params = self.records, self.params
-        self._numel = _read(_numel, params, np.int64)
-        records["numel"] = self._numel
-        records["first"] = np.cumsum(self._numel) - self._numel
+        records["numel"] = [p.numel() for p in params]
+        records["first"] = np.cumsum(records["numel"]) - records["numel"]
         records["group"] = self.group_of
         records["dtype"] = [DTYPE_NUMBER[p.dtype] for p in params]
         self._itemsize = np.array([p.element_size() for p in params], np.uint64)
-        self._addresses = list(map(_data_ptr, params))
-        records["param"] = self._addresses
+        records["param"] = [p.data_ptr() for p in params]
         for index, p in enumerate(params):
             if not is_dense(p) or p.data_ptr() % p.element_size():
                 buffer = torch.empty(p.shape, dtype=p.dtype, device=p.device)
                 self._staged[index] = buffer
                 records["param"][index] = buffer.data_ptr()
             self._read_state(index)
-        self._kinds = [(p.shape, p.dtype) for p in params]
-        self._flat = list(map(_is_contiguous, params))
-        self._all_flat = all(self._flat)
         # The strides of a gradient that can be read as it is.
-        self._strides = [self._staged.get(index, p).stride() for index, p in enumerate(params)]
-        self._held = self._everything_held()
+        strides = [self._staged.get(index, p).stride() for index, p in enumerate(params)]
+        kinds = [(p.shape, p.dtype) for p in params]
+        held = list(chain.from_iterable(state.values() for state in self.state.values()))
+        methods = (Tensor.data_ptr, Tensor.is_contiguous, Tensor.stride)
+        self._watch = None if _C is None else _C.Watch(params, *methods, strides, kinds, self.state, held)
         # Views of one buffer share its version counter, so the buffer stands for them all.
         bases = (t if t._base is None else t._base for t in self._states)
         self._written = list({id(t): t for t in bases}.values())
@@ -131,69 +123,42 @@ class StepPlan:
         strides = torch.empty(p.shape, device="meta").stride() if flat else p.stride()
         return torch.empty_strided(p.shape, strides, dtype=kind, device=p.device).copy_(tensor)
 
-    def _everything_held(self) -> list[Any]:
-        """All state tensors of the optimizer, in an order that changes when one is replaced."""
-        return list(chain.from_iterable(map(dict.values, self.state.values())))
-
     # -- before a step -----------------------------------------------------------------------------------------------
 
-    def read(self, grads: list[Tensor | None]) -> bool:
-        """Takes this step's addresses. False where something has to be built anew, or is wrong, first.
-
-        What autograd guarantees of a gradient when it is set (shape, dtype, device) is looked at only where the
-        gradient has moved since; its strides, which autograd does not guarantee, at every step.
-        """
-        records = self.records
-        present = [g for g in grads if g is not None]
-        index: Any = _EVERYTHING
-        strides = self._strides
-        if len(present) != len(grads):
-            index = np.array([g is not None for g in grads], bool)
-            strides = list(compress(strides, index))
+    def read(self) -> bool:
+        """Takes this step's gradients. False where something has to be built anew, or is wrong, first."""
+        addresses = self._grad_addresses
         try:
-            if list(map(_data_ptr, self.params)) != self._addresses or not self._same_layouts():
+            if self._watch is None or not self._watch.read(addresses, self._odd, self.grads):
                 return False
-            addresses = _read(_data_ptr, present, np.uint64)
         except RuntimeError:  # a gradient without plain memory (sparse, meta, ...)
             return False
-        if index is not self._index and not np.array_equal(index, self._index):
-            self._grad_addresses = None
-        if not np.array_equal(addresses, self._grad_addresses):
-            kinds = self._kinds if index is _EVERYTHING else list(compress(self._kinds, index))
-            if [(g.shape, g.dtype) for g in present] != kinds or not records["step"][index].all():
-                return False
-        held = self._everything_held()
-        if len(held) != len(self._held) or not all(map(is_, held, self._held)):
+        records = self.records
+        if (records["step"][addresses != 0] == 0).any():
             return False
-        self._grad_addresses, self._index = addresses, index
-        self.grads, self._matched = grads, []
-        odd = addresses % self._itemsize[index] != 0
-        found = list(map(_stride, present))
-        if found != strides or odd.any():
-            addresses = addresses.copy()
-            for at, where in enumerate(np.arange(len(grads))[index]):
-                if odd[at] or found[at] != strides[at]:
-                    addresses[at] = self._match(int(where), present[at])
-        records["grad"] = 0
-        # An empty gradient has no address, but it is there; nothing reads it.
-        records["grad"][index] = np.where(self._numel[index] == 0, 8, addresses)
+        records["grad"] = addresses
+        self._matched = []
+        odd = self._odd | (addresses % self._itemsize != 0)
+        for index in odd.nonzero()[0] if odd.any() else ():
+            records["grad"][index] = self._match(index, self.grads[index])
         return True
 
-    def _same_layouts(self) -> bool:
-        flat = map(_is_contiguous, self.params)
-        return all(flat) if self._all_flat else list(flat) == self._flat
+    def take(self) -> None:
+        """The same without shortcuts: for a plan just built, whose gradients were checked."""
+        self.grads = [p.grad for p in self.params]
+        self._matched = []
+        for index, grad in enumerate(self.grads):
+            self.records["grad"][index] = 0 if grad is None else self._match(index, grad)
 
     def _match(self, index: int, grad: Tensor) -> int:
         """Address of the gradient's values in the memory order of its parameter."""
         p = self.params[index]
-        staged = index in self._staged
-        same = grad.is_contiguous() if staged or p.is_contiguous() else grad.stride() == p.stride()
+        flat = index in self._staged or p.is_contiguous()
+        same = grad.is_contiguous() if flat else grad.stride() == p.stride()
         if same and grad.data_ptr() % grad.element_size() == 0:
-            return grad.data_ptr()
-        if staged or p.is_contiguous():
-            copy = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
-        else:
-            copy = torch.empty_strided(p.shape, p.stride(), dtype=grad.dtype, device=grad.device)
+            return grad.data_ptr() or 8  # an empty gradient has no address, but it is there; nothing reads it
+        strides = torch.empty(p.shape, device="meta").stride() if flat else p.stride()
+        copy = torch.empty_strided(p.shape, strides, dtype=grad.dtype, device=grad.device)
         self._matched.append(copy.copy_(grad))
         return copy.data_ptr()
 
@@ -240,6 +205,7 @@ class StepPlan:
             changed = [self.params[i] for i in touched.nonzero()[0]]
         torch.autograd.graph.increment_version([*changed, *self._written])
 
-    def masters(self) -> list[tuple[Tensor, Tensor]]:
-        """(parameter, master) of every parameter that has live weights."""
-        return [(p, self.state[p]["master"]) for p in self.params if "master" in self.state.get(p, ())]
+    def forget_gradients(self) -> None:
+        """Lets zero_grad() free them: a plan that held on would double the gradients' memory during the next backward."""
+        self.grads = [None] * len(self.params)
+        self._matched = []

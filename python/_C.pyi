@@ -1,5 +1,6 @@
 """Types of the native module (python/bindings.cpp)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,20 @@ def step(
     team: int = 0,
 ) -> None: ...
 def emit(tensors: NDArray[np.void], groups: NDArray[np.void], rows: int, threads: int, team: int = 0) -> None: ...
+class Watch:
+    def __init__(
+        self,
+        params: list[Any],
+        data_ptr: Callable[..., Any],
+        is_contiguous: Callable[..., Any],
+        stride: Callable[..., Any],
+        strides: list[tuple[int, ...]],
+        kinds: list[tuple[Any, Any]],
+        states: dict[Any, Any],
+        held: list[Any],
+    ) -> None: ...
+    def read(self, addresses: NDArray[np.uint64], odd: NDArray[np.bool_], grads: list[Any]) -> bool: ...
+
 def stream(
     tensors: NDArray[np.void],
     live: bool,

@@ -80,6 +80,118 @@ void emit(py::array tensors, py::array groups, uintptr_t rows, int threads, uint
   raise(status, how.isa);
 }
 
+// Calls an unbound method, such as torch.Tensor.data_ptr, on one object.
+py::object call(const py::object& method, PyObject* self) {
+  PyObject* result = PyObject_Vectorcall(method.ptr(), &self, 1, nullptr);
+  if (!result) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+
+py::object attribute(PyObject* self, const py::str& name) {
+  PyObject* result = PyObject_GetAttr(self, name.ptr());
+  if (!result) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+
+bool equal(const py::object& a, PyObject* b) {
+  const int result = PyObject_RichCompareBool(a.ptr(), b, Py_EQ);
+  if (result < 0) throw py::error_already_set();
+  return result == 1;
+}
+
+// What aim_kernels/plan.py looks at before every step, in one call: thousands of small questions to
+// tensors, which a loop in Python asks three times slower. Knows nothing of tensors but the names
+// of the methods that plan.py passes.
+class Watch {
+ public:
+  Watch(py::list params, py::object data_ptr, py::object is_contiguous, py::object stride,
+        py::list strides, py::list kinds, py::dict states, py::list held)
+      : params_(std::move(params)),
+        data_ptr_(std::move(data_ptr)),
+        is_contiguous_(std::move(is_contiguous)),
+        stride_(std::move(stride)),
+        strides_(std::move(strides)),
+        kinds_(std::move(kinds)),
+        states_(std::move(states)),
+        held_(std::move(held)),
+        grad_addresses_(params_.size(), 0) {
+    for (const py::handle& p : params_) {
+      addresses_.push_back(call(data_ptr_, p.ptr()).cast<uint64_t>());
+      flat_.push_back(call(is_contiguous_, p.ptr()).ptr() == Py_True);
+    }
+  }
+
+  // Stands for the address of an empty gradient, which has none; nothing reads it.
+  static constexpr uint64_t kEmpty = 8;
+
+  // Fills `addresses` with those of the gradients (0: none), `odd` with whether a gradient's
+  // strides are not the expected ones, `grads` with the gradients. False where a parameter, a state
+  // tensor, or the kind of a gradient changed.
+  bool read(py::array_t<uint64_t, py::array::c_style> addresses,
+            py::array_t<bool, py::array::c_style> odd, py::list grads) {
+    const size_t count = params_.size();
+    if (static_cast<size_t>(addresses.size()) != count ||
+        static_cast<size_t>(odd.size()) != count || grads.size() != count) {
+      throw std::invalid_argument("addresses, odd, grads: expected one entry a parameter");
+    }
+    if (!same_states()) return false;
+    uint64_t* address = addresses.mutable_data();
+    bool* is_odd = odd.mutable_data();
+    for (size_t i = 0; i < count; ++i) {
+      PyObject* p = PyList_GET_ITEM(params_.ptr(), static_cast<py::ssize_t>(i));
+      if (call(data_ptr_, p).cast<uint64_t>() != addresses_[i]) return false;
+      if ((call(is_contiguous_, p).ptr() == Py_True) != flat_[i]) return false;
+      py::object grad = attribute(p, grad_name_);
+      address[i] = 0;
+      is_odd[i] = false;
+      if (!grad.is_none()) {
+        address[i] = call(data_ptr_, grad.ptr()).cast<uint64_t>();
+        if (address[i] == 0) address[i] = kEmpty;
+        is_odd[i] = !equal(call(stride_, grad.ptr()), item(strides_, i));
+        // Autograd looks at shape and dtype when a gradient is set: enough for one that has not
+        // moved since.
+        if (address[i] != grad_addresses_[i]) {
+          PyObject* kind = item(kinds_, i);
+          if (!equal(attribute(grad.ptr(), shape_name_), PyTuple_GET_ITEM(kind, 0)) ||
+              attribute(grad.ptr(), dtype_name_).ptr() != PyTuple_GET_ITEM(kind, 1)) {
+            return false;
+          }
+        }
+      }
+      grad_addresses_[i] = address[i];
+      grads[i] = std::move(grad);
+    }
+    return true;
+  }
+
+ private:
+  static PyObject* item(const py::list& list, size_t i) {
+    return PyList_GET_ITEM(list.ptr(), static_cast<py::ssize_t>(i));
+  }
+
+  // Whether all values of all states are the very objects that the plan holds.
+  bool same_states() const {
+    size_t at = 0;
+    PyObject *key, *state, *name, *value;
+    for (py::ssize_t outer = 0; PyDict_Next(states_.ptr(), &outer, &key, &state);) {
+      if (!PyDict_Check(state)) return false;
+      for (py::ssize_t inner = 0; PyDict_Next(state, &inner, &name, &value); ++at) {
+        if (at >= held_.size() || item(held_, at) != value) return false;
+      }
+    }
+    return at == held_.size();
+  }
+
+  py::list params_;
+  py::object data_ptr_, is_contiguous_, stride_;
+  py::list strides_, kinds_;
+  py::dict states_;
+  py::list held_;
+  py::str grad_name_{"grad"}, shape_name_{"shape"}, dtype_name_{"dtype"};
+  std::vector<uint64_t> addresses_, grad_addresses_;
+  std::vector<bool> flat_;
+};
+
 void stream(py::array tensors, bool live, bool nontemporal, int64_t chunk, float factor,
             int threads, uintptr_t team) {
   const aim::Execution how = execution(threads, team);
@@ -186,6 +298,14 @@ PYBIND11_MODULE(_C, module) {
   module.def("emit", &emit, py::arg("tensors"), py::arg("groups"), py::arg("rows"),
              py::arg("threads"), py::arg("team") = 0,
              "Writes the live weights of all tensors that have a master.");
+  py::class_<Watch>(module, "Watch", "What a plan looks at before every step, in one call.")
+      .def(py::init<py::list, py::object, py::object, py::object, py::list, py::list, py::dict,
+                    py::list>(),
+           py::arg("params"), py::arg("data_ptr"), py::arg("is_contiguous"), py::arg("stride"),
+           py::arg("strides"), py::arg("kinds"), py::arg("states"), py::arg("held"))
+      .def("read", &Watch::read, py::arg("addresses"), py::arg("odd"), py::arg("grads"),
+           "Takes the gradients; False where something changed that the plan must be built anew "
+           "for.");
   module.def("stream", &stream, py::arg("tensors"), py::arg("live"), py::arg("nontemporal"),
              py::arg("chunk"), py::arg("factor"), py::arg("threads"), py::arg("team") = 0,
              "Moves the bytes of a step and computes next to nothing: the memory floor.");

@@ -336,3 +336,16 @@ def test_the_optimizer_can_be_collected() -> None:
     del optimizer
     gc.collect()
     assert seen() is None and p() is None
+
+
+@pytest.mark.parametrize("strided", [False, True], ids=["as is", "copied into the order of the parameter"])
+def test_gradients_are_not_kept_alive(strided: bool) -> None:
+    p = torch.nn.Parameter(torch.randn(8, 6))
+    optimizer = ak.AIMFusedOptimizer([p], backend="cpu")
+    for _ in range(2):
+        p.grad = torch.randn(6, 8).t() if strided else torch.randn(8, 6)
+        seen = weakref.ref(p.grad)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        assert seen() is None
