@@ -346,14 +346,14 @@ class Oracle:
             mu = hyper.momentum
             value = g + mu * leaf.m
             return value, e_g + mu * leaf.e_m + 3 * unit * np.abs(mu * leaf.m) + unit * np.abs(value), hyper.lr
-        scale = 1.0 / math.sqrt(1.0 - hyper.beta2**leaf.t)
+        scale = math.sqrt(1.0 - hyper.beta2**leaf.t)
         root = np.sqrt(leaf.v)
         e_root = np.sqrt(leaf.v + leaf.e_v) - np.sqrt(np.maximum(leaf.v - leaf.e_v, 0.0))
-        below = root * scale + hyper.eps
-        e_below = e_root * scale + 5 * unit * below
+        below = root + hyper.eps * scale
+        e_below = e_root + 3 * unit * below
         value = leaf.m / below
         error = leaf.e_m / below + np.abs(value) * e_below / below + 2 * unit * np.abs(value)
-        return value, error, hyper.lr / (1.0 - hyper.beta1**leaf.t)
+        return value, error, hyper.lr * scale / (1.0 - hyper.beta1**leaf.t)
 
     def _emit(
         self, leaf: Leaf, live: list[float], under: np.ndarray, tie: np.ndarray, seen: Observed | None

@@ -37,9 +37,9 @@ CLASS_ROUNDOFFS = 6.0
 TIES_SHARE = 1e-3
 TIES_FLOOR = 2
 
-#: Statistics are float64 sums of partial sums in the arithmetic type: 64 additions a lane of a tile of 1024 elements,
-#: and a product.
-SUM_ROUNDOFFS = 66.0
+#: Statistics are float64 sums of partial sums in the arithmetic type: at most 256 additions a lane (tiles of 4096
+#: elements, 16 lanes), and a product.
+SUM_ROUNDOFFS = 258.0
 
 #: A threshold is float64 arithmetic on counts: identical but for the order of three operations, over tens of steps.
 THRESHOLD = 64 * 2.0**-53

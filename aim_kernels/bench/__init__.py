@@ -21,7 +21,7 @@ from aim_kernels.bench.shapes import SETS, Arrays, ShapeSet
 
 
 def measure(
-    shape_set: ShapeSet, candidates: Sequence[Candidate], rounds: int | None = None, gap: float = 0.01
+    shape_set: ShapeSet, candidates: Sequence[Candidate], rounds: int | None = None, gap: float = 0.0
 ) -> list[report.Result]:
     """Time the candidates and their floors on one set. They must have been verified."""
     arrays = Arrays(shape_set)
@@ -106,6 +106,6 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--rounds", type=int, help="samples of every candidate (default: by set)")
     p.add_argument("--threads", type=int, help="default: torch.get_num_threads()")
-    p.add_argument("--gap", type=float, default=10.0, help="idle milliseconds before every sample (default: 10)")
+    p.add_argument("--gap", type=float, default=0.0, help="idle milliseconds before every sample (default: 0)")
     p.add_argument("--out", type=Path, help="folder for results.csv (appended to) and results.png")
     return p

@@ -51,14 +51,14 @@ def interleaved(
     rounds: int,
     repeats: int = 1,
     between_rounds: Callable[[], Any] = lambda: None,
-    gap: float = 0.01,
+    gap: float = 0.0,
     warm_up: int = 2,
 ) -> dict[str, Samples]:
     """Time every case once a round, in a new random order each round.
 
-    What ran before a case leaves its traces: other lines in the cache, and worker threads that keep spinning for a
-    few milliseconds. So the order changes with every round (from a fixed seed), and ``gap`` idle seconds precede
-    every sample.
+    What ran before a case leaves its traces, such as other lines in the cache, so the order changes with every round
+    (from a fixed seed). All cases run on torch's own thread pool, whose workers spin for a few milliseconds after each
+    region; ``gap`` idle seconds before every sample let them fall asleep instead.
     A sample is one call; with ``repeats`` > 1 it is the mean of so many calls, after one that is not timed.
     """
     order = list(cases)
