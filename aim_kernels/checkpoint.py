@@ -10,6 +10,7 @@ from torch import Tensor
 
 from aim_kernels import checks
 from aim_kernels.plan import arithmetic_dtype, first_moment_name, is_dense
+from aim_kernels.rows import ROW
 from aim_kernels.tables import Tables
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def load(optimizer: AIMFusedOptimizer, state_dict: dict[str, Any]) -> None:
 
     saved_groups = state_dict["param_groups"]
     groups = _merged_groups(optimizer, saved_groups)
+    _check_masters(groups, saved_groups, state_dict)
     state = {p: _checked_state(groups, place, p, saved) for place, p, saved in _pairs(groups, saved_groups, state_dict)}
     tables_saved = [{key: group.pop(key) for key in _TABLE_KEYS if key in group} for group in groups]
 
@@ -97,6 +99,22 @@ def _merged_groups(optimizer: AIMFusedOptimizer, saved_groups: list[dict[str, An
         checks.check_hyperparameters(result, number)
         merged.append(result)
     return merged
+
+
+def _check_masters(
+    groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]], state_dict: dict[str, Any]
+) -> None:
+    """Raises where live weights were saved without the true ones: going on would take the degraded weights for true."""
+    for (number, index), _, saved in _pairs(groups, saved_groups, state_dict):
+        row = saved_groups[number].get("modulation_row")
+        if row is None or "master" in saved or not saved.get("step"):
+            continue
+        if any(row[ROW[f"emitted_{kind}"]] != 1.0 for kind in ("under", "well")):
+            raise ValueError(
+                f"{checks.name_of(groups, number, index)}: the checkpoint was taken while live weights were in the "
+                "module, but has no master of them; save optimizer.state_dict() whole (torch.distributed.checkpoint "
+                "with flatten_optimizer_state_dict=True drops what not every parameter has)"
+            )
 
 
 def _pairs(

@@ -53,7 +53,7 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
             ("absolute", tau) holds it.
         threshold_rate: step size of that controller.
         anchor: what a degraded weight is withdrawn to: "zero", or "init", the weights at construction (one more copy of
-            the modulated parameters).
+            the ``modulated`` parameters; others are always withdrawn to zero).
         backend: "auto", "cpu" or "reference"; "auto" also reads the environment variable AIM_KERNELS_BACKEND.
         seed: of the noise and of the phase draws.
 

@@ -206,6 +206,6 @@ class StepPlan:
         torch.autograd.graph.increment_version([*changed, *self._written])
 
     def forget_gradients(self) -> None:
-        """Lets zero_grad() free them: a plan that held on would double the gradients' memory during the next backward."""
+        """Lets zero_grad() free them: a plan that held on would double their memory during the next backward."""
         self.grads = [None] * len(self.params)
         self._matched = []

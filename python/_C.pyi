@@ -18,6 +18,7 @@ def step(
     team: int = 0,
 ) -> None: ...
 def emit(tensors: NDArray[np.void], groups: NDArray[np.void], rows: int, threads: int, team: int = 0) -> None: ...
+
 class Watch:
     def __init__(
         self,

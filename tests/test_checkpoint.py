@@ -338,3 +338,18 @@ def test_no_state_beyond_the_base_rule_s(rule: str) -> None:
         assert {k for k, v in optimizer.state[p].items() if v is not None} - {"step"} == {
             k for k, v in peer.state[q].items() if v is not None
         } - {"step"}
+
+
+def test_checkpoint_that_lost_the_true_weights_is_refused() -> None:
+    optimizer = build("adamw", SHAPES)
+    set_row(optimizer, 0, "chain")
+    for _ in range(2):
+        assign(parameters_of(optimizer), Gradients(parameters_of(optimizer))())
+        optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    lost = [state.pop("master", None) for state in saved["state"].values()]
+    assert any(master is not None for master in lost)
+    before = frozen(optimizer)
+    with pytest.raises(ValueError, match="no master"):
+        optimizer.load_state_dict(saved)
+    same_bits(frozen(optimizer), before)

@@ -18,7 +18,7 @@ namespace aim {
 namespace AIM_ISA {
 
 constexpr int kLanes = 16;
-constexpr int64_t kBlock = 256;
+constexpr int64_t kBlock = 128;
 // Elements between two additions of float32 sums to float64 ones. Where types are converted, three
 // buffers of that many elements have to stay in the first-level cache.
 constexpr int64_t kTile = 4096, kConvertedTile = 1024;
@@ -105,6 +105,9 @@ void run_variant(const Uniforms<T>& uniforms, const Tile<T>& tile, int64_t count
   for (int64_t begin = 0; begin < count; begin += kBlock) {
     const int64_t size = count - begin < kBlock ? count - begin : kBlock;
     for (int64_t i = 0; i < size; i += kLanes) {
+      // For the second loop, which would find its lines still in memory.
+      __builtin_prefetch(t.theta_in + begin + i, 1);
+      if constexpr (kLive) __builtin_prefetch(t.live + begin + i, 1);
 #pragma GCC unroll 2
       for (int part = 0; part < kParts; ++part) {
         const int64_t at = begin + i + part * kWidth, slot = i / kWidth + part;
