@@ -88,8 +88,8 @@ class StepPlan:
                 self._staged[index] = buffer
                 records["param"][index] = buffer.data_ptr()
             self._read_state(index)
-        # The strides of a gradient that can be read as it is.
-        strides = [self._staged.get(index, p).stride() for index, p in enumerate(params)]
+        # The strides of a gradient that can be read as it is. None: contiguous, which is the cheapest to ask for.
+        strides = [None if p.is_contiguous() or index in self._staged else p.stride() for index, p in enumerate(params)]
         kinds = [(p.shape, p.dtype) for p in params]
         held = list(chain.from_iterable(state.values() for state in self.state.values()))
         methods = (Tensor.data_ptr, Tensor.is_contiguous, Tensor.stride)

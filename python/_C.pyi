@@ -26,7 +26,7 @@ class Watch:
         data_ptr: Callable[..., Any],
         is_contiguous: Callable[..., Any],
         stride: Callable[..., Any],
-        strides: list[tuple[int, ...]],
+        strides: list[tuple[int, ...] | None],
         kinds: list[tuple[Any, Any]],
         states: dict[Any, Any],
         held: list[Any],

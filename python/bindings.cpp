@@ -147,7 +147,9 @@ class Watch {
       if (!grad.is_none()) {
         address[i] = call(data_ptr_, grad.ptr()).cast<uint64_t>();
         if (address[i] == 0) address[i] = kEmpty;
-        is_odd[i] = !equal(call(stride_, grad.ptr()), item(strides_, i));
+        PyObject* const strides = item(strides_, i);
+        is_odd[i] = strides == Py_None ? call(is_contiguous_, grad.ptr()).ptr() != Py_True
+                                       : !equal(call(stride_, grad.ptr()), strides);
         // Autograd looks at shape and dtype when a gradient is set: enough for one that has not
         // moved since.
         if (address[i] != grad_addresses_[i]) {
