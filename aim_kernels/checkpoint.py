@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from aim_kernels import checks
-from aim_kernels.plan import arithmetic_dtype, first_moment_name, is_dense
+from aim_kernels.plan import arithmetic_dtype, moment_names, state_layout
 from aim_kernels.rows import ROW
 from aim_kernels.tables import Tables
 
 if TYPE_CHECKING:
     from aim_kernels.optimizer import AIMFusedOptimizer
 
+_STATES = {"step", "exp_avg", "exp_avg_sq", "momentum_buffer", "master", "anchor"}
 _TABLE_KEYS = ("modulation_row", "statistics_row", "control")
 
 #: Options of torch.optim that change the rule and are not supported here, with the value that leaves it as it is.
@@ -46,6 +47,8 @@ def load(optimizer: AIMFusedOptimizer, state_dict: dict[str, Any]) -> None:
     _check_masters(groups, saved_groups, state_dict)
     state = {p: _checked_state(groups, place, p, saved) for place, p, saved in _pairs(groups, saved_groups, state_dict)}
     tables_saved = [{key: group.pop(key) for key in _TABLE_KEYS if key in group} for group in groups]
+    for number, saved in enumerate(tables_saved):
+        optimizer.tables.check_lists(number, saved)
 
     for number, saved in enumerate(tables_saved):
         optimizer.tables.from_lists(number, saved)
@@ -125,13 +128,21 @@ def _pairs(
             yield (number, index), p, state_dict["state"].get(key, {})
 
 
+def _empty_state(p: Tensor) -> Tensor:
+    return torch.empty_like(p, dtype=arithmetic_dtype(p.dtype), memory_format=state_layout(p), requires_grad=False)
+
+
 def _checked_state(
     groups: list[dict[str, Any]], place: tuple[int, int], p: Tensor, saved: dict[str, Any]
 ) -> dict[str, Any]:
     """The state of one parameter: own copies, in the arithmetic dtype and the parameter's memory order."""
     group = groups[place[0]]
-    first = first_moment_name(group)
     state: dict[str, Any] = {}
+    if foreign := saved.keys() - _STATES:
+        raise ValueError(
+            f"{checks.name_of(groups, *place)}: the checkpoint has the states {sorted(map(str, foreign))}, which rule "
+            f"{group['rule']!r} does not know; it is of another rule"
+        )
     for key, value in saved.items():
         if value is None:  # torch.optim.SGD without momentum
             continue
@@ -144,22 +155,16 @@ def _checked_state(
                 raise ValueError(
                     f"{name}: its {key} has shape {tuple(value.shape)} in the checkpoint, {tuple(p.shape)} here"
                 )
-            layout = torch.preserve_format if is_dense(p) else torch.contiguous_format
-            own = torch.empty_like(p, dtype=arithmetic_dtype(p.dtype), memory_format=layout, requires_grad=False)
-            state[key] = own.copy_(value)
+            state[key] = _empty_state(p).copy_(value)
         else:
             state[key] = value
     if not state.keys() - {"anchor"}:  # not stepped yet
         return state
     # torch.optim.SGD counts no steps, and keeps neither moment that a modulated group needs.
     state.setdefault("step", torch.tensor(1.0, dtype=torch.float32))
-    needed = []
-    if group["rule"] != "sgd" or group["modulated"]:
-        needed = [first, "exp_avg_sq"]
-    elif group["momentum"]:
-        needed = [first]
-    for key in needed:
+    for key in moment_names(group):
+        if key not in state and group["rule"] != "sgd":
+            raise ValueError(f"{checks.name_of(groups, *place)}: the checkpoint has no {key}; it is of another rule")
         if key not in state:
-            layout = torch.preserve_format if is_dense(p) else torch.contiguous_format
-            state[key] = torch.zeros_like(p, dtype=arithmetic_dtype(p.dtype), memory_format=layout, requires_grad=False)
+            state[key] = _empty_state(p).zero_()
     return state

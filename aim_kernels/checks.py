@@ -7,17 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aim_kernels.plan import DTYPE_NUMBER
-from aim_kernels.rows import PUBLIC_COLUMNS, RULES
+from aim_kernels.rows import DTYPES, PUBLIC_COLUMNS, RULES
 
 Group = dict[str, Any]
+
+DTYPE_NUMBER = {getattr(torch, name): number for number, name in enumerate(DTYPES)}
 
 
 def name_of(groups: list[Group], number: int, index: int) -> str:
     """How an error calls a parameter: its name where the user gave one."""
     names = groups[number].get("param_names")
     place = f"parameter {index} of group {number}"
-    return f"{names[index]!r} ({place})" if names else place
+    return f"{names[index]!r} ({place})" if names and names[index] is not None else place
 
 
 def check_number(name: str, value: Any, low: float, high: float = float("inf"), *, high_open: bool = False) -> None:
@@ -63,15 +64,24 @@ def check_hyperparameters(group: Group, number: int) -> None:
     check_number(f"under_optimized{where}: {kind}", value, 0.0, 1.0)
 
 
+def check_ordered(params: Any) -> None:
+    """Raises on a set of parameters."""
+    if isinstance(params, (set, frozenset)):
+        raise TypeError("params: a set has no order, on which checkpoints and noise depend; pass a list")
+
+
 def check_parameters(groups: list[Group], number: int, params: list[Any], device: torch.device | None) -> None:
     """Raises on what a step cannot update. ``groups[number]`` need not be complete; it is used for names."""
     seen: set[int] = set()
+    earlier = {id(p): other for other in range(number) for p in groups[other]["params"]}
     for index, p in enumerate(params):
         name = name_of(groups, number, index)
         if not isinstance(p, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(p).__name__}")
         if id(p) in seen:
             raise ValueError(f"{name}: the same parameter stands in the group more than once; pass it once")
+        if id(p) in earlier:
+            raise ValueError(f"{name}: appears more than once, in group {earlier[id(p)]} as well; pass it once")
         seen.add(id(p))
         if p.layout != torch.strided:
             raise ValueError(f"{name}: sparse parameters are not supported; use a dense one")
@@ -86,6 +96,21 @@ def check_parameters(groups: list[Group], number: int, params: list[Any], device
             raise ValueError(f"{name}: is on {p.device}, the others on {device}; use one optimizer a device")
         if any(stride == 0 and size > 1 for size, stride in zip(p.shape, p.stride(), strict=True)):
             raise ValueError(f"{name}: is expanded (several elements share memory); pass a contiguous parameter")
+
+
+def check_states(groups: list[Group], state: dict[Tensor, dict[str, Any]]) -> None:
+    """Raises on the first state that does not fit its parameter."""
+    for number, group in enumerate(groups):
+        for index, p in enumerate(group["params"]):
+            for key, value in state.get(p, {}).items():
+                if key == "step" or not isinstance(value, Tensor):
+                    continue
+                if value.shape != p.shape or value.device != p.device:
+                    raise RuntimeError(
+                        f"{name_of(groups, number, index)}: its state {key} has shape {tuple(value.shape)} on "
+                        f"{value.device}, the parameter {tuple(p.shape)} on {p.device}; delete "
+                        "optimizer.state[parameter] to start it anew"
+                    )
 
 
 def check_gradients(groups: list[Group]) -> None:

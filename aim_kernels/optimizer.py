@@ -11,7 +11,7 @@ from torch import Tensor
 
 from aim_kernels import checkpoint, checks
 from aim_kernels.backends import check_name, select
-from aim_kernels.plan import StepPlan, arithmetic_dtype, first_moment_name, is_dense
+from aim_kernels.plan import StepPlan, arithmetic_dtype, moment_names, state_layout
 from aim_kernels.rows import CONTROL, PHASE_COLUMNS, PHASES, ROW, STATISTIC
 from aim_kernels.tables import Tables
 
@@ -92,7 +92,6 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
         self._seed = seed
         self._plan: StepPlan | None = None
         self._holds_true_weights = False
-        self._true_versions: dict[Tensor, int] = {}
         self._leaving: set[int] = set()  # groups whose masters the next step makes superfluous
         defaults = {
             "lr": lr,
@@ -108,22 +107,25 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
             "threshold_rate": threshold_rate,
             **_BLOCK_KEYS,
         }
+        checks.check_ordered(params)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, at any time; its row starts neutral."""
         group = dict(param_group)
         params = group["params"]
+        checks.check_ordered(params)
         group["params"] = [params] if isinstance(params, Tensor) else list(params)
         number = len(self.param_groups)
-        named = [entry for entry in group["params"] if isinstance(entry, tuple)]
         tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]]
-        preview = [*self.param_groups, {"param_names": [entry[0] for entry in named]} if named else {}]
+        names = [entry[0] if isinstance(entry, tuple) else None for entry in group["params"]]
+        preview = [*self.param_groups, {"params": tensors, "param_names": names}]
         full = {**self.defaults, **group}
         if full["weight_decay"] is None:
             full["weight_decay"] = group["weight_decay"] = _DEFAULT_DECAY.get(full["rule"], 0.0)
         checks.check_hyperparameters(full, number)
-        device = self.tables.rows.device if number else None
+        first = next((t for t in tensors if isinstance(t, Tensor)), None)
+        device = self.tables.rows.device if number else first.device if first is not None else None
         checks.check_parameters(preview, number, tensors, device)
         super().add_param_group(group)
 
@@ -173,7 +175,7 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
 
     def _ready_plan(self) -> StepPlan | None:
         """A plan that has read this step's gradients; None where there are none."""
-        if self._holds_true_weights and self._has_masters():
+        if self._holds_true_weights and self._trains_on_live_weights():
             raise RuntimeError(
                 "the module holds the true weights (after optimizer.eval()); call optimizer.train() before step()"
             )
@@ -181,6 +183,7 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
         if plan is None or not plan.read():
             if all(p.grad is None for group in self.param_groups for p in group["params"]):
                 return None
+            self._check_before_building()
             checks.check_gradients(self.param_groups)
             self._make_state()
             plan = self._plan = StepPlan(self)
@@ -191,26 +194,27 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
         """States of parameters that meet their first gradient, and masters where live weights are to exist."""
         for number, group in enumerate(self.param_groups):
             live = self.tables.has_live_weights(number)
-            fresh = [p for p in group["params"] if (live or p.grad is not None) and "step" not in self.state.get(p, ())]
-            names = []
-            if group["rule"] != "sgd":
-                names = ["exp_avg", "exp_avg_sq"]
-            elif group["modulated"]:
-                names = [first_moment_name(group), "exp_avg_sq"]
-            elif group["momentum"]:
-                names = ["momentum_buffer"]
-            steps = torch.zeros(len(fresh), dtype=torch.float32)
-            for p, step in zip(fresh, steps, strict=True):
+            stepped = [p for p in group["params"] if live or p.grad is not None]
+            fresh = [p for p in stepped if "step" not in self.state[p]]
+            for p, step in zip(fresh, torch.zeros(len(fresh), dtype=torch.float32), strict=True):
                 self.state[p]["step"] = step
-            for name in names:
-                for p, moment in zip(fresh, _zeros_like_all(fresh), strict=True):
+            for name in moment_names(group):
+                missing = [p for p in stepped if name not in self.state[p]]
+                for p, moment in zip(missing, _zeros_like_all(missing), strict=True):
                     self.state[p][name] = moment
             for p in group["params"]:
                 if live and "master" not in self.state[p]:
                     self.state[p]["master"] = _master_of(p)
 
-    def _has_masters(self) -> bool:
-        return any("master" in state for state in self.state.values())
+    def _check_before_building(self) -> None:
+        """What may have changed behind the optimizer's back since it was last looked at."""
+        for number, group in enumerate(self.param_groups):
+            checks.check_parameters(self.param_groups, number, group["params"], self.tables.rows.device)
+        checks.check_states(self.param_groups, self.state)
+
+    def _trains_on_live_weights(self) -> bool:
+        groups = range(len(self.param_groups))
+        return bool(self._masters()) or any(self.tables.has_live_weights(number) for number in groups)
 
     def _drop_masters(self) -> None:
         """Where no phase degrades weights any more, the live weights just written are the true ones."""
@@ -381,19 +385,19 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
         self._holds_true_weights = True
         for p, master in self._masters():
             p.copy_(master)
-            self._true_versions[p] = p._version
 
     @torch.no_grad()
     def train(self) -> None:
         """Puts the live weights back, to the bit. True weights that were changed meanwhile are kept as the new ones."""
         masters = self._masters()
         for p, master in masters:
-            if self._holds_true_weights and p._version != self._true_versions.get(p, p._version):
+            # By value, since writes through .data leave no trace.
+            if self._holds_true_weights and not torch.equal(p, master.to(p.dtype)):
                 master.copy_(p)
         self._holds_true_weights = False
-        self._true_versions.clear()
         if not masters:
             return
+        self._check_before_building()
         plan = StepPlan(self)
         plan.read_hyperparameters()
         select(self.backend, self.tables.rows.device).emit(plan)
@@ -445,7 +449,6 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
     def _reset(self) -> None:
         """Forgets what is derived from states and tables."""
         self._plan = None
-        self._true_versions = {}
         self._leaving = set()
         for number in range(len(self.param_groups)):
             self._note_live_weights(number)
@@ -457,13 +460,11 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._reset()
-        self._true_versions = {p: p._version for p, _ in self._masters()} if self._holds_true_weights else {}
 
 
 def _master_of(p: Tensor) -> Tensor:
     """A copy in the arithmetic type, in the memory order of ``p`` (contiguous where ``p`` fills no block of memory)."""
-    layout = torch.preserve_format if is_dense(p) else torch.contiguous_format
-    return p.detach().to(dtype=arithmetic_dtype(p.dtype), memory_format=layout, copy=True)
+    return p.detach().to(dtype=arithmetic_dtype(p.dtype), memory_format=state_layout(p), copy=True)
 
 
 def _zeros_like_all(params: list[Tensor]) -> list[Tensor]:
@@ -475,8 +476,7 @@ def _zeros_like_all(params: list[Tensor]) -> list[Tensor]:
         if p.is_contiguous() and 0 < p.numel() <= _SMALL:
             buffers.setdefault(dtype, []).append(index)
         else:
-            layout = torch.preserve_format if is_dense(p) else torch.contiguous_format
-            result[index] = torch.zeros_like(p, dtype=dtype, memory_format=layout, requires_grad=False)
+            result[index] = torch.zeros_like(p, dtype=dtype, memory_format=state_layout(p), requires_grad=False)
     for dtype, members in buffers.items():
         sizes = [-(-params[i].numel() // _ALIGN) * _ALIGN for i in members]
         buffer = torch.zeros(sum(sizes), dtype=dtype, device=params[members[0]].device)

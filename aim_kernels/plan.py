@@ -1,7 +1,7 @@
 """The plan of a step: which memory it touches. Built once, rebuilt when something moved, otherwise only re-read.
 
-A plan holds references to all state tensors whose addresses stand in its records, so none can be freed under the
-kernel.
+A plan holds the state tensors whose addresses stand in its records, and their storages, so that no memory can be freed
+under the kernel, and notices when a state was replaced.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aim_kernels.rows import DTYPES, GROUP_RECORD, RULES, TENSOR_RECORD
+from aim_kernels.checks import DTYPE_NUMBER, check_hyperparameters
+from aim_kernels.rows import GROUP_RECORD, RULES, TENSOR_RECORD
 
 _C: Any
 try:
@@ -25,8 +26,6 @@ except ImportError:  # the reference backend works without the extension; its pl
 if TYPE_CHECKING:
     from aim_kernels.optimizer import AIMFusedOptimizer
 
-DTYPE_NUMBER = {getattr(torch, name): number for number, name in enumerate(DTYPES)}
-
 
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type of moments, masters and arithmetic for parameters of ``dtype``."""
@@ -36,6 +35,18 @@ def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
 def first_moment_name(group: dict[str, Any]) -> str:
     """State key of a group's first moment: torch.optim's names."""
     return "momentum_buffer" if group["rule"] == "sgd" and group["momentum"] else "exp_avg"
+
+
+def moment_names(group: dict[str, Any]) -> list[str]:
+    """State keys of the moments that a group keeps."""
+    if group["rule"] != "sgd" or group["modulated"]:
+        return [first_moment_name(group), "exp_avg_sq"]
+    return [first_moment_name(group)] if group["momentum"] else []
+
+
+def state_layout(p: Tensor) -> torch.memory_format:
+    """Memory order of a parameter's states: its own, or contiguous where it fills no block of memory."""
+    return torch.preserve_format if is_dense(p) else torch.contiguous_format
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -64,6 +75,8 @@ class StepPlan:
         self._hyperparameters: list[Any] = [None] * len(self.param_groups)
         self._states: list[Tensor] = []
         self._anchors: list[Tensor] = []
+        # One state a parameter, by whose address a move of the states is seen.
+        self._moments: list[Tensor] = []
         # Parameters whose elements do not fill one aligned block are stepped in a contiguous copy.
         self._staged: dict[int, Tensor] = {}
         # Gradients copied into the memory order of their parameters, alive until the next step.
@@ -93,7 +106,14 @@ class StepPlan:
         kinds = [(p.shape, p.dtype) for p in params]
         held = list(chain.from_iterable(state.values() for state in self.state.values()))
         methods = (Tensor.data_ptr, Tensor.is_contiguous, Tensor.stride)
-        self._watch = None if _C is None else _C.Watch(params, *methods, strides, kinds, self.state, held)
+        self._watch = (
+            None
+            if _C is None
+            else _C.Watch(self.param_groups, params, *methods, strides, kinds, self.state, held, self._moments)
+        )
+        self._moment_names = list(map(moment_names, self.param_groups))
+        # A tensor can be given other memory and stay the same object (tensor.data = ...); the old one must not go.
+        self._storages = [tensor.untyped_storage() for tensor in (*self._states, *self._anchors)]
         # Views of one buffer share its version counter, so the buffer stands for them all.
         bases = (t if t._base is None else t._base for t in self._states)
         self._written = list({id(t): t for t in bases}.values())
@@ -109,6 +129,10 @@ class StepPlan:
             if tensor is not None:
                 if name != "step":
                     tensor = state[name] = self._in_order(index, tensor)
+                elif tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+                    tensor = state[name] = torch.tensor(float(tensor), dtype=torch.float32)
+                if field == "exp_avg":
+                    self._moments.append(tensor)
                 self.records[field][index] = tensor.data_ptr()
                 # An anchor is only read: held, but its version stays.
                 (self._anchors if name == "anchor" else self._states).append(tensor)
@@ -134,7 +158,9 @@ class StepPlan:
         except RuntimeError:  # a gradient without plain memory (sparse, meta, ...)
             return False
         records = self.records
-        if (records["step"][addresses != 0] == 0).any():
+        if (records["step"][addresses != 0] == 0).any() or self._moment_names != list(
+            map(moment_names, self.param_groups)
+        ):
             return False
         records["grad"] = addresses
         self._matched = []
@@ -185,6 +211,7 @@ class StepPlan:
                 bool(group["nesterov"]),
             )
             if values != self._hyperparameters[number]:
+                check_hyperparameters(group, number)
                 self.groups[number] = self._hyperparameters[number] = values
 
     # -- around the kernel -------------------------------------------------------------------------------------------

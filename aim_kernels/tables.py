@@ -75,6 +75,16 @@ class Tables:
             "control": self.control.tolist(),
         }
 
+    def check_lists(self, group: int, saved: dict[str, Any]) -> None:
+        """Raises ValueError where a saved table has another number of columns than this version's."""
+        tables = {"modulation_row": self.rows[group], "statistics_row": self.statistics[group], "control": self.control}
+        for key, values in saved.items():
+            if len(values) != len(tables[key]):
+                raise ValueError(
+                    f"group {group}: the checkpoint's {key} has {len(values)} columns, this version's "
+                    f"{len(tables[key])}; load it with the version that saved it"
+                )
+
     def from_lists(self, group: int, saved: dict[str, Any]) -> None:
         """The inverse of :meth:`to_lists`; keys that are absent leave the tables as they are."""
         if "modulation_row" in saved:

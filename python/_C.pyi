@@ -22,6 +22,7 @@ def emit(tensors: NDArray[np.void], groups: NDArray[np.void], rows: int, threads
 class Watch:
     def __init__(
         self,
+        param_groups: list[dict[str, Any]],
         params: list[Any],
         data_ptr: Callable[..., Any],
         is_contiguous: Callable[..., Any],
@@ -30,6 +31,7 @@ class Watch:
         kinds: list[tuple[Any, Any]],
         states: dict[Any, Any],
         held: list[Any],
+        moments: list[Any],
     ) -> None: ...
     def read(self, addresses: NDArray[np.uint64], odd: NDArray[np.bool_], grads: list[Any]) -> bool: ...
 

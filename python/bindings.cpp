@@ -28,7 +28,7 @@ T* records(py::array& array, const char* name) {
   return static_cast<T*>(array.mutable_data());
 }
 
-// A contiguous float64 or int64 table that holds `count` Ts, given by address.
+// A contiguous float64 or int64 table of Ts, given by address.
 template <class T>
 T* table(uintptr_t address) {
   return reinterpret_cast<T*>(address);
@@ -104,9 +104,11 @@ bool equal(const py::object& a, PyObject* b) {
 // of the methods that plan.py passes.
 class Watch {
  public:
-  Watch(py::list params, py::object data_ptr, py::object is_contiguous, py::object stride,
-        py::list strides, py::list kinds, py::dict states, py::list held)
-      : params_(std::move(params)),
+  Watch(py::list param_groups, py::list params, py::object data_ptr, py::object is_contiguous,
+        py::object stride, py::list strides, py::list kinds, py::dict states, py::list held,
+        py::list moments)
+      : param_groups_(std::move(param_groups)),
+        params_(std::move(params)),
         data_ptr_(std::move(data_ptr)),
         is_contiguous_(std::move(is_contiguous)),
         stride_(std::move(stride)),
@@ -114,10 +116,14 @@ class Watch {
         kinds_(std::move(kinds)),
         states_(std::move(states)),
         held_(std::move(held)),
+        moments_(std::move(moments)),
         grad_addresses_(params_.size(), 0) {
     for (const py::handle& p : params_) {
-      addresses_.push_back(call(data_ptr_, p.ptr()).cast<uint64_t>());
+      addresses_.push_back(address_of(p.ptr()));
       flat_.push_back(call(is_contiguous_, p.ptr()).ptr() == Py_True);
+    }
+    for (const py::handle& moment : moments_) {
+      moment_addresses_.push_back(address_of(moment.ptr()));
     }
   }
 
@@ -134,18 +140,18 @@ class Watch {
         static_cast<size_t>(odd.size()) != count || grads.size() != count) {
       throw std::invalid_argument("addresses, odd, grads: expected one entry a parameter");
     }
-    if (!same_states()) return false;
+    if (!same_parameters() || !same_states()) return false;
     uint64_t* address = addresses.mutable_data();
     bool* is_odd = odd.mutable_data();
     for (size_t i = 0; i < count; ++i) {
       PyObject* p = PyList_GET_ITEM(params_.ptr(), static_cast<py::ssize_t>(i));
-      if (call(data_ptr_, p).cast<uint64_t>() != addresses_[i]) return false;
+      if (address_of(p) != addresses_[i]) return false;
       if ((call(is_contiguous_, p).ptr() == Py_True) != flat_[i]) return false;
       py::object grad = attribute(p, grad_name_);
       address[i] = 0;
       is_odd[i] = false;
       if (!grad.is_none()) {
-        address[i] = call(data_ptr_, grad.ptr()).cast<uint64_t>();
+        address[i] = address_of(grad.ptr());
         if (address[i] == 0) address[i] = kEmpty;
         PyObject* const strides = item(strides_, i);
         is_odd[i] = strides == Py_None ? call(is_contiguous_, grad.ptr()).ptr() != Py_True
@@ -171,7 +177,22 @@ class Watch {
     return PyList_GET_ITEM(list.ptr(), static_cast<py::ssize_t>(i));
   }
 
-  // Whether all values of all states are the very objects that the plan holds.
+  uint64_t address_of(PyObject* tensor) const { return call(data_ptr_, tensor).cast<uint64_t>(); }
+
+  // Whether the groups still hold the very parameters of the plan, in its order.
+  bool same_parameters() const {
+    size_t at = 0;
+    for (const py::handle& group : param_groups_) {
+      PyObject* list = PyDict_GetItem(group.ptr(), params_name_.ptr());
+      if (!list || !PyList_Check(list)) return false;
+      for (py::ssize_t i = 0; i < PyList_GET_SIZE(list); ++i, ++at) {
+        if (at >= params_.size() || PyList_GET_ITEM(list, i) != item(params_, at)) return false;
+      }
+    }
+    return at == params_.size();
+  }
+
+  // Whether all values of all states are the very objects that the plan holds, where they were.
   bool same_states() const {
     size_t at = 0;
     PyObject *key, *state, *name, *value;
@@ -181,16 +202,21 @@ class Watch {
         if (at >= held_.size() || item(held_, at) != value) return false;
       }
     }
-    return at == held_.size();
+    if (at != held_.size()) return false;
+    for (size_t i = 0; i < moment_addresses_.size(); ++i) {
+      if (address_of(item(moments_, i)) != moment_addresses_[i]) return false;
+    }
+    return true;
   }
 
+  py::list param_groups_;
   py::list params_;
   py::object data_ptr_, is_contiguous_, stride_;
   py::list strides_, kinds_;
   py::dict states_;
-  py::list held_;
-  py::str grad_name_{"grad"}, shape_name_{"shape"}, dtype_name_{"dtype"};
-  std::vector<uint64_t> addresses_, grad_addresses_;
+  py::list held_, moments_;
+  py::str params_name_{"params"}, grad_name_{"grad"}, shape_name_{"shape"}, dtype_name_{"dtype"};
+  std::vector<uint64_t> addresses_, moment_addresses_, grad_addresses_;
   std::vector<bool> flat_;
 };
 
@@ -301,10 +327,11 @@ PYBIND11_MODULE(_C, module) {
              py::arg("threads"), py::arg("team") = 0,
              "Writes the live weights of all tensors that have a master.");
   py::class_<Watch>(module, "Watch", "What a plan looks at before every step, in one call.")
-      .def(py::init<py::list, py::object, py::object, py::object, py::list, py::list, py::dict,
-                    py::list>(),
-           py::arg("params"), py::arg("data_ptr"), py::arg("is_contiguous"), py::arg("stride"),
-           py::arg("strides"), py::arg("kinds"), py::arg("states"), py::arg("held"))
+      .def(py::init<py::list, py::list, py::object, py::object, py::object, py::list, py::list,
+                    py::dict, py::list, py::list>(),
+           py::arg("param_groups"), py::arg("params"), py::arg("data_ptr"),
+           py::arg("is_contiguous"), py::arg("stride"), py::arg("strides"), py::arg("kinds"),
+           py::arg("states"), py::arg("held"), py::arg("moments"))
       .def("read", &Watch::read, py::arg("addresses"), py::arg("odd"), py::arg("grads"),
            "Takes the gradients; False where something changed that the plan must be built anew "
            "for.");

@@ -1,4 +1,4 @@
-"""More than 2^31 elements, for real: 32-bit sizes or indices anywhere would leave weights unchanged, or write elsewhere."""
+"""More than 2^31 elements, for real: a 32-bit size or index anywhere would leave weights unchanged, or hit others."""
 
 from __future__ import annotations
 

@@ -33,6 +33,7 @@ _CHOICES = {
     "probe": ("prototypes", "linear", "gradients"),
     "rule": ("gap", "ratio"),
     "init": ("noise", "mean"),
+    "coefficients": ("chain", "straight-through", "step"),
     "pool": tuple(POOLS),
     "learn_dominant_in_aux": ("none", "under"),
 }
@@ -117,7 +118,12 @@ class AIM:
         schedule: Callable[[int], float] | None = None,
         seed: int = 0,
     ) -> None:
-        for option, value in (("decouple", decouple), ("mixing", mixing), ("init", init)):
+        for option, value in (
+            ("decouple", decouple),
+            ("mixing", mixing),
+            ("init", init),
+            ("coefficients", coefficients),
+        ):
             _check_choice(option, value)
         _check_choice("learn_dominant_in_aux", learn_dominant_in_aux)
         if rule is not None:

@@ -1,4 +1,4 @@
-// Every header in common/ is compiled several times, once an instruction set and once by nvcc.
+// Every header in common/ is compiled several times, once an instruction set.
 // AIM_ISA names the namespace of the one at hand, so that the linker can never pick an AVX copy of
 // an inline function for an older processor.
 #pragma once

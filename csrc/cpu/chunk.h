@@ -282,7 +282,7 @@ void update_chunk(const Tensor& tensor, const Shared& shared, int64_t begin, int
       add(sums, rest, tile);
     }
     narrowed(stored, count, param + at);
-    if (tile.grad_sq - tile.grad_sq != 0) {
+    if (tile.grad_sq - tile.grad_sq != 0 || (tile.grad_sq == 0 && tile.grad_sum != 0)) {
       tile.grad_sq = 0;
       rescan(t.grad, u.scale, count, tile);
     }
