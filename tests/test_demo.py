@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,7 @@ from aim_kernels.demo.trainer import DATA, Run, train
 from aim_kernels.modulation.strengths import assess
 from aim_kernels.plots import plot_accuracy, plot_modulation
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As the demo itself does: networks this small only wait for each other's threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
+pytestmark = pytest.mark.usefixtures("one_thread")  # as the demo itself does
 
 TINY = ["--data", "digits", "--seeds", "0", "--epochs", "2"]
 

@@ -1,0 +1,108 @@
+"""The control that drops features, and OGM-GE."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from aim_helpers import CLASSES, DOMINANT_A, batch, build
+from torch import nn
+
+from aim_kernels.modulation import OGMGE, FeatureDrop, late_fusion_logits
+from aim_kernels.optimizer import AIMFusedOptimizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_feature_drop_drops_the_dominant_modality_only_in_training() -> None:
+    model, optimizer = build()
+    drop = FeatureDrop(model, optimizer, CLASSES, probe=DOMINANT_A, alpha=0.5)
+    neutral = optimizer.tables.rows.clone()
+    kappa = drop.update(*batch()).kappa["a"]
+    x = [torch.randn(4000, 4), torch.randn(4000, CLASSES)]
+    model.train()
+    model.a[1][1].eval()  # its dropout would zero features too
+    a, b = model.features(*x)
+    dropped = (a == 0.0).all(1)
+    plain = nn.functional.relu(model.a[1][0](model.a[0](x[0])))
+    assert abs(dropped.float().mean() - (plain == 0.0).all(1).float().mean() - sum(kappa) / 2) < 0.03
+    assert torch.equal(a[~dropped], plain[~dropped])
+    assert not (b == 0.0).all(1).any()
+    assert torch.equal(optimizer.tables.rows, neutral)
+    model.eval()
+    assert torch.equal(model.features(*x)[0], plain)
+    model.train()
+    model.a[1][1].eval()
+    drop.remove()
+    assert torch.equal(model.features(*x)[0], plain)
+
+
+def test_unimodal_logits_add_up_to_the_joint_ones() -> None:
+    model, _ = build()
+    model.eval()
+    inputs, _ = batch()
+    parts = late_fusion_logits(model.head, model.features(*inputs))
+    assert torch.allclose(sum(parts), model(*inputs), atol=1e-6)
+    zeroed = model.head(torch.cat([model.a(inputs[0]), torch.zeros(24, 8)], 1)) - model.head.bias / 2
+    assert torch.allclose(parts[0], zeroed, atol=1e-6)
+    with pytest.raises(ValueError, match=r"widths \[8\] do not fill a head of 16"):
+        late_fusion_logits(model.head, [torch.ones(2, 8)])
+
+
+@pytest.mark.parametrize("apply_to", ["grad", "step"])
+def test_ogm_ge_writes_its_coefficient_and_noise(apply_to: str) -> None:
+    _, optimizer = build()
+    random = np.random.default_rng(0)
+    logits = [random.normal(size=(6, CLASSES)) for _ in range(2)]
+    labels = random.integers(0, CLASSES, 6)
+    logits[1][np.arange(6), labels] += 2.0
+    ogm = OGMGE(optimizer, alpha=0.7, apply_to=apply_to, noise=0.5)
+    ogm.update([torch.tensor(x) for x in logits], torch.tensor(labels))
+    score = [(np.exp(x) / np.exp(x).sum(1, keepdims=True))[np.arange(6), labels].sum() for x in logits]
+    k = {"a": 1.0, "b": 1.0 - math.tanh(0.7 * score[1] / score[0])}
+    assert score[1] > score[0]
+    for group, row in zip(optimizer.param_groups, optimizer.modulation(), strict=True):
+        expected = k[group["modality"]] if group["modulated"] else 1.0
+        assert row[f"{apply_to}_under"] == row[f"{apply_to}_well"] == pytest.approx(expected, rel=1e-5)
+        other = "step" if apply_to == "grad" else "grad"
+        assert row[f"{other}_under"] == row[f"{other}_well"] == 1.0
+        assert row["noise"] == (0.5 if group["modulated"] else 0.0)
+
+
+def test_ogm_ge_keeps_the_jump_at_equal_scores() -> None:
+    _, optimizer = build()
+    ogm = OGMGE(optimizer, alpha=0.8)
+    equal = torch.zeros(4, CLASSES)
+    labels = torch.zeros(4, dtype=torch.long)
+    assert ogm.coefficients([equal, equal], labels).tolist() == [1.0, 1.0]
+    barely = equal.clone()
+    barely[:, 0] += 1e-4
+    assert ogm.coefficients([equal, barely], labels).tolist() == pytest.approx([1.0, 1.0 - math.tanh(0.8)], abs=1e-3)
+
+
+def test_ogm_ge_of_three_modalities_compares_with_the_mean_of_the_others() -> None:
+    blocks = [nn.Linear(2, 2) for _ in range(3)]
+    groups = [
+        {"params": [b.weight], "modality": n, "depth": 0, "modulated": True} for n, b in zip("abc", blocks, strict=True)
+    ]
+    scores = (0.6, 0.45, 0.3)
+    logits = [torch.tensor([[s, 1.0 - s]]).log() for s in scores]
+    k = OGMGE(AIMFusedOptimizer(groups), alpha=0.5).coefficients(logits, torch.zeros(1, dtype=torch.long))
+    assert k[0].item() == pytest.approx(1.0 - math.tanh(0.5 * 0.6 / 0.375), rel=1e-5)
+    assert k[2].item() == 1.0
+
+
+def test_ogm_ge_errors() -> None:
+    model, optimizer = build()
+    with pytest.raises(ValueError, match="unknown apply_to"):
+        OGMGE(optimizer, apply_to="weights")
+    with pytest.raises(ValueError, match="alpha must be"):
+        OGMGE(optimizer, alpha=-1.0)
+    with pytest.raises(ValueError, match="noise must be"):
+        OGMGE(optimizer, noise=math.nan)
+    with pytest.raises(ValueError, match="at least two modalities"):
+        OGMGE(AIMFusedOptimizer(model.parameters()))
+    with pytest.raises(ValueError, match="logits of 1 modalities, expected 2: a, b"):
+        OGMGE(optimizer).update([torch.zeros(2, CLASSES)], torch.zeros(2, dtype=torch.long))
