@@ -180,7 +180,7 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
                 "the module holds the true weights (after optimizer.eval()); call optimizer.train() before step()"
             )
         plan = self._plan
-        if plan is None or not plan.read():
+        if plan is None or not plan.is_of(self) or not plan.read():
             if all(p.grad is None for group in self.param_groups for p in group["params"]):
                 return None
             self._check_before_building()

@@ -149,6 +149,14 @@ class StepPlan:
 
     # -- before a step -----------------------------------------------------------------------------------------------
 
+    def is_of(self, optimizer: AIMFusedOptimizer) -> bool:
+        """Whether the optimizer still has the groups, states and tables that the plan was made of."""
+        return (
+            self.param_groups is optimizer.param_groups
+            and self.state is optimizer.state
+            and self.tables is optimizer.tables
+        )
+
     def read(self) -> bool:
         """Takes this step's gradients. False where something has to be built anew, or is wrong, first."""
         addresses = self._grad_addresses

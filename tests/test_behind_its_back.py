@@ -87,17 +87,29 @@ def test_true_weights_that_were_edited_are_kept(write: str) -> None:
     assert (optimizer.state[p]["master"] == 3.0).all()
 
 
-@pytest.mark.parametrize("how", ["replaced", "appended"])
+@pytest.mark.parametrize("how", ["replaced", "appended", "in other groups"])
 def test_parameters_edited_in_a_group_are_stepped(how: str) -> None:
     _, optimizer = stepped()
     q = torch.nn.Parameter(torch.ones(5))
     q.grad = torch.ones(5)
     if how == "replaced":
         optimizer.param_groups[0]["params"][0] = q
+    elif how == "in other groups":
+        optimizer.param_groups = [{**optimizer.param_groups[0], "params": [q]}]
     else:
         optimizer.param_groups[0]["params"].append(q)
     optimizer.step()
     assert (q != 1.0).all()
+
+
+def test_states_moved_to_another_mapping_are_used() -> None:
+    p, optimizer = stepped()
+    q, other = stepped()
+    optimizer.state = copy.copy(optimizer.state)
+    optimizer.state[p] = {name: value.clone() for name, value in optimizer.state[p].items()}
+    step(p, optimizer)
+    step(q, other)
+    same_bits(frozen(optimizer), frozen(other))
 
 
 @pytest.mark.parametrize(
