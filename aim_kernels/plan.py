@@ -79,7 +79,7 @@ class StepPlan:
         self._moments: list[Tensor] = []
         # Parameters whose elements do not fill one aligned block are stepped in a contiguous copy.
         self._staged: dict[int, Tensor] = {}
-        # Gradients copied into the memory order of their parameters, alive until the next step.
+        # Gradients copied into the memory order of their parameters, alive during the step.
         self._matched: list[Tensor] = []
         self._written: list[Tensor] = []
         # What read() fills in: where the gradients are, and which of them do not lie in the order of their parameter.
