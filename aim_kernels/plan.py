@@ -215,8 +215,11 @@ class StepPlan:
                 -1.0 if group["maximize"] else 1.0,
                 target,
                 group["threshold_rate"] if kind == "fraction" else 0.0,
+                0,  # lr_tensor: devices only (launch.py)
                 RULES.index(rule),
                 bool(group["nesterov"]),
+                0,
+                0,
             )
             if values != self._hyperparameters[number]:
                 check_hyperparameters(group, number)

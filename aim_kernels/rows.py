@@ -72,8 +72,49 @@ GROUP_RECORD = np.dtype(
         ("scale", np.float64),  # -1 to maximize
         ("target", np.float64),  # q of the threshold controller
         ("rate", np.float64),  # its step size; 0 holds the threshold
+        ("lr_tensor", np.uint64),  # devices: address of the number that is read instead of lr; 0: lr
         ("rule", np.int32),
         ("nesterov", np.int32),
+        ("lr_dtype", np.int32),  # of lr_tensor, as numbered in DTYPES
+        ("unused", np.int32),
+    ],
+    align=True,
+)
+
+
+#: The elements [index * chunk_size, (index + 1) * chunk_size) of a tensor (``aim::cuda::Chunk``): one block's work.
+CHUNK_RECORD = np.dtype([("tensor", np.int32), ("index", np.int32)], align=True)
+
+#: What belongs to one group on a device: tensors and chunks [begin, end) (``aim::cuda::Span``).
+SPAN_RECORD = np.dtype(
+    [(name, np.int64) for name in ("tensor_begin", "tensor_end", "chunk_begin", "chunk_end")], align=True
+)
+
+#: One device's share of a step (``aim::cuda::Work``), which has what the fields mean.
+WORK_RECORD = np.dtype(
+    [
+        *(
+            (name, np.uint64)
+            for name in (
+                "tensors",
+                "groups",
+                "rows",
+                "statistics",
+                "control",
+                "chunks",
+                "spans",
+                "partials",
+                "sums",
+                "others",
+                "grad_scale",
+                "found_inf",
+            )
+        ),
+        ("chunk_count", np.int64),
+        ("group_count", np.int64),
+        ("others_count", np.int64),
+        ("chunk_size", np.int32),
+        ("threads", np.int32),
     ],
     align=True,
 )

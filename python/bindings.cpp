@@ -66,6 +66,12 @@ void step(py::array tensors, py::array groups, uintptr_t rows, uintptr_t statist
   raise(status, how.isa);
 }
 
+void check(py::array tensors, py::array groups) {
+  raise(aim::check(records<aim::Tensor>(tensors, "tensors"), tensors.size(),
+                   records<aim::Group>(groups, "groups"), groups.size()),
+        nullptr);
+}
+
 void emit(py::array tensors, py::array groups, uintptr_t rows, int threads, uintptr_t team) {
   const aim::Execution how = execution(threads, team);
   const auto* tensor_table = records<aim::Tensor>(tensors, "tensors");
@@ -300,8 +306,11 @@ py::dict layout() {
   AIM_FIELD(group, Group, scale);
   AIM_FIELD(group, Group, target);
   AIM_FIELD(group, Group, rate);
+  AIM_FIELD(group, Group, lr_tensor);
   AIM_FIELD(group, Group, rule);
   AIM_FIELD(group, Group, nesterov);
+  AIM_FIELD(group, Group, lr_dtype);
+  AIM_FIELD(group, Group, unused);
 #undef AIM_FIELD
   py::dict result;
   result["tensor"] = tensor;
@@ -326,6 +335,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("emit", &emit, py::arg("tensors"), py::arg("groups"), py::arg("rows"),
              py::arg("threads"), py::arg("team") = 0,
              "Writes the live weights of all tensors that have a master.");
+  module.def("check", &check, py::arg("tensors"), py::arg("groups"),
+             "Raises on tables that no step could work with; rows are not looked at.");
   py::class_<Watch>(module, "Watch", "What a plan looks at before every step, in one call.")
       .def(py::init<py::list, py::list, py::object, py::object, py::object, py::list, py::list,
                     py::dict, py::list, py::list>(),

@@ -12,15 +12,6 @@
 namespace aim {
 namespace AIM_ISA {
 
-constexpr bool has_first(Kind kind) { return kind != Kind::kSgd; }
-constexpr bool has_second(Kind kind) {
-  return kind == Kind::kAdam || kind == Kind::kSgdState || kind == Kind::kSgdMomentumState;
-}
-// The update direction is made of the first moment.
-constexpr bool has_momentum(Kind kind) {
-  return kind == Kind::kAdam || kind == Kind::kSgdMomentum || kind == Kind::kSgdMomentumState;
-}
-
 template <class M, class V>
 AIM_INLINE V select(M mask, V yes, V no) {
   return mask ? yes : no;

@@ -2,6 +2,8 @@
 // arithmetic type.
 #pragma once
 
+#include "common/platform.h"
+
 namespace aim {
 
 // Which moments a parameter keeps, and with which update.
@@ -23,4 +25,47 @@ struct Uniforms {
   bool plain;  // whether the gradient enters the moments as it is
 };
 
+namespace AIM_ISA {
+
+AIM_INLINE constexpr bool has_first(Kind kind) { return kind != Kind::kSgd; }
+AIM_INLINE constexpr bool has_second(Kind kind) {
+  return kind == Kind::kAdam || kind == Kind::kSgdState || kind == Kind::kSgdMomentumState;
+}
+// The update direction is made of the first moment.
+AIM_INLINE constexpr bool has_momentum(Kind kind) {
+  return kind == Kind::kAdam || kind == Kind::kSgdMomentum || kind == Kind::kSgdMomentumState;
+}
+
+// Every value of `u` through `map`.
+template <class To, class From, class Map>
+AIM_INLINE Uniforms<To> mapped(const Uniforms<From>& u, const Map& map) {
+  return {map(u.scale),
+          map(u.coupled_decay),
+          map(u.decay),
+          {map(u.grad[0]), map(u.grad[1])},
+          {map(u.step[0]), map(u.step[1])},
+          {map(u.live[0]), map(u.live[1])},
+          map(u.sigma),
+          map(u.first_keep),
+          map(u.first_add),
+          map(u.second_keep),
+          map(u.second_add),
+          map(u.old_v),
+          map(u.old_0),
+          map(u.new_v),
+          map(u.new_0),
+          map(u.eps),
+          map(u.nesterov),
+          u.coupled,
+          u.routed,
+          u.is_nesterov,
+          u.plain};
+}
+
+template <class T>
+AIM_INLINE Uniforms<T> rounded(const Uniforms<double>& u) {
+  return mapped<T>(u, [](double x) { return static_cast<T>(x); });
+}
+
+}  // namespace AIM_ISA
 }  // namespace aim

@@ -54,37 +54,6 @@ struct Sums {
   typename CounterOf<T>::type under[kLanes];
 };
 
-// Every value of `u` through `map`.
-template <class To, class From, class Map>
-AIM_INLINE Uniforms<To> mapped(const Uniforms<From>& u, const Map& map) {
-  return {map(u.scale),
-          map(u.coupled_decay),
-          map(u.decay),
-          {map(u.grad[0]), map(u.grad[1])},
-          {map(u.step[0]), map(u.step[1])},
-          {map(u.live[0]), map(u.live[1])},
-          map(u.sigma),
-          map(u.first_keep),
-          map(u.first_add),
-          map(u.second_keep),
-          map(u.second_add),
-          map(u.old_v),
-          map(u.old_0),
-          map(u.new_v),
-          map(u.new_0),
-          map(u.eps),
-          map(u.nesterov),
-          u.coupled,
-          u.routed,
-          u.is_nesterov,
-          u.plain};
-}
-
-template <class T>
-AIM_INLINE Uniforms<T> rounded(const Uniforms<double>& u) {
-  return mapped<T>(u, [](double x) { return static_cast<T>(x); });
-}
-
 // `count` must be a multiple of 16.
 //
 // Two short loops over a block instead of one long body: a square root followed by a division in

@@ -3,21 +3,12 @@
 #pragma once
 
 #include "aim/step.h"
-#include "common/uniforms.h"
+#include "common/shared.h"
 
 namespace aim {
 
 struct Partial {
   double under, grad_sum, grad_sq, update_sq, param_sq, nonfinite;
-};
-
-// What a tensor's elements share, in float64; kernels round it once to their arithmetic type.
-struct Shared {
-  Uniforms<double> u;
-  Kind kind;
-  bool has_noise;
-  uint64_t seed;
-  uint32_t counter;
 };
 
 // The float32 arrays of one tensor, for the memory floor.

@@ -2,18 +2,19 @@
 // controller.
 #include "aim/step.h"
 
-#include <cmath>
 #include <limits>
 #include <new>
 #include <vector>
 
 #include "aim/isa.h"
-#include "common/element.h"
-#include "common/philox.h"
+#include "common/shared.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 
 namespace aim {
+
+using namespace baseline;  // common/, compiled for every processor
+
 namespace {
 
 struct Chunk {
@@ -27,131 +28,22 @@ struct Task {
   int64_t begin, end;
 };
 
-Kind kind_of(const Tensor& tensor, const Group& group) {
-  if (static_cast<Rule>(group.rule) != Rule::kSgd) return Kind::kAdam;
-  if (tensor.exp_avg_sq) return group.momentum != 0 ? Kind::kSgdMomentumState : Kind::kSgdState;
-  return group.momentum != 0 ? Kind::kSgdMomentum : Kind::kSgd;
-}
-
 bool differ(const double pair[2]) { return pair[kUnder] != pair[kWell]; }
 
-Status check(const Tensor* tensors, int64_t tensor_count, const Group* groups, const Row* rows,
-             int64_t group_count) {
-  if ((tensor_count && !tensors) || (group_count && (!groups || !rows)))
-    return Status::kNullPointer;
-  if (tensor_count < 0 || group_count < 0) return Status::kBadSize;
-  if (tensor_count > std::numeric_limits<int32_t>::max()) return Status::kBadSize;
-  for (int64_t g = 0; g < group_count; ++g) {
-    if (groups[g].rule < 0 || groups[g].rule > static_cast<int32_t>(Rule::kSgd))
-      return Status::kBadRule;
-  }
+// Groups without optimization state have one class: their rows must not tell two apart.
+Status check_rows(const Tensor* tensors, int64_t tensor_count, const Group* groups, const Row* rows,
+                  int64_t group_count) {
+  if (group_count && !rows) return Status::kNullPointer;
   for (int64_t i = 0; i < tensor_count; ++i) {
     const Tensor& t = tensors[i];
-    if (t.group < 0 || t.group >= group_count) return Status::kBadGroup;
-    if (t.dtype < 0 || t.dtype > static_cast<int32_t>(DType::kFloat16)) return Status::kBadDType;
-    if (t.numel < 0 || t.first < 0 || t.first > std::numeric_limits<int64_t>::max() - t.numel)
-      return Status::kBadSize;
-    if (!t.grad && !t.master) continue;
-    const Kind kind = kind_of(t, groups[t.group]);
-    if (!t.step) return Status::kNullPointer;
-    if (t.numel == 0) continue;
-    if (!t.param || (baseline::has_first(kind) && !t.exp_avg) ||
-        (baseline::has_second(kind) && !t.exp_avg_sq)) {
-      return Status::kNullPointer;
-    }
-    if (!baseline::has_second(kind)) {
-      const Row& row = rows[t.group];
-      bool split = differ(row.grad) || differ(row.emitted);
-      for (const PhaseRow& phase : row.phases)
-        split |= differ(phase.grad) || differ(phase.step) || differ(phase.live);
-      if (split) return Status::kStatelessRow;
-    }
+    if ((!t.grad && !t.master) || t.numel == 0 || has_second(kind_of(t, groups[t.group]))) continue;
+    const Row& row = rows[t.group];
+    bool split = differ(row.grad) || differ(row.emitted);
+    for (const PhaseRow& phase : row.phases)
+      split |= differ(phase.grad) || differ(phase.step) || differ(phase.live);
+    if (split) return Status::kStatelessRow;
   }
   return Status::kOk;
-}
-
-// Factor that turns the stored first moment into an average, after `t` steps.
-double first_weight(const Group& group, Kind kind, double t) {
-  if (kind != Kind::kSgdMomentum && kind != Kind::kSgdMomentumState)
-    return 1 - std::pow(group.beta1, t);
-  const double mu = group.momentum;
-  const double earlier = mu == 1 ? t - 1 : (1 - std::pow(mu, t - 1)) / (1 - mu);
-  return std::pow(mu, t - 1) + (1 - group.dampening) * earlier;
-}
-
-// under: m^2 >= slope * v + offset, for thresholds on moments that are `t` steps old. At t = 0
-// everything is under-optimized.
-void threshold(const Group& group, Kind kind, double t, double tau, double* slope, double* offset) {
-  if (t < 1) {
-    *slope = *offset = 0;
-    return;
-  }
-  const double weight = first_weight(group, kind, t);
-  const double squared = tau * tau * weight * weight;
-  *slope = squared / (1 - std::pow(group.beta2, t));
-  *offset = squared * group.eps * group.eps;
-}
-
-void copy(const double from[2], double to[2]) {
-  to[0] = from[0];
-  to[1] = from[1];
-}
-
-Shared shared_of(const Group& group, const Row& row, const PhaseRow& now, const PhaseRow& next,
-                 Kind kind, double steps_taken, double deviation, const Control& control) {
-  Shared shared{};
-  Uniforms<double>& u = shared.u;
-  const double t = steps_taken + 1;
-  const bool adam = kind == Kind::kAdam, decoupled = static_cast<Rule>(group.rule) == Rule::kAdamW;
-  u.scale = group.scale;
-  u.coupled_decay = decoupled ? 0 : group.weight_decay;
-  u.decay = decoupled ? 1 - group.lr * group.weight_decay : 1;
-  copy(row.grad, u.grad);
-  copy(next.live, u.live);
-  u.sigma = row.noise * deviation;
-  if (kind == Kind::kSgdMomentum || kind == Kind::kSgdMomentumState) {
-    u.first_keep = t > 1 ? group.momentum : 0;
-    u.first_add = t > 1 ? 1 - group.dampening : 1;
-  } else {
-    u.first_keep = group.beta1;
-    u.first_add = 1 - group.beta1;
-  }
-  u.second_keep = group.beta2;
-  u.second_add = 1 - group.beta2;
-  double rate = group.lr;
-  if (baseline::has_second(kind)) {
-    threshold(group, kind, steps_taken, row.tau_prev, &u.old_v, &u.old_0);
-    threshold(group, kind, t, row.tau, &u.new_v, &u.new_0);
-  }
-  if (adam) {
-    // m_hat / (sqrt(v_hat) + eps) = m / (sqrt(v) + eps * root) * root / weight
-    const double root = std::sqrt(1 - std::pow(group.beta2, t));
-    rate *= root / first_weight(group, kind, t);
-    u.eps = group.eps * root;
-  }
-  u.step[kUnder] = rate * now.step[kUnder];
-  u.step[kWell] = rate * now.step[kWell];
-  u.nesterov = group.nesterov ? group.momentum : 0;
-  u.is_nesterov = group.nesterov != 0;
-  u.coupled = u.coupled_decay != 0;
-  u.routed = u.grad[kUnder] != 1 || u.grad[kWell] != 1;
-  u.plain = u.scale == 1 && !u.coupled && !u.routed;
-  shared.kind = kind;
-  shared.has_noise = u.sigma != 0;
-  shared.seed = static_cast<uint64_t>(control.seed);
-  shared.counter = static_cast<uint32_t>(control.counter);
-  return shared;
-}
-
-// What emit needs: live coefficients, and the class of moments `steps_taken` old under `tau`.
-Shared emission_of(const Group& group, Kind kind, double steps_taken, double tau,
-                   const double live[2]) {
-  Shared shared{};
-  copy(live, shared.u.live);
-  if (baseline::has_second(kind))
-    threshold(group, kind, steps_taken, tau, &shared.u.old_v, &shared.u.old_0);
-  shared.kind = kind;
-  return shared;
 }
 
 // Splits tensors into chunks and chunks into tasks.
@@ -182,20 +74,6 @@ class Work {
   int64_t pending_ = 0;
 };
 
-double standard_deviation(const Statistics& s) {
-  if (!(s.numel > 0)) return 0;
-  const double mean = s.grad_sum / s.numel, variance = s.grad_sq / s.numel - mean * mean;
-  return variance > 0 ? std::sqrt(variance) : 0;
-}
-
-int64_t draw_phase(const Control& control) {
-  const uint32_t counter[4] = {0, 0, static_cast<uint32_t>(control.counter),
-                               baseline::kPhaseStream};
-  uint32_t drawn[4];
-  philox(static_cast<uint64_t>(control.seed), counter, drawn);
-  return static_cast<int64_t>(drawn[0]) < control.threshold ? 1 : 0;
-}
-
 // Adds chunk sums in the order of the chunks, whichever thread made them.
 void reduce(const Tensor* tensors, const Group* groups, const Work& work,
             const std::vector<Partial>& partials, std::vector<Statistics>& into) {
@@ -206,7 +84,7 @@ void reduce(const Tensor* tensors, const Group* groups, const Work& work,
     Statistics& s = into[static_cast<size_t>(tensor.group)];
     const Partial& p = partials[i];
     s.numel += static_cast<double>(chunk.end - chunk.begin);
-    const bool classed = baseline::has_second(kind_of(tensor, groups[tensor.group]));
+    const bool classed = has_second(kind_of(tensor, groups[tensor.group]));
     s.under += classed ? p.under : std::numeric_limits<double>::quiet_NaN();
     s.grad_sum += p.grad_sum;
     s.grad_sq += p.grad_sq;
@@ -216,19 +94,43 @@ void reduce(const Tensor* tensors, const Group* groups, const Work& work,
   }
 }
 
-void control_threshold(const Group& group, const Statistics& s, Row& row) {
-  row.tau_prev = row.tau;
-  if (!(s.numel > 0) || group.rate == 0 || std::isnan(s.under)) return;
-  const double moved = row.tau + group.rate * (s.under / s.numel - group.target);
-  row.tau = moved < 0 ? 0 : moved > 1 ? 1 : moved;
-}
-
 }  // namespace
+
+Status check(const Tensor* tensors, int64_t tensor_count, const Group* groups,
+             int64_t group_count) {
+  if ((tensor_count && !tensors) || (group_count && !groups)) return Status::kNullPointer;
+  if (tensor_count < 0 || group_count < 0) return Status::kBadSize;
+  if (tensor_count > std::numeric_limits<int32_t>::max()) return Status::kBadSize;
+  for (int64_t g = 0; g < group_count; ++g) {
+    if (groups[g].rule < 0 || groups[g].rule > static_cast<int32_t>(Rule::kSgd))
+      return Status::kBadRule;
+    if (groups[g].lr_tensor && groups[g].lr_dtype != static_cast<int32_t>(DType::kFloat32) &&
+        groups[g].lr_dtype != static_cast<int32_t>(DType::kFloat64)) {
+      return Status::kBadDType;
+    }
+  }
+  for (int64_t i = 0; i < tensor_count; ++i) {
+    const Tensor& t = tensors[i];
+    if (t.group < 0 || t.group >= group_count) return Status::kBadGroup;
+    if (t.dtype < 0 || t.dtype > static_cast<int32_t>(DType::kFloat16)) return Status::kBadDType;
+    if (t.numel < 0 || t.first < 0 || t.first > std::numeric_limits<int64_t>::max() - t.numel)
+      return Status::kBadSize;
+    if (!t.grad && !t.master) continue;
+    const Kind kind = kind_of(t, groups[t.group]);
+    if (!t.step) return Status::kNullPointer;
+    if (t.numel == 0) continue;
+    if (!t.param || (has_first(kind) && !t.exp_avg) || (has_second(kind) && !t.exp_avg_sq)) {
+      return Status::kNullPointer;
+    }
+  }
+  return Status::kOk;
+}
 
 Status step(const Tensor* tensors, int64_t tensor_count, const Group* groups, Row* rows,
             Statistics* statistics, int64_t group_count, Control* control,
             const Execution& execution) {
-  Status status = check(tensors, tensor_count, groups, rows, group_count);
+  Status status = check(tensors, tensor_count, groups, group_count);
+  if (status == Status::kOk) status = check_rows(tensors, tensor_count, groups, rows, group_count);
   if (status != Status::kOk) return status;
   if (!control || (group_count && !statistics)) return Status::kNullPointer;
   const char* isa;
@@ -259,7 +161,7 @@ Status step(const Tensor* tensors, int64_t tensor_count, const Group* groups, Ro
     if (t.group != last_group || steps != last_steps || kind != last_kind ||
         stepped != last_stepped) {
       shared.push_back(stepped ? shared_of(group, row, row.phases[control->phase & 1],
-                                           row.phases[next], kind, steps,
+                                           row.phases[next], kind, steps, group.scale, group.lr,
                                            deviations[static_cast<size_t>(t.group)], *control)
                                : emission_of(group, kind, steps, row.tau, row.phases[next].live));
       last_group = t.group;
@@ -296,9 +198,7 @@ Status step(const Tensor* tensors, int64_t tensor_count, const Group* groups, Ro
   }
   for (int64_t g = 0; g < group_count; ++g) {
     const Statistics& s = sums[static_cast<size_t>(g)];
-    control_threshold(groups[g], s, rows[g]);
-    copy(rows[g].phases[next].grad, rows[g].grad);
-    copy(rows[g].phases[next].live, rows[g].emitted);
+    finish_row(groups[g], s, next, &rows[g]);
     if (s.numel > 0) statistics[g] = s;
   }
   control->phase = next;
@@ -308,7 +208,8 @@ Status step(const Tensor* tensors, int64_t tensor_count, const Group* groups, Ro
 
 Status emit(const Tensor* tensors, int64_t tensor_count, const Group* groups, const Row* rows,
             int64_t group_count, const Execution& execution) {
-  Status status = check(tensors, tensor_count, groups, rows, group_count);
+  Status status = check(tensors, tensor_count, groups, group_count);
+  if (status == Status::kOk) status = check_rows(tensors, tensor_count, groups, rows, group_count);
   if (status != Status::kOk) return status;
   const char* isa;
   status = choose_isa(execution.isa, &isa);
@@ -338,7 +239,7 @@ Status emit(const Tensor* tensors, int64_t tensor_count, const Group* groups, co
 }
 
 void philox(uint64_t seed, const uint32_t counter[4], uint32_t output[4]) {
-  const auto r = baseline::philox4x32(seed, {{counter[0], counter[1], counter[2], counter[3]}});
+  const auto r = philox4x32(seed, {{counter[0], counter[1], counter[2], counter[3]}});
   for (int i = 0; i < 4; ++i) output[i] = r.x[i];
 }
 

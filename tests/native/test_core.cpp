@@ -120,18 +120,9 @@ struct Problem {
               (int64_t{1} << 33) + 3,
               0,
               static_cast<int32_t>(c.dtype)};
-    group = {1e-2,
-             0.9,
-             0.99,
-             1e-8,
-             0.1,
-             c.momentum ? 0.9 : 0.0,
-             0.0,
-             1.0,
-             0.1,
-             0.1,
-             static_cast<int32_t>(c.rule),
-             0};
+    group = {1e-2, 0.9, 0.99, 1e-8, 0.1,     c.momentum ? 0.9 : 0.0,
+             0.0,  1.0, 0.1,  0.1,  nullptr, static_cast<int32_t>(c.rule),
+             0,    0,   0};
     double* columns = reinterpret_cast<double*>(&row);
     for (size_t i = 0; i < sizeof row / sizeof(double); ++i) columns[i] = 1;
     row.tau_prev = 0.4;

@@ -50,8 +50,12 @@ struct Group {
   double scale;   // multiplies the gradient first; -1 maximizes
   double target;  // q of the threshold controller
   double rate;    // its step size; 0 holds the threshold
+  // Devices: one number in the device's memory that is read instead of `lr`; null: `lr`.
+  const void* lr_tensor;
   int32_t rule;
   int32_t nesterov;
+  int32_t lr_dtype;  // of lr_tensor: kFloat32 or kFloat64
+  int32_t unused;
 };
 
 struct PhaseRow {
@@ -98,6 +102,9 @@ Status step(const Tensor* tensors, int64_t tensor_count, const Group* groups, Ro
 // emitted columns.
 Status emit(const Tensor* tensors, int64_t tensor_count, const Group* groups, const Row* rows,
             int64_t group_count, const Execution& execution);
+
+// The part of their checks that needs no row: what may be asked of tables that go to a device.
+Status check(const Tensor* tensors, int64_t tensor_count, const Group* groups, int64_t group_count);
 
 // Philox4x32-10 output for (seed, counter words): what noise and phases are drawn with.
 void philox(uint64_t seed, const uint32_t counter[4], uint32_t output[4]);

@@ -1,0 +1,152 @@
+// From tables to what a tensor's elements share in one step, and from sums to the next threshold:
+// the float64 arithmetic around the elements, once for all devices. Only +, -, *, / and sqrt, so
+// that every device computes the same bits.
+#pragma once
+
+#include "aim/step.h"
+#include "common/philox.h"
+#include "common/scalar.h"
+#include "common/uniforms.h"
+
+namespace aim {
+
+// Kernels round `u` once to their arithmetic type.
+struct Shared {
+  Uniforms<double> u;
+  Kind kind;
+  bool has_noise;
+  uint64_t seed;
+  uint32_t counter;
+};
+
+namespace AIM_ISA {
+
+AIM_INLINE Kind kind_of(const Tensor& tensor, const Group& group) {
+  if (static_cast<Rule>(group.rule) != Rule::kSgd) return Kind::kAdam;
+  if (tensor.exp_avg_sq) return group.momentum != 0 ? Kind::kSgdMomentumState : Kind::kSgdState;
+  return group.momentum != 0 ? Kind::kSgdMomentum : Kind::kSgd;
+}
+
+// x^n for a whole n >= 0, by squaring: libraries of different devices round pow() differently.
+AIM_INLINE double power(double x, double n) {
+  double result = 1;
+  for (uint64_t rest = n > 0 ? static_cast<uint64_t>(n) : 0; rest != 0; rest >>= 1) {
+    if (rest & 1) result = result * x;
+    x = x * x;
+  }
+  return result;
+}
+
+// Factor that turns the stored first moment into an average, after `t` steps.
+AIM_INLINE double first_weight(const Group& group, Kind kind, double t) {
+  if (kind != Kind::kSgdMomentum && kind != Kind::kSgdMomentumState)
+    return 1 - power(group.beta1, t);
+  const double mu = group.momentum, last = power(mu, t - 1);
+  const double earlier = mu == 1 ? t - 1 : (1 - last) / (1 - mu);
+  return last + (1 - group.dampening) * earlier;
+}
+
+// under: m^2 >= slope * v + offset, for thresholds on moments that are `t` steps old. At t = 0
+// everything is under-optimized.
+AIM_INLINE void threshold(const Group& group, Kind kind, double t, double tau, double* slope,
+                          double* offset) {
+  if (t < 1) {
+    *slope = *offset = 0;
+    return;
+  }
+  const double weight = first_weight(group, kind, t);
+  const double squared = tau * tau * weight * weight;
+  *slope = squared / (1 - power(group.beta2, t));
+  *offset = squared * group.eps * group.eps;
+}
+
+AIM_INLINE void copy(const double from[2], double to[2]) {
+  to[0] = from[0];
+  to[1] = from[1];
+}
+
+// `scale` multiplies the gradient first, `lr` is the learning rate (on devices either may live in
+// memory that the host does not see), `deviation` is standard_deviation() of the group.
+AIM_INLINE Shared shared_of(const Group& group, const Row& row, const PhaseRow& now,
+                            const PhaseRow& next, Kind kind, double steps_taken, double scale,
+                            double lr, double deviation, const Control& control) {
+  Shared shared{};
+  Uniforms<double>& u = shared.u;
+  const double t = steps_taken + 1;
+  const bool adam = kind == Kind::kAdam, decoupled = static_cast<Rule>(group.rule) == Rule::kAdamW;
+  u.scale = scale;
+  u.coupled_decay = decoupled ? 0 : group.weight_decay;
+  u.decay = decoupled ? 1 - lr * group.weight_decay : 1;
+  copy(row.grad, u.grad);
+  copy(next.live, u.live);
+  u.sigma = row.noise * deviation;
+  if (kind == Kind::kSgdMomentum || kind == Kind::kSgdMomentumState) {
+    u.first_keep = t > 1 ? group.momentum : 0;
+    u.first_add = t > 1 ? 1 - group.dampening : 1;
+  } else {
+    u.first_keep = group.beta1;
+    u.first_add = 1 - group.beta1;
+  }
+  u.second_keep = group.beta2;
+  u.second_add = 1 - group.beta2;
+  double rate = lr;
+  if (has_second(kind)) {
+    threshold(group, kind, steps_taken, row.tau_prev, &u.old_v, &u.old_0);
+    threshold(group, kind, t, row.tau, &u.new_v, &u.new_0);
+  }
+  if (adam) {
+    // m_hat / (sqrt(v_hat) + eps) = m / (sqrt(v) + eps * root) * root / weight
+    const double root = square_root(1 - power(group.beta2, t));
+    rate *= root / first_weight(group, kind, t);
+    u.eps = group.eps * root;
+  }
+  u.step[kUnder] = rate * now.step[kUnder];
+  u.step[kWell] = rate * now.step[kWell];
+  u.nesterov = group.nesterov ? group.momentum : 0;
+  u.is_nesterov = group.nesterov != 0;
+  u.coupled = u.coupled_decay != 0;
+  u.routed = u.grad[kUnder] != 1 || u.grad[kWell] != 1;
+  u.plain = u.scale == 1 && !u.coupled && !u.routed;
+  shared.kind = kind;
+  shared.has_noise = u.sigma != 0;
+  shared.seed = static_cast<uint64_t>(control.seed);
+  shared.counter = static_cast<uint32_t>(control.counter);
+  return shared;
+}
+
+// What emit needs: live coefficients, and the class of moments `steps_taken` old under `tau`.
+AIM_INLINE Shared emission_of(const Group& group, Kind kind, double steps_taken, double tau,
+                              const double live[2]) {
+  Shared shared{};
+  copy(live, shared.u.live);
+  if (has_second(kind)) threshold(group, kind, steps_taken, tau, &shared.u.old_v, &shared.u.old_0);
+  shared.kind = kind;
+  return shared;
+}
+
+AIM_INLINE double standard_deviation(const Statistics& s) {
+  if (!(s.numel > 0)) return 0;
+  const double mean = s.grad_sum / s.numel, variance = s.grad_sq / s.numel - mean * mean;
+  return variance > 0 ? square_root(variance) : 0;
+}
+
+// The phase of the live weights that the step at hand will write.
+AIM_INLINE int64_t draw_phase(const Control& control) {
+  const Philox4 drawn = philox4x32(static_cast<uint64_t>(control.seed),
+                                   {{0, 0, static_cast<uint32_t>(control.counter), kPhaseStream}});
+  return static_cast<int64_t>(drawn.x[0]) < control.threshold ? 1 : 0;
+}
+
+// After a step that measured `s`: the threshold moves, the gradient columns are latched.
+AIM_INLINE void finish_row(const Group& group, const Statistics& s, int64_t next, Row* row) {
+  row->tau_prev = row->tau;
+  if (s.numel > 0 && group.rate != 0 && s.under == s.under) {
+    const double moved = row->tau + group.rate * (s.under / s.numel - group.target);
+    row->tau = moved < 0 ? 0 : moved > 1 ? 1 : moved;
+  }
+  copy(row->phases[next].grad, row->grad);
+  copy(row->phases[next].live, row->emitted);
+}
+
+}  // namespace AIM_ISA
+}  // namespace aim
