@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from aim_kernels import checks
-from aim_kernels.plan import arithmetic_dtype, moment_names, state_layout
+from aim_kernels.plan import arithmetic_dtype, moment_names, state_layout, step_count
 from aim_kernels.rows import ROW
 from aim_kernels.tables import Tables
 
@@ -148,7 +148,7 @@ def _checked_state(
             continue
         if key == "step":
             count = value.item() if isinstance(value, Tensor) else value
-            state[key] = torch.tensor(float(count), dtype=torch.float32)
+            state[key] = step_count(p, float(count))
         elif isinstance(value, Tensor):
             name = checks.name_of(groups, *place)
             if value.shape != p.shape:
@@ -161,7 +161,7 @@ def _checked_state(
     if not state.keys() - {"anchor"}:  # not stepped yet
         return state
     # torch.optim.SGD counts no steps, and keeps neither moment that a modulated group needs.
-    state.setdefault("step", torch.tensor(1.0, dtype=torch.float32))
+    state.setdefault("step", step_count(p, 1.0))
     for key in moment_names(group):
         if key not in state and group["rule"] != "sgd":
             raise ValueError(f"{checks.name_of(groups, *place)}: the checkpoint has no {key}; it is of another rule")

@@ -21,6 +21,10 @@ def name_of(groups: list[Group], number: int, index: int) -> str:
     return f"{names[index]!r} ({place})" if names and names[index] is not None else place
 
 
+def _on_device(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.device.type != "cpu"
+
+
 def check_number(name: str, value: Any, low: float, high: float = float("inf"), *, high_open: bool = False) -> None:
     """Raises ValueError unless ``low <= value <= high`` (``< high`` if ``high_open``); NaN is refused."""
     try:
@@ -42,6 +46,13 @@ def check_hyperparameters(group: Group, number: int) -> None:
             f"lr{where}: a tensor learning rate must have one element, got shape {tuple(group['lr'].shape)}"
         )
     for option in ("lr", "eps", "weight_decay", "momentum"):
+        if _on_device(group[option]):  # looking at it would wait for the device
+            if option != "lr" or group[option].dtype not in (torch.float32, torch.float64):
+                raise ValueError(
+                    f"{option}{where}: only lr may be a tensor on a device, of float32 or float64; got "
+                    f"{group[option].dtype} on {group[option].device}"
+                )
+            continue
         check_number(option + where, group[option], 0.0)
     try:
         first, second = group["betas"]
@@ -92,8 +103,10 @@ def check_parameters(groups: list[Group], number: int, params: list[Any], device
             raise ValueError(f"{name}: {p.dtype} is not supported; use one of {kinds}")
         if p.device.type == "meta":
             raise ValueError(f"{name}: is on the meta device; give it memory first (module.to_empty)")
-        if device is not None and p.device != device:
-            raise ValueError(f"{name}: is on {p.device}, the others on {device}; use one optimizer a device")
+        if device is not None and (p.device.type != device.type or (p.device != device and device.type == "cpu")):
+            raise ValueError(
+                f"{name}: is on {p.device}, the others on {device}; use one optimizer for each kind of device"
+            )
         if any(stride == 0 and size > 1 for size, stride in zip(p.shape, p.stride(), strict=True)):
             raise ValueError(f"{name}: is expanded (several elements share memory); pass a contiguous parameter")
 
@@ -146,7 +159,7 @@ def check_columns(columns: dict[str, Any]) -> None:
     for column, value in columns.items():
         if column not in PUBLIC_COLUMNS:
             raise ValueError(f"unknown column {column!r}; the columns are {', '.join(PUBLIC_COLUMNS)}")
-        if isinstance(value, Tensor) and value.device.type != "cpu":
+        if _on_device(value):
             continue  # looking at it would wait for the device
         if column in ("tau", "tau_prev"):
             check_number(column, value, 0.0, 1.0)
@@ -160,5 +173,5 @@ def check_kappa(kappa: Any) -> None:
     """Raises unless kappa lies in [0, 1)."""
     if isinstance(kappa, Tensor) and kappa.numel() != 1:
         raise ValueError(f"kappa: expected a number or a 0-dim tensor, got shape {tuple(kappa.shape)}")
-    if not (isinstance(kappa, Tensor) and kappa.device.type != "cpu"):
+    if not _on_device(kappa):
         check_number("kappa", kappa, 0.0, 1.0, high_open=True)

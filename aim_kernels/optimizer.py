@@ -11,6 +11,7 @@ from torch import Tensor
 
 from aim_kernels import checkpoint, checks
 from aim_kernels.backends import check_name, select
+from aim_kernels.launch import capturing
 from aim_kernels.plan import StepPlan, arithmetic_dtype, moment_names, state_layout
 from aim_kernels.rows import CONTROL, PHASE_COLUMNS, PHASES, ROW, STATISTIC
 from aim_kernels.tables import Tables
@@ -54,8 +55,11 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
         threshold_rate: step size of that controller.
         anchor: what a degraded weight is withdrawn to: "zero", or "init", the weights at construction (one more copy of
             the ``modulated`` parameters; others are always withdrawn to zero).
-        backend: "auto", "cpu" or "reference"; "auto" also reads the environment variable AIM_KERNELS_BACKEND.
+        backend: "auto", "cpu", "cuda", "triton" or "reference"; "auto" lets the parameters' device decide, and reads
+            the environment variable AIM_KERNELS_BACKEND.
         seed: of the noise and of the phase draws.
+        fused_scaling: lets ``GradScaler.step`` hand over its scale and its finding of infinities, so that gradients are
+            divided, and a step skipped whole, inside the kernel. ``grad`` itself then stays scaled.
 
     Raises:
         ValueError, TypeError: options or parameters that a step cannot work with, by name.
@@ -81,6 +85,7 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
         anchor: str = "zero",
         backend: str = "auto",
         seed: int = 0,
+        fused_scaling: bool = False,
     ) -> None:
         if anchor not in ("zero", "init"):
             raise ValueError(f"anchor: expected 'zero' or 'init', got {anchor!r}")
@@ -90,6 +95,7 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
         self.anchor = anchor
         self.backend = backend
         self._seed = seed
+        self._step_supports_amp_scaling = bool(fused_scaling)  # GradScaler's question
         self._plan: StepPlan | None = None
         self._holds_true_weights = False
         self._leaving: set[int] = set()  # groups whose masters the next step makes superfluous
@@ -109,6 +115,8 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
         }
         checks.check_ordered(params)
         super().__init__(params, defaults)
+        if backend != "auto":
+            select(backend, self.tables.rows.device)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, at any time; its row starts neutral."""
@@ -167,7 +175,11 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
         if plan is None:
             return
         backend = select(self.backend, self.tables.rows.device)
-        plan.read_hyperparameters()
+        # GradScaler sets both for the time of a step.
+        plan.grad_scale, plan.found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if not backend.ON_DEVICE and plan.found_inf is not None and float(plan.found_inf):
+            return
+        plan.read_hyperparameters(on_device=backend.ON_DEVICE)
         backend.step(plan)
         plan.bump_versions()
         plan.forget_gradients()
@@ -183,6 +195,11 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
         if plan is None or not plan.is_of(self) or not plan.read():
             if all(p.grad is None for group in self.param_groups for p in group["params"]):
                 return None
+            if capturing(self.tables.rows.device):
+                raise RuntimeError(
+                    "optimizer.step() cannot be captured before it has run with these parameters, gradients and "
+                    "strengths: run one step outside of torch.cuda.graph, on a side stream"
+                )
             self._check_before_building()
             checks.check_gradients(self.param_groups)
             self._make_state()
@@ -196,8 +213,10 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
             live = self.tables.has_live_weights(number)
             stepped = [p for p in group["params"] if live or p.grad is not None]
             fresh = [p for p in stepped if "step" not in self.state[p]]
-            for p, step in zip(fresh, torch.zeros(len(fresh), dtype=torch.float32), strict=True):
-                self.state[p]["step"] = step
+            for device in {p.device for p in fresh}:
+                there = [p for p in fresh if p.device == device]
+                for p, step in zip(there, torch.zeros(len(there), dtype=torch.float32, device=device), strict=True):
+                    self.state[p]["step"] = step
             for name in moment_names(group):
                 missing = [p for p in stepped if name not in self.state[p]]
                 for p, moment in zip(missing, _zeros_like_all(missing), strict=True):
@@ -208,6 +227,9 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
 
     def _check_before_building(self) -> None:
         """What may have changed behind the optimizer's back since it was last looked at."""
+        first = next((p for group in self.param_groups for p in group["params"]), None)
+        if first is not None and first.device != self.tables.rows.device:  # the module was moved
+            self.tables.to(first.device)
         for number, group in enumerate(self.param_groups):
             checks.check_parameters(self.param_groups, number, group["params"], self.tables.rows.device)
         checks.check_states(self.param_groups, self.state)
@@ -218,6 +240,8 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
 
     def _drop_masters(self) -> None:
         """Where no phase degrades weights any more, the live weights just written are the true ones."""
+        if self._leaving and capturing(self.tables.rows.device):
+            return  # the graph goes on writing masters
         for number in self._leaving:
             for p in self.param_groups[number]["params"]:
                 self.state[p].pop("master", None)
@@ -399,8 +423,9 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
             return
         self._check_before_building()
         plan = StepPlan(self)
-        plan.read_hyperparameters()
-        select(self.backend, self.tables.rows.device).emit(plan)
+        backend = select(self.backend, self.tables.rows.device)
+        plan.read_hyperparameters(on_device=backend.ON_DEVICE)
+        backend.emit(plan)
         torch.autograd.graph.increment_version([p for p, _ in masters])
 
     @contextmanager
@@ -454,7 +479,7 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
             self._note_live_weights(number)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("tables", "anchor", "backend", "_seed", "_holds_true_weights")
+        kept = ("tables", "anchor", "backend", "_seed", "_holds_true_weights", "_step_supports_amp_scaling")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -470,16 +495,16 @@ def _master_of(p: Tensor) -> Tensor:
 def _zeros_like_all(params: list[Tensor]) -> list[Tensor]:
     """A zero moment for every parameter, small ones as views of shared buffers."""
     result: dict[int, Tensor] = {}
-    buffers: dict[torch.dtype, list[int]] = {}
+    buffers: dict[tuple[torch.dtype, torch.device], list[int]] = {}
     for index, p in enumerate(params):
         dtype = arithmetic_dtype(p.dtype)
         if p.is_contiguous() and 0 < p.numel() <= _SMALL:
-            buffers.setdefault(dtype, []).append(index)
+            buffers.setdefault((dtype, p.device), []).append(index)
         else:
             result[index] = torch.zeros_like(p, dtype=dtype, memory_format=state_layout(p), requires_grad=False)
-    for dtype, members in buffers.items():
+    for (dtype, device), members in buffers.items():
         sizes = [-(-params[i].numel() // _ALIGN) * _ALIGN for i in members]
-        buffer = torch.zeros(sum(sizes), dtype=dtype, device=params[members[0]].device)
+        buffer = torch.zeros(sum(sizes), dtype=dtype, device=device)
         offset = 0
         for index, size in zip(members, sizes, strict=True):
             p = params[index]

@@ -24,6 +24,7 @@ except ImportError:  # the reference backend works without the extension; its pl
     _C = None
 
 if TYPE_CHECKING:
+    from aim_kernels.launch import Launch
     from aim_kernels.optimizer import AIMFusedOptimizer
 
 
@@ -44,6 +45,11 @@ def moment_names(group: dict[str, Any]) -> list[str]:
     return [first_moment_name(group)] if group["momentum"] else []
 
 
+def step_count(p: Tensor, steps: float = 0.0) -> Tensor:
+    """A parameter's state "step": 0-dim float32, beside the parameter, where its kernel counts."""
+    return torch.tensor(steps, dtype=torch.float32, device=p.device)
+
+
 def state_layout(p: Tensor) -> torch.memory_format:
     """Memory order of a parameter's states: its own, or contiguous where it fills no block of memory."""
     return torch.preserve_format if is_dense(p) else torch.contiguous_format
@@ -61,7 +67,14 @@ class StepPlan:
         params, group_of: parameters and their group numbers.
         grads: this step's gradients as the user's tensors; None where there is none.
         records: ``rows.TENSOR_RECORD``, one a parameter; groups: ``rows.GROUP_RECORD``, one a group.
+        grad_scale, found_inf: what GradScaler handed over for this step; None where it did not.
+        lr_tensors: learning rates that a device reads by itself, by group.
+        launch: the same tables on devices; made by those backends that need them.
     """
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    launch: Launch | None = None
 
     def __init__(self, optimizer: AIMFusedOptimizer) -> None:
         self.tables = optimizer.tables
@@ -72,6 +85,7 @@ class StepPlan:
         self.grads: list[Tensor | None] = [None] * len(self.params)
         self.records = np.zeros(len(self.params), TENSOR_RECORD)
         self.groups = np.zeros(len(self.param_groups), GROUP_RECORD)
+        self.lr_tensors: dict[int, Tensor] = {}
         self._hyperparameters: list[Any] = [None] * len(self.param_groups)
         self._states: list[Tensor] = []
         self._anchors: list[Tensor] = []
@@ -129,8 +143,8 @@ class StepPlan:
             if tensor is not None:
                 if name != "step":
                     tensor = state[name] = self._in_order(index, tensor)
-                elif tensor.dtype != torch.float32 or tensor.device.type != "cpu":
-                    tensor = state[name] = torch.tensor(float(tensor), dtype=torch.float32)
+                elif tensor.dtype != torch.float32 or tensor.device != self.params[index].device:
+                    tensor = state[name] = step_count(self.params[index], float(tensor))
                 if field == "exp_avg":
                     self._moments.append(tensor)
                 self.records[field][index] = tensor.data_ptr()
@@ -199,23 +213,33 @@ class StepPlan:
     def has_gradients(self) -> bool:
         return bool(self.records["grad"].any())
 
-    def read_hyperparameters(self) -> None:
-        """Takes the groups' hyperparameters, which schedulers change between steps."""
+    def read_hyperparameters(self, *, on_device: bool) -> None:
+        """Takes the groups' hyperparameters, which schedulers change between steps.
+
+        ``on_device``: learning rates and gradient scales in a device's memory are left for its kernels to read;
+        otherwise they are read here, which waits for the device.
+        """
+        inverse = 1.0 if on_device or self.grad_scale is None else 1.0 / float(self.grad_scale)
+        self.lr_tensors = {}
         for number, group in enumerate(self.param_groups):
             rule = group["rule"]
             kind, target = group["under_optimized"]
+            lr = group["lr"]
+            if on_device and isinstance(lr, Tensor) and lr.device.type != "cpu":
+                self.lr_tensors[number] = lr
+                lr = 0.0
             values = (
-                float(group["lr"]),
+                float(lr),
                 float(group["betas"][0]),
                 float(group["betas"][1]),
                 group["eps"],
                 group["weight_decay"],
                 group["momentum"] if rule == "sgd" else 0.0,
                 group["dampening"],
-                -1.0 if group["maximize"] else 1.0,
+                -inverse if group["maximize"] else inverse,
                 target,
                 group["threshold_rate"] if kind == "fraction" else 0.0,
-                0,  # lr_tensor: devices only (launch.py)
+                0,  # lr_tensor, by launch.py
                 RULES.index(rule),
                 bool(group["nesterov"]),
                 0,

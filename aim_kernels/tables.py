@@ -10,6 +10,8 @@ import torch
 from aim_kernels.philox import draw_phase
 from aim_kernels.rows import CONTROL, PHASE_COLUMNS, PHASES, ROW, ROW_COLUMNS, STATISTICS_COLUMNS, neutral_row
 
+_LIVE_COLUMNS = tuple(f"{phase}_live_{kind}" for phase in PHASES for kind in ("under", "well"))
+
 
 class Tables:
     """Rows ``[G, 19]`` and statistics ``[G, 7]`` (float64), control ``[4]`` (int64), on one device.
@@ -21,26 +23,35 @@ class Tables:
         self.rows = torch.empty(0, len(ROW_COLUMNS), dtype=torch.float64, device=device)
         self.statistics = torch.empty(0, len(STATISTICS_COLUMNS), dtype=torch.float64, device=device)
         self.control = torch.tensor([seed, 0, 0, 0], dtype=torch.int64, device=device)
+        # What the rows' live columns hold, as far as the host knows: looking at a device's rows would wait for it.
+        self._live: list[dict[str, float]] = []
 
     def add_group(self, tau: float) -> None:
         """Appends a neutral row."""
         row = torch.tensor([neutral_row(tau)], dtype=torch.float64, device=self.rows.device)
+        self._live.append(dict.fromkeys(_LIVE_COLUMNS, 1.0))
         self.rows = torch.cat([self.rows, row])
         self.statistics = torch.cat([self.statistics, self.statistics.new_zeros(1, len(STATISTICS_COLUMNS))])
 
     def set_columns(self, group: int, **columns: float | torch.Tensor) -> None:
         for name, value in columns.items():
             self.rows[group, ROW[name]] = value
+            if name in _LIVE_COLUMNS:
+                unknown = isinstance(value, torch.Tensor) and value.device.type != "cpu"
+                self._live[group][name] = float("nan") if unknown else float(value)
 
     def set_phase_row(self, group: int, phase: str, columns: dict[str, Any]) -> None:
         """Writes the six columns of one phase; columns not named become one."""
-        for column in PHASE_COLUMNS:
-            self.rows[group, ROW[f"{phase}_{column}"]] = columns.get(column, 1.0)
+        self.set_columns(group, **{f"{phase}_{column}": columns.get(column, 1.0) for column in PHASE_COLUMNS})
 
     def has_live_weights(self, group: int) -> bool:
-        """Whether a phase of this group degrades its live weights."""
-        columns = [ROW[f"{phase}_live_{kind}"] for phase in PHASES for kind in ("under", "well")]
-        return bool((self.rows[group, columns] != 1.0).any())
+        """Whether a phase of this group degrades its live weights, or may: numbers in a device's memory are not looked
+        at, and count as degrading."""
+        return any(value != 1.0 for value in self._live[group].values())
+
+    def to(self, device: torch.device) -> None:
+        """Moves the tables."""
+        self.rows, self.statistics, self.control = (t.to(device) for t in (self.rows, self.statistics, self.control))
 
     def phase(self) -> int:
         """Phase of the live weights now in the module: 0 true, 1 auxiliary."""
@@ -89,6 +100,7 @@ class Tables:
         """The inverse of :meth:`to_lists`; keys that are absent leave the tables as they are."""
         if "modulation_row" in saved:
             self.rows[group] = torch.tensor(saved["modulation_row"], dtype=torch.float64)
+            self._live[group] = {name: float(saved["modulation_row"][ROW[name]]) for name in _LIVE_COLUMNS}
         if "statistics_row" in saved:
             self.statistics[group] = torch.tensor(saved["statistics_row"], dtype=torch.float64)
         if "control" in saved:

@@ -3,13 +3,16 @@ the reason."""
 
 from __future__ import annotations
 
+import importlib
 import os
 from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 
-NAMES = ("cpu", "reference")
+NAMES = ("cpu", "cuda", "triton", "reference")
+
+_AUTOMATIC = ("cpu", "cuda", "triton", "reference")  # the first that runs on the device and is available
 
 
 @dataclass(frozen=True)
@@ -21,15 +24,20 @@ class Backend:
     device: str
 
 
+def _module(name: str) -> ModuleType:
+    """A backend: ``unavailable() -> str`` (why it cannot run; empty if it can), ``runs_on(device) -> bool``,
+    ``step(plan)``, ``emit(plan)``, and ``ON_DEVICE``: whether numbers in a device's memory are read there."""
+    return importlib.import_module(f"aim_kernels.backends.{name}")
+
+
 def backends() -> dict[str, Backend]:
     """For each backend: whether it is available, why not, and the device it runs on."""
-    from aim_kernels.backends import cpu
-
-    reason = cpu.unavailable()
-    return {
-        "cpu": Backend(not reason, reason or "compiled kernels", "cpu"),
-        "reference": Backend(True, "eager PyTorch", "any"),
-    }
+    found = {}
+    for name in NAMES:
+        module = _module(name)
+        reason = module.unavailable()
+        found[name] = Backend(not reason, reason or module.DESCRIPTION, module.DEVICE)
+    return found
 
 
 def check_name(name: str) -> None:
@@ -46,19 +54,17 @@ def select(name: str, device: torch.device) -> ModuleType:
         ValueError: an unknown name, or a backend that does not run on this device.
         RuntimeError: an explicitly named backend that is not available here.
     """
-    from aim_kernels.backends import cpu, reference
-
     source = f"backend={name!r}"
     if name == "auto" and (wish := os.environ.get("AIM_KERNELS_BACKEND")):
         name, source = wish, f"AIM_KERNELS_BACKEND={wish!r}"
     if name == "auto":
-        return cpu if device.type == "cpu" and not cpu.unavailable() else reference
-    if name == "reference":
-        return reference
-    if name != "cpu":
+        candidates = (_module(n) for n in _AUTOMATIC)
+        return next(m for m in candidates if m.runs_on(device) and not m.unavailable())
+    if name not in NAMES:
         raise ValueError(f"{source}: unknown backend; choose one of {', '.join(('auto', *NAMES))}")
-    if device.type != "cpu":
-        raise ValueError(f"{source} does not run on {device}; use backend='auto' or move the parameters to the CPU")
-    if reason := cpu.unavailable():
+    module = _module(name)
+    if not module.runs_on(device):
+        raise ValueError(f"{source} does not run on {device}; use backend='auto' or move the parameters")
+    if reason := module.unavailable():
         raise RuntimeError(f"{source} is not available: {reason}")
-    return cpu
+    return module

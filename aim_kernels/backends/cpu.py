@@ -21,10 +21,17 @@ except ImportError as error:  # pragma: no cover - a source tree that was not bu
 
 _PROCESS = os.getpid()
 
+ON_DEVICE, DEVICE, DESCRIPTION = False, "cpu", "compiled kernels"
+
 
 def unavailable() -> str:
     """Why this backend cannot run; empty if it can."""
     return _IMPORT_ERROR
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether tensors on ``device`` are this backend's."""
+    return device.type == "cpu"
 
 
 @functools.cache

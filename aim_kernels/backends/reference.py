@@ -16,6 +16,18 @@ from aim_kernels.rows import CONTROL, PHASES, ROW, STATISTIC
 if TYPE_CHECKING:
     from aim_kernels.plan import StepPlan
 
+ON_DEVICE, DEVICE, DESCRIPTION = False, "any", "eager PyTorch"
+
+
+def unavailable() -> str:
+    """Why this backend cannot run: it always can."""
+    return ""
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether tensors on ``device`` are this backend's: all are."""
+    return device.type != "meta"
+
 
 @dataclass
 class Sums:
@@ -48,7 +60,7 @@ def step(plan: StepPlan) -> None:
             continue
         steps = (row[ROW[f"{now}_step_under"]], row[ROW[f"{now}_step_well"]])
         noise = _noise(plan, index, row[ROW["noise"]])
-        _update(p, grad, group, state, row, steps, live, noise, sums[number])
+        _update(p, grad, group, state, row, steps, live, noise, float(plan.groups["scale"][number]), sums[number])
     _finish(plan, following, sums)
 
 
@@ -73,6 +85,7 @@ def _update(
     steps: tuple[float, float],
     live: tuple[float, float],
     noise: Tensor | None,
+    scale: float,
     sums: Sums,
 ) -> None:
     kind = arithmetic_dtype(p.dtype)
@@ -85,7 +98,7 @@ def _update(
     v: Any = state.get("exp_avg_sq")
 
     # 1 and 2: the gradient, by the class that the old moments give
-    g0 = grad.to(kind) * (-1.0 if group["maximize"] else 1.0)
+    g0 = grad.to(kind) * scale
     g = g0 if decoupled or not decay else g0 + theta * decay
     grad_under, grad_well = row[ROW["grad_under"]], row[ROW["grad_well"]]
     if v is None:

@@ -27,14 +27,35 @@ AIM_INLINE Kind kind_of(const Tensor& tensor, const Group& group) {
   return group.momentum != 0 ? Kind::kSgdMomentum : Kind::kSgd;
 }
 
-// x^n for a whole n >= 0, by squaring: libraries of different devices round pow() differently.
+// A number as the unevaluated sum of two doubles, good to about 104 bits.
+struct Wide {
+  double high, low;
+};
+
+// By Dekker's product ("A floating-point technique for extending the available precision", 1971),
+// which needs no FMA.
+AIM_INLINE Wide multiply(Wide a, Wide b) {
+  constexpr double kSplit = 134217729;  // 2^27 + 1: halves of 26 bits, whose products are exact
+  const double a_part = kSplit * a.high, b_part = kSplit * b.high;
+  const double a_upper = a_part - (a_part - a.high), a_lower = a.high - a_upper;
+  const double b_upper = b_part - (b_part - b.high), b_lower = b.high - b_upper;
+  const double product = a.high * b.high;
+  double error =
+      ((a_upper * b_upper - product) + a_upper * b_lower + a_lower * b_upper) + a_lower * b_lower;
+  error = error + (a.high * b.low + a.low * b.high);
+  const double high = product + error;
+  return {high, error - (high - product)};
+}
+
+// x^n for a whole n >= 0, by squaring: the libraries of different devices round pow() differently.
+// In two doubles, since 1 - beta^t would show the errors of plain squaring in float64.
 AIM_INLINE double power(double x, double n) {
-  double result = 1;
+  Wide result{1, 0}, square{x, 0};
   for (uint64_t rest = n > 0 ? static_cast<uint64_t>(n) : 0; rest != 0; rest >>= 1) {
-    if (rest & 1) result = result * x;
-    x = x * x;
+    if (rest & 1) result = multiply(result, square);
+    square = multiply(square, square);
   }
-  return result;
+  return result.high;
 }
 
 // Factor that turns the stored first moment into an average, after `t` steps.

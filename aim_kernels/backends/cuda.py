@@ -1,0 +1,109 @@
+"""The compiled CUDA kernels (csrc/cuda). Compiled and checked on machines without a GPU; not yet run on one."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from aim_kernels import launch
+from aim_kernels.rows import WORK_RECORD
+
+if TYPE_CHECKING:
+    from aim_kernels.launch import Share
+    from aim_kernels.plan import StepPlan
+
+_cuda: Any = None
+_IMPORT_ERROR = ""
+try:
+    _cuda = importlib.import_module("aim_kernels._cuda")
+except ImportError as error:
+    _IMPORT_ERROR = str(error)
+
+ON_DEVICE, DEVICE, DESCRIPTION = True, "cuda", "compiled kernels"
+
+#: Elements of a block's chunk and threads of a block. Four rounds of two 16-byte accesses a thread and array: enough
+#: in flight to cover the memory's latency, and few enough elements that blocks fill every multiprocessor several times.
+#: Reasoned, not yet measured.
+CHUNK, THREADS = 8192, 256
+
+
+@functools.cache
+def _not_built() -> str:
+    """Why there are no kernels in this installation; empty if there are."""
+    if _cuda is not None:
+        return ""
+    reason = ""
+    try:
+        from aim_kernels import _C
+
+        reason = str(_C.build_info().get("cuda", ""))
+    except ImportError:
+        pass
+    if reason in ("", "built"):
+        reason = f"aim_kernels._cuda does not load: {_IMPORT_ERROR}"
+    return f"{reason}; with nvcc on the PATH, AIM_KERNELS_CUDA=1 pip install . builds it"
+
+
+def unavailable() -> str:
+    """Why this backend cannot run; empty if it can."""
+    if reason := _not_built():
+        return reason
+    if not torch.backends.cuda.is_built():
+        return "this build of PyTorch has no CUDA; install one that has"
+    if not torch.cuda.is_available():
+        return "PyTorch finds no CUDA device; look at nvidia-smi and at the driver's version"
+    return ""
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether tensors on ``device`` are this backend's."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
+def step(plan: StepPlan) -> None:
+    """One step over all tensors of the plan."""
+    launch.step(plan, _SELF)
+
+
+def emit(plan: StepPlan) -> None:
+    """Writes the live weights of all parameters that have a master."""
+    launch.emit(plan, _SELF)
+
+
+class _Kernels:
+    """``launch.Kernels``: one call into the extension each."""
+
+    CHUNK = CHUNK
+
+    def update(self, share: Share) -> None:
+        _cuda.update(*_arguments(share))
+
+    def finish(self, share: Share) -> None:
+        _cuda.finish(*_arguments(share))
+
+    def emit(self, share: Share) -> None:
+        _cuda.emit(*_arguments(share))
+
+
+_SELF = _Kernels()
+
+
+def _arguments(share: Share) -> tuple[np.ndarray[Any, Any], int, int]:
+    """A share as ``aim::cuda::Work``, its device and the stream that the caller is on."""
+    work = np.zeros(1, WORK_RECORD)
+    for name in WORK_RECORD.names or ():
+        value = getattr(share, name, None)
+        if isinstance(value, torch.Tensor):
+            work[name] = value.data_ptr()
+    work["chunk_count"], work["group_count"] = len(share.chunks), len(share.groups)
+    work["others_count"] = 0 if share.others is None else len(share.others)
+    work["chunk_size"], work["threads"] = share.chunk_size, THREADS
+    return work, share.device.index or 0, _stream(share.device)
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream

@@ -1,0 +1,261 @@
+"""What a device needs to take a step: a plan's tables in its memory, cut into chunks, sent only where they changed.
+
+The device backends (cuda, triton) share it; they differ in who moves the elements. A step is ``update`` and ``finish``
+of ``csrc/include/aim/cuda.h``, on the current stream of every device, and never waits for one. Tensors on several
+devices form one share a device. One device, that of the optimizer's tables, is home: it adds up what the others
+measured.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from aim_kernels.rows import CHUNK_RECORD, DTYPES, SPAN_RECORD, STATISTICS_COLUMNS
+
+_C: Any
+try:
+    from aim_kernels import _C
+except ImportError:  # tables are then not checked a second time
+    _C = None
+
+if TYPE_CHECKING:
+    from aim_kernels.plan import StepPlan
+
+_WORD = 8  # bytes; tables travel as int64
+_VECTOR = 16  # bytes of one aligned access
+
+
+class Kernels(Protocol):
+    """A device backend."""
+
+    @property
+    def CHUNK(self) -> int: ...  # noqa: N802
+
+    def update(self, share: Share) -> None: ...
+    def finish(self, share: Share) -> None: ...
+    def emit(self, share: Share) -> None: ...
+
+
+def step(plan: StepPlan, kernels: Kernels) -> None:
+    """One step over all tensors of the plan."""
+    launch = _launch_of(plan, kernels)
+    plan.load_staged()
+    launch.send()
+    launch.send_tables_away()
+    for share in launch.shares:
+        with share.current():
+            kernels.update(share)
+            if share is not launch.home:
+                kernels.finish(share)
+    launch.fetch_sums()
+    with launch.home.current():
+        kernels.finish(launch.home)
+    plan.store_staged()
+
+
+def emit(plan: StepPlan, kernels: Kernels) -> None:
+    """Writes the live weights of all parameters that have a master."""
+    launch = _launch_of(plan, kernels)
+    plan.load_staged()
+    launch.send()
+    launch.send_tables_away()
+    for share in launch.shares:
+        with share.current():
+            kernels.emit(share)
+    plan.store_staged()
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether the current stream records a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def chunk_table(
+    numel: NDArray[np.int64], group_of: NDArray[np.int64], group_count: int, chunk_size: int
+) -> tuple[NDArray[np.void], NDArray[np.void]]:
+    """Cuts tensors, which stand in the order of their groups, into chunks.
+
+    Returns:
+        ``rows.CHUNK_RECORD`` in the order of the tensors (an empty tensor has none), and ``rows.SPAN_RECORD``, one a
+        group.
+    """
+    counts = -(-numel // chunk_size)
+    first = np.cumsum(counts) - counts
+    chunks = np.zeros(int(counts.sum()), CHUNK_RECORD)
+    chunks["tensor"] = np.repeat(np.arange(len(numel)), counts)
+    chunks["index"] = np.arange(len(chunks)) - np.repeat(first, counts)
+    spans = np.zeros(group_count, SPAN_RECORD)
+    numbers = np.arange(group_count)
+    ends = np.append(first, len(chunks))  # of the chunks before tensor i
+    for edge, side in (("begin", "left"), ("end", "right")):
+        at = np.searchsorted(group_of, numbers, side=side)  # type: ignore[call-overload]
+        spans[f"tensor_{edge}"] = at
+        spans[f"chunk_{edge}"] = ends[at]
+    return chunks, spans
+
+
+class Launch:
+    """The shares of a plan."""
+
+    def __init__(self, plan: StepPlan, chunk_size: int) -> None:
+        self.plan, self.chunk_size = plan, chunk_size
+        home = plan.tables.rows.device
+        devices = list(dict.fromkeys([home, *(p.device for p in plan.params)]))
+        where = np.array([devices.index(p.device) for p in plan.params], dtype=np.int64)
+        self.shares = [
+            Share(plan, device, np.flatnonzero(where == number), chunk_size, home=number == 0)
+            for number, device in enumerate(devices)
+        ]
+        self.home = self.shares[0]
+
+    def send(self) -> None:
+        for share in self.shares:
+            with share.current():
+                share.send()
+
+    def send_tables_away(self) -> None:
+        """Rows, statistics and control as they are at home."""
+        tables = self.plan.tables
+        for share in self.shares[1:]:
+            for name in ("rows", "statistics", "control"):
+                getattr(share, name).copy_(getattr(tables, name), non_blocking=True)
+
+    def fetch_sums(self) -> None:
+        """Home learns what the other devices measured."""
+        for number, share in enumerate(self.shares[1:]):
+            assert self.home.others is not None and share.sums is not None
+            self.home.others[number].copy_(share.sums, non_blocking=True)
+
+
+class Share:
+    """One device's share of a plan. All tensors are in that device's memory.
+
+    Attributes:
+        tensors, groups: the plan's records as int64 words, [T, words] and [G, words].
+        rows, statistics, control: at home the optimizer's own, elsewhere copies.
+        chunks, spans: int32 [C, 2] and int64 [G, 4], see :func:`chunk_table`.
+        partials: float64 [C, 7], what every chunk measured.
+        sums: float64 [G, 7] where this is not home; others: float64 [devices, G, 7] at home, of the other devices.
+        grad_scale, found_inf: one float32 number each, or None.
+        dtypes: storage types of the parameters, numbered as in ``rows.DTYPES``.
+        aligned: whether all addresses allow accesses of 16 bytes.
+    """
+
+    tensors: Tensor
+    groups: Tensor
+    aligned: bool
+
+    def __init__(
+        self, plan: StepPlan, device: torch.device, indices: NDArray[np.int64], chunk_size: int, *, home: bool
+    ) -> None:
+        self.plan, self.device, self.indices, self.chunk_size = plan, device, indices, chunk_size
+        tables, records = plan.tables, plan.records[indices]
+        group_count = len(plan.groups)
+        if home:
+            self.rows, self.statistics, self.control = tables.rows, tables.statistics, tables.control
+        else:
+            self.rows, self.statistics, self.control = (
+                torch.empty_like(table, device=device) for table in (tables.rows, tables.statistics, tables.control)
+            )
+        chunks, spans = chunk_table(records["numel"], records["group"].astype(np.int64), group_count, chunk_size)
+        self.chunks = torch.from_numpy(chunks.view(np.int32).reshape(-1, 2)).to(device)
+        self.spans = torch.from_numpy(spans.view(np.int64).reshape(-1, 4)).to(device)
+        columns = len(STATISTICS_COLUMNS)
+        self.partials = torch.zeros(len(chunks), columns, dtype=torch.float64, device=device)
+        self.sums = None if home else torch.zeros(group_count, columns, dtype=torch.float64, device=device)
+        devices = {p.device for p in plan.params} | {tables.rows.device}
+        self.others = (
+            torch.zeros(len(devices) - 1, group_count, columns, dtype=torch.float64, device=device)
+            if home and len(devices) > 1
+            else None
+        )
+        self.dtypes = tuple(np.unique(records["dtype"]).tolist())
+        self.grad_scale: Tensor | None = None
+        self.found_inf: Tensor | None = None
+        self._lr_copies: dict[int, Tensor] = {}
+        self._upload = Upload(len(records) * records.itemsize + plan.groups.nbytes, device)
+        self._sent = b""
+
+    def current(self) -> AbstractContextManager[Any]:
+        """Makes the device the current one."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+    def send(self) -> None:
+        """This step's records, where they are not there already."""
+        plan = self.plan
+        records, groups = plan.records[self.indices], plan.groups.copy()
+        for number, lr in plan.lr_tensors.items():
+            local = self._here(lr, self._lr_copies, number)
+            groups["lr_tensor"][number] = local.data_ptr()
+            groups["lr_dtype"][number] = DTYPES.index(str(local.dtype).removeprefix("torch."))
+        self.grad_scale = None if plan.grad_scale is None else self._float(plan.grad_scale)
+        self.found_inf = None if plan.found_inf is None else self._float(plan.found_inf)
+        content = records.tobytes() + groups.tobytes()
+        # A graph that is being captured reads tables of its own: later steps overwrite these.
+        if content != self._sent or capturing(self.device):
+            if _C is not None:
+                _C.check(records, groups)
+            words = self._upload.send(content)
+            split = len(records) * (records.itemsize // _WORD)
+            self.tensors, self.groups = words[:split].view(len(records), -1), words[split:].view(len(groups), -1)
+            addresses = np.stack([records[n] for n in ("param", "grad", "exp_avg", "exp_avg_sq", "master", "anchor")])
+            self.aligned = not (addresses[:, records["numel"] > 0] % _VECTOR).any()
+            self._sent = b"" if capturing(self.device) else content
+
+    def _here(self, value: Tensor, copies: dict[int, Tensor], key: int) -> Tensor:
+        """A tensor of the user's: itself, or a copy that keeps its address where it is on another device."""
+        if value.device == self.device:
+            return value
+        if key not in copies or copies[key].dtype != value.dtype:
+            copies[key] = torch.empty_like(value, device=self.device)
+        return copies[key].copy_(value, non_blocking=True)
+
+    def _float(self, value: Tensor) -> Tensor:
+        return value.to(device=self.device, dtype=torch.float32, non_blocking=True)
+
+
+class Upload:
+    """Bytes that the host makes and the device reads, sent in stream order without waiting.
+
+    The host's copy is pinned and fresh for every sending: torch's allocator hands it out again only when the device
+    has read it. While a graph is captured nothing may be allocated on the host, so one spare lies ready; graph and
+    optimizer keep it, and the device's copy, for good.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.size, self.device = size, device
+        self._words = torch.empty(size // _WORD, dtype=torch.int64, device=device)
+        self._spare: Tensor | None = None
+        self._captured: list[tuple[Tensor, Tensor]] = []
+
+    def _staging(self) -> Tensor:
+        return torch.empty(self.size // _WORD, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+
+    def send(self, content: bytes) -> Tensor:
+        """The words in the device's memory."""
+        if capturing(self.device):
+            host, self._spare = self._spare, None
+            if host is None:
+                raise RuntimeError(
+                    "optimizer.step() was captured twice in a row; run one step outside of torch.cuda.graph first"
+                )
+            words = torch.empty_like(self._words)
+            self._captured.append((host, words))
+        else:
+            host, words = self._staging(), self._words
+            if self._spare is None and self.device.type == "cuda":
+                self._spare = self._staging()
+        host.numpy().view(np.uint8)[:] = np.frombuffer(content, np.uint8)
+        return words.copy_(host, non_blocking=True)
+
+
+def _launch_of(plan: StepPlan, kernels: Kernels) -> Launch:
+    if plan.launch is None or plan.launch.chunk_size != kernels.CHUNK:
+        plan.launch = Launch(plan, kernels.CHUNK)
+    return plan.launch
