@@ -8,6 +8,7 @@ measured.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -101,18 +102,16 @@ def chunk_table(
 
 
 class Launch:
-    """The shares of a plan."""
+    """A plan as shares, one a place. A place is a device and the parameters there, by their numbers in the plan; the
+    first is home."""
 
-    def __init__(self, plan: StepPlan, chunk_size: int) -> None:
+    def __init__(
+        self, plan: StepPlan, chunk_size: int, places: Sequence[tuple[torch.device, NDArray[np.int64]]]
+    ) -> None:
         self.plan, self.chunk_size = plan, chunk_size
-        home = plan.tables.rows.device
-        devices = list(dict.fromkeys([home, *(p.device for p in plan.params)]))
-        where = np.array([devices.index(p.device) for p in plan.params], dtype=np.int64)
-        self.shares = [
-            Share(plan, device, np.flatnonzero(where == number), chunk_size, home=number == 0)
-            for number, device in enumerate(devices)
-        ]
-        self.home = self.shares[0]
+        (device, indices), *others = places
+        self.home = Share(plan, device, indices, chunk_size, others=len(others))
+        self.shares = [self.home, *(Share(plan, *place, chunk_size, home=False) for place in others)]
 
     def send(self) -> None:
         for share in self.shares:
@@ -152,7 +151,14 @@ class Share:
     aligned: bool
 
     def __init__(
-        self, plan: StepPlan, device: torch.device, indices: NDArray[np.int64], chunk_size: int, *, home: bool
+        self,
+        plan: StepPlan,
+        device: torch.device,
+        indices: NDArray[np.int64],
+        chunk_size: int,
+        *,
+        home: bool = True,
+        others: int = 0,
     ) -> None:
         self.plan, self.device, self.indices, self.chunk_size = plan, device, indices, chunk_size
         tables, records = plan.tables, plan.records[indices]
@@ -169,12 +175,7 @@ class Share:
         columns = len(STATISTICS_COLUMNS)
         self.partials = torch.zeros(len(chunks), columns, dtype=torch.float64, device=device)
         self.sums = None if home else torch.zeros(group_count, columns, dtype=torch.float64, device=device)
-        devices = {p.device for p in plan.params} | {tables.rows.device}
-        self.others = (
-            torch.zeros(len(devices) - 1, group_count, columns, dtype=torch.float64, device=device)
-            if home and len(devices) > 1
-            else None
-        )
+        self.others = torch.zeros(others, group_count, columns, dtype=torch.float64, device=device) if others else None
         self.dtypes = tuple(np.unique(records["dtype"]).tolist())
         self.grad_scale: Tensor | None = None
         self.found_inf: Tensor | None = None
@@ -257,5 +258,8 @@ class Upload:
 
 def _launch_of(plan: StepPlan, kernels: Kernels) -> Launch:
     if plan.launch is None or plan.launch.chunk_size != kernels.CHUNK:
-        plan.launch = Launch(plan, kernels.CHUNK)
+        devices = list(dict.fromkeys([plan.tables.rows.device, *(p.device for p in plan.params)]))
+        where = np.array([devices.index(p.device) for p in plan.params], dtype=np.int64)
+        places = [(device, np.flatnonzero(where == number)) for number, device in enumerate(devices)]
+        plan.launch = Launch(plan, kernels.CHUNK, places)
     return plan.launch

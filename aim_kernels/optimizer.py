@@ -183,7 +183,7 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
         backend.step(plan)
         plan.bump_versions()
         plan.forget_gradients()
-        self._drop_masters()
+        self._drop_masters(plan)
 
     def _ready_plan(self) -> StepPlan | None:
         """A plan that has read this step's gradients; None where there are none."""
@@ -238,10 +238,13 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
         groups = range(len(self.param_groups))
         return bool(self._masters()) or any(self.tables.has_live_weights(number) for number in groups)
 
-    def _drop_masters(self) -> None:
+    def _drop_masters(self, plan: StepPlan) -> None:
         """Where no phase degrades weights any more, the live weights just written are the true ones."""
         if self._leaving and capturing(self.tables.rows.device):
             return  # the graph goes on writing masters
+        # A device may have skipped the step. Masters leave rarely enough to wait for its answer.
+        if self._leaving and plan.found_inf is not None and float(plan.found_inf):
+            return
         for number in self._leaving:
             for p in self.param_groups[number]["params"]:
                 self.state[p].pop("master", None)

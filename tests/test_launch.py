@@ -1,0 +1,144 @@
+"""What a device is sent: chunk tables that cover every element once, records in place, captured steps on their own."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from helpers import Gradients, assign, build, parameters_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aim_kernels import launch
+from aim_kernels.plan import StepPlan
+from aim_kernels.rows import GROUP_RECORD, TENSOR_RECORD
+
+CPU = torch.device("cpu")
+NUMEL = st.lists(st.sampled_from([0, 1, 63, 64, 65, 127, 128, 129, 1000]) | st.integers(0, 5000), max_size=12)
+
+
+def covered(numel: np.ndarray, chunks: np.ndarray, chunk_size: int) -> list[np.ndarray]:
+    """How often every element of every tensor is stepped."""
+    counts = [np.zeros(n, int) for n in numel]
+    for tensor, index in chunks.tolist():
+        begin = index * chunk_size
+        assert begin < numel[tensor], "a chunk without elements"
+        counts[tensor][begin : begin + chunk_size] += 1
+    return counts
+
+
+@settings(deadline=None)
+@given(numel=NUMEL, breaks=st.lists(st.integers(0, 12), max_size=4), chunk_size=st.sampled_from([64, 128, 1024]))
+def test_every_element_lies_in_one_chunk_of_one_span(numel: list[int], breaks: list[int], chunk_size: int) -> None:
+    sizes = np.array(numel, dtype=np.int64)
+    group_count = len(breaks) + 1
+    group_of = np.searchsorted(np.sort(np.array(breaks, dtype=np.int64)), np.arange(len(sizes)), side="right")
+    chunks, spans = launch.chunk_table(sizes, group_of.astype(np.int64), group_count, chunk_size)
+    for count in covered(sizes, chunks, chunk_size):
+        assert (count == 1).all()
+    for number, span in enumerate(spans):
+        mine = group_of[chunks["tensor"]] == number
+        assert mine[span["chunk_begin"] : span["chunk_end"]].all()
+        assert mine.sum() == span["chunk_end"] - span["chunk_begin"]
+        tensors = np.arange(len(sizes))[span["tensor_begin"] : span["tensor_end"]]
+        assert np.array_equal(tensors, np.flatnonzero(group_of == number))
+
+
+def test_a_tensor_of_more_than_2_to_the_31_elements_is_covered() -> None:
+    numel, chunk_size = np.array([5, 2**31 + 8192 + 3], dtype=np.int64), 8192
+    chunks, spans = launch.chunk_table(numel, np.zeros(2, np.int64), 1, chunk_size)
+    assert len(chunks) == 1 + 2**18 + 2
+    assert chunks[-1].tolist() == (1, 2**18 + 1)
+    begins = chunks["index"].astype(np.int64) * chunk_size
+    assert begins.max() == 2**31 + 8192
+    assert spans[0].tolist() == (0, 2, 0, len(chunks))
+
+
+def ready(**options: object) -> tuple[StepPlan, launch.Share]:
+    """A plan with gradients and its only share, sent."""
+    optimizer = build("adamw", (((5, 7), (33,), (0,)), ((129,),)), **options)
+    params = parameters_of(optimizer)
+    assign(params, Gradients(params)())
+    plan = optimizer._ready_plan()
+    assert plan is not None
+    plan.read_hyperparameters(on_device=True)
+    share = launch.Share(plan, CPU, np.arange(len(params)), 64)
+    share.send()
+    return plan, share
+
+
+def test_records_arrive_as_they_are() -> None:
+    plan, share = ready()
+    assert share.tensors.numpy().tobytes() == plan.records.tobytes()
+    assert share.groups.numpy().tobytes() == plan.groups.tobytes()
+    assert share.tensors.shape == (4, TENSOR_RECORD.itemsize // 8)
+    assert share.groups.shape == (2, GROUP_RECORD.itemsize // 8)
+    assert share.aligned
+    assert share.dtypes == (0,)
+
+
+def test_nothing_is_sent_where_nothing_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, share = ready()
+    sent, send = [], launch.Upload.send
+    monkeypatch.setattr(launch.Upload, "send", lambda self, content: sent.append(content) or send(self, content))
+    share.send()
+    assert not sent
+    plan.records["grad"][0] += 4
+    share.send()
+    assert len(sent) == 1
+    assert not share.aligned
+
+
+def test_misaligned_addresses_are_noticed() -> None:
+    assert not ready(kinds=("offset",))[1].aligned
+
+
+def test_learning_rate_tensors_are_read_where_they_are() -> None:
+    plan, share = ready()
+    lr = torch.tensor(0.25, dtype=torch.float64)
+    plan.lr_tensors = {1: lr}
+    share.send()
+    groups = np.frombuffer(share.groups.numpy().tobytes(), GROUP_RECORD)
+    assert groups["lr_tensor"].tolist() == [0, lr.data_ptr()]
+    assert groups["lr_dtype"].tolist() == [0, 1]
+    assert plan.groups["lr_tensor"].tolist() == [0, 0], "the plan's own table knows no device"
+
+
+def test_a_captured_step_keeps_tables_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph replays the addresses it was captured with, whatever later steps send."""
+    plan, share = ready()
+    eager = share.tensors.data_ptr()
+    share._upload._spare = share._upload._staging()  # as on a CUDA device, where a spare is pinned beforehand
+    monkeypatch.setattr(launch, "capturing", lambda device: True)
+    share.send()
+    captured, content = share.tensors, share.tensors.clone()
+    assert captured.data_ptr() != eager
+    with pytest.raises(RuntimeError, match="captured twice"):
+        share.send()
+    monkeypatch.setattr(launch, "capturing", lambda device: False)
+    plan.records["grad"][0] += 64
+    share.send()
+    assert share.tensors.data_ptr() == eager
+    assert torch.equal(captured, content)
+
+
+def test_an_eager_step_after_a_capture_sends_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, share = ready()
+    share._upload._spare = share._upload._staging()
+    eager = share.tensors.data_ptr()
+    monkeypatch.setattr(launch, "capturing", lambda device: True)
+    share.send()
+    monkeypatch.setattr(launch, "capturing", lambda device: False)
+    share.send()
+    assert share.tensors.data_ptr() == eager
+    assert share.tensors.numpy().tobytes() == plan.records.tobytes()
+
+
+def test_capture_before_the_first_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = build("adamw", (((5,),),))
+    params = parameters_of(optimizer)
+    assign(params, Gradients(params)())
+    monkeypatch.setattr("aim_kernels.optimizer.capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match=r"captured.*side stream"):
+        optimizer.step()
+    assert not optimizer.state
