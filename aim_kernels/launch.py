@@ -203,8 +203,9 @@ class Share:
             if _C is not None:
                 _C.check(records, groups)
             words = self._upload.send(content)
-            split = len(records) * (records.itemsize // _WORD)
-            self.tensors, self.groups = words[:split].view(len(records), -1), words[split:].view(len(groups), -1)
+            width = records.itemsize // _WORD
+            self.tensors = words[: len(records) * width].view(len(records), width)
+            self.groups = words[len(records) * width :].view(len(groups), groups.itemsize // _WORD)
             addresses = np.stack([records[n] for n in ("param", "grad", "exp_avg", "exp_avg_sq", "master", "anchor")])
             self.aligned = not (addresses[:, records["numel"] > 0] % _VECTOR).any()
             self._sent = b"" if capturing(self.device) else content
