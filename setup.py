@@ -1,11 +1,15 @@
-"""Builds ``aim_kernels._C`` with ninja: parallel, incremental, without torch. Metadata stand in pyproject.toml.
+"""Builds ``aim_kernels._C``, and ``aim_kernels._cuda`` where nvcc is found, with ninja: parallel, incremental, without
+torch and without a GPU. Metadata stand in pyproject.toml.
 
 ``MAX_JOBS`` bounds the compiler processes, ``CXX`` chooses the compiler, ``AIM_KERNELS_CXXFLAGS`` adds flags
-(sanitizers).
+(sanitizers). ``AIM_KERNELS_CUDA`` says whether there are to be CUDA kernels: ``auto`` (the default: where nvcc is found
+and works), ``0`` (no), ``1`` (or fail). ``NVCC`` and ``CUDA_HOME`` name the compiler or its folder,
+``AIM_KERNELS_CUDA_ARCHS`` the architectures, ``AIM_KERNELS_NVCCFLAGS`` adds flags.
 """
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +20,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+CUDA_EXTENSION = "aim_kernels._cuda"
 
 # Rounding is part of the contract: no contraction into FMA, no fast-math. Processor-specific instructions are
 # confined to the kernels_<isa>.cpp units and chosen at run time, so one build serves every processor.
@@ -33,6 +38,67 @@ ISAS_OF = {
     "aarch64": ["scalar", "neon"],
     "arm64": ["scalar", "neon"],
 }
+
+
+# No contraction here either; division and square root are IEEE's by nvcc's defaults. -Xptxas -v tells registers and
+# spills, which a test reads.
+NVCCFLAGS = "-std=c++17 -O3 -fmad=false -Xptxas -v -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra".split()
+CUDA_ARCHS = "80;90"
+
+
+def find_nvcc() -> Path | None:
+    """The nvcc that is named, or the first that is found; pip's packages (the extra cuda-build) come last but one."""
+    if named := os.environ.get("NVCC"):
+        return Path(named)
+    if home := os.environ.get("CUDA_HOME"):
+        return Path(home) / "bin" / "nvcc"
+    if found := shutil.which("nvcc"):
+        return Path(found)
+    folders = [*sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/cu*/bin"), reverse=True)]
+    candidates = [folder / "nvcc" for folder in [*folders, Path("/usr/local/cuda/bin")]]
+    return next((path for path in candidates if path.exists()), None)
+
+
+def nvcc_version(nvcc: Path) -> str:
+    """The release of a compiler that runs; raises OSError or subprocess.CalledProcessError for one that does not."""
+    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    match = re.search(r"release [\d.]+, V([\d.]+)", told)
+    return match.group(1) if match else "unknown"
+
+
+def cuda_wish() -> str:
+    """AIM_KERNELS_CUDA, checked."""
+    wish = os.environ.get("AIM_KERNELS_CUDA", "auto")
+    if wish not in ("auto", "0", "1"):
+        raise SystemExit(f"AIM_KERNELS_CUDA={wish!r}: expected auto, 0 or 1")
+    return wish
+
+
+def choose_nvcc() -> tuple[Path | None, str]:
+    """The compiler of the CUDA kernels and its version, or None and why there are to be none."""
+    wish = cuda_wish()
+    if wish == "0":
+        return None, "not built, as AIM_KERNELS_CUDA=0 asked"
+    nvcc = find_nvcc()
+    reason = "not built: no nvcc was found (NVCC, CUDA_HOME, PATH, pip install 'aim-kernels[cuda-build]')"
+    if nvcc is not None:
+        try:
+            return nvcc, nvcc_version(nvcc)
+        except (OSError, subprocess.CalledProcessError) as error:
+            reason = f"not built: {nvcc} does not run ({error})"
+    if wish == "1":
+        raise SystemExit(f"AIM_KERNELS_CUDA=1, but {reason}")
+    return None, reason
+
+
+def architectures() -> list[str]:
+    """Flags for nvcc: machine code for each architecture, and PTX of the newest for those to come."""
+    numbers = os.environ.get("AIM_KERNELS_CUDA_ARCHS", CUDA_ARCHS).split(";")
+    if not all(number.isdigit() for number in numbers):
+        raise SystemExit(f"AIM_KERNELS_CUDA_ARCHS={';'.join(numbers)!r}: expected numbers such as {CUDA_ARCHS}")
+    flags = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
+    newest = max(numbers, key=int)
+    return [*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
 
 
 def sources() -> dict[Path, list[str]]:
@@ -53,52 +119,131 @@ def escaped(text: object) -> str:
     return str(text).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
+def quoted(text: str) -> str:
+    """A string as a macro's value on a command line in ninja."""
+    return escaped(f"'\"{text}\"'".replace("\\", ""))
+
+
 class NinjaBuild(build_ext):
-    """Writes build.ninja for the extension and runs it."""
+    """Writes build.ninja for an extension and runs it."""
+
+    def run(self) -> None:
+        self.nvcc, self.cuda = choose_nvcc()
+        if self.nvcc is None:
+            self.extensions = [ext for ext in self.extensions if ext.name != CUDA_EXTENSION]
+        elif self.extensions[0].name != CUDA_EXTENSION:
+            # First, since the other one tells what came of it.
+            self.extensions.reverse()
+        super().run()
 
     def build_extension(self, ext: Extension) -> None:
         import pybind11
 
+        includes = [ROOT / "csrc", ROOT / "csrc" / "include", pybind11.get_include(), sysconfig.get_path("include")]
+        flags = [f"-I{escaped(path)}" for path in includes]
+        flags += [*map(escaped, CXXFLAGS), *os.environ.get("AIM_KERNELS_CXXFLAGS", "").split()]
+        if ext.name != CUDA_EXTENSION:
+            self.build_core(ext, flags)
+            return
+        try:
+            self.build_cuda(ext, flags)
+        except subprocess.CalledProcessError:
+            if cuda_wish() == "1":
+                raise
+            self.cuda = f"not built: {self.nvcc} could not compile the kernels (AIM_KERNELS_CUDA=1 shows its errors)"
+            self.nvcc = None
+            self.extensions = [other for other in self.extensions if other is not ext]
+
+    def build_core(self, ext: Extension, flags: list[str]) -> None:
+        told = quoted("built" if self.nvcc else self.cuda)
+        own = {ROOT / "python" / "bindings.cpp": [f"-DAIM_CUDA_BUILD={told}"]}
+        units = {path: ("compile", own.get(path, extra)) for path, extra in sources().items()}
+        self.ninja(ext, "core", flags, units, os.environ.get("AIM_KERNELS_CXXFLAGS", ""))
+
+    def build_cuda(self, ext: Extension, flags: list[str]) -> None:
+        archs = architectures()
+        told = ", ".join(re.findall(r",code=(\w+)", " ".join(archs)))
+        macros = [
+            "-DAIM_CUDA_MODULE=_cuda",
+            f"-DAIM_NVCC_VERSION={quoted(self.cuda)}",
+            f"-DAIM_CUDA_ARCHS={quoted(told)}",
+        ]
+        units = {ROOT / "python" / "bindings_cuda.cpp": ("compile", macros)}
+        extra = [*NVCCFLAGS, *archs, *os.environ.get("AIM_KERNELS_NVCCFLAGS", "").split()]
+        units |= {path: ("nvcc", extra) for path in sorted((ROOT / "csrc").glob("cuda/*.cu"))}
+        self.ninja(ext, "cuda", flags, units, f"{escaped(self.cudart())} -ldl -lrt")
+
+    def cudart(self) -> Path:
+        """The static runtime of the compiler: no version of it that has to be found on the user's machine."""
+        assert self.nvcc is not None
+        # nvcc may be a script or a link: it knows its own folder.
+        dry = subprocess.run([self.nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True, check=False).stderr
+        match = re.search(r"^#\$ TOP=(.+)$", dry, re.MULTILINE)
+        top = Path(match.group(1).strip()) if match else self.nvcc.resolve().parent.parent
+        places = [top / folder / "libcudart_static.a" for folder in ("lib64", "lib", "targets/x86_64-linux/lib")]
+        found = next((path for path in places if path.exists()), None)
+        if found is None:
+            print(f"no libcudart_static.a beside {self.nvcc}", file=sys.stderr)
+            raise subprocess.CalledProcessError(1, "nvcc")
+        return found
+
+    def ninja(
+        self, ext: Extension, name: str, flags: list[str], units: dict[Path, tuple[str, list[str]]], libraries: str
+    ) -> None:
+        """Compiles every unit by its rule ("compile", "nvcc") and links them."""
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         # Not build_temp: an editable install gets a temporary one, and would compile everything again.
         work = ROOT / "build" / f"objects-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         work.mkdir(parents=True, exist_ok=True)
         output.parent.mkdir(parents=True, exist_ok=True)
-        includes = [ROOT / "csrc", ROOT / "csrc" / "include", pybind11.get_include(), sysconfig.get_path("include")]
-        flags = [*CXXFLAGS, *(f"-I{path}" for path in includes), *os.environ.get("AIM_KERNELS_CXXFLAGS", "").split()]
         link = ["-shared", "-Wl,-s"] if sys.platform != "darwin" else ["-bundle", "-undefined", "dynamic_lookup"]
         lines = [
             "ninja_required_version = 1.5",
             f"cxx = {os.environ.get('CXX', 'g++')}",
-            f"flags = {' '.join(escaped(flag) for flag in flags)}",
+            f"nvcc = {escaped(self.nvcc or 'nvcc')}",
+            f"flags = {' '.join(flags)}",
+            f"includes = -I{escaped(ROOT / 'csrc')} -I{escaped(ROOT / 'csrc' / 'include')}",
             "rule compile",
             "  command = $cxx $flags $extra -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "  description = compile $in",
+            "rule nvcc",
+            "  command = $nvcc -ccbin $cxx $includes $extra -MD -MF $out.d -c $in -o $out > $out.ptxas.txt 2>&1 || "
+            "{ cat $out.ptxas.txt; exit 1; }",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "  description = nvcc $in",
             "rule link",
-            f"  command = $cxx $in -o $out {' '.join(link)} {os.environ.get('AIM_KERNELS_CXXFLAGS', '')} -pthread",
+            f"  command = $cxx $in -o $out {' '.join(link)} {libraries} -pthread",
             "  description = link $out",
         ]
         objects = []
-        for path, extra in sources().items():
-            name = work / (path.relative_to(ROOT).as_posix().replace("/", "_") + ".o")
-            lines += [f"build {escaped(name)}: compile {escaped(path)}", f"  extra = {' '.join(extra)}"]
-            objects.append(escaped(name))
+        for path, (rule, extra) in units.items():
+            made = work / (path.relative_to(ROOT).as_posix().replace("/", "_") + ".o")
+            lines += [f"build {escaped(made)}: {rule} {escaped(path)}", f"  extra = {' '.join(extra)}"]
+            objects.append(escaped(made))
         lines += [f"build {escaped(output)}: link {' '.join(objects)}", f"default {escaped(output)}", ""]
-        (work / "build.ninja").write_text("\n".join(lines))
-        ninja = shutil.which(
+        script = work / f"{name}.ninja"
+        script.write_text("\n".join(lines))
+        found = shutil.which(
             "ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         )
-        command = [ninja] if ninja else [sys.executable, "-m", "ninja"]
+        command = [found] if found else [sys.executable, "-m", "ninja"]
         jobs = os.environ.get("MAX_JOBS")
-        subprocess.run([*command, "-C", str(work), *(["-j", jobs] if jobs else [])], check=True)
+        subprocess.run([*command, "-C", str(work), "-f", script.name, *(["-j", jobs] if jobs else [])], check=True)
         # The stubs live beside the binding and are installed beside the module.
-        shutil.copyfile(ROOT / "python" / "_C.pyi", output.parent / "_C.pyi")
+        stubs = ext.name.rpartition(".")[2] + ".pyi"
+        shutil.copyfile(ROOT / "python" / stubs, output.parent / stubs)
 
     def copy_extensions_to_source(self) -> None:
         super().copy_extensions_to_source()
-        shutil.copyfile(ROOT / "python" / "_C.pyi", ROOT / "aim_kernels" / "_C.pyi")
+        for ext in self.extensions:
+            stubs = ext.name.rpartition(".")[2] + ".pyi"
+            shutil.copyfile(ROOT / "python" / stubs, ROOT / "aim_kernels" / stubs)
 
 
-setup(ext_modules=[Extension("aim_kernels._C", sources=[])], cmdclass={"build_ext": NinjaBuild})
+setup(
+    ext_modules=[Extension("aim_kernels._C", sources=[]), Extension(CUDA_EXTENSION, sources=[])],
+    cmdclass={"build_ext": NinjaBuild},
+)

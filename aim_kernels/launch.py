@@ -139,10 +139,10 @@ class Share:
         tensors, groups: the plan's records as int64 words, [T, words] and [G, words].
         rows, statistics, control: at home the optimizer's own, elsewhere copies.
         chunks, spans: int32 [C, 2] and int64 [G, 4], see :func:`chunk_table`.
-        partials: float64 [C, 7], what every chunk measured.
+        partials: float64 [C, 7], what every chunk measured; next: int64 [1], the phase that update() drew for finish().
         sums: float64 [G, 7] where this is not home; others: float64 [devices, G, 7] at home, of the other devices.
         grad_scale, found_inf: one float32 number each, or None.
-        dtypes: storage types of the parameters, numbered as in ``rows.DTYPES``.
+        dtypes, rules: what there is among the parameters, numbered as in ``rows.DTYPES`` and ``rows.RULES``.
         aligned: whether all addresses allow accesses of 16 bytes.
     """
 
@@ -174,9 +174,10 @@ class Share:
         self.spans = torch.from_numpy(spans.view(np.int64).reshape(-1, 4)).to(device)
         columns = len(STATISTICS_COLUMNS)
         self.partials = torch.zeros(len(chunks), columns, dtype=torch.float64, device=device)
+        self.next = torch.zeros(1, dtype=torch.int64, device=device)
         self.sums = None if home else torch.zeros(group_count, columns, dtype=torch.float64, device=device)
         self.others = torch.zeros(others, group_count, columns, dtype=torch.float64, device=device) if others else None
-        self.dtypes = tuple(np.unique(records["dtype"]).tolist())
+        self.dtypes: tuple[int, ...] = tuple(np.unique(records["dtype"]).tolist())
         self.grad_scale: Tensor | None = None
         self.found_inf: Tensor | None = None
         self._lr_copies: dict[int, Tensor] = {}
@@ -208,6 +209,7 @@ class Share:
             self.groups = words[len(records) * width :].view(len(groups), groups.itemsize // _WORD)
             addresses = np.stack([records[n] for n in ("param", "grad", "exp_avg", "exp_avg_sq", "master", "anchor")])
             self.aligned = not (addresses[:, records["numel"] > 0] % _VECTOR).any()
+            self.rules: tuple[int, ...] = tuple(np.unique(groups["rule"][np.unique(records["group"])]).tolist())
             self._sent = b"" if capturing(self.device) else content
 
     def _here(self, value: Tensor, copies: dict[int, Tensor], key: int) -> Tensor:

@@ -14,9 +14,12 @@ from pathlib import Path
 
 #: Every environment variable that the library or its build reads.
 VARIABLES = {
-    "AIM_KERNELS_BACKEND": 'backend that `backend="auto"` stands for: cpu, reference',
+    "AIM_KERNELS_BACKEND": 'backend that `backend="auto"` stands for: cpu, cuda, triton, reference',
+    "AIM_KERNELS_CUDA": "whether a build makes the CUDA kernels: auto (where nvcc is found), 0, 1 (or fail)",
+    "AIM_KERNELS_CUDA_ARCHS": "compute capabilities that a build makes them for, such as 80;90",
     "AIM_KERNELS_CXXFLAGS": "compiler flags that the build adds",
     "AIM_KERNELS_ISA": "CPU instruction set of the kernels: scalar, avx2, avx512, neon",
+    "AIM_KERNELS_NVCCFLAGS": "flags of nvcc that the build adds",
 }
 
 Section = dict[str, str]
@@ -79,7 +82,9 @@ def _machine() -> Section:
         "threads": f"{torch.get_num_threads()} (torch.get_num_threads, which the kernels follow)",
     }
     if torch.cuda.is_available():
-        section["GPU"] = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+        properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        section["GPU"] = ", ".join(f"{p.name} (sm_{p.major}{p.minor})" for p in properties)
+        section["CUDA"] = f"{torch.version.cuda or torch.version.hip} in torch"
     else:
         built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
         section["GPU"] = f"none (torch was built {built})"
@@ -122,7 +127,17 @@ def _extension() -> Section:
         section["active isa"] = _C.active_isa()
     except (RuntimeError, ValueError) as error:  # AIM_KERNELS_ISA asks for what cannot be had
         section["active isa"] = f"none: {error}"
+    section.update(_cuda_extension())
     return section
+
+
+def _cuda_extension() -> Section:
+    """Whether the CUDA kernels are in this build is told by ``_C``; where and for what, if they are."""
+    try:
+        from aim_kernels import _cuda
+    except ImportError:
+        return {}
+    return {"_cuda": str(_cuda.__file__), **{f"_cuda {name}": str(v) for name, v in _cuda.build_info().items()}}
 
 
 def _isa_state(compiled: bool, supported: bool) -> str:

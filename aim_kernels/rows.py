@@ -104,6 +104,7 @@ WORK_RECORD = np.dtype(
                 "chunks",
                 "spans",
                 "partials",
+                "next",
                 "sums",
                 "others",
                 "grad_scale",
@@ -115,6 +116,8 @@ WORK_RECORD = np.dtype(
         ("others_count", np.int64),
         ("chunk_size", np.int32),
         ("threads", np.int32),
+        ("dtypes", np.int32),
+        ("rules", np.int32),
     ],
     align=True,
 )

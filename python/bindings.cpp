@@ -276,6 +276,9 @@ py::dict build_info() {
     if (is_compiled) compiled.push_back(name);
   }
   info["isas"] = compiled;
+#ifdef AIM_CUDA_BUILD
+  info["cuda"] = AIM_CUDA_BUILD;  // "built", or why the CUDA kernels were not
+#endif
   return info;
 }
 

@@ -11,6 +11,7 @@ import fcntl
 import functools
 import importlib.util
 import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -31,7 +32,8 @@ def make(target: str) -> Path:
     NATIVE.mkdir(parents=True, exist_ok=True)
     with (NATIVE / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        command = ["make", "-C", str(ROOT / "tests" / "native"), "-j2", f"BUILD={NATIVE}", str(NATIVE / target)]
+        command = ["make", "-C", str(ROOT / "tests" / "native"), "-j2", f"BUILD={NATIVE}"]
+        command += [f"PYTHON={sys.executable}", str(NATIVE / target)]
         built = subprocess.run(command, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stdout[-2000:] + built.stderr[-4000:]
     return NATIVE / target

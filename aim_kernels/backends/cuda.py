@@ -102,6 +102,8 @@ def _arguments(share: Share) -> tuple[np.ndarray[Any, Any], int, int]:
     work["chunk_count"], work["group_count"] = len(share.chunks), len(share.groups)
     work["others_count"] = 0 if share.others is None else len(share.others)
     work["chunk_size"], work["threads"] = share.chunk_size, THREADS
+    work["dtypes"] = sum(1 << dtype for dtype in share.dtypes)
+    work["rules"] = sum(1 << rule for rule in share.rules)
     return work, share.device.index or 0, _stream(share.device)
 
 

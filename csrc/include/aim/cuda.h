@@ -34,6 +34,7 @@ struct Work {
   const Chunk* chunks;
   const Span* spans;     // [group_count]
   Statistics* partials;  // [chunk_count]; update() fills it, finish() adds it up
+  int64_t* next;         // update() leaves the phase here that it drew, for finish()
   // Where the tensors lie on several devices, one of them is home. Elsewhere finish() only writes
   // the group's sums here and counts steps; null: home.
   Statistics* sums;
@@ -44,9 +45,12 @@ struct Work {
   int64_t chunk_count, group_count, others_count;
   int32_t chunk_size;  // elements, a multiple of 64
   int32_t threads;     // of a block, a multiple of 32, at most kMostThreads
+  // What there is among the tensors, which the host knows and which chooses the kernel: bit i for
+  // DType i, and for Rule i.
+  int32_t dtypes, rules;
 };
 
-inline constexpr int32_t kMostThreads = 512;
+inline constexpr int32_t kMostThreads = 256;
 
 // What came of a call: the runtime's error, and which of its functions it came from.
 struct Result {

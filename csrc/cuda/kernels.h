@@ -1,0 +1,42 @@
+// All kernels; each takes one structure by value.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "aim/cuda.h"
+
+namespace aim {
+namespace device {
+
+// What the compiler may count on: without it, it would save registers for larger blocks and spill.
+#define AIM_BLOCK __launch_bounds__(cuda::kMostThreads, 1)
+
+struct Copy {
+  const void* from;
+  void* to;
+  int64_t bytes;
+};
+
+// One block a chunk, for one storage type and Adam or any SGD.
+__global__ void update_adam_float32(const __grid_constant__ cuda::Work work);
+__global__ void update_adam_float64(const __grid_constant__ cuda::Work work);
+__global__ void update_adam_bfloat16(const __grid_constant__ cuda::Work work);
+__global__ void update_adam_float16(const __grid_constant__ cuda::Work work);
+__global__ void update_sgd_float32(const __grid_constant__ cuda::Work work);
+__global__ void update_sgd_float64(const __grid_constant__ cuda::Work work);
+__global__ void update_sgd_bfloat16(const __grid_constant__ cuda::Work work);
+__global__ void update_sgd_float16(const __grid_constant__ cuda::Work work);
+// For any mixture of them.
+__global__ void update_mixed(const __grid_constant__ cuda::Work work);
+
+// One block a group. Few blocks with much to add up: as many threads as shared memory allows.
+inline constexpr int kFinishThreads = 768;
+__global__ void finish(const __grid_constant__ cuda::Work work);
+
+// One block a chunk.
+__global__ void emit(const __grid_constant__ cuda::Work work);
+
+__global__ void copy_bytes(const __grid_constant__ Copy copy);
+
+}  // namespace device
+}  // namespace aim

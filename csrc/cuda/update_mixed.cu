@@ -1,0 +1,31 @@
+// The update kernel of optimizers whose parameters are of several storage types or rules: still one
+// launch, at the price of the registers of the neediest of them.
+#define AIM_ISA device
+#include "cuda/kernels.h"
+#include "cuda/update.h"
+
+namespace aim {
+namespace device {
+
+struct AnyDispatch {
+  static __device__ __forceinline__ void run(const Tensor& tensor, const Shared& shared, Kind kind,
+                                             int64_t begin, int64_t end, Statistics* partial) {
+    switch (static_cast<DType>(tensor.dtype)) {
+      case DType::kFloat32:
+        return update_kinds<float, float, true, true>(tensor, shared, kind, begin, end, partial);
+      case DType::kFloat64:
+        return update_kinds<double, double, true, true>(tensor, shared, kind, begin, end, partial);
+      case DType::kBFloat16:
+        return update_kinds<BFloat16, float, true, true>(tensor, shared, kind, begin, end, partial);
+      case DType::kFloat16:
+        return update_kinds<Float16, float, true, true>(tensor, shared, kind, begin, end, partial);
+    }
+  }
+};
+
+__global__ void AIM_BLOCK update_mixed(const __grid_constant__ cuda::Work work) {
+  update_block<AnyDispatch>(work);
+}
+
+}  // namespace device
+}  // namespace aim

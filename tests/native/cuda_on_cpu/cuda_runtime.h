@@ -1,0 +1,112 @@
+// A stand-in for the CUDA runtime in which the processor is the device, so that csrc/cuda can be
+// run, and looked at by sanitizers, where there is no GPU. Blocks run one after the other, in an
+// order drawn anew for every launch; the threads of a block are threads of the system, and
+// __syncthreads is a barrier between them: shared memory is as racy as on a device.
+#pragma once
+
+#include <pthread.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <numeric>
+#include <random>
+#include <thread>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __shared__ static
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+struct uint4 {
+  uint32_t x, y, z, w;
+} __attribute__((aligned(16), may_alias));
+
+struct dim3 {
+  unsigned x, y = 1, z = 1;
+  explicit dim3(unsigned count) : x(count) {}
+};
+
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorInvalidDevice = 101
+};
+using cudaStream_t = void*;
+
+namespace cuda_on_cpu {
+
+struct Index {
+  unsigned x;
+};
+
+struct Barrier {
+  explicit Barrier(unsigned count) { pthread_barrier_init(&barrier, nullptr, count); }
+  ~Barrier() { pthread_barrier_destroy(&barrier); }
+  void wait() { pthread_barrier_wait(&barrier); }
+  pthread_barrier_t barrier;
+};
+
+inline thread_local Index thread_index, block_index, block_size, grid_size;
+inline thread_local Barrier* barrier = nullptr;
+inline std::mt19937 order(20250819);
+
+template <class Argument>
+void run(void (*kernel)(Argument), unsigned blocks, unsigned threads, const Argument& argument) {
+  std::vector<unsigned> numbers(blocks);
+  std::iota(numbers.begin(), numbers.end(), 0u);
+  std::shuffle(numbers.begin(), numbers.end(), order);
+  Barrier all(threads);
+  const auto body = [&](unsigned thread) {
+    barrier = &all;
+    thread_index = {thread};
+    block_size = {threads};
+    grid_size = {blocks};
+    for (const unsigned block : numbers) {
+      block_index = {block};
+      all.wait();
+      kernel(argument);
+      all.wait();
+    }
+  };
+  std::vector<std::thread> team;
+  for (unsigned thread = 0; thread < threads; ++thread) team.emplace_back(body, thread);
+  for (std::thread& thread : team) thread.join();
+}
+
+}  // namespace cuda_on_cpu
+
+#define threadIdx (::cuda_on_cpu::thread_index)
+#define blockIdx (::cuda_on_cpu::block_index)
+#define blockDim (::cuda_on_cpu::block_size)
+#define gridDim (::cuda_on_cpu::grid_size)
+
+inline void __syncthreads() { cuda_on_cpu::barrier->wait(); }
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int device) {
+  return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
+}
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorInvalidDevice  ? "invalid device ordinal"
+         : error == cudaErrorInvalidValue ? "invalid argument"
+                                          : "invalid configuration argument";
+}
+
+template <class Argument>
+cudaError_t cudaLaunchKernel(void (*kernel)(Argument), dim3 grid, dim3 block, void** arguments,
+                             size_t, cudaStream_t) {
+  if (grid.x == 0 || block.x == 0 || block.x > 1024) return cudaErrorInvalidConfiguration;
+  cuda_on_cpu::run(kernel, grid.x, block.x, *static_cast<const Argument*>(arguments[0]));
+  return cudaSuccess;
+}
