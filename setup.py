@@ -85,7 +85,7 @@ def choose_nvcc() -> tuple[Path | None, str]:
         try:
             return nvcc, nvcc_version(nvcc)
         except (OSError, subprocess.CalledProcessError) as error:
-            reason = f"not built: {nvcc} does not run ({error})"
+            reason = f"not built: {nvcc} does not run ({type(error).__name__})"
     if wish == "1":
         raise SystemExit(f"AIM_KERNELS_CUDA=1, but {reason}")
     return None, reason
@@ -121,7 +121,8 @@ def escaped(text: object) -> str:
 
 def quoted(text: str) -> str:
     """A string as a macro's value on a command line in ninja."""
-    return escaped(f"'\"{text}\"'".replace("\\", ""))
+    plain = re.sub(r"['\"\\\n]", "", text)
+    return escaped(f"'\"{plain}\"'")
 
 
 class NinjaBuild(build_ext):
@@ -170,7 +171,7 @@ class NinjaBuild(build_ext):
         ]
         units = {ROOT / "python" / "bindings_cuda.cpp": ("compile", macros)}
         extra = [*NVCCFLAGS, *archs, *os.environ.get("AIM_KERNELS_NVCCFLAGS", "").split()]
-        units |= {path: ("nvcc", extra) for path in sorted((ROOT / "csrc").glob("cuda/*.cu"))}
+        units |= dict.fromkeys(sorted((ROOT / "csrc").glob("cuda/*.cu")), ("nvcc", extra))
         self.ninja(ext, "cuda", flags, units, f"{escaped(self.cudart())} -ldl -lrt")
 
     def cudart(self) -> Path:

@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 NATIVE = ROOT / "build" / "native"
 
 #: Names of backends; the device ones with small chunks, so that small tensors have several.
-PLACES = ("cpu", "reference", "cuda", "triton")
-DEVICE_PLACES = ("cuda", "triton")
+PLACES = ("cpu", "reference", "cuda")
+DEVICE_PLACES = ("cuda",)
 
 CHUNK, THREADS = 1024, 64
 

@@ -9,19 +9,16 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from places import make
 
 ROOT = Path(__file__).resolve().parent.parent
-BUILD = ROOT / "build" / "native"
 
 
 def test_core_under_address_and_undefined_behaviour_sanitizers() -> None:
     """tests/native/test_core.cpp: instruction sets agree to the bit, guards hold, refusals change nothing."""
     for tool in ("make", "g++"):
         assert shutil.which(tool), f"{tool} is needed: apt-get install {tool}"
-    build = ["make", "-C", str(ROOT / "tests" / "native"), "-j2", f"BUILD={BUILD}"]
-    built = subprocess.run(build, capture_output=True, text=True, check=False)
-    assert built.returncode == 0, built.stderr[-4000:]
-    ran = subprocess.run([str(BUILD / "test_core")], capture_output=True, text=True, check=False)
+    ran = subprocess.run([str(make("test_core"))], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-4000:]
     cases, failures = map(int, re.fullmatch(r"(\d+) cases, (\d+) failures\n", ran.stdout).groups())
     assert cases > 500

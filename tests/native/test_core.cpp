@@ -2,15 +2,13 @@
 // processor has, and the widest one lowered to whatever the compiler has, must agree with the
 // scalar kernels to the bit, stay inside its buffers, and change nothing when it refuses.
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <random>
 #include <string>
-#include <vector>
 
 #include "aim/isa.h"
 #include "aim/step.h"
 #include "cpu/kernels.h"
+#include "problem.h"
 
 namespace aim {
 // Kernels for 64-byte vectors, compiled without AVX-512: tests/native/kernels_lowered.cpp.
@@ -20,162 +18,6 @@ extern const KernelTable kKernels;
 }  // namespace aim
 
 namespace {
-
-int failures = 0;
-
-void expect(bool condition, const std::string& what) {
-  if (condition) return;
-  std::printf("FAILED %s\n", what.c_str());
-  ++failures;
-}
-
-constexpr size_t kGuard = 64;
-constexpr unsigned char kCanary = 0xA5;
-
-// Heap memory of exactly the size asked for plus guards, at an odd element offset, so that overruns
-// hit canaries (and AddressSanitizer's own).
-class Buffer {
- public:
-  Buffer(size_t count, size_t itemsize) : bytes_(count * itemsize), offset_(kGuard + itemsize) {
-    memory_.assign(bytes_ + 2 * kGuard + itemsize, kCanary);
-  }
-  template <class T>
-  T* as() {
-    return reinterpret_cast<T*>(memory_.data() + offset_);
-  }
-  unsigned char* data() { return memory_.data() + offset_; }
-  bool guards_intact() const {
-    for (size_t i = 0; i < memory_.size(); ++i) {
-      if ((i < offset_ || i >= offset_ + bytes_) && memory_[i] != kCanary) return false;
-    }
-    return true;
-  }
-  bool operator==(const Buffer& other) const { return memory_ == other.memory_; }
-
- private:
-  size_t bytes_, offset_;
-  std::vector<unsigned char> memory_;
-};
-
-size_t size_of(aim::DType dtype) {
-  return dtype == aim::DType::kFloat64 ? 8 : dtype == aim::DType::kFloat32 ? 4 : 2;
-}
-
-// Random numbers as the storage type holds them; 16-bit types get random bits without infinities.
-void fill(Buffer& buffer, size_t count, aim::DType dtype, double scale, bool positive,
-          std::mt19937& random) {
-  std::normal_distribution<double> normal(0, scale);
-  for (size_t i = 0; i < count; ++i) {
-    double x = normal(random);
-    if (positive) x = x * x;
-    if (dtype == aim::DType::kFloat64) {
-      buffer.as<double>()[i] = x;
-    } else if (dtype == aim::DType::kFloat32) {
-      buffer.as<float>()[i] = static_cast<float>(x);
-    } else {
-      const unsigned exponent = dtype == aim::DType::kBFloat16 ? 0x7F80 : 0x7C00;
-      unsigned bits = random() & 0xFFFF;
-      if ((bits & exponent) == exponent) bits &= ~0x4000u;
-      // Large values would overflow squares; keep the exponent small.
-      bits &= ~0x4000u;
-      buffer.as<uint16_t>()[i] = static_cast<uint16_t>(bits);
-    }
-  }
-}
-
-struct Case {
-  aim::Rule rule;
-  aim::DType dtype;
-  int64_t numel;
-  bool live, anchored, noisy, momentum, state;
-};
-
-// One parameter with everything around it.
-struct Problem {
-  Problem(const Case& c, unsigned seed)
-      : shape(c),
-        param(count(), size_of(c.dtype)),
-        grad(count(), size_of(c.dtype)),
-        m(count(), wide()),
-        v(count(), wide()),
-        master(count(), wide()),
-        anchor(count(), wide()) {
-    std::mt19937 random(seed);
-    const aim::DType state =
-        c.dtype == aim::DType::kFloat64 ? aim::DType::kFloat64 : aim::DType::kFloat32;
-    fill(param, count(), c.dtype, 1, false, random);
-    fill(grad, count(), c.dtype, 0.1, false, random);
-    fill(m, count(), state, 0.05, false, random);
-    fill(v, count(), state, 0.1, true, random);
-    fill(master, count(), state, 1, false, random);
-    fill(anchor, count(), state, 1, false, random);
-    tensor = {param.data(),
-              grad.data(),
-              c.rule != aim::Rule::kSgd || c.momentum || c.state ? m.data() : nullptr,
-              c.rule != aim::Rule::kSgd || c.state ? v.data() : nullptr,
-              c.live ? master.data() : nullptr,
-              c.anchored ? anchor.data() : nullptr,
-              &step,
-              c.numel,
-              (int64_t{1} << 33) + 3,
-              0,
-              static_cast<int32_t>(c.dtype)};
-    group = {1e-2, 0.9, 0.99, 1e-8, 0.1,     c.momentum ? 0.9 : 0.0,
-             0.0,  1.0, 0.1,  0.1,  nullptr, static_cast<int32_t>(c.rule),
-             0,    0,   0};
-    double* columns = reinterpret_cast<double*>(&row);
-    for (size_t i = 0; i < sizeof row / sizeof(double); ++i) columns[i] = 1;
-    row.tau_prev = 0.4;
-    row.tau = 0.5;
-    row.noise = c.noisy ? 0.3 : 0;
-    if (tensor.exp_avg_sq) {
-      row.grad[aim::kWell] = 0.5;
-      for (aim::PhaseRow& phase : row.phases) {
-        phase.step[aim::kWell] = 0.25;
-        phase.live[aim::kWell] = 0.75;
-      }
-    }
-    statistics = {1000, 0, 1, 20, 0, 0, 0};
-    control = {12345, 7, int64_t{1} << 31, 0};
-  }
-
-  size_t count() const { return static_cast<size_t>(shape.numel); }
-  size_t wide() const { return shape.dtype == aim::DType::kFloat64 ? 8 : 4; }
-  bool guards_intact() const {
-    for (const Buffer* b : {&param, &grad, &m, &v, &master, &anchor}) {
-      if (!b->guards_intact()) return false;
-    }
-    return true;
-  }
-  bool equals(const Problem& other) const {
-    return param == other.param && grad == other.grad && m == other.m && v == other.v &&
-           master == other.master && anchor == other.anchor && step == other.step &&
-           !std::memcmp(&row, &other.row, sizeof row) &&
-           !std::memcmp(&statistics, &other.statistics, sizeof statistics) &&
-           !std::memcmp(&control, &other.control, sizeof control);
-  }
-  aim::Status run(const char* isa, int threads) {
-    return aim::step(&tensor, 1, &group, &row, &statistics, 1, &control, {nullptr, threads, isa});
-  }
-
-  Case shape;
-  Buffer param, grad, m, v, master, anchor;
-  float step = 3;
-  aim::Tensor tensor;
-  aim::Group group;
-  aim::Row row;
-  aim::Statistics statistics;
-  aim::Control control;
-};
-
-std::string name_of(const Case& c) {
-  char text[160];
-  std::snprintf(text, sizeof text,
-                "rule %d dtype %d numel %lld live %d anchor %d noise %d momentum %d state %d",
-                static_cast<int>(c.rule), static_cast<int>(c.dtype),
-                static_cast<long long>(c.numel), c.live, c.anchored, c.noisy, c.momentum, c.state);
-  return text;
-}
 
 void instruction_sets_agree(const Case& c) {
   Problem expected(c, 1);

@@ -9,7 +9,10 @@
 #include <string.h>
 
 #include <algorithm>
+#include <condition_variable>
 #include <cstddef>
+#include <functional>
+#include <mutex>
 #include <numeric>
 #include <random>
 #include <thread>
@@ -57,13 +60,54 @@ inline thread_local Index thread_index, block_index, block_size, grid_size;
 inline thread_local Barrier* barrier = nullptr;
 inline std::mt19937 order(20250819);
 
+// Threads that wait for the next launch. They are never joined: a process that exits ends them.
+class Pool {
+ public:
+  // body(i) for i in [0, count), each on a thread of its own, all at the same time.
+  void run(unsigned count, const std::function<void(unsigned)>& body) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    while (size_ < count) {
+      std::thread(&Pool::work, this, size_, launch_).detach();
+      ++size_;
+    }
+    body_ = &body;
+    count_ = running_ = count;
+    ++launch_;
+    start_.notify_all();
+    done_.wait(lock, [&] { return running_ == 0; });
+  }
+
+ private:
+  void work(unsigned number, uint64_t seen) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      start_.wait(lock, [&] { return launch_ != seen; });
+      seen = launch_;
+      if (number >= count_) continue;
+      const std::function<void(unsigned)>& body = *body_;
+      lock.unlock();
+      body(number);
+      lock.lock();
+      if (--running_ == 0) done_.notify_all();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable start_, done_;
+  const std::function<void(unsigned)>* body_ = nullptr;
+  unsigned size_ = 0, count_ = 0, running_ = 0;
+  uint64_t launch_ = 0;
+};
+
+inline Pool* const pool = new Pool;
+
 template <class Argument>
 void run(void (*kernel)(Argument), unsigned blocks, unsigned threads, const Argument& argument) {
   std::vector<unsigned> numbers(blocks);
   std::iota(numbers.begin(), numbers.end(), 0u);
   std::shuffle(numbers.begin(), numbers.end(), order);
   Barrier all(threads);
-  const auto body = [&](unsigned thread) {
+  pool->run(threads, [&](unsigned thread) {
     barrier = &all;
     thread_index = {thread};
     block_size = {threads};
@@ -72,12 +116,9 @@ void run(void (*kernel)(Argument), unsigned blocks, unsigned threads, const Argu
       block_index = {block};
       all.wait();
       kernel(argument);
-      all.wait();
     }
-  };
-  std::vector<std::thread> team;
-  for (unsigned thread = 0; thread < threads; ++thread) team.emplace_back(body, thread);
-  for (std::thread& thread : team) thread.join();
+    all.wait();
+  });
 }
 
 }  // namespace cuda_on_cpu
