@@ -13,6 +13,9 @@ import torch
 
 import aim_kernels as ak
 
+#: Where parameters are made; tests on a GPU change it.
+DEVICE = "cpu"
+
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -83,6 +86,10 @@ def set_row(optimizer: ak.AIMFusedOptimizer, group: int, name: str) -> None:
 
 def layout(values: torch.Tensor, kind: str) -> torch.Tensor:
     """The same values in another memory layout, never aliasing ``values``."""
+
+    def sevens(shape: Sequence[int]) -> torch.Tensor:
+        return torch.full(tuple(shape), 7.0, dtype=values.dtype, device=values.device)
+
     if kind == "transposed":
         order = list(reversed(range(values.dim())))
         return values.permute(order).clone(memory_format=torch.contiguous_format).permute(order)
@@ -90,15 +97,15 @@ def layout(values: torch.Tensor, kind: str) -> torch.Tensor:
         form = torch.channels_last if values.dim() == 4 else torch.contiguous_format
         return values.clone(memory_format=form)
     if kind == "sliced":
-        base = torch.full((*values.shape[:-1], 2 * values.shape[-1]) if values.dim() else (2,), 7.0, dtype=values.dtype)
+        base = sevens((*values.shape[:-1], 2 * values.shape[-1]) if values.dim() else (2,))
         view = base[..., ::2] if values.dim() else base[0]
         return view.copy_(values)
     if kind == "rows":
-        base = torch.full((2 * values.shape[0], *values.shape[1:]) if values.dim() else (2,), 7.0, dtype=values.dtype)
+        base = sevens((2 * values.shape[0], *values.shape[1:]) if values.dim() else (2,))
         view = base[::2] if values.dim() else base[1]
         return view.copy_(values)
     if kind == "offset":
-        return torch.full((values.numel() + 3,), 7.0, dtype=values.dtype)[1:-2].view(values.shape).copy_(values)
+        return sevens((values.numel() + 3,))[1:-2].view(values.shape).copy_(values)
     if kind == "expanded":
         return (
             values.flatten()[:1].clone().reshape([1] * values.dim()).expand(values.shape)
@@ -116,7 +123,7 @@ GRADIENT_LAYOUTS = (*PARAMETER_LAYOUTS, "expanded")
 def parameter(shape: Sequence[int], dtype: str = "float32", kind: str = "contiguous", seed: int = 0) -> torch.Tensor:
     """A leaf that requires a gradient, standard normal, in the given layout."""
     values = torch.from_numpy(np.asarray(np.random.default_rng(seed).standard_normal(tuple(shape)))).to(DTYPES[dtype])
-    return layout(values, kind).requires_grad_()
+    return layout(values.to(DEVICE), kind).requires_grad_()
 
 
 class Gradients:
@@ -137,7 +144,8 @@ class Gradients:
                 signal + 0.7 * np.abs(signal).mean() * self.random.standard_normal(p.shape) if p.numel() else signal
             )
             values = values * (self.random.uniform(size=p.shape) > 0.02)
-            made.append(layout(torch.from_numpy(np.asarray(values)).to(p.dtype), self.kinds[index % len(self.kinds)]))
+            kind = self.kinds[index % len(self.kinds)]
+            made.append(layout(torch.from_numpy(np.asarray(values)).to(p.device, p.dtype), kind))
         return made
 
 
@@ -157,7 +165,7 @@ def memory_order(tensor: torch.Tensor) -> list[int]:
 
 def flat(tensor: torch.Tensor, like: torch.Tensor) -> np.ndarray:
     """Elements as float64 in the memory order of ``like``."""
-    return tensor.detach().permute(memory_order(like)).reshape(-1).to(torch.float64).numpy().copy()
+    return tensor.detach().permute(memory_order(like)).reshape(-1).to(torch.float64).cpu().numpy().copy()
 
 
 def frozen(optimizer: ak.AIMFusedOptimizer) -> dict[str, Any]:
@@ -184,7 +192,7 @@ def same_bits(a: Any, b: Any, where: str = "") -> None:
             same_bits(x, y, f"{where}[{index}]")
     elif isinstance(a, torch.Tensor):
         assert a.dtype == b.dtype and a.shape == b.shape, f"{where}: {a.dtype} {a.shape}, {b.dtype} {b.shape}"
-        x, y = (t.detach().contiguous().view(-1).view(torch.uint8) for t in (a, b))
+        x, y = (t.detach().cpu().contiguous().view(-1).view(torch.uint8) for t in (a, b))
         unequal = int((x != y).sum())
         assert not unequal, f"{where}: {unequal} bytes differ: {a.flatten()[:8]} and {b.flatten()[:8]}"
     else:

@@ -9,20 +9,27 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import importlib
 import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
+import helpers
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 NATIVE = ROOT / "build" / "native"
 
-#: Names of backends; the device ones with small chunks, so that small tensors have several.
-PLACES = ("cpu", "reference", "cuda")
-DEVICE_PLACES = ("cuda",)
+#: Backends on the processor; the device ones with small chunks, so that small tensors have several.
+EMULATED = ("cuda",)
+#: Backends on a GPU: `make gpu`.
+ON_GPU = ("cuda@gpu", "triton@gpu")
+
+DEVICE_PLACES = (*EMULATED, *(pytest.param(place, marks=pytest.mark.gpu) for place in ON_GPU))
+PLACES = ("cpu", "reference", *DEVICE_PLACES)
 
 CHUNK, THREADS = 1024, 64
 
@@ -51,18 +58,19 @@ def cuda_on_cpu() -> ModuleType:
 
 
 def enter(place: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Makes a backend run on CPU tensors; returns its name."""
-    if place == "cuda":
-        from aim_kernels.backends import cuda
-
-        monkeypatch.setattr(cuda, "_cuda", cuda_on_cpu())
-        monkeypatch.setattr(cuda, "THREADS", THREADS)
-        monkeypatch.setattr(cuda._Kernels, "CHUNK", CHUNK)
-        monkeypatch.setattr(cuda, "unavailable", lambda: "")
-        monkeypatch.setattr(cuda, "runs_on", lambda device: True)
-        monkeypatch.setattr(cuda, "_stream", lambda device: 0)
-    elif place == "triton":
-        from aim_kernels.backends import triton
-
-        monkeypatch.setattr(triton._Kernels, "CHUNK", CHUNK)
-    return place
+    """Makes a backend run, on CPU tensors or on a GPU; returns its name. Parameters that helpers.py makes from then on
+    are on the device."""
+    name, _, device = place.partition("@")
+    if name in ("cuda", "triton"):
+        backend = importlib.import_module(f"aim_kernels.backends.{name}")
+        monkeypatch.setattr(backend._Kernels, "CHUNK", CHUNK)
+    if device:
+        assert torch.cuda.is_available(), "PyTorch finds no GPU"
+        monkeypatch.setattr(helpers, "DEVICE", "cuda")
+    elif name == "cuda":
+        monkeypatch.setattr(backend, "_cuda", cuda_on_cpu())
+        monkeypatch.setattr(backend, "THREADS", THREADS)
+        monkeypatch.setattr(backend, "unavailable", lambda: "")
+        monkeypatch.setattr(backend, "runs_on", lambda device: True)
+        monkeypatch.setattr(backend, "_stream", lambda device: 0)
+    return name

@@ -82,7 +82,7 @@ def run(optimizer: ak.AIMFusedOptimizer, steps: int, missing: int | None = None)
 def agree(cpu: ak.AIMFusedOptimizer, device: ak.AIMFusedOptimizer, noise: bool = False) -> None:
     """Everything to the bit, but the sums: those are added up in another order."""
     one, other = frozen(cpu), frozen(device)
-    sums, others = one.pop("statistics"), other.pop("statistics")
+    sums, others = one.pop("statistics").cpu(), other.pop("statistics").cpu()
     exact = [STATISTIC[name] for name in ("numel", "under", "nonfinite")]
     if not noise:  # whose deviation comes from the sums
         same_bits(one, other)
@@ -211,9 +211,9 @@ def test_tensors_in_several_places_are_one_optimizer(
 
     def of(plan: launch.StepPlan, kernels: launch.Kernels) -> launch.Launch:
         if plan.launch is None:
-            numbers, cpu = np.arange(len(plan.params)), torch.device("cpu")
+            numbers, where = np.arange(len(plan.params)), plan.params[0].device
             split = plan.param_groups is two.param_groups
-            places = [(cpu, numbers[number::2]) for number in range(2)] if split else [(cpu, numbers)]
+            places = [(where, numbers[number::2]) for number in range(2)] if split else [(where, numbers)]
             plan.launch = launch.Launch(plan, kernels.CHUNK, places)
             launches.append(plan.launch)
         return plan.launch
