@@ -61,6 +61,10 @@ def measure(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; the exit status is 1 where a candidate computes something else than it claims."""
+    if any(argument.partition("=")[0] == "--device" for argument in argv or ()):
+        from aim_kernels.bench import gpu
+
+        return gpu.main(argv)
     arguments = parser().parse_args(argv)
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
     candidates = [CANDIDATES[name] for name in arguments.candidates]
@@ -95,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The options of ``python -m aim_kernels bench``."""
     p = argparse.ArgumentParser(prog="python -m aim_kernels bench", description=(__doc__ or "").partition("\n\n")[0])
+    p.add_argument("--device", help="time the device backends there instead: `bench --device cuda --help`")
     p.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS), metavar="SET", help=", ".join(SETS))
     p.add_argument(
         "--candidates",

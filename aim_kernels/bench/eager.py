@@ -102,16 +102,21 @@ class EagerAIM(_AIM):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         largest = max(p.numel() for p in self.params)
-        scratch = [torch.empty(largest, dtype=dtype) for dtype in (torch.float32, torch.float32, torch.bool)]
-        self.grads, self.lives = torch.tensor(self.settings.grad).unbind(), torch.tensor(self.settings.live).unbind()
+        self.device = self.params[0].device
+        kinds = (torch.float32, torch.float32, torch.bool)
+        scratch = [torch.empty(largest, dtype=dtype, device=self.device) for dtype in kinds]
+        self.grads, self.lives = self._pair(self.settings.grad), self._pair(self.settings.live)
         self.temporaries = [[t[: p.numel()].view(p.shape) for t in scratch] for p in self.params]
 
     @torch.no_grad()
     def step(self) -> None:
         self.count += 1
         k = self._scalars()
-        steps = torch.tensor((k.step_under, k.step_well)).unbind()
+        steps = self._pair((k.step_under, k.step_well))
         self._control(sum(self._step_one(*pair, k, steps) for pair in zip(self.params, self.temporaries, strict=True)))
+
+    def _pair(self, values: tuple[float, float]) -> tuple[Tensor, ...]:
+        return torch.tensor(values, device=self.device).unbind()
 
     def _step_one(self, param: Tensor, temporaries: list[Tensor], k: Scalars, steps: Sequence[Tensor]) -> int:
         s, state, (a, b, mask) = self.settings, self.state[param], temporaries
@@ -153,7 +158,7 @@ class CompiledAIM(_AIM):
         states = [tuple(self.state[p].get(name) for name in ("exp_avg", "exp_avg_sq", "master")) for p in self.params]
         self.arguments = [(p.detach(), p.grad, *s) for p, s in zip(self.params, states, strict=True)]
         # A number would be compiled in as a constant, and a new one would compile again: they travel as a tensor.
-        self.scalars = torch.zeros(len(Scalars._fields))
+        self.scalars = torch.zeros(len(Scalars._fields), device=self.params[0].device)
         torch._dynamo.reset()  # graphs of sets that are gone count against its limit of graphs per function
         self.compiled = torch.compile(partial(step_functional, self.settings), dynamic=False, fullgraph=True)
 
@@ -168,7 +173,7 @@ def step_functional(s: Settings, arguments: list[tuple[Any, ...]], scalars: Tens
     """One step of all tensors; returns the number of under-optimized elements. Written to be compiled."""
     k = Scalars(*scalars.unbind())  # type: ignore[arg-type]
     beta1, beta2 = s.betas
-    count = torch.zeros((), dtype=torch.int64)
+    count = torch.zeros((), dtype=torch.int64, device=scalars.device)
     for param, grad, m, v, master in arguments:
         theta = param if master is None else master
         one_for_all = s.grad[0] == s.grad[1]

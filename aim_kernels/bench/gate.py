@@ -12,6 +12,7 @@ from aim_kernels.bench.shapes import Arrays, ShapeSet
 
 SMALL = ShapeSet("small", ((64, 65), (1,), (37,), (16, 1025)), "odd sizes, more than one chunk")
 STEPS = 6
+KINDS = ("params", "exp_avg", "exp_avg_sq", "master")
 
 #: The references contract into FMA where torch does, and fold constants differently: a few ulp of a parameter a step.
 RELATIVE, ABSOLUTE = 1e-5, 2e-6
@@ -21,10 +22,10 @@ class WrongResultError(AssertionError):
     """A candidate disagrees with its reference: no time of it is worth printing."""
 
 
-def verify(candidates: Iterable[Candidate]) -> None:
+def verify(candidates: Iterable[Candidate], device: str = "cpu") -> None:
     """Run every candidate beside its reference; raise WrongResultError at the first element that differs."""
     for candidate in candidates:
-        mine, reference = Arrays(SMALL), Arrays(SMALL)
+        mine, reference = (Arrays(SMALL, device=device) for _ in range(2))
         step, _ = candidate.build(mine)
         settings = candidate.settings or PLAIN
         master = reference.master if settings.live != PLAIN.live else None
@@ -39,9 +40,9 @@ def verify(candidates: Iterable[Candidate]) -> None:
             raise WrongResultError("the check itself is worthless: all elements are of one class")
 
 
-def compare(name: str, step: int, mine: Arrays, reference: Arrays) -> None:
+def compare(name: str, step: int, mine: Arrays, reference: Arrays, kinds: Iterable[str] = KINDS) -> None:
     """Every element of parameters and states."""
-    for kind in ("params", "exp_avg", "exp_avg_sq", "master"):
+    for kind in kinds:
         for index, (got, want) in enumerate(zip(getattr(mine, kind), getattr(reference, kind), strict=True)):
             try:
                 torch.testing.assert_close(got.detach(), want.detach(), rtol=RELATIVE, atol=ABSOLUTE)

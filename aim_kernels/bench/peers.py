@@ -50,13 +50,14 @@ class Candidate:
 def adopt(optimizer: torch.optim.Optimizer, arrays: Arrays, master: bool = False) -> None:
     """Point the optimizer's states at the common arrays."""
     for i, param in enumerate(arrays.params):
-        state = {"step": torch.zeros(()), "exp_avg": arrays.exp_avg[i], "exp_avg_sq": arrays.exp_avg_sq[i]}
+        state = {"exp_avg": arrays.exp_avg[i], "exp_avg_sq": arrays.exp_avg_sq[i]}
+        state["step"] = torch.zeros((), device=param.device)
         if master:
             state["master"] = arrays.master[i]
         optimizer.state[param].update(state)
 
 
-def _ours(settings: Settings) -> Callable[[Arrays], tuple[Callable[[], Any], States]]:
+def ours(settings: Settings, backend: str = "auto") -> Callable[[Arrays], tuple[Callable[[], Any], States]]:
     def build(arrays: Arrays) -> tuple[Callable[[], Any], States]:
         s = settings
         modulated = s.modulation() != PLAIN.modulation()
@@ -68,6 +69,7 @@ def _ours(settings: Settings) -> Callable[[Arrays], tuple[Callable[[], Any], Sta
             weight_decay=s.weight_decay,
             under_optimized=("fraction", s.target),
             threshold_rate=s.rate,
+            backend=backend,
         )
         live = s.live != PLAIN.live
         adopt(optimizer, arrays, master=live)
@@ -102,10 +104,10 @@ def _written(kind: type[EagerAIM] | type[CompiledAIM], settings: Settings) -> Ca
 CANDIDATES = {
     c.name: c
     for c in (
-        Candidate("aim", "AIMFusedOptimizer, mask + modulation + count", _ours(STEP), STEP),
-        Candidate("aim-live", "the same, writing live weights", _ours(LIVE), LIVE, reads_and_writes=32),
-        Candidate("aim-chain", "the same, gradients modulated too", _ours(CHAIN), CHAIN, reads_and_writes=32),
-        Candidate("aim-plain", "AIMFusedOptimizer, row of ones", _ours(PLAIN), PLAIN),
+        Candidate("aim", "AIMFusedOptimizer, mask + modulation + count", ours(STEP), STEP),
+        Candidate("aim-live", "the same, writing live weights", ours(LIVE), LIVE, reads_and_writes=32),
+        Candidate("aim-chain", "the same, gradients modulated too", ours(CHAIN), CHAIN, reads_and_writes=32),
+        Candidate("aim-plain", "AIMFusedOptimizer, row of ones", ours(PLAIN), PLAIN),
         Candidate("torch-fused", "torch.optim.AdamW(fused=True)", _torch(fused=True)),
         Candidate("torch-foreach", "torch.optim.AdamW(foreach=True)", _torch(foreach=True)),
         Candidate("aim-eager", "AIM in tuned eager PyTorch", _written(EagerAIM, STEP), STEP),

@@ -9,11 +9,14 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from aim_kernels.report import cpu_model
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 @dataclass(frozen=True)
@@ -93,9 +96,11 @@ def print_table(title: str, results: Sequence[Result]) -> None:
         print("  ".join([f"  {name:<{widths[0]}}", *padded]))
 
 
-def append_csv(path: Path, results: Iterable[Result]) -> None:
-    """Append; a file of other columns is not touched."""
-    names = [f.name for f in fields(Result)]
+def append_csv(path: Path, results: Sequence[DataclassInstance]) -> None:
+    """Append results of one kind; a file of other columns is not touched."""
+    if not results:
+        return
+    names = [f.name for f in fields(results[0])]
     fresh = not path.exists()
     if not fresh:
         with path.open(newline="", encoding="utf-8") as file:

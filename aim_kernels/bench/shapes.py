@@ -33,7 +33,11 @@ class ShapeSet:
 
 def vit_b16() -> tuple[Shape, ...]:
     """ViT-B/16 with 1000 classes, in torchvision's order: 152 tensors, 86,567,656 parameters."""
-    width, hidden, tokens = 768, 3072, 197
+    return _vit(768, 3072, 12)
+
+
+def _vit(width: int, hidden: int, depth: int) -> tuple[Shape, ...]:
+    tokens = 197
     block: list[Shape] = [
         *[(width,)] * 2,  # ln_1
         *[(3 * width, width), (3 * width,), (width, width), (width,)],  # attention: in_proj, out_proj
@@ -41,7 +45,7 @@ def vit_b16() -> tuple[Shape, ...]:
         *[(hidden, width), (hidden,), (width, hidden), (width,)],  # mlp
     ]
     stem: list[Shape] = [(1, 1, width), (1, tokens, width), (width, 3, 16, 16), (width,)]
-    return (*stem, *block * 12, (width,), (width,), (1000, width), (1000,))
+    return (*stem, *block * depth, (width,), (width,), (1000, width), (1000,))
 
 
 def resnet18() -> tuple[Shape, ...]:
@@ -56,6 +60,25 @@ def resnet18() -> tuple[Shape, ...]:
                 shapes += [(width, inputs, 1, 1), (width,), (width,)]
             inputs = width
     return (*shapes, (1000, 512), (1000,))
+
+
+def vit_l16() -> tuple[Shape, ...]:
+    """ViT-L/16 with 1000 classes, in torchvision's order: 296 tensors, 304,326,632 parameters."""
+    return _vit(1024, 4096, 24)
+
+
+def resnet50() -> tuple[Shape, ...]:
+    """ResNet-50 with 1000 classes, in torchvision's order: 161 tensors, 25,557,032 parameters."""
+    shapes: list[Shape] = [(64, 3, 7, 7), (64,), (64,)]
+    inputs = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            for outputs, source, size in ((width, inputs, 1), (width, width, 3), (4 * width, width, 1)):
+                shapes += [(outputs, source, size, size), (outputs,), (outputs,)]
+            if block == 0:
+                shapes += [(4 * width, inputs, 1, 1), (4 * width,), (4 * width,)]
+            inputs = 4 * width
+    return (*shapes, (1000, 2048), (1000,))
 
 
 SETS = {
@@ -80,12 +103,18 @@ class Arrays:
     The states are those that AIMFusedOptimizer allocates (those of small tensors lie in common buffers).
     """
 
-    def __init__(self, shape_set: ShapeSet, seed: int = 0) -> None:
-        generator = torch.Generator().manual_seed(seed)
+    def __init__(
+        self, shape_set: ShapeSet, seed: int = 0, device: str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def randn(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator, device=device).to(dtype)
+
         self.shape_set = shape_set
-        self.params = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in shape_set.shapes]
+        self.params = [torch.nn.Parameter(randn(*shape)) for shape in shape_set.shapes]
         largest = max(p.numel() for p in self.params)
-        self._pool = torch.randn(largest + _SHIFT * _SHIFTS, generator=generator)
+        self._pool = randn(largest + _SHIFT * _SHIFTS)
         self._round = 0
         self.stir()
         owner = AIMFusedOptimizer(self.params, lr=0.0)
