@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 import triton.language as tl
 
 from aim_kernels.backends.triton.kernels import emit_kernel, finish_kernel, update_kernel
@@ -23,17 +24,22 @@ TYPES = {
 #: Elements that a program holds in registers at a time: with 128 threads, 16 bytes of storage a thread and array.
 BLOCKS = {"float32": 512, "float64": 512, "bfloat16": 1024, "float16": 1024}
 
+#: Registers a thread of ``update_kernel`` on CUDA: what holds its values without spilling. Left alone, the assembler
+#: takes half as many again, and fewer programs fit on a multiprocessor.
+REGISTERS = {"float32": 128, "float64": 168, "bfloat16": 168, "float16": 168}
+
 #: Groups have few chunks or very many; lanes that find nothing cost little.
 FINISH_BLOCK = 128
 
 
-def options(block: int) -> dict[str, Any]:
-    """How to compile a kernel over blocks of so many elements.
+def options(block: int, registers: int | None = None) -> dict[str, Any]:
+    """How to compile a kernel over blocks of so many elements, with at most so many registers a thread.
 
     Multiplications and additions stay apart, as on the CPU. A thread has four elements or more: were blocks smaller
     than the threads, some would hold an element twice and read it after their twin has written it.
     """
-    return {"num_warps": max(1, min(4, block // 128)), "num_stages": 1, "enable_fp_fusion": False}
+    limit = {} if registers is None else {"maxnreg": registers}
+    return {"num_warps": max(1, min(4, block // 128)), "num_stages": 1, "enable_fp_fusion": False} | limit
 
 
 def specialization(dtype: int, chunk: int) -> dict[str, Any]:
@@ -47,8 +53,10 @@ def specialization(dtype: int, chunk: int) -> dict[str, Any]:
 
 def update(share: Share) -> None:
     """Steps every tensor that has a gradient, emits those that have only a master, and fills ``share.partials``."""
+    cuda = share.device.type == "cuda" and torch.version.hip is None
     for dtype in share.dtypes:
         constants = specialization(dtype, share.chunk_size)
+        registers = REGISTERS[DTYPES[dtype]] if cuda else None
         # One program where all tensors are empty: the phase is drawn all the same.
         update_kernel[(max(1, len(share.chunks)),)](
             share.tensors,
@@ -63,7 +71,7 @@ def update(share: Share) -> None:
             share.found_inf,
             len(share.chunks),
             **constants,
-            **options(constants["BLOCK"]),
+            **options(constants["BLOCK"], registers),
         )
 
 

@@ -3,6 +3,8 @@
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (2011).
 """
 
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 import numpy as np
@@ -16,9 +18,7 @@ PHASE_STREAM = tl.constexpr(1)
 _LN2 = tl.constexpr(float(np.float32(0.693147181)))
 _ANGLE = tl.constexpr(float(np.float32(6.28318531) / np.float32(16777216)))
 _LOG3, _LOG5, _LOG7, _LOG9 = (tl.constexpr(float(np.float32(1) / np.float32(n))) for n in (3, 5, 7, 9))
-_SIN3, _SIN5, _SIN7, _SIN9 = (
-    tl.constexpr(float(np.float32(1) / np.float32(n))) for n in (-6, 120, -5040, 362880)
-)
+_SIN3, _SIN5, _SIN7, _SIN9 = (tl.constexpr(float(np.float32(1) / np.float32(n))) for n in (-6, 120, -5040, 362880))
 _COS4, _COS6, _COS8 = (tl.constexpr(float(np.float32(1) / np.float32(n))) for n in (24, -720, 40320))
 
 
@@ -78,37 +78,29 @@ def _normal_pair(x0, x1):
 
 
 @triton.jit
-def _words(seed, counter, k, COUNT: tl.constexpr):
-    zero = tl.zeros((COUNT,), tl.uint32)
-    return philox(seed, k.to(tl.uint32), (k >> 32).to(tl.uint32), zero + counter, zero + NOISE_STREAM)
-
-
-@triton.jit
-def _by_four(seed, counter, first, BLOCK: tl.constexpr):
-    """One draw for four neighbours."""
-    x0, x1, x2, x3 = _words(seed, counter, first // 4 + tl.arange(0, BLOCK // 4), BLOCK // 4)
+def _normal4(seed, counter, k, zero):
+    """The normals of elements 4k .. 4k + 3; ``zero`` is an unsigned zero of the shape of ``k``."""
+    x0, x1, x2, x3 = philox(seed, k.to(tl.uint32), (k >> 32).to(tl.uint32), zero + counter, zero + NOISE_STREAM)
     z0, z1 = _normal_pair(x0, x1)
     z2, z3 = _normal_pair(x2, x3)
-    return tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), (BLOCK,))
-
-
-@triton.jit
-def _one_by_one(seed, counter, first, BLOCK: tl.constexpr):
-    """A draw for every element, of which it keeps its own number: where fours straddle the block's ends."""
-    i = first + tl.arange(0, BLOCK)
-    x0, x1, x2, x3 = _words(seed, counter, i >> 2, BLOCK)
-    early = (i & 2) == 0
-    z0, z1 = _normal_pair(tl.where(early, x0, x2), tl.where(early, x1, x3))
-    return tl.where((i & 1) == 0, z0, z1)
+    return z0, z1, z2, z3
 
 
 @triton.jit
 def normals(seed, counter, first, BLOCK: tl.constexpr):
-    """Standard normals of the elements ``first .. first + BLOCK - 1`` (global indices, int64) in step ``counter``."""
-    if first % 4 == 0:
-        z = _by_four(seed, counter, first, BLOCK)
-    else:
-        z = _one_by_one(seed, counter, first, BLOCK)
+    """Standard normals of the elements ``first .. first + BLOCK - 1`` (global indices, int64) in step ``counter``.
+
+    Four neighbours share one draw. Where the fours straddle the block's ends, they move up, and one more fills the end.
+    """
+    k = first >> 2
+    z0, z1, z2, z3 = _normal4(seed, counter, k + tl.arange(0, BLOCK // 4), tl.zeros((BLOCK // 4,), tl.uint32))
+    z = tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), (BLOCK,))
+    shift = (first & 3).to(tl.int32)
+    if shift != 0:
+        e0, e1, e2, _e3 = _normal4(seed, counter, k + BLOCK // 4, counter ^ counter)
+        lane = tl.arange(0, BLOCK) + shift
+        end = tl.where(lane == BLOCK, e0, tl.where(lane == BLOCK + 1, e1, e2))
+        z = tl.where(lane < BLOCK, tl.gather(z, tl.minimum(lane, BLOCK - 1), 0), end)
     return z
 
 
