@@ -52,18 +52,42 @@ def kind_of(group, exp_avg_sq):
 
 
 @triton.jit
+def _multiply(a, a_rest, b, b_rest):
+    """Dekker's product of numbers that are unevaluated sums of two."""
+    a_part = 134217729.0 * a
+    b_part = 134217729.0 * b
+    a_upper = a_part - (a_part - a)
+    b_upper = b_part - (b_part - b)
+    a_lower = a - a_upper
+    b_lower = b - b_upper
+    product = a * b
+    error = ((a_upper * b_upper - product) + a_upper * b_lower + a_lower * b_upper) + a_lower * b_lower
+    error = error + (a * b_rest + a_rest * b)
+    high = product + error
+    return high, error - (high - product)
+
+
+@triton.jit
 def _powers(x, n, y, k):
-    """x^n and y^k for whole n and k, by squaring; negative exponents count as 0. One loop for both, so that neither
-    chain of products waits for the other."""
-    a = tl.full((), 1.0, tl.float64)
-    b = tl.full((), 1.0, tl.float64)
+    """x^n and y^k for whole n and k, by squaring in two float64 each; negative exponents count as 0. One loop for both,
+    so that neither chain of products waits for the other."""
+    one = tl.full((), 1.0, tl.float64)
+    zero = tl.full((), 0.0, tl.float64)
+    a, a_rest, x_rest = one, zero, zero
+    b, b_rest, y_rest = one, zero, zero
     n = tl.maximum(n, 0.0).to(tl.int64)
     k = tl.maximum(k, 0.0).to(tl.int64)
     while (n | k) != 0:
-        a = tl.where((n & 1) != 0, a * x, a)
-        b = tl.where((k & 1) != 0, b * y, b)
-        x = x * x
-        y = y * y
+        ax, ax_rest = _multiply(a, a_rest, x, x_rest)
+        by, by_rest = _multiply(b, b_rest, y, y_rest)
+        takes_x = (n & 1) != 0
+        takes_y = (k & 1) != 0
+        a = tl.where(takes_x, ax, a)
+        a_rest = tl.where(takes_x, ax_rest, a_rest)
+        b = tl.where(takes_y, by, b)
+        b_rest = tl.where(takes_y, by_rest, b_rest)
+        x, x_rest = _multiply(x, x_rest, x, x_rest)
+        y, y_rest = _multiply(y, y_rest, y, y_rest)
         n = n >> 1
         k = k >> 1
     return a, b
@@ -142,13 +166,10 @@ def uniforms(group, row, statistics, now, following, grad_scale, adam, momentum,
     if grad_scale is not None:
         scale = scale * (1.0 / tl.load(grad_scale).to(tl.float64))
     sigma = tl.load(row + NOISE) * _standard_deviation(statistics)
-    gradient = (
-        scale,
-        tl.where(decoupled, 0.0, weight_decay),
-        tl.load(row + ROW_GRAD),
-        tl.load(row + ROW_GRAD + 1),
-        sigma,
-    )
+    grad_under = tl.load(row + ROW_GRAD)
+    grad_well = tl.load(row + ROW_GRAD + 1)
+    routed = (grad_under != 1) | (grad_well != 1)
+    gradient = (scale, tl.where(decoupled, 0.0, weight_decay), grad_under, grad_well, sigma)
 
     mu = tl.load(g + MOMENTUM)
     beta1 = tl.load(g + BETA1)
@@ -162,7 +183,10 @@ def uniforms(group, row, statistics, now, following, grad_scale, adam, momentum,
     )
 
     weight, rest = _age(group, momentum, t)
-    old_slope, old_offset = boundary(group, momentum, second, taken, tl.load(row + TAU_PREV))
+    old_slope = tl.full((), 0.0, tl.float64)
+    old_offset = tl.full((), 0.0, tl.float64)
+    if routed:  # or nobody asks
+        old_slope, old_offset = boundary(group, momentum, second, taken, tl.load(row + TAU_PREV))
     new_slope, new_offset = _boundary(group, second, t, tl.load(row + TAU), weight, rest)
     boundaries = (old_slope, old_offset, new_slope, new_offset)
 
@@ -171,7 +195,7 @@ def uniforms(group, row, statistics, now, following, grad_scale, adam, momentum,
     rate = tl.where(adam, lr * (root / weight), lr)
     update = (
         tl.load(g + EPS) * root,
-        tl.load(g + MOMENTUM),
+        mu,
         tl.where(decoupled, 1 - lr * weight_decay, 1.0),
         rate * tl.load(now_row + PHASE_STEP),
         rate * tl.load(now_row + PHASE_STEP + 1),
