@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+if not (torch.cuda.is_available() or torch.xpu.is_available()):
+    # Before anything imports Triton, which reads it where a kernel is decorated.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

@@ -1,15 +1,87 @@
-"""Triton kernels. Not there yet."""
+"""Triton kernels. Compiled and interpreted on the CPU; not yet run on a GPU.
+
+Nothing of Triton is imported before a step is taken. On CPU tensors the kernels run in Triton's interpreter, where
+``TRITON_INTERPRET=1`` is set before Triton is imported: slow, for tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from typing import TYPE_CHECKING
 
 import torch
 
+from aim_kernels import launch
+
+if TYPE_CHECKING:
+    from aim_kernels.launch import Share
+    from aim_kernels.plan import StepPlan
+
 ON_DEVICE, DEVICE, DESCRIPTION = True, "cuda, xpu", "Triton kernels"
 
+#: Elements of a program's chunk: many times what a program computes before its first element, and few enough that
+#: programs fill every multiprocessor several times. Reasoned, not yet measured.
+CHUNK = 8192
 
-def unavailable() -> str:
-    """Why this backend cannot run; empty if it can."""
-    return "not there yet"
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def unavailable(device: torch.device | None = None) -> str:
+    """Why this backend cannot run, on ``device`` or on any; empty if it can."""
+    if not _installed():
+        return "triton is not installed; pip install 'aim-kernels[triton]'"
+    if _interpreted():
+        return ""
+    if device is not None and device.type == "cpu":
+        return "Triton compiles for GPUs; set TRITON_INTERPRET=1 to interpret its kernels on the CPU, for tests"
+    if not (torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available())):
+        return "PyTorch finds no GPU; look at nvidia-smi (rocm-smi, xpu-smi) and at the driver's version"
+    return ""
 
 
 def runs_on(device: torch.device) -> bool:
-    """Whether tensors on ``device`` are this backend's."""
-    return device.type != "cpu"
+    """Whether tensors on ``device`` are this backend's: GPUs, and the CPU where Triton interprets."""
+    return device.type in ("cuda", "xpu") or (device.type == "cpu" and _interpreted())
+
+
+def step(plan: StepPlan) -> None:
+    """One step over all tensors of the plan."""
+    launch.step(plan, _SELF)
+
+
+def emit(plan: StepPlan) -> None:
+    """Writes the live weights of all parameters that have a master."""
+    launch.emit(plan, _SELF)
+
+
+class _Kernels:
+    """``launch.Kernels``: each call launches, and waits for nothing."""
+
+    CHUNK = CHUNK
+
+    def update(self, share: Share) -> None:
+        from aim_kernels.backends.triton import driver
+
+        driver.update(share)
+
+    def finish(self, share: Share) -> None:
+        from aim_kernels.backends.triton import driver
+
+        driver.finish(share)
+
+    def emit(self, share: Share) -> None:
+        from aim_kernels.backends.triton import driver
+
+        driver.emit(share)
+
+
+_SELF = _Kernels()

@@ -1,0 +1,276 @@
+"""The elements of one chunk: the arithmetic of ``csrc/common/element.h``, in its order, with loads, stores and sums.
+
+The kinds of update differ by scalars that the whole program shares: what a kind does not keep is masked out of its
+loads and stores, which costs no memory traffic.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from aim_kernels.backends.triton.layout import (
+    ANCHOR,
+    COUNT,
+    COUNTER,
+    EXP_AVG,
+    EXP_AVG_SQ,
+    FIRST,
+    GRAD,
+    GRAD_SQ,
+    GRAD_SUM,
+    MASTER,
+    NESTEROV,
+    NONFINITE,
+    PARAM,
+    PARAM_SQ,
+    SEED,
+    STEP,
+    UNDER,
+    UPDATE_SQ,
+)
+from aim_kernels.backends.triton.normals import normals
+from aim_kernels.backends.triton.uniforms import boundary, kind_of, live_of, uniforms
+
+NAN = tl.constexpr(float("nan"))
+
+
+@triton.jit
+def _pointer(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """A pointer to elements of TYPE; ALIGNED promises 16 bytes, which is what makes accesses that wide."""
+    pointer = address.to(tl.pointer_type(TYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def _widen(x, ARITHMETIC: tl.constexpr):
+    """int16 stands for bfloat16, as its bits."""
+    if x.dtype.is_int():
+        return (x.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(ARITHMETIC)
+
+
+@triton.jit
+def _narrow(x, STORAGE: tl.constexpr):
+    """Round to nearest even; bfloat16 as ``csrc/common/convert.h`` does it, NaN included."""
+    if STORAGE.is_int():
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = bits + 0x7FFF + ((bits >> 16) & 1)
+        return (tl.where(x != x, bits | 0x400000, rounded) >> 16).to(tl.int16)
+    else:
+        return x.to(STORAGE)
+
+
+@triton.jit
+def _live_weight(theta, anchor, c):
+    return tl.where(c == 1, theta, anchor + (theta - anchor) * c)
+
+
+@triton.jit
+def emit_chunk(
+    tensor,
+    group,
+    tau,
+    live_under,
+    live_well,
+    start,
+    size,
+    STORAGE: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Live weights of the elements [start, start + size), from stored state."""
+    _adam, momentum, first, second = kind_of(group, tl.load(tensor + EXP_AVG_SQ))
+    taken = tl.load(tl.load(tensor + STEP).to(tl.pointer_type(tl.float32))).to(tl.float64)
+    slope, offset = boundary(group, momentum, second, taken, tau)
+    slope = slope.to(ARITHMETIC)
+    offset = offset.to(ARITHMETIC)
+    live_under = live_under.to(ARITHMETIC)
+    live_well = live_well.to(ARITHMETIC)
+    anchored = tl.load(tensor + ANCHOR) != 0
+    master = _pointer(tl.load(tensor + MASTER), ARITHMETIC, False) + start
+    moment = _pointer(tl.load(tensor + EXP_AVG), ARITHMETIC, False) + start
+    square = _pointer(tl.load(tensor + EXP_AVG_SQ), ARITHMETIC, False) + start
+    anchors = _pointer(tl.load(tensor + ANCHOR), ARITHMETIC, False) + start
+    param = _pointer(tl.load(tensor + PARAM), STORAGE, False) + start
+    lane = tl.arange(0, BLOCK)
+    begin = size - size
+    while begin < size:
+        inside = begin + lane < size
+        theta = tl.load(master + begin + lane, mask=inside, other=0)
+        m = tl.load(moment + begin + lane, mask=inside & first, other=0)
+        v = tl.load(square + begin + lane, mask=inside & second, other=0)
+        anchor = tl.load(anchors + begin + lane, mask=inside & anchored, other=0)
+        under = (m * m >= v * slope + offset) | (second == 0)
+        live = _live_weight(theta, anchor, tl.where(under, live_under, live_well))
+        tl.store(param + begin + lane, _narrow(live, STORAGE), mask=inside)
+        begin += BLOCK
+
+
+@triton.jit
+def _squares(gradient, scale, size, ARITHMETIC: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum of squares in float64: for gradients whose squares leave float32's range."""
+    total = tl.zeros((BLOCK,), tl.float64)
+    lane = tl.arange(0, BLOCK)
+    begin = size - size
+    while begin < size:
+        g = (_widen(tl.load(gradient + begin + lane, mask=begin + lane < size, other=0), ARITHMETIC) * scale).to(
+            tl.float64
+        )
+        total += g * g
+        begin += BLOCK
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _gathered(x, VECTOR: tl.constexpr):
+    return tl.sum(tl.reshape(x, (x.shape[0] // VECTOR, VECTOR)), 1)
+
+
+@triton.jit
+def step_chunk(
+    tensor,
+    group,
+    row,
+    statistics,
+    control,
+    grad_scale,
+    partial,
+    now,
+    following,
+    start,
+    size,
+    STORAGE: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """Steps the elements [start, start + size) and writes what was measured. FULL promises size == CHUNK and aligned
+    addresses."""
+    adam, momentum, first, second = kind_of(group, tl.load(tensor + EXP_AVG_SQ))
+    nesterov = (tl.load(group.to(tl.pointer_type(tl.int32)) + NESTEROV) != 0) & momentum
+    by_moment = adam | momentum
+    live = tl.load(tensor + MASTER) != 0
+    anchored = live & (tl.load(tensor + ANCHOR) != 0)
+    taken = tl.load(tl.load(tensor + STEP).to(tl.pointer_type(tl.float32))).to(tl.float64)
+    gradient, moments, boundaries, update = uniforms(
+        group, row, statistics, now, following, grad_scale, adam, momentum, second, taken
+    )
+    scale, coupled_decay, grad_under, grad_well, sigma = gradient
+    coupled = coupled_decay != 0
+    routed = (grad_under != 1) | (grad_well != 1)
+    noisy = sigma != 0
+    scale = scale.to(ARITHMETIC)
+    coupled_decay = coupled_decay.to(ARITHMETIC)
+    grad_under = grad_under.to(ARITHMETIC)
+    grad_well = grad_well.to(ARITHMETIC)
+    sigma = sigma.to(ARITHMETIC)
+    first_keep, first_add, second_keep, second_add = moments
+    first_keep = first_keep.to(ARITHMETIC)
+    first_add = first_add.to(ARITHMETIC)
+    second_keep = second_keep.to(ARITHMETIC)
+    second_add = second_add.to(ARITHMETIC)
+    old_slope, old_offset, new_slope, new_offset = boundaries
+    old_slope = old_slope.to(ARITHMETIC)
+    old_offset = old_offset.to(ARITHMETIC)
+    new_slope = new_slope.to(ARITHMETIC)
+    new_offset = new_offset.to(ARITHMETIC)
+    eps, mu, decay, step_under, step_well = update
+    eps = eps.to(ARITHMETIC)
+    mu = mu.to(ARITHMETIC)
+    decay = decay.to(ARITHMETIC)
+    step_under = step_under.to(ARITHMETIC)
+    step_well = step_well.to(ARITHMETIC)
+    live_under, live_well = live_of(row, following)
+    live_under = live_under.to(ARITHMETIC)
+    live_well = live_well.to(ARITHMETIC)
+    seed = tl.load(control + SEED)
+    counter = tl.load(control + COUNTER).to(tl.uint32)
+    index = tl.load(tensor + FIRST) + start
+
+    param = _pointer(tl.load(tensor + PARAM), STORAGE, FULL) + start
+    grads = _pointer(tl.load(tensor + GRAD), STORAGE, FULL) + start
+    moment = _pointer(tl.load(tensor + EXP_AVG), ARITHMETIC, FULL) + start
+    square = _pointer(tl.load(tensor + EXP_AVG_SQ), ARITHMETIC, FULL) + start
+    master = _pointer(tl.load(tensor + MASTER), ARITHMETIC, FULL) + start
+    anchors = _pointer(tl.load(tensor + ANCHOR), ARITHMETIC, FULL) + start
+
+    # Neighbours that lie in one thread, then over the blocks: at most VECTOR + CHUNK / BLOCK additions before float64
+    # takes over.
+    VECTOR: tl.constexpr = 128 // STORAGE.primitive_bitwidth
+    LANES: tl.constexpr = BLOCK // VECTOR
+    grad_sum = tl.zeros((LANES,), ARITHMETIC)
+    grad_sq = tl.zeros((LANES,), ARITHMETIC)
+    update_sq = tl.zeros((LANES,), ARITHMETIC)
+    param_sq = tl.zeros((LANES,), ARITHMETIC)
+    # Two counts in one register: under-optimized in the lower half, not finite in the upper.
+    tl.static_assert(CHUNK // LANES < 32768)
+    counts = tl.zeros((LANES,), tl.int32)
+    lane = tl.arange(0, BLOCK)
+    begin = size - size
+    while begin < (CHUNK if FULL else size):
+        # Before the loads, whose values would fill the registers meanwhile.
+        z = tl.zeros((BLOCK,), ARITHMETIC)
+        if noisy:
+            z = normals(seed, counter, index + begin, BLOCK).to(ARITHMETIC) * sigma
+        if FULL:
+            inside = tl.full((BLOCK,), True, tl.int1)
+            g0 = tl.load(grads + begin + lane)
+        else:
+            inside = begin + lane < size
+            g0 = tl.load(grads + begin + lane, mask=inside, other=0)
+        m = tl.load(moment + begin + lane, mask=inside & first, other=0)
+        v = tl.load(square + begin + lane, mask=inside & second, other=0)
+        theta = tl.load(master + begin + lane, mask=inside & live, other=0)
+        stored = tl.load(param + begin + lane, mask=inside & (live == 0), other=0)
+        theta = tl.where(live, theta, _widen(stored, ARITHMETIC))
+        anchor = tl.load(anchors + begin + lane, mask=inside & anchored, other=0)
+
+        g0 = _widen(g0, ARITHMETIC) * scale
+        g = tl.where(coupled, g0 + theta * coupled_decay, g0)
+        old = (m * m >= v * old_slope + old_offset) | (second == 0)
+        g = tl.where(routed, g * tl.where(old, grad_under, grad_well), g)
+        g = tl.where(noisy, g + z, g)
+
+        m = m * first_keep + g * first_add
+        v = v * second_keep + (g * g) * second_add
+        tl.store(moment + begin + lane, m, mask=inside & first)
+        tl.store(square + begin + lane, v, mask=inside & second)
+        under = (m * m >= v * new_slope + new_offset) | (second == 0)
+
+        direction = tl.where(by_moment, tl.where(nesterov, g + m * mu, m), g)
+        if adam:
+            direction = m / (tl.sqrt(v) + eps) if ARITHMETIC.is_fp64() else tl.div_rn(m, tl.sqrt_rn(v) + eps)
+        delta = direction * tl.where(under, step_under, step_well)
+        theta = theta * decay - delta
+        tl.store(master + begin + lane, theta, mask=inside & live)
+        shown = tl.where(live, _live_weight(theta, anchor, tl.where(under, live_under, live_well)), theta)
+        tl.store(param + begin + lane, _narrow(shown, STORAGE), mask=inside)
+
+        if not FULL:
+            delta = tl.where(inside, delta, 0.0)
+            theta = tl.where(inside, theta, 0.0)
+        grad_sum += _gathered(g0, VECTOR)
+        grad_sq += _gathered(g0 * g0, VECTOR)
+        update_sq += _gathered(delta * delta, VECTOR)
+        param_sq += _gathered(theta * theta, VECTOR)
+        counts += _gathered((under & inside).to(tl.int32) + ((g0 - g0 != 0).to(tl.int32) << 16), VECTOR)
+        begin += BLOCK
+
+    sum_of_grads = tl.sum(grad_sum.to(tl.float64), 0)
+    squares = tl.sum(grad_sq.to(tl.float64), 0)
+    if (squares - squares != 0) | ((squares == 0) & (sum_of_grads != 0)):
+        squares = _squares(grads, scale, size, ARITHMETIC, BLOCK)
+    tl.store(partial + COUNT, size.to(tl.float64))
+    tl.store(partial + UNDER, tl.where(second, tl.sum(counts & 0xFFFF, 0).to(tl.float64), NAN))
+    tl.store(partial + GRAD_SUM, sum_of_grads)
+    tl.store(partial + GRAD_SQ, squares)
+    tl.store(partial + UPDATE_SQ, tl.sum(update_sq.to(tl.float64), 0))
+    tl.store(partial + PARAM_SQ, tl.sum(param_sq.to(tl.float64), 0))
+    tl.store(partial + NONFINITE, tl.sum(counts >> 16, 0).to(tl.float64))

@@ -1,0 +1,109 @@
+"""A share (``launch.Share``) as launches of the kernels: one launch for each storage type among its parameters."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton.language as tl
+
+from aim_kernels.backends.triton.kernels import emit_kernel, finish_kernel, update_kernel
+from aim_kernels.rows import DTYPES
+
+if TYPE_CHECKING:
+    from aim_kernels.launch import Share
+
+#: Storage and arithmetic type. bfloat16 travels as its bits: the kernels round it themselves.
+TYPES = {
+    "float32": (tl.float32, tl.float32),
+    "float64": (tl.float64, tl.float64),
+    "bfloat16": (tl.int16, tl.float32),
+    "float16": (tl.float16, tl.float32),
+}
+
+#: Elements that a program holds in registers at a time: with 128 threads, 16 bytes of storage a thread and array.
+BLOCKS = {"float32": 512, "float64": 512, "bfloat16": 1024, "float16": 1024}
+
+#: Registers a thread of ``update_kernel`` on CUDA: what holds its values without spilling. Left alone, the assembler
+#: takes half as many again, and fewer programs fit on a multiprocessor.
+REGISTERS = {"float32": 128, "float64": 168, "bfloat16": 168, "float16": 168}
+
+#: Groups have few chunks or very many; lanes that find nothing cost little.
+FINISH_BLOCK = 128
+
+
+def options(block: int, registers: int | None = None) -> dict[str, Any]:
+    """How to compile a kernel over blocks of so many elements, with at most so many registers a thread.
+
+    Multiplications and additions stay apart, as on the CPU. A thread has four elements or more: were blocks smaller
+    than the threads, some would hold an element twice and read it after their twin has written it.
+    """
+    limit = {} if registers is None else {"maxnreg": registers}
+    return {"num_warps": max(1, min(4, block // 128)), "num_stages": 1, "enable_fp_fusion": False} | limit
+
+
+def specialization(dtype: int, chunk: int) -> dict[str, Any]:
+    """The constants of a kernel over tensors of storage type ``dtype`` (numbered as in ``rows.DTYPES``)."""
+    name = DTYPES[dtype]
+    storage, arithmetic = TYPES[name]
+    # A power of two that divides the chunk.
+    block = min(BLOCKS[name], chunk & -chunk)
+    return {"NUMBER": dtype, "STORAGE": storage, "ARITHMETIC": arithmetic, "CHUNK": chunk, "BLOCK": block}
+
+
+def update(share: Share) -> None:
+    """Steps every tensor that has a gradient, emits those that have only a master, and fills ``share.partials``."""
+    cuda = share.device.type == "cuda" and torch.version.hip is None
+    for dtype in share.dtypes:
+        constants = specialization(dtype, share.chunk_size)
+        registers = REGISTERS[DTYPES[dtype]] if cuda else None
+        # One program where all tensors are empty: the phase is drawn all the same.
+        update_kernel[(max(1, len(share.chunks)),)](
+            share.tensors,
+            share.groups,
+            share.rows,
+            share.statistics,
+            share.control,
+            share.chunks,
+            share.partials,
+            share.next,
+            share.grad_scale,
+            share.found_inf,
+            len(share.chunks),
+            **constants,
+            **options(constants["BLOCK"], registers),
+        )
+
+
+def finish(share: Share) -> None:
+    """Adds up what the chunks measured; moves step counts and, at home, thresholds, latched columns and the phase."""
+    finish_kernel[(len(share.groups),)](
+        share.tensors,
+        share.groups,
+        share.rows,
+        share.statistics,
+        share.control,
+        share.spans,
+        share.partials,
+        share.next,
+        share.sums,
+        share.others,
+        share.found_inf,
+        0 if share.others is None else len(share.others),
+        BLOCK=FINISH_BLOCK,
+        **options(512),
+    )
+
+
+def emit(share: Share) -> None:
+    """Writes the live weights of all tensors that have a master."""
+    for dtype in share.dtypes if len(share.chunks) else ():
+        constants = specialization(dtype, share.chunk_size)
+        emit_kernel[(len(share.chunks),)](
+            share.tensors,
+            share.groups,
+            share.rows,
+            share.chunks,
+            **constants,
+            **options(constants["BLOCK"]),
+        )

@@ -1,0 +1,210 @@
+"""What all elements of a tensor share in one step: ``csrc/common/shared.h`` for Triton, operation by operation.
+
+Everything is float64, with +, -, *, / and sqrt only; the elements' kernel rounds it once to the type it computes in.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from aim_kernels.backends.triton.layout import (
+    ADAMW,
+    BETA1,
+    BETA2,
+    COUNT,
+    DAMPENING,
+    EPS,
+    FLOAT64,
+    GRAD_SQ,
+    GRAD_SUM,
+    LR,
+    LR_DTYPE,
+    LR_TENSOR,
+    MOMENTUM,
+    NOISE,
+    PHASE_LIVE,
+    PHASE_ROWS,
+    PHASE_STEP,
+    PHASE_WORDS,
+    ROW_GRAD,
+    RULE,
+    SCALE,
+    SGD,
+    TAU,
+    TAU_PREV,
+    WEIGHT_DECAY,
+)
+
+
+@triton.jit
+def kind_of(group, exp_avg_sq):
+    """Which moments a parameter keeps and which way it moves: (adam, momentum, first, second), int1 each.
+
+    ``momentum`` is SGD's; ``first`` and ``second`` say which moments there are. ``group`` is the address of its record.
+    """
+    adam = tl.load(group.to(tl.pointer_type(tl.int32)) + RULE) != SGD
+    second = adam | (exp_avg_sq != 0)
+    momentum = (tl.load(group.to(tl.pointer_type(tl.float64)) + MOMENTUM) != 0) & (adam == 0)
+    return adam, momentum, second | momentum, second
+
+
+@triton.jit
+def _multiply(a, a_rest, b, b_rest):
+    """Dekker's product of numbers that are unevaluated sums of two."""
+    a_part = 134217729.0 * a
+    b_part = 134217729.0 * b
+    a_upper = a_part - (a_part - a)
+    b_upper = b_part - (b_part - b)
+    a_lower = a - a_upper
+    b_lower = b - b_upper
+    product = a * b
+    error = ((a_upper * b_upper - product) + a_upper * b_lower + a_lower * b_upper) + a_lower * b_lower
+    error = error + (a * b_rest + a_rest * b)
+    high = product + error
+    return high, error - (high - product)
+
+
+@triton.jit
+def _powers(x, n, y, k):
+    """x^n and y^k for whole n and k, by squaring in two float64 each; negative exponents count as 0. One loop for both,
+    so that neither chain of products waits for the other."""
+    one = tl.full((), 1.0, tl.float64)
+    zero = tl.full((), 0.0, tl.float64)
+    a, a_rest, x_rest = one, zero, zero
+    b, b_rest, y_rest = one, zero, zero
+    n = tl.maximum(n, 0.0).to(tl.int64)
+    k = tl.maximum(k, 0.0).to(tl.int64)
+    while (n | k) != 0:
+        ax, ax_rest = _multiply(a, a_rest, x, x_rest)
+        by, by_rest = _multiply(b, b_rest, y, y_rest)
+        takes_x = (n & 1) != 0
+        takes_y = (k & 1) != 0
+        a = tl.where(takes_x, ax, a)
+        a_rest = tl.where(takes_x, ax_rest, a_rest)
+        b = tl.where(takes_y, by, b)
+        b_rest = tl.where(takes_y, by_rest, b_rest)
+        x, x_rest = _multiply(x, x_rest, x, x_rest)
+        y, y_rest = _multiply(y, y_rest, y, y_rest)
+        n = n >> 1
+        k = k >> 1
+    return a, b
+
+
+@triton.jit
+def _age(group, momentum, t):
+    """(weight, rest) of moments that are ``t`` >= 1 steps old: the factor that turns the first one into an average, and
+    1 - beta2^t."""
+    g = group.to(tl.pointer_type(tl.float64))
+    mu = tl.load(g + MOMENTUM)
+    last, squared = _powers(
+        tl.where(momentum, mu, tl.load(g + BETA1)), tl.where(momentum, t - 1, t), tl.load(g + BETA2), t
+    )
+    unfading = mu == 1
+    earlier = tl.where(unfading, t - 1, (1 - last) / (1 - tl.where(unfading, 0.0, mu)))
+    weight = tl.where(momentum, last + (1 - tl.load(g + DAMPENING)) * earlier, 1 - last)
+    return weight, 1 - squared
+
+
+@triton.jit
+def _boundary(group, second, t, tau, weight, rest):
+    """(slope, offset): under-optimized where m^2 >= slope * v + offset. At t = 0, or without state, that is all."""
+    eps = tl.load(group.to(tl.pointer_type(tl.float64)) + EPS)
+    squared = tau * tau * weight * weight
+    classed = second & (t >= 1)
+    return tl.where(classed, squared / rest, 0.0), tl.where(classed, squared * eps * eps, 0.0)
+
+
+@triton.jit
+def boundary(group, momentum, second, t, tau):
+    """The class boundary of moments that are ``t`` steps old."""
+    weight, rest = _age(group, momentum, tl.maximum(t, 1.0))
+    return _boundary(group, second, t, tau, weight, rest)
+
+
+@triton.jit
+def _learning_rate(group):
+    lr = tl.load(group.to(tl.pointer_type(tl.float64)) + LR)
+    address = tl.load(group + LR_TENSOR)
+    if address != 0:
+        if tl.load(group.to(tl.pointer_type(tl.int32)) + LR_DTYPE) == FLOAT64:
+            lr = tl.load(address.to(tl.pointer_type(tl.float64)))
+        else:
+            lr = tl.load(address.to(tl.pointer_type(tl.float32))).to(tl.float64)
+    return lr
+
+
+@triton.jit
+def _standard_deviation(statistics):
+    numel = tl.load(statistics + COUNT)
+    known = numel > 0
+    n = tl.where(known, numel, 1.0)
+    mean = tl.load(statistics + GRAD_SUM) / n
+    variance = tl.load(statistics + GRAD_SQ) / n - mean * mean
+    good = known & (variance > 0)
+    return tl.where(good, tl.sqrt(tl.where(good, variance, 0.0)), 0.0)
+
+
+@triton.jit
+def uniforms(group, row, statistics, now, following, grad_scale, adam, momentum, second, taken):
+    """The numbers of ``aim::Uniforms`` for a parameter that took ``taken`` steps, in these tuples: gradient (scale,
+    coupled decay, under, well, sigma), moments (keep and add of either), boundaries (old slope, old offset, new slope,
+    new offset), update (eps, nesterov, decay, step under, step well).
+
+    ``group`` points to the group's record as int64, ``row`` and ``statistics`` to its lines; ``now`` and ``following``
+    are phases.
+    """
+    g = group.to(tl.pointer_type(tl.float64))
+    now_row = row + PHASE_ROWS + now * PHASE_WORDS
+    t = taken + 1
+    lr = _learning_rate(group)
+    weight_decay = tl.load(g + WEIGHT_DECAY)
+    decoupled = tl.load(group.to(tl.pointer_type(tl.int32)) + RULE) == ADAMW
+    scale = tl.load(g + SCALE)
+    if grad_scale is not None:
+        scale = scale * (1.0 / tl.load(grad_scale).to(tl.float64))
+    sigma = tl.load(row + NOISE) * _standard_deviation(statistics)
+    grad_under = tl.load(row + ROW_GRAD)
+    grad_well = tl.load(row + ROW_GRAD + 1)
+    routed = (grad_under != 1) | (grad_well != 1)
+    gradient = (scale, tl.where(decoupled, 0.0, weight_decay), grad_under, grad_well, sigma)
+
+    mu = tl.load(g + MOMENTUM)
+    beta1 = tl.load(g + BETA1)
+    beta2 = tl.load(g + BETA2)
+    later = t > 1
+    moments = (
+        tl.where(momentum, tl.where(later, mu, 0.0), beta1),
+        tl.where(momentum, tl.where(later, 1 - tl.load(g + DAMPENING), 1.0), 1 - beta1),
+        beta2,
+        1 - beta2,
+    )
+
+    weight, rest = _age(group, momentum, t)
+    old_slope = tl.full((), 0.0, tl.float64)
+    old_offset = tl.full((), 0.0, tl.float64)
+    if routed:  # or nobody asks
+        old_slope, old_offset = boundary(group, momentum, second, taken, tl.load(row + TAU_PREV))
+    new_slope, new_offset = _boundary(group, second, t, tl.load(row + TAU), weight, rest)
+    boundaries = (old_slope, old_offset, new_slope, new_offset)
+
+    # m_hat / (sqrt(v_hat) + eps) = m / (sqrt(v) + eps * root) * root / weight
+    root = tl.sqrt(rest)
+    rate = tl.where(adam, lr * (root / weight), lr)
+    update = (
+        tl.load(g + EPS) * root,
+        mu,
+        tl.where(decoupled, 1 - lr * weight_decay, 1.0),
+        rate * tl.load(now_row + PHASE_STEP),
+        rate * tl.load(now_row + PHASE_STEP + 1),
+    )
+    return gradient, moments, boundaries, update
+
+
+@triton.jit
+def live_of(row, phase):
+    """Live coefficients (under, well) of a phase."""
+    columns = row + PHASE_ROWS + phase * PHASE_WORDS + PHASE_LIVE
+    return tl.load(columns), tl.load(columns + 1)
