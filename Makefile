@@ -14,7 +14,7 @@ BUILD_REQUIRES = $(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyp
 CXX_FILES = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.h csrc/*/*.cu csrc/*/*.cuh python/*.cpp python/*.h tests/native/*.cpp tests/native/*.h tests/native/*/*.h)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test build bench format lint check-install clean
+.PHONY: help demo test build bench gpu format lint check-install clean
 
 # Threads that spin while they wait take the cores from each other as soon as two processes share them: a small operation then
 # lasts a hundred times longer. `bench` keeps the default, as its users have it.
@@ -44,6 +44,16 @@ build: $(STAMP)  ## rebuild the extension where its sources changed
 
 bench: build  ## this machine's table: the kernels, their peers and the memory floor
 	$(BIN)/python -m aim_kernels bench
+
+# For a machine that has a GPU and no network: the Python, torch, triton and nvcc that are there, nothing installed.
+GPU_PYTHON ?= python3
+GPU_OUT ?= benchmarks/results
+gpu: export PYTHONPATH := $(CURDIR)
+gpu:  ## on a machine with a GPU: build with what is there, run the GPU tests, then the GPU benchmarks
+	AIM_KERNELS_CUDA=1 $(GPU_PYTHON) setup.py --quiet build_ext --inplace
+	$(GPU_PYTHON) -m aim_kernels
+	$(GPU_PYTHON) -m pytest -m gpu -q --maxfail=20 $(PYTEST_ARGS)
+	$(GPU_PYTHON) -m aim_kernels bench --device cuda --sweep --out $(GPU_OUT)
 
 format: $(STAMP)  ## rewrite the sources in the house style
 	$(BIN)/ruff check --fix .

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from aim_kernels.plan import StepPlan
 
 _WORD = 8  # bytes; tables travel as int64
-_VECTOR = 16  # bytes of one aligned access
 
 
 class Kernels(Protocol):
@@ -143,12 +142,10 @@ class Share:
         sums: float64 [G, 7] where this is not home; others: float64 [devices, G, 7] at home, of the other devices.
         grad_scale, found_inf: one float32 number each, or None.
         dtypes, rules: what there is among the parameters, numbered as in ``rows.DTYPES`` and ``rows.RULES``.
-        aligned: whether all addresses allow accesses of 16 bytes.
     """
 
     tensors: Tensor
     groups: Tensor
-    aligned: bool
 
     def __init__(
         self,
@@ -207,8 +204,6 @@ class Share:
             width = records.itemsize // _WORD
             self.tensors = words[: len(records) * width].view(len(records), width)
             self.groups = words[len(records) * width :].view(len(groups), groups.itemsize // _WORD)
-            addresses = np.stack([records[n] for n in ("param", "grad", "exp_avg", "exp_avg_sq", "master", "anchor")])
-            self.aligned = not (addresses[:, records["numel"] > 0] % _VECTOR).any()
             self.rules: tuple[int, ...] = tuple(np.unique(groups["rule"][np.unique(records["group"])]).tolist())
             self._sent = b"" if capturing(self.device) else content
 

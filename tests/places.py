@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NATIVE = ROOT / "build" / "native"
 
 #: Backends on the processor; the device ones with small chunks, so that small tensors have several.
-EMULATED = ("cuda",)
+EMULATED = ("cuda", "triton")
 #: Backends on a GPU: `make gpu`.
 ON_GPU = ("cuda@gpu", "triton@gpu")
 

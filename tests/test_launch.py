@@ -73,7 +73,6 @@ def test_records_arrive_as_they_are() -> None:
     assert share.groups.numpy().tobytes() == plan.groups.tobytes()
     assert share.tensors.shape == (4, TENSOR_RECORD.itemsize // 8)
     assert share.groups.shape == (2, GROUP_RECORD.itemsize // 8)
-    assert share.aligned
     assert share.dtypes == (0,)
 
 
@@ -86,11 +85,6 @@ def test_nothing_is_sent_where_nothing_moved(monkeypatch: pytest.MonkeyPatch) ->
     plan.records["grad"][0] += 4
     share.send()
     assert len(sent) == 1
-    assert not share.aligned
-
-
-def test_misaligned_addresses_are_noticed() -> None:
-    assert not ready(kinds=("offset",))[1].aligned
 
 
 def test_learning_rate_tensors_are_read_where_they_are() -> None:

@@ -12,8 +12,6 @@ import torch
 
 NAMES = ("cpu", "cuda", "triton", "reference")
 
-_AUTOMATIC = ("cpu", "cuda", "triton", "reference")  # the first that runs on the device and is available
-
 
 @dataclass(frozen=True)
 class Backend:
@@ -58,8 +56,9 @@ def select(name: str, device: torch.device) -> ModuleType:
     if name == "auto" and (wish := os.environ.get("AIM_KERNELS_BACKEND")):
         name, source = wish, f"AIM_KERNELS_BACKEND={wish!r}"
     if name == "auto":
-        candidates = (_module(n) for n in _AUTOMATIC)
-        return next(m for m in candidates if m.runs_on(device) and not m.unavailable())
+        # The first that runs there; on a CPU, Triton would be its interpreter.
+        names = ("cpu", "reference") if device.type == "cpu" else ("cuda", "triton", "reference")
+        return next(m for m in map(_module, names) if m.runs_on(device) and not m.unavailable())
     if name not in NAMES:
         raise ValueError(f"{source}: unknown backend; choose one of {', '.join(('auto', *NAMES))}")
     module = _module(name)

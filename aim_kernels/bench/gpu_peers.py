@@ -88,7 +88,7 @@ def _options() -> dict[str, Any]:
     return {"lr": PLAIN.lr, "betas": PLAIN.betas, "eps": PLAIN.eps, "weight_decay": PLAIN.weight_decay}
 
 
-def _torch(**kind: bool) -> Callable[[Arrays, bool], Step]:
+def _torch(**kind: Any) -> Callable[[Arrays, bool], Step]:
     def build(arrays: Arrays, capturable: bool) -> Step:
         optimizer = torch.optim.AdamW(arrays.params, **_options(), **kind, capturable=capturable)
         adopt(optimizer, arrays)
@@ -110,13 +110,15 @@ def _with_casts(arrays: Arrays, capturable: bool) -> Step:
     for number, master in enumerate(masters):
         state = {"step": torch.zeros((), device=master.device), "exp_avg": arrays.exp_avg[number]}
         optimizer.state[master].update(state | {"exp_avg_sq": arrays.exp_avg_sq[number]})
-    wide = [master.grad for master in masters]
+    wide: list[Tensor] = [grad for master in masters if (grad := master.grad) is not None]
+    weights: list[Tensor] = list(arrays.params)
+    wide_weights: list[Tensor] = list(masters)
 
     @torch.no_grad()
     def step() -> None:
         torch._foreach_copy_(wide, arrays.grads)
         optimizer.step()
-        torch._foreach_copy_(arrays.params, masters)
+        torch._foreach_copy_(weights, wide_weights)
 
     return step
 

@@ -88,11 +88,10 @@ def result(sample: Samples | str, moved: int, bandwidth: float, fused: Samples |
     """A line, from samples in nanoseconds or the error in their place. ``moved``: bytes of a step; ``bandwidth``: of
     the copy, bytes a second."""
     shared = {"commit": "", "date": "", "device": "", "driver": "", "cuda": "", "python": "", "torch": "", "triton": ""}
-    plain = shared | {"chunk": 0, "threads": 0} | columns
+    plain: dict[str, Any] = shared | {"chunk": 0, "threads": 0} | columns
     if isinstance(sample, str):
-        unknown = dict.fromkeys(
-            ("median_us", "p20_us", "p80_us", "gb_per_s", "ratio_to_copy", "ratio_to_torch_fused"), _NAN
-        )
+        measured = ("median_us", "p20_us", "p80_us", "gb_per_s", "ratio_to_copy", "ratio_to_torch_fused")
+        unknown: dict[str, Any] = dict.fromkeys(measured, _NAN)
         return GpuResult(**plain, **unknown, error=sample)
     seconds = sample.median * 1e-9
     return GpuResult(
