@@ -208,7 +208,7 @@ def write(folder: Path, lines: Sequence[GpuResult], title: str, bandwidth: float
     folder.mkdir(parents=True, exist_ok=True)
     stem = folder / f"gpu-{re.sub(r'[^a-z0-9]+', '-', title.lower()).strip('-')}"
     table, page, chart = (stem.with_suffix(suffix) for suffix in (".csv", ".md", ".png"))
-    report.append_csv(table, lines)
+    report.append_csv(table, lines, GpuResult)
     page.write_text(markdown(lines, title, bandwidth, shared), encoding="utf-8")
     return [table, page, *([chart] if plot(chart, lines, title) else [])]
 
