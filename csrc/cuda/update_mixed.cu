@@ -7,6 +7,8 @@
 namespace aim {
 namespace device {
 
+namespace {
+
 struct AnyDispatch {
   static __device__ __forceinline__ void run(const Tensor& tensor, const Shared& shared, Kind kind,
                                              int64_t begin, int64_t end, Statistics* partial) {
@@ -22,6 +24,8 @@ struct AnyDispatch {
     }
   }
 };
+
+}  // namespace
 
 __global__ void AIM_BLOCK update_mixed(const __grid_constant__ cuda::Work work) {
   update_block<AnyDispatch>(work);

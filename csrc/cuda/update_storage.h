@@ -1,0 +1,38 @@
+// The update kernels of one storage type: AIM_STORAGE, computed in AIM_ARITHMETIC, called AIM_NAME.
+// Included by update_<name>.cu, a translation unit each, so that they compile side by side.
+#pragma once
+
+#include "cuda/kernels.h"
+#include "cuda/update.h"
+
+#define AIM_JOINED(a, b) a##b
+#define AIM_KERNEL(prefix, name) AIM_JOINED(prefix, name)
+
+namespace aim {
+namespace device {
+
+namespace {  // every unit has another
+
+template <bool kAdam>
+struct Dispatch {
+  static __device__ __forceinline__ void run(const Tensor& tensor, const Shared& shared, Kind kind,
+                                             int64_t begin, int64_t end, Statistics* partial) {
+    update_kinds<AIM_STORAGE, AIM_ARITHMETIC, kAdam, !kAdam>(tensor, shared, kind, begin, end,
+                                                             partial);
+  }
+};
+
+}  // namespace
+
+__global__ void AIM_BLOCK AIM_KERNEL(update_adam_,
+                                     AIM_NAME)(const __grid_constant__ cuda::Work work) {
+  update_block<Dispatch<true>>(work);
+}
+
+__global__ void AIM_BLOCK AIM_KERNEL(update_sgd_,
+                                     AIM_NAME)(const __grid_constant__ cuda::Work work) {
+  update_block<Dispatch<false>>(work);
+}
+
+}  // namespace device
+}  // namespace aim
