@@ -96,11 +96,9 @@ def print_table(title: str, results: Sequence[Result]) -> None:
         print("  ".join([f"  {name:<{widths[0]}}", *padded]))
 
 
-def append_csv(path: Path, results: Sequence[DataclassInstance]) -> None:
+def append_csv(path: Path, results: Iterable[DataclassInstance], kind: type[DataclassInstance] = Result) -> None:
     """Append results of one kind; a file of other columns is not touched."""
-    if not results:
-        return
-    names = [f.name for f in fields(results[0])]
+    names = [f.name for f in fields(kind)]
     fresh = not path.exists()
     if not fresh:
         with path.open(newline="", encoding="utf-8") as file:
