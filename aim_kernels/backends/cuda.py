@@ -25,10 +25,10 @@ except ImportError as error:
 
 ON_DEVICE, DEVICE, DESCRIPTION = True, "cuda", "compiled kernels"
 
-#: Elements of a block's chunk and threads of a block. Four rounds of two 16-byte accesses a thread and array: enough
-#: in flight to cover the memory's latency, and few enough elements that blocks fill every multiprocessor several times.
-#: Reasoned, not yet measured.
-CHUNK, THREADS = 8192, 256
+#: Elements of a block's chunk and threads of a block. Two such blocks fit on a multiprocessor, with 64 KiB of loads
+#: under way: more than its share of memory needs to be kept busy. Before its first element a block computes what all
+#: share, for one or two microseconds; a chunk takes twenty times as long. Reasoned, not yet measured.
+CHUNK, THREADS = 16384, 256
 
 
 @functools.cache

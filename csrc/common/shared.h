@@ -47,37 +47,47 @@ AIM_INLINE Wide multiply(Wide a, Wide b) {
   return {high, error - (high - product)};
 }
 
-// x^n for a whole n >= 0, by squaring: the libraries of different devices round pow() differently.
-// In two doubles, since 1 - beta^t would show the errors of plain squaring in float64.
-AIM_INLINE double power(double x, double n) {
-  Wide result{1, 0}, square{x, 0};
-  for (uint64_t rest = n > 0 ? static_cast<uint64_t>(n) : 0; rest != 0; rest >>= 1) {
-    if (rest & 1) result = multiply(result, square);
-    square = multiply(square, square);
+// x^n and y^k for whole n and k (negative ones count as 0), by squaring: the libraries of different
+// devices round pow() differently. In two doubles, since 1 - beta^t would show the errors of plain
+// squaring in float64. One loop for both, so that neither chain of products waits for the other.
+AIM_INLINE void powers(double x, double n, double y, double k, double* x_to_n, double* y_to_k) {
+  Wide a{1, 0}, b{1, 0}, x_square{x, 0}, y_square{y, 0};
+  uint64_t n_rest = n > 0 ? static_cast<uint64_t>(n) : 0;
+  uint64_t k_rest = k > 0 ? static_cast<uint64_t>(k) : 0;
+  while ((n_rest | k_rest) != 0) {
+    const Wide a_next = multiply(a, x_square), b_next = multiply(b, y_square);
+    if (n_rest & 1) a = a_next;
+    if (k_rest & 1) b = b_next;
+    x_square = multiply(x_square, x_square);
+    y_square = multiply(y_square, y_square);
+    n_rest >>= 1;
+    k_rest >>= 1;
   }
-  return result.high;
+  *x_to_n = a.high;
+  *y_to_k = b.high;
 }
 
-// Factor that turns the stored first moment into an average, after `t` steps.
-AIM_INLINE double first_weight(const Group& group, Kind kind, double t) {
-  if (kind != Kind::kSgdMomentum && kind != Kind::kSgdMomentumState)
-    return 1 - power(group.beta1, t);
-  const double mu = group.momentum, last = power(mu, t - 1);
+// Of moments that are `t` >= 1 steps old: the factor that turns the first into an average, and what
+// the second lacks to one, 1 - beta2^t.
+struct Age {
+  double weight, rest;
+};
+
+AIM_INLINE Age age_of(const Group& group, Kind kind, double t) {
+  const bool momentum = kind == Kind::kSgdMomentum || kind == Kind::kSgdMomentumState;
+  const double mu = group.momentum;
+  double last, squared;
+  powers(momentum ? mu : group.beta1, momentum ? t - 1 : t, group.beta2, t, &last, &squared);
+  if (!momentum) return {1 - last, 1 - squared};
   const double earlier = mu == 1 ? t - 1 : (1 - last) / (1 - mu);
-  return last + (1 - group.dampening) * earlier;
+  return {last + (1 - group.dampening) * earlier, 1 - squared};
 }
 
-// under: m^2 >= slope * v + offset, for thresholds on moments that are `t` steps old. At t = 0
-// everything is under-optimized.
-AIM_INLINE void threshold(const Group& group, Kind kind, double t, double tau, double* slope,
+// under: m^2 >= slope * v + offset, for moments of that age.
+AIM_INLINE void threshold(const Group& group, const Age& age, double tau, double* slope,
                           double* offset) {
-  if (t < 1) {
-    *slope = *offset = 0;
-    return;
-  }
-  const double weight = first_weight(group, kind, t);
-  const double squared = tau * tau * weight * weight;
-  *slope = squared / (1 - power(group.beta2, t));
+  const double squared = tau * tau * age.weight * age.weight;
+  *slope = squared / age.rest;
   *offset = squared * group.eps * group.eps;
 }
 
@@ -100,7 +110,8 @@ AIM_INLINE Shared shared_of(const Group& group, const Row& row, const PhaseRow& 
   u.decay = decoupled ? 1 - lr * group.weight_decay : 1;
   copy(row.grad, u.grad);
   copy(next.live, u.live);
-  u.sigma = row.noise * deviation;
+  u.sigma = row.noise != 0 ? row.noise * deviation : 0;
+  u.routed = u.grad[kUnder] != 1 || u.grad[kWell] != 1;
   if (kind == Kind::kSgdMomentum || kind == Kind::kSgdMomentumState) {
     u.first_keep = t > 1 ? group.momentum : 0;
     u.first_add = t > 1 ? 1 - group.dampening : 1;
@@ -112,21 +123,25 @@ AIM_INLINE Shared shared_of(const Group& group, const Row& row, const PhaseRow& 
   u.second_add = 1 - group.beta2;
   double rate = lr;
   if (has_second(kind)) {
-    threshold(group, kind, steps_taken, row.tau_prev, &u.old_v, &u.old_0);
-    threshold(group, kind, t, row.tau, &u.new_v, &u.new_0);
-  }
-  if (adam) {
-    // m_hat / (sqrt(v_hat) + eps) = m / (sqrt(v) + eps * root) * root / weight
-    const double root = square_root(1 - power(group.beta2, t));
-    rate *= root / first_weight(group, kind, t);
-    u.eps = group.eps * root;
+    const Age age = age_of(group, kind, t);
+    threshold(group, age, row.tau, &u.new_v, &u.new_0);
+    // Before the first step everything is under-optimized; without routing nobody asks.
+    if (u.routed && steps_taken >= 1) {
+      const Age old = age_of(group, kind, steps_taken);
+      threshold(group, old, row.tau_prev, &u.old_v, &u.old_0);
+    }
+    if (adam) {
+      // m_hat / (sqrt(v_hat) + eps) = m / (sqrt(v) + eps * root) * root / weight
+      const double root = square_root(age.rest);
+      rate *= root / age.weight;
+      u.eps = group.eps * root;
+    }
   }
   u.step[kUnder] = rate * now.step[kUnder];
   u.step[kWell] = rate * now.step[kWell];
   u.nesterov = group.nesterov ? group.momentum : 0;
   u.is_nesterov = group.nesterov != 0;
   u.coupled = u.coupled_decay != 0;
-  u.routed = u.grad[kUnder] != 1 || u.grad[kWell] != 1;
   u.plain = u.scale == 1 && !u.coupled && !u.routed;
   shared.kind = kind;
   shared.has_noise = u.sigma != 0;
@@ -140,7 +155,9 @@ AIM_INLINE Shared emission_of(const Group& group, Kind kind, double steps_taken,
                               const double live[2]) {
   Shared shared{};
   copy(live, shared.u.live);
-  if (has_second(kind)) threshold(group, kind, steps_taken, tau, &shared.u.old_v, &shared.u.old_0);
+  if (has_second(kind) && steps_taken >= 1) {
+    threshold(group, age_of(group, kind, steps_taken), tau, &shared.u.old_v, &shared.u.old_0);
+  }
   shared.kind = kind;
   return shared;
 }

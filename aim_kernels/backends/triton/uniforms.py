@@ -165,7 +165,8 @@ def uniforms(group, row, statistics, now, following, grad_scale, adam, momentum,
     scale = tl.load(g + SCALE)
     if grad_scale is not None:
         scale = scale * (1.0 / tl.load(grad_scale).to(tl.float64))
-    sigma = tl.load(row + NOISE) * _standard_deviation(statistics)
+    noise = tl.load(row + NOISE)
+    sigma = tl.where(noise != 0, noise * _standard_deviation(statistics), 0.0)
     grad_under = tl.load(row + ROW_GRAD)
     grad_well = tl.load(row + ROW_GRAD + 1)
     routed = (grad_under != 1) | (grad_well != 1)
