@@ -141,11 +141,13 @@ class Share:
         partials: float64 [C, 7], what every chunk measured; next: int64 [1], the phase that update() drew for finish().
         sums: float64 [G, 7] where this is not home; others: float64 [devices, G, 7] at home, of the other devices.
         grad_scale, found_inf: one float32 number each, or None.
+        call: what a backend made of all this for its calls; None again where anything moved.
         dtypes, rules: what there is among the parameters, numbered as in ``rows.DTYPES`` and ``rows.RULES``.
     """
 
     tensors: Tensor
     groups: Tensor
+    call: Any = None
 
     def __init__(
         self,
@@ -193,13 +195,17 @@ class Share:
             local = self._here(lr, self._lr_copies, number)
             groups["lr_tensor"][number] = local.data_ptr()
             groups["lr_dtype"][number] = DTYPES.index(str(local.dtype).removeprefix("torch."))
+        scaling = self.grad_scale, self.found_inf
         self.grad_scale = None if plan.grad_scale is None else self._float(plan.grad_scale)
         self.found_inf = None if plan.found_inf is None else self._float(plan.found_inf)
+        if scaling[0] is not self.grad_scale or scaling[1] is not self.found_inf:
+            self.call = None
         content = records.tobytes() + groups.tobytes()
         # A graph that is being captured reads tables of its own: later steps overwrite these.
         if content != self._sent or capturing(self.device):
             if _C is not None:
                 _C.check(records, groups)
+            self.call = None
             words = self._upload.send(content)
             width = records.itemsize // _WORD
             self.tensors = words[: len(records) * width].view(len(records), width)

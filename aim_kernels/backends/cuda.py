@@ -94,6 +94,12 @@ _SELF = _Kernels()
 
 def _arguments(share: Share) -> tuple[np.ndarray[Any, Any], int, int]:
     """A share as ``aim::cuda::Work``, its device and the stream that the caller is on."""
+    if share.call is None:
+        share.call = _work_of(share)
+    return share.call, share.device.index or 0, _stream(share.device)
+
+
+def _work_of(share: Share) -> np.ndarray[Any, Any]:
     work = np.zeros(1, WORK_RECORD)
     for name in WORK_RECORD.names or ():
         value = getattr(share, name, None)
@@ -104,7 +110,7 @@ def _arguments(share: Share) -> tuple[np.ndarray[Any, Any], int, int]:
     work["chunk_size"], work["threads"] = share.chunk_size, THREADS
     work["dtypes"] = sum(1 << dtype for dtype in share.dtypes)
     work["rules"] = sum(1 << rule for rule in share.rules)
-    return work, share.device.index or 0, _stream(share.device)
+    return work
 
 
 def _stream(device: torch.device) -> int:
