@@ -48,11 +48,13 @@ bench: build  ## this machine's table: the kernels, their peers and the memory f
 # For a machine that has a GPU and no network: the Python, torch, triton and nvcc that are there, nothing installed.
 GPU_PYTHON ?= python3
 GPU_OUT ?= benchmarks/results
+GPU_WORKERS ?= 4
 gpu: export PYTHONPATH := $(CURDIR)
+gpu: export AIM_KERNELS_CUDA := 1
 gpu:  ## on a machine with a GPU: build with what is there, run the GPU tests, then the GPU benchmarks
-	AIM_KERNELS_CUDA=1 $(GPU_PYTHON) setup.py --quiet build_ext --inplace
+	$(GPU_PYTHON) setup.py --quiet build_ext --inplace
 	$(GPU_PYTHON) -m aim_kernels
-	$(GPU_PYTHON) -m pytest -m gpu -q --maxfail=20 $(PYTEST_ARGS)
+	$(GPU_PYTHON) -m pytest -m gpu -q -n $(GPU_WORKERS) --maxfail=20 --durations=10 $(PYTEST_ARGS)
 	$(GPU_PYTHON) -m aim_kernels bench --device cuda --sweep --out $(GPU_OUT)
 
 format: $(STAMP)  ## rewrite the sources in the house style

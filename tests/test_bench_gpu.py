@@ -12,7 +12,7 @@ import torch
 
 from aim_kernels import bench
 from aim_kernels.backends import cuda
-from aim_kernels.bench import gpu, gpu_report, shapes
+from aim_kernels.bench import gpu, gpu_peers, gpu_report, shapes
 from aim_kernels.bench.gpu_peers import Peer, peers, step_bytes
 from aim_kernels.bench.gpu_report import GpuResult
 from aim_kernels.bench.peers import STEP
@@ -40,6 +40,7 @@ def test_sets_have_the_sizes_that_their_names_promise() -> None:
         ({"param": 4, "master": True}, 32),  # g, m, v, master read; m, v, master, p written
         ({"param": 2, "master": True}, 28),  # g in two bytes, p in two bytes
         ({"param": 2, "state": 2}, 14),
+        ({"param": 2}, 22),  # float32 moments, no master
     ],
 )
 def test_bytes_of_a_step(arguments: dict[str, Any], expected: int) -> None:
@@ -132,6 +133,68 @@ def test_configurations_are_put_back() -> None:
     assert before == (cuda._Kernels.CHUNK, cuda.THREADS)
 
 
+def test_configurations_of_triton_are_put_back() -> None:
+    pytest.importorskip("triton", reason="the Triton backend is an extra")
+    from aim_kernels.backends import triton
+    from aim_kernels.backends.triton import driver
+
+    before = triton._Kernels.CHUNK, dict(driver.BLOCKS)
+    with gpu.configured_triton(4096, 256) as threads:
+        assert (triton._Kernels.CHUNK, driver.BLOCKS["float32"], threads) == (4096, 256, 64)
+        assert driver.specialization(0, 4096)["BLOCK"] == 256
+    assert before == (triton._Kernels.CHUNK, dict(driver.BLOCKS))
+
+
+def test_sweep_times_every_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the kernels, and only on the stream; each line says what it was measured with."""
+    pytest.importorskip("triton", reason="the Triton backend is an extra")
+    monkeypatch.setattr(gpu, "SETS", {"256m": TINY})
+    monkeypatch.setattr(gpu, "CHUNKS", (1024, 2048))
+    lines = list(gpu.sweep(["256m"], peers("float32", "cpu"), "cpu", 1e9, 2))
+    assert {line.mode for line in lines} == {"eager"}
+    ours = {(line.chunk, line.threads) for line in lines if line.candidate == "aim"}
+    assert ours == {(chunk, threads) for chunk in (1024, 2048) for threads in gpu.THREADS}
+    theirs = {(line.chunk, line.candidate) for line in lines if line.candidate != "aim"}
+    assert theirs == {(chunk, f"aim-triton-block{block}") for chunk in (1024, 2048) for block in gpu.BLOCKS}
+
+
+def test_a_set_that_fails_is_one_line_more() -> None:
+    def lines() -> Any:
+        yield line("aim", 1.0)
+        raise torch.OutOfMemoryError("no room\nfor it")
+
+    first, second = gpu.attempt(lines(), "vit-l16", "float32")
+    assert (first.candidate, first.error) == ("aim", "")
+    assert (second.set, second.error) == ("vit-l16", "OutOfMemoryError: no room")
+
+
+def test_who_is_ours() -> None:
+    names = {peer.name for dtype in gpu.DTYPES for peer in peers(dtype, "cpu")}
+    strangers = {"torch-fused", "torch-fused-bf16", "torch-foreach", "aim-compiled", "aim-eager", "flashoptim"}
+    assert {name for name in names if not gpu_report.is_ours(name)} == strangers
+
+
+@pytest.mark.parametrize(("name", "on_cpu"), [("torch-fused", False), ("torch-foreach", True)])
+def test_torch_s_step_counts_are_where_torch_keeps_them(
+    name: str, on_cpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A count on the device would make every foreach step wait for it."""
+    adopted: list[Any] = []
+    adopt = gpu_peers.adopt
+
+    def spied(optimizer: Any, arrays: Arrays) -> None:
+        adopt(optimizer, arrays)
+        adopted.append((optimizer, optimizer.state[arrays.params[0]]["step"]))
+
+    monkeypatch.setattr(gpu_peers, "adopt", spied)
+    peer = next(peer for peer in peers("float32", "cpu") if peer.name == name)
+    arrays = Arrays(TINY)
+    peer.build(arrays, False)
+    ((optimizer, beside_the_parameter),) = adopted
+    kept = optimizer.state[arrays.params[0]]["step"]
+    assert (kept is not beside_the_parameter) == on_cpu
+
+
 def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The whole command, with files."""
     monkeypatch.setattr(gpu, "SETS", {"256m": TINY})
@@ -147,6 +210,7 @@ def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert list(rows[0]) == [field.name for field in fields(GpuResult)]
     assert {row["dtype"] for row in rows} == set(gpu.DTYPES)
     assert {row["torch"] for row in rows} == {torch.__version__}
+    assert len(rows) == 2 * len({(row["set"], row["dtype"], row["candidate"], row["mode"]) for row in rows})
     page = (tmp_path / "gpu-cpu-dry-run.md").read_text(encoding="utf-8")
     assert "## 256m, bfloat16" in page and "| aim-live |" in page
     assert (tmp_path / "gpu-cpu-dry-run.png").stat().st_size > 10_000

@@ -7,19 +7,19 @@ timed interleaved. A candidate that fails is told of in the results, and the oth
 from __future__ import annotations
 
 import argparse
-import random
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from aim_kernels.bench import gate, gpu_report, shapes
 from aim_kernels.bench.gpu_peers import Peer, peers
 from aim_kernels.bench.gpu_report import GpuResult
+from aim_kernels.bench.gpu_timing import Clock, Step, copy_bandwidth, graphed, interleaved, told
 from aim_kernels.bench.shapes import Arrays, ShapeSet
 from aim_kernels.bench.timing import Samples, collection_off
 
@@ -35,129 +35,47 @@ SETS = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 _COPIED = 2**30  # bytes of the copy that measures the bandwidth
-_WALL_STEPS = 50
-#: What ``--sweep`` tries.
-CHUNKS, THREADS = (2048, 4096, 8192, 16384, 65536), (64, 128, 256)
-
-
-class Clock:
-    """Nanoseconds of a call on a device: events on the stream there, the wall clock on a CPU (for dry runs).
-
-    Before every sample the caches are written full, outside of what is timed.
-    """
-
-    def __init__(self, device: str) -> None:
-        self.on_device = device != "cpu"
-        size = 0
-        if self.on_device:
-            size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
-            self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.flush = torch.zeros(size, dtype=torch.uint8, device=device)
-
-    def sample(self, call: Callable[[], Any]) -> float:
-        self.flush.zero_()
-        if not self.on_device:
-            before = time.perf_counter_ns()
-            call()
-            return float(time.perf_counter_ns() - before)
-        self.start.record()
-        call()
-        self.end.record()
-        self.end.synchronize()
-        return self.start.elapsed_time(self.end) * 1e6
-
-    def wall(self, call: Callable[[], Any], steps: int) -> float:
-        """Mean over steps that follow each other, the host's work included."""
-        self.wait()
-        before = time.perf_counter_ns()
-        for _ in range(steps):
-            call()
-        self.wait()
-        return (time.perf_counter_ns() - before) / steps
-
-    def wait(self) -> None:
-        if self.on_device:
-            torch.cuda.synchronize()
-
-
-def interleaved(
-    clock: Clock, cases: Mapping[str, Callable[[], Any]], rounds: int, between_rounds: Callable[[], Any]
-) -> dict[str, Samples | str]:
-    """Every case once a round, in an order drawn anew each round. A case that raises is left out from then on; its
-    error stands in the place of its samples."""
-    shuffled, alive = random.Random(0), list(cases)
-    values: dict[str, list[float]] = {name: [] for name in cases}
-    errors: dict[str, str] = {}
-    with collection_off():
-        for number in range(-2, rounds):
-            between_rounds()
-            shuffled.shuffle(alive)
-            for name in list(alive):
-                try:
-                    sample = clock.sample(cases[name])
-                except Exception as error:  # whatever it is, the others go on
-                    errors[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-                    alive.remove(name)
-                    continue
-                if number >= 0:
-                    values[name].append(sample)
-    return {name: errors[name] if name in errors else Samples.of(values[name]) for name in cases}
-
-
-def graphed(step: Callable[[], Any]) -> Callable[[], Any]:
-    """The step as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
-def copy_bandwidth(clock: Clock, device: str, rounds: int = 15) -> float:
-    """Bytes a second, read and written, of the best plain copy: this library's kernel or torch's."""
-    size = _COPIED if clock.on_device else 2**22
-    source, target = (torch.empty(size // 4, device=device).normal_() for _ in range(2))
-    cases: dict[str, Callable[[], Any]] = {"torch": lambda: target.copy_(source)}
-    if clock.on_device:
-        from aim_kernels import _cuda
-
-        stream = torch.cuda.current_stream().cuda_stream
-        number = torch.device(device).index or 0
-        cases["ours"] = lambda: _cuda.copy_bytes(source.data_ptr(), target.data_ptr(), size, number, stream)
-    samples = interleaved(clock, cases, rounds, lambda: None).values()
-    return 2 * size / (min(sample.median for sample in samples if isinstance(sample, Samples)) * 1e-9)
+_SMALL = 2**26  # parameters; sets up to here are where the host may be what is waited for
+#: Two units in the last place of a bfloat16 near one: weights that were rounded to either side of a boundary.
+_NARROW = 2.0**-6
+#: What ``--sweep`` tries: chunks, block sizes of the CUDA kernels, and elements that a Triton program holds at a time.
+CHUNKS, THREADS, BLOCKS = (2048, 4096, 8192, 16384, 65536), (64, 128, 256), (256, 512, 1024)
 
 
 def measure(
-    shape_set: ShapeSet, dtype: str, chosen: Sequence[Peer], device: str, bandwidth: float, rounds: int | None = None
+    shape_set: ShapeSet,
+    dtype: str,
+    chosen: Sequence[Peer],
+    device: str,
+    bandwidth: float,
+    rounds: int | None = None,
+    modes: Sequence[str] = ("eager", "graph", "wall"),
 ) -> Iterator[GpuResult]:
     """Times the peers on one set. They must have been verified."""
     clock = Clock(device)
     arrays = Arrays(shape_set, device=device, dtype=DTYPES[dtype])
     rounds = rounds or shape_set.rounds
-    cases: dict[tuple[str, str], Callable[[], Any]] = {}
+    cases: dict[tuple[str, str], Step] = {}
     failed: dict[tuple[str, str], str] = {}
     for peer in chosen:
-        for mode in ("eager", "graph") if peer.graph and clock.on_device else ("eager",):
+        for mode in ("eager", "graph") if peer.graph and clock.on_device and "graph" in modes else ("eager",):
             try:
                 step = peer.build(arrays, mode == "graph")
                 step()
                 cases[peer.name, mode] = graphed(step) if mode == "graph" else step
             except Exception as error:  # told of in the results
-                failed[peer.name, mode] = f"{type(error).__name__}: {error}".splitlines()[0]
+                failed[peer.name, mode] = told(error)
     keys = {f"{name} {mode}": (name, mode) for name, mode in cases}
     timed = interleaved(clock, {key: cases[keys[key]] for key in keys}, rounds, arrays.stir)
     samples: dict[tuple[str, str], Samples | str] = {keys[key]: value for key, value in timed.items()}
     samples.update(failed)
-    if shape_set.numel < 2**26:  # where the host is what is waited for
-        for (name, mode), case in cases.items():
-            if mode == "eager" and isinstance(samples[name, mode], Samples):
-                samples[name, "wall"] = Samples.of([clock.wall(case, _WALL_STEPS) for _ in range(5)])
+    if "wall" in modes:
+        steps = 50 if shape_set.numel < _SMALL else 10
+        eager = {name: step for (name, mode), step in cases.items() if mode == "eager"}
+        walls = walled(
+            clock, {name: eager[name] for name in eager if isinstance(samples[name, "eager"], Samples)}, steps
+        )
+        samples.update({(name, "wall"): sample for name, sample in walls.items()})
 
     bytes_of = {peer.name: peer.bytes for peer in chosen}
     baseline = {mode: sample for (name, mode), sample in samples.items() if name == "torch-fused"}
@@ -170,31 +88,66 @@ def measure(
         )  # fmt: skip
 
 
+def walled(clock: Clock, cases: dict[str, Step], steps: int, rounds: int = 5) -> dict[str, Samples | str]:
+    """Wall time of a step, the host's work included: the mean of so many that follow each other, once a round."""
+    samples: dict[str, Samples | str] = {}
+    values: dict[str, list[float]] = {name: [] for name in cases}
+    with collection_off():
+        for _ in range(rounds):
+            for name, step in cases.items():
+                try:
+                    values[name].append(clock.wall(step, steps))
+                except Exception as error:  # told of in the results
+                    samples[name] = told(error)
+    return {name: samples.get(name) or Samples.of(values[name]) for name in cases}
+
+
 @contextmanager
 def configured(chunk: int, threads: int) -> Iterator[None]:
-    """The backends with another chunk and block size."""
-    from aim_kernels.backends import cuda, triton
+    """The CUDA kernels with another chunk and block size."""
+    from aim_kernels.backends import cuda
 
-    before = cuda._Kernels.CHUNK, triton._Kernels.CHUNK, cuda.THREADS
-    cuda._Kernels.CHUNK = triton._Kernels.CHUNK = chunk
-    cuda.THREADS = threads
+    before = cuda._Kernels.CHUNK, cuda.THREADS
+    cuda._Kernels.CHUNK, cuda.THREADS = chunk, threads
     try:
         yield
     finally:
-        cuda._Kernels.CHUNK, triton._Kernels.CHUNK, cuda.THREADS = before
+        cuda._Kernels.CHUNK, cuda.THREADS = before
 
 
-def sweep(device: str, bandwidth: float, rounds: int) -> Iterator[GpuResult]:
-    """The step by chunk and block size."""
-    wanted = [peer for peer in peers("float32", device) if peer.name in ("aim", "aim-triton")]
-    for name in ("256m", "resnet50"):
+@contextmanager
+def configured_triton(chunk: int, block: int) -> Iterator[int]:
+    """The Triton kernels with another chunk and number of elements a program holds; gives its threads."""
+    from aim_kernels.backends import triton
+    from aim_kernels.backends.triton import driver
+
+    before = triton._Kernels.CHUNK, driver.BLOCKS["float32"]
+    triton._Kernels.CHUNK, driver.BLOCKS["float32"] = chunk, block
+    try:
+        yield 32 * int(driver.options(block)["num_warps"])
+    finally:
+        triton._Kernels.CHUNK, driver.BLOCKS["float32"] = before
+
+
+def sweep(
+    names: Sequence[str], chosen: Sequence[Peer], device: str, bandwidth: float, rounds: int
+) -> Iterator[GpuResult]:
+    """The step by chunk and block size, on these sets, of those among the peers that are "aim" and "aim-triton"."""
+    by_name = {peer.name: peer for peer in chosen}
+
+    def time_one(peer: Peer, name: str) -> Iterator[GpuResult]:
+        return measure(SETS[name], "float32", [peer], device, bandwidth, rounds, modes=("eager",))
+
+    for name in names:
         for chunk in CHUNKS:
-            for threads in THREADS:
-                # Block size is the CUDA kernels' alone.
-                chosen = wanted if threads == THREADS[0] else wanted[:1]
+            for threads in THREADS if "aim" in by_name else ():
                 with configured(chunk, threads):
-                    for found in measure(SETS[name], "float32", chosen, device, bandwidth, rounds):
-                        yield gpu_report.configured(found, chunk, threads if found.candidate == "aim" else 0)
+                    for line in time_one(by_name["aim"], name):
+                        yield gpu_report.configured(line, chunk, threads)
+            for block in BLOCKS if "aim-triton" in by_name else ():
+                with configured_triton(chunk, block) as threads:
+                    for line in time_one(replace(by_name["aim-triton"], name=f"aim-triton-block{block}"), name):
+                        yield gpu_report.configured(line, chunk, threads)
 
 
 def verified(chosen: Iterable[Peer], dtype: str, device: str) -> Iterator[tuple[Peer, str]]:
@@ -203,7 +156,7 @@ def verified(chosen: Iterable[Peer], dtype: str, device: str) -> Iterator[tuple[
         try:
             gate_of(peer, dtype, device)
         except Exception as error:  # a peer that cannot run is told of, too
-            yield peer, f"{type(error).__name__}: {error}".splitlines()[0]
+            yield peer, told(error)
         else:
             yield peer, ""
 
@@ -211,54 +164,76 @@ def verified(chosen: Iterable[Peer], dtype: str, device: str) -> Iterator[tuple[
 def gate_of(peer: Peer, dtype: str, device: str) -> None:
     """Raises where a peer computes something else than it claims, on a small copy."""
     if dtype == "float32":
-        gate.verify([peer.as_candidate()], device)
-    elif peer.settings is not None:
-        # 16-bit parameters: the true weights and moments are float32 on both sides.
-        mine, reference = (Arrays(gate.SMALL, device=device, dtype=DTYPES[dtype]) for _ in range(2))
-        from aim_kernels.bench.peers import ours
-
-        step, expected = peer.build(mine, False), ours(peer.settings, "reference")(reference)[0]
-        for number in range(gate.STEPS):
-            step()
+        if peer.settings is not None or peer.name.startswith("torch"):
+            gate.verify([peer.as_candidate()], device)
+        else:
+            peer.build(Arrays(gate.SMALL, device=device), False)()
+        return
+    # 16-bit parameters: the true weights and moments are float32 on both sides, so only what is stored is coarse.
+    mine, reference = (Arrays(gate.SMALL, device=device, dtype=DTYPES[dtype]) for _ in range(2))
+    step, expected = peer.build(mine, False), peer.reference(reference)
+    for number in range(gate.STEPS):
+        step()
+        if expected is not None:
             expected()
-            mine.stir()
-            reference.stir()
             gate.compare(peer.name, number, mine, reference, kinds=("exp_avg", "exp_avg_sq", "master"))
+            for p, q in zip(mine.params, reference.params, strict=True):
+                torch.testing.assert_close(p.detach(), q.detach(), rtol=_NARROW, atol=_NARROW)
+        mine.stir()
+        reference.stir()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; the exit status is 1 where one of this library's candidates failed."""
     arguments = parser().parse_args(argv)
-    device = arguments.device
-    clock = Clock(device)
-    bandwidth = copy_bandwidth(clock, device)
+    device, began = arguments.device, time.monotonic()
+    bandwidth = copy_bandwidth(Clock(device), device, _COPIED if device != "cpu" else 2**22)
     title = gpu_report.device_name(device)
     print(f"{title}: copy {bandwidth / 1e9:.0f} GB/s, read and written", flush=True)
     results: list[GpuResult] = []
+
+    def keep(heading: str, lines: list[GpuResult]) -> None:
+        """Printed and written at once: a run that is cut off has not been for nothing."""
+        if heading:
+            gpu_report.print_table(f"{heading} ({time.monotonic() - began:.0f} s)", lines)
+        if arguments.out is not None:
+            gpu_report.write(arguments.out, lines, title, bandwidth, before=results)
+        results.extend(lines)
+        if device != "cpu":
+            torch.cuda.empty_cache()
+
+    good: dict[str, list[Peer]] = {}
     for dtype in arguments.dtypes:
         gated = list(verified(peers(dtype, device), dtype, device))
+        good[dtype] = [peer for peer, reason in gated if not reason]
         for peer, reason in gated:
             if reason:
                 print(f"{peer.name} ({dtype}) is not timed: {reason}", flush=True)
-                results.append(gpu_report.failure(peer.name, dtype, reason))
-        good = [peer for peer, reason in gated if not reason]
+        keep("", [gpu_report.failure(peer.name, dtype, reason) for peer, reason in gated if reason])
         for name in arguments.sets:
-            chosen = [peer for peer in good if len(SETS[name].shapes) <= peer.most_tensors]
-            lines = list(measure(SETS[name], dtype, chosen, device, bandwidth, arguments.rounds))
-            gpu_report.print_table(f"{name}, {dtype}: {SETS[name].note}", lines)
-            results += lines
-            if clock.on_device:
-                torch.cuda.empty_cache()
+            chosen = [peer for peer in good[dtype] if len(SETS[name].shapes) <= peer.most_tensors]
+            lines = attempt(measure(SETS[name], dtype, chosen, device, bandwidth, arguments.rounds), name, dtype)
+            keep(f"{name}, {dtype}: {SETS[name].note}", lines)
     print("\ntargets:")
     gpu_report.print_targets(results)
     if arguments.sweep:
-        lines = list(sweep(device, bandwidth, arguments.rounds or 7))
-        gpu_report.print_table("chunk and block size", lines)
-        results += lines
+        swept = [name for name in ("256m", "resnet50") if name in arguments.sets]
+        rounds = arguments.rounds or 7
+        lines = attempt(sweep(swept, good.get("float32", []), device, bandwidth, rounds), "sweep", "float32")
+        keep("chunk and block size", lines)
     if arguments.out is not None:
-        for path in gpu_report.write(arguments.out, results, title, bandwidth):
-            print(f"written: {path}")
-    return int(any(line.error and line.candidate.startswith("aim") for line in results))
+        print(f"\nwritten to {arguments.out}")
+    return int(any(line.error and gpu_report.is_ours(line.candidate) for line in results))
+
+
+def attempt(lines: Iterable[GpuResult], name: str, dtype: str) -> list[GpuResult]:
+    """What there is of them; an error that ends them is one more line."""
+    found: list[GpuResult] = []
+    try:
+        found.extend(lines)
+    except Exception as error:  # such as no memory for the set
+        found.append(replace(gpu_report.failure("aim", dtype, told(error)), set=name))
+    return found
 
 
 def parser() -> argparse.ArgumentParser:

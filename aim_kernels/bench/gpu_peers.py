@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aim_kernels.bench.eager import CompiledAIM, Settings
+from aim_kernels.bench.eager import CompiledAIM, EagerAIM, Settings
 from aim_kernels.bench.peers import LIVE, PLAIN, STEP, Candidate, adopt, ours
 from aim_kernels.bench.shapes import Arrays
 
@@ -28,6 +28,7 @@ class Peer:
         settings: of AIM; None where it is not AIM.
         graph: whether it can be captured.
         most_tensors: sets of more are left out (compiling them takes minutes).
+        wide: whether it is a plain step of float32 masters beside 16-bit parameters.
     """
 
     name: str
@@ -37,6 +38,13 @@ class Peer:
     settings: Settings | None = None
     graph: bool = False
     most_tensors: int = 10**6
+    wide: bool = False
+
+    def reference(self, arrays: Arrays) -> Step | None:
+        """What a step over 16-bit parameters is compared with; None where nothing is as exact."""
+        if self.wide:
+            return _wide_reference(arrays)
+        return None if self.settings is None else ours(self.settings, "reference")(arrays)[0]
 
     def as_candidate(self) -> Candidate:
         """What the gate takes."""
@@ -66,14 +74,25 @@ def peers(dtype: str, device: str) -> list[Peer]:
             Peer("aim-plain", "row of ones", _aim(PLAIN, backends[""]), wide, PLAIN),
             Peer("torch-fused", "torch.optim.AdamW(fused=True)", _torch(fused=True), wide, graph=True),
             Peer("torch-foreach", "torch.optim.AdamW(foreach=True)", _torch(foreach=True), wide, graph=True),
-            Peer("aim-compiled", "AIM under torch.compile", _compiled, wide, STEP, most_tensors=60),
+            Peer("aim-compiled", "AIM under torch.compile", _written(CompiledAIM), wide, STEP, most_tensors=60),
+            Peer("aim-eager", "AIM in tuned eager PyTorch", _written(EagerAIM), wide, STEP, most_tensors=300),
         ]
     else:
         for suffix, backend in backends.items():
             title = "live weights in bfloat16, float32 masters"
             found.append(Peer(f"aim-live{suffix}", title, _aim(LIVE, backend), narrow, LIVE, graph=True))
+        stored = step_bytes(2)
         found += [
-            Peer("torch-fused", "the same masters by fused AdamW and two casts", _with_casts, narrow),
+            Peer("aim", "weights in bfloat16 without masters, float32 moments", _aim(STEP, backends[""]), stored, STEP),
+            Peer("aim-plain", "the same, row of ones", _aim(PLAIN, backends[""]), stored, PLAIN),
+            Peer(
+                "torch-fused",
+                "the same masters by fused AdamW and two casts",
+                _with_casts,
+                narrow,
+                graph=True,
+                wide=True,
+            ),
             Peer("torch-fused-bf16", "fused AdamW, all in bfloat16", _all_narrow, step_bytes(2, state=2)),
         ]
     found.append(Peer("flashoptim", "flashoptim.FlashAdamW", _flash, step_bytes(4 if dtype == "float32" else 2)))
@@ -92,13 +111,16 @@ def _torch(**kind: Any) -> Callable[[Arrays, bool], Step]:
     def build(arrays: Arrays, capturable: bool) -> Step:
         optimizer = torch.optim.AdamW(arrays.params, **_options(), **kind, capturable=capturable)
         adopt(optimizer, arrays)
+        if not (capturable or kind.get("fused")):
+            for p in arrays.params:  # where torch itself keeps it: on the device it would wait for every count
+                optimizer.state[p]["step"] = torch.zeros(())
         return optimizer.step
 
     return build
 
 
-def _compiled(arrays: Arrays, capturable: bool) -> Step:
-    return CompiledAIM(arrays.params, arrays.exp_avg, arrays.exp_avg_sq, STEP).step
+def _written(kind: type[CompiledAIM] | type[EagerAIM]) -> Callable[[Arrays, bool], Step]:
+    return lambda arrays, capturable: kind(arrays.params, arrays.exp_avg, arrays.exp_avg_sq, STEP).step
 
 
 def _with_casts(arrays: Arrays, capturable: bool) -> Step:
@@ -106,7 +128,7 @@ def _with_casts(arrays: Arrays, capturable: bool) -> Step:
     masters = [torch.nn.Parameter(master) for master in arrays.master]
     for master in masters:
         master.grad = torch.empty_like(master)
-    optimizer = torch.optim.AdamW(masters, **_options(), fused=True)
+    optimizer = torch.optim.AdamW(masters, **_options(), fused=True, capturable=capturable)
     for number, master in enumerate(masters):
         state = {"step": torch.zeros((), device=master.device), "exp_avg": arrays.exp_avg[number]}
         optimizer.state[master].update(state | {"exp_avg_sq": arrays.exp_avg_sq[number]})
@@ -119,6 +141,21 @@ def _with_casts(arrays: Arrays, capturable: bool) -> Step:
         torch._foreach_copy_(wide, arrays.grads)
         optimizer.step()
         torch._foreach_copy_(weights, wide_weights)
+
+    return step
+
+
+def _wide_reference(arrays: Arrays) -> Step:
+    masters = [torch.nn.Parameter(master) for master in arrays.master]
+    aim = EagerAIM(list(masters), arrays.exp_avg, arrays.exp_avg_sq, PLAIN)
+
+    @torch.no_grad()
+    def step() -> None:
+        for master, grad in zip(masters, arrays.grads, strict=True):
+            master.grad = grad.float()
+        aim.step()
+        for param, master in zip(arrays.params, masters, strict=True):
+            param.copy_(master)
 
     return step
 

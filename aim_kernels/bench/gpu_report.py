@@ -20,8 +20,12 @@ from aim_kernels.bench.timing import Samples
 
 @dataclass(frozen=True)
 class GpuResult:
-    """One line of the results file. ``mode``: "eager" and "graph" are times on the device's stream, "wall" the mean of
-    steps that follow each other, the host's work included. ``chunk`` and ``threads`` are 0 for the defaults."""
+    """One line of the results file.
+
+    ``mode``: "eager" and "graph" are times of the device, with the host ahead of it (a candidate that waits for the
+    device itself is timed with its waiting); "wall" is the mean of steps that follow each other, the host's work
+    included. ``chunk`` and ``threads`` are 0 for the defaults.
+    """
 
     commit: str
     date: str
@@ -49,6 +53,11 @@ class GpuResult:
 
 
 _NAN = float("nan")
+
+
+def is_ours(candidate: str) -> bool:
+    """Whether this library carries the candidate out: AIM written in PyTorch is a peer."""
+    return candidate.startswith("aim") and candidate not in ("aim-eager", "aim-compiled")
 
 
 def circumstances(device: str) -> dict[str, Any]:
@@ -164,8 +173,10 @@ class Target:
 
 TARGETS = (
     *(Target(s, "float32", "aim", "eager", "copy", 1 / 0.9) for s in ("256m", "vit-l16")),
-    *(Target(s, "float32", "aim", "eager", "torch-fused", 1.0) for s in ("256m", "vit-l16")),
-    Target("resnet50", "float32", "aim", "eager", "torch-fused", 0.6),
+    *(Target(s, "float32", "aim", "eager", "torch-fused", 1.0) for s in ("256m", "vit-l16", "resnet50")),
+    *(Target(s, "float32", "aim", "wall", "torch-fused", 1.0) for s in ("256m", "vit-l16")),
+    *(Target(s, "float32", "aim", "graph", "torch-fused", 1.0) for s in ("256m", "vit-l16", "resnet50", "1000x1k")),
+    Target("resnet50", "float32", "aim", "wall", "torch-fused", 0.6),
     *(Target("1000x1k", "float32", "aim", mode, "torch-fused", 0.25) for mode in ("eager", "wall")),
     *(Target(s, t, "aim-live", "eager", "copy", 1.05) for t in ("float32", "bfloat16") for s in ("256m", "vit-l16")),
     *(Target(s, "bfloat16", "aim-live", "eager", "torch-fused", 1.0) for s in ("256m", "vit-l16", "resnet50")),
@@ -201,16 +212,20 @@ def print_targets(lines: Sequence[GpuResult]) -> None:
         print(f"  {line}")
 
 
-def write(folder: Path, lines: Sequence[GpuResult], title: str, bandwidth: float) -> list[Path]:
-    """CSV (appended to), Markdown and, with matplotlib, a chart; returns what was written."""
+def write(
+    folder: Path, lines: Sequence[GpuResult], title: str, bandwidth: float, before: Sequence[GpuResult] = ()
+) -> list[Path]:
+    """CSV (appended to), Markdown and, with matplotlib, a chart; returns what was written. ``before``: lines of the
+    same run that were written earlier; page and chart show them too."""
     shared = circumstances("cpu" if title.startswith("CPU") else "cuda")
     lines = [replace(line, **shared) for line in lines]
     folder.mkdir(parents=True, exist_ok=True)
     stem = folder / f"gpu-{re.sub(r'[^a-z0-9]+', '-', title.lower()).strip('-')}"
     table, page, chart = (stem.with_suffix(suffix) for suffix in (".csv", ".md", ".png"))
     report.append_csv(table, lines, GpuResult)
-    page.write_text(markdown(lines, title, bandwidth, shared), encoding="utf-8")
-    return [table, page, *([chart] if plot(chart, lines, title) else [])]
+    everything = [*before, *lines]
+    page.write_text(markdown(everything, title, bandwidth, shared), encoding="utf-8")
+    return [table, page, *([chart] if plot(chart, everything, title) else [])]
 
 
 def markdown(lines: Sequence[GpuResult], title: str, bandwidth: float, shared: dict[str, Any]) -> str:
@@ -250,7 +265,7 @@ def plot(path: Path, lines: Sequence[GpuResult], title: str) -> bool:
     figure, axes = pyplot.subplots(1, len(keys), figsize=size, squeeze=False, layout="constrained")
     for axis, key in zip(axes[0], keys, strict=True):
         mine = [line for line in shown if (line.set, line.dtype) == key][::-1]
-        colors = ["#c44e52" if line.candidate.startswith("aim") else "#8c8c8c" for line in mine]
+        colors = ["#c44e52" if is_ours(line.candidate) else "#8c8c8c" for line in mine]
         bars = axis.barh([line.candidate for line in mine], [line.ratio_to_copy for line in mine], color=colors)
         axis.bar_label(bars, [f"{line.ratio_to_copy:.2f}" for line in mine], padding=2, fontsize=8)
         axis.axvline(1.0, color="black", linewidth=0.8, linestyle="--")
