@@ -99,6 +99,7 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
         self._plan: StepPlan | None = None
         self._holds_true_weights = False
         self._leaving: set[int] = set()  # groups whose masters the next step makes superfluous
+        self._captured: list[StepPlan] = []  # whose states and tables graphs will read and write as long as they live
         defaults = {
             "lr": lr,
             "rule": rule,
@@ -181,6 +182,8 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
             return
         plan.read_hyperparameters(on_device=backend.ON_DEVICE)
         backend.step(plan)
+        if capturing(self.tables.rows.device):
+            self._captured.append(plan)
         plan.bump_versions()
         plan.forget_gradients()
         self._drop_masters(plan)
@@ -487,6 +490,7 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._captured = []  # graphs are of the original
         self._reset()
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
 from helpers import Gradients, assign, build, parameters_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from places import enter
 
 from aim_kernels import launch
 from aim_kernels.plan import StepPlan
@@ -136,3 +141,28 @@ def test_capture_before_the_first_step_is_refused(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(RuntimeError, match=r"captured.*side stream"):
         optimizer.step()
     assert not optimizer.state
+
+
+def test_what_a_graph_uses_outlives_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A captured step goes on reading tables and states, also when the optimizer has planned anew since."""
+    place = enter("cuda", monkeypatch)
+    optimizer = build("adamw", (((5,), (70,)),), backend=place)
+    params = parameters_of(optimizer)
+    gradients = Gradients(params)
+    assign(params, gradients())
+    optimizer.step()
+    assert optimizer._plan is not None and optimizer._plan.launch is not None
+    share = optimizer._plan.launch.home
+    share._upload._spare = share._upload._staging()
+    with monkeypatch.context() as patch:
+        for module in ("launch", "optimizer"):
+            patch.setattr(f"aim_kernels.{module}.capturing", lambda device: True)
+        optimizer.step()
+    used = [weakref.ref(tensor) for tensor in (share.partials, share.chunks, optimizer.state[params[0]]["exp_avg"])]
+    del share
+    optimizer.load_state_dict(optimizer.state_dict())
+    assign(params, gradients())
+    optimizer.step()
+    gc.collect()
+    assert all(ref() is not None for ref in used)
+    assert not copy.deepcopy(optimizer)._captured
