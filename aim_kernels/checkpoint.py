@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from aim_kernels import checks
-from aim_kernels.plan import arithmetic_dtype, moment_names, state_layout, step_count
 from aim_kernels.rows import ROW
+from aim_kernels.states import arithmetic_dtype, moment_names, state_layout, step_count
 from aim_kernels.tables import Tables
 
 if TYPE_CHECKING:

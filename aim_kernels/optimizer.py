@@ -12,8 +12,9 @@ from torch import Tensor
 from aim_kernels import checkpoint, checks
 from aim_kernels.backends import check_name, select
 from aim_kernels.launch import capturing
-from aim_kernels.plan import StepPlan, arithmetic_dtype, moment_names, state_layout
+from aim_kernels.plan import StepPlan
 from aim_kernels.rows import CONTROL, PHASE_COLUMNS, PHASES, ROW, STATISTIC
+from aim_kernels.states import master_of, moment_names, zeros_like_all
 from aim_kernels.tables import Tables
 
 #: Weight decay of torch.optim where the user gives none.
@@ -21,10 +22,6 @@ _DEFAULT_DECAY = {"adamw": 1e-2, "adam": 0.0, "sgd": 0.0}
 
 #: What a block's param group says of itself (``block_param_groups``); plain groups keep these.
 _BLOCK_KEYS = {"modality": None, "depth": None, "modulated": False, "module": None}
-
-#: States of parameters up to this many elements share a buffer: fewer allocations, and one version counter to bump.
-_SMALL = 1 << 16
-_ALIGN = 16  # elements, so that every state in a buffer starts on a cache line
 
 
 class AIMFusedOptimizer(torch.optim.Optimizer):
@@ -144,7 +141,7 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
         self.tables.add_group(float(value) if kind == "absolute" else 0.0)
         if self.anchor == "init" and full["modulated"]:
             for p in tensors:
-                self.state[p]["anchor"] = _master_of(p)
+                self.state[p]["anchor"] = master_of(p)
         self._plan = None
 
     # -- the step ----------------------------------------------------------------------------------------------------
@@ -222,11 +219,11 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
                     self.state[p]["step"] = step
             for name in moment_names(group):
                 missing = [p for p in stepped if name not in self.state[p]]
-                for p, moment in zip(missing, _zeros_like_all(missing), strict=True):
+                for p, moment in zip(missing, zeros_like_all(missing), strict=True):
                     self.state[p][name] = moment
             for p in group["params"]:
                 if live and "master" not in self.state[p]:
-                    self.state[p]["master"] = _master_of(p)
+                    self.state[p]["master"] = master_of(p)
 
     def _check_before_building(self) -> None:
         """What may have changed behind the optimizer's back since it was last looked at."""
@@ -492,29 +489,3 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self._captured = []  # graphs are of the original
         self._reset()
-
-
-def _master_of(p: Tensor) -> Tensor:
-    """A copy in the arithmetic type, in the memory order of ``p`` (contiguous where ``p`` fills no block of memory)."""
-    return p.detach().to(dtype=arithmetic_dtype(p.dtype), memory_format=state_layout(p), copy=True)
-
-
-def _zeros_like_all(params: list[Tensor]) -> list[Tensor]:
-    """A zero moment for every parameter, small ones as views of shared buffers."""
-    result: dict[int, Tensor] = {}
-    buffers: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-    for index, p in enumerate(params):
-        dtype = arithmetic_dtype(p.dtype)
-        if p.is_contiguous() and 0 < p.numel() <= _SMALL:
-            buffers.setdefault((dtype, p.device), []).append(index)
-        else:
-            result[index] = torch.zeros_like(p, dtype=dtype, memory_format=state_layout(p), requires_grad=False)
-    for (dtype, device), members in buffers.items():
-        sizes = [-(-params[i].numel() // _ALIGN) * _ALIGN for i in members]
-        buffer = torch.zeros(sum(sizes), dtype=dtype, device=device)
-        offset = 0
-        for index, size in zip(members, sizes, strict=True):
-            p = params[index]
-            result[index] = buffer[offset : offset + p.numel()].view(p.shape)
-            offset += size
-    return [result[index] for index in range(len(params))]

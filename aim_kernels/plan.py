@@ -16,6 +16,7 @@ from torch import Tensor
 
 from aim_kernels.checks import DTYPE_NUMBER, check_hyperparameters
 from aim_kernels.rows import GROUP_RECORD, RULES, TENSOR_RECORD
+from aim_kernels.states import arithmetic_dtype, first_moment_name, is_dense, moment_names, step_count
 
 _C: Any
 try:
@@ -26,38 +27,6 @@ except ImportError:  # the reference backend works without the extension; its pl
 if TYPE_CHECKING:
     from aim_kernels.launch import Launch
     from aim_kernels.optimizer import AIMFusedOptimizer
-
-
-def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type of moments, masters and arithmetic for parameters of ``dtype``."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def first_moment_name(group: dict[str, Any]) -> str:
-    """State key of a group's first moment: torch.optim's names."""
-    return "momentum_buffer" if group["rule"] == "sgd" and group["momentum"] else "exp_avg"
-
-
-def moment_names(group: dict[str, Any]) -> list[str]:
-    """State keys of the moments that a group keeps."""
-    if group["rule"] != "sgd" or group["modulated"]:
-        return [first_moment_name(group), "exp_avg_sq"]
-    return [first_moment_name(group)] if group["momentum"] else []
-
-
-def step_count(p: Tensor, steps: float = 0.0) -> Tensor:
-    """A parameter's state "step": 0-dim float32, beside the parameter, where its kernel counts."""
-    return torch.tensor(steps, dtype=torch.float32, device=p.device)
-
-
-def state_layout(p: Tensor) -> torch.memory_format:
-    """Memory order of a parameter's states: its own, or contiguous where it fills no block of memory."""
-    return torch.preserve_format if is_dense(p) else torch.contiguous_format
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one block of memory, in whatever order of the dimensions."""
-    return tensor.is_contiguous() or torch.empty_like(tensor, device="meta").stride() == tensor.stride()
 
 
 class StepPlan:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from aim_kernels.philox import normals
-from aim_kernels.plan import arithmetic_dtype, first_moment_name, is_dense
 from aim_kernels.rows import CONTROL, PHASES, ROW, STATISTIC
+from aim_kernels.states import arithmetic_dtype, first_moment_name, is_dense
 
 if TYPE_CHECKING:
     from aim_kernels.plan import StepPlan

@@ -1,0 +1,70 @@
+"""What a parameter keeps between steps: names, types and memory order of its states, and how they begin."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: States of parameters up to this many elements share a buffer: fewer allocations, and one version counter to bump.
+_SMALL = 1 << 16
+_ALIGN = 16  # elements, so that every state in a buffer starts on a cache line
+
+
+def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of moments, masters and arithmetic for parameters of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def first_moment_name(group: dict[str, Any]) -> str:
+    """State key of a group's first moment: torch.optim's names."""
+    return "momentum_buffer" if group["rule"] == "sgd" and group["momentum"] else "exp_avg"
+
+
+def moment_names(group: dict[str, Any]) -> list[str]:
+    """State keys of the moments that a group keeps."""
+    if group["rule"] != "sgd" or group["modulated"]:
+        return [first_moment_name(group), "exp_avg_sq"]
+    return [first_moment_name(group)] if group["momentum"] else []
+
+
+def step_count(p: Tensor, steps: float = 0.0) -> Tensor:
+    """A parameter's state "step": 0-dim float32, beside the parameter, where its kernel counts."""
+    return torch.tensor(steps, dtype=torch.float32, device=p.device)
+
+
+def state_layout(p: Tensor) -> torch.memory_format:
+    """Memory order of a parameter's states: its own, or contiguous where it fills no block of memory."""
+    return torch.preserve_format if is_dense(p) else torch.contiguous_format
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one block of memory, in whatever order of the dimensions."""
+    return tensor.is_contiguous() or torch.empty_like(tensor, device="meta").stride() == tensor.stride()
+
+
+def master_of(p: Tensor) -> Tensor:
+    """A copy in the arithmetic type, in the memory order of ``p`` (contiguous where ``p`` fills no block of memory)."""
+    return p.detach().to(dtype=arithmetic_dtype(p.dtype), memory_format=state_layout(p), copy=True)
+
+
+def zeros_like_all(params: list[Tensor]) -> list[Tensor]:
+    """A zero moment for every parameter, small ones as views of shared buffers."""
+    result: dict[int, Tensor] = {}
+    buffers: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for index, p in enumerate(params):
+        dtype = arithmetic_dtype(p.dtype)
+        if p.is_contiguous() and 0 < p.numel() <= _SMALL:
+            buffers.setdefault((dtype, p.device), []).append(index)
+        else:
+            result[index] = torch.zeros_like(p, dtype=dtype, memory_format=state_layout(p), requires_grad=False)
+    for (dtype, device), members in buffers.items():
+        sizes = [-(-params[i].numel() // _ALIGN) * _ALIGN for i in members]
+        buffer = torch.zeros(sum(sizes), dtype=dtype, device=device)
+        offset = 0
+        for index, size in zip(members, sizes, strict=True):
+            p = params[index]
+            result[index] = buffer[offset : offset + p.numel()].view(p.shape)
+            offset += size
+    return [result[index] for index in range(len(params))]
