@@ -50,8 +50,8 @@ Result launch(void (*kernel)(Argument), const char* call, int64_t blocks, int32_
 
 bool valid(const Work& work) {
   return work.threads >= 32 && work.threads <= kMostThreads && work.threads % 32 == 0 &&
-         work.chunk_size > 0 && work.chunk_size % 64 == 0 && work.chunk_count >= 0 &&
-         work.group_count >= 0 && work.others_count >= 0;
+         work.chunk_size > 0 && work.chunk_size <= kMostChunk && work.chunk_size % 64 == 0 &&
+         work.chunk_count >= 0 && work.group_count >= 0 && work.others_count >= 0;
 }
 
 using Update = void (*)(Work);
@@ -64,9 +64,10 @@ Update update_of(const Work& work) {
       {device::update_adam_bfloat16, device::update_sgd_bfloat16},
       {device::update_adam_float16, device::update_sgd_float16}};
   const int32_t sgd = 1 << static_cast<int32_t>(Rule::kSgd);
-  if ((work.rules & sgd) && (work.rules & ~sgd)) return device::update_mixed;
+  const bool has_sgd = (work.rules & sgd) != 0, has_adam = (work.rules & ~sgd) != 0;
+  if (has_sgd == has_adam) return device::update_mixed;
   for (int32_t dtype = 0; dtype < 4; ++dtype) {
-    if (work.dtypes == 1 << dtype) return kKernels[dtype][work.rules & sgd ? 1 : 0];
+    if (work.dtypes == 1 << dtype) return kKernels[dtype][has_sgd ? 1 : 0];
   }
   return device::update_mixed;
 }

@@ -8,8 +8,9 @@
 namespace aim {
 namespace device {
 
-// What the compiler may count on: without it, it would save registers for larger blocks and spill.
-#define AIM_BLOCK __launch_bounds__(cuda::kMostThreads, 1)
+// Two blocks on a multiprocessor, one of which computes while the other waits for memory: 128
+// registers a thread.
+#define AIM_BLOCK __launch_bounds__(cuda::kMostThreads, 2)
 
 struct Copy {
   const void* from;

@@ -1,6 +1,8 @@
 // The update kernels: one block steps one chunk of one tensor.
 #pragma once
 
+#include <type_traits>
+
 #include "common/element.h"
 #include "common/philox.h"
 #include "cuda/block.h"
@@ -10,8 +12,9 @@
 namespace aim {
 namespace AIM_ISA {
 
-// Vectors that a thread has in flight at a time: 96 to 128 bytes a thread, so that a quarter of a
-// multiprocessor's threads covers the latency of its memory. More would spill registers.
+// Vectors that a thread has in flight at a time: 64 (float64) to 128 bytes a thread, so that a
+// quarter of a multiprocessor's threads covers the latency of its memory. More would spill
+// registers; for their sake, too, the loops over vectors are not unrolled any further.
 template <class S, class T>
 inline constexpr int kUnroll = sizeof(S) == 4 ? 2 : 1;
 
@@ -28,23 +31,45 @@ struct Sums {
   int32_t under = 0;
 };
 
-// Where a thread's elements lie: `count` of them from `first`, then again every `stride`, up to
-// `end`.
+// Where a thread's elements lie in a chunk: `width` of them from `first`, then again every
+// `stride`, as far as they are in [0, end). 32 bits, since registers are scarce: pointers are moved
+// to the chunk beforehand.
 struct Run {
-  int64_t first, end, stride;
+  int32_t first, end, stride;
 };
 
 __device__ __forceinline__ int elements(int64_t at, int64_t end, int most) {
   return end - at < most ? static_cast<int>(end - at) : most;
 }
 
-__device__ __forceinline__ Run run_of(int64_t begin, int64_t end, int count) {
-  return {begin + static_cast<int64_t>(threadIdx.x) * count, end,
-          static_cast<int64_t>(blockDim.x) * count};
+// The chunk begins `lead` elements behind the begin of a run's first `width`.
+__device__ __forceinline__ Run run_of(int32_t end, int width, int lead) {
+  return {static_cast<int32_t>(threadIdx.x) * width - lead, end,
+          static_cast<int32_t>(blockDim.x) * width};
+}
+
+template <class T>
+__device__ __forceinline__ void move(T*& pointer, int64_t bytes) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  if (pointer) pointer = static_cast<Byte*>(pointer) + bytes;
+}
+
+// The tensor from element `begin` on.
+template <class S, class T>
+__device__ __forceinline__ Tensor moved(Tensor t, int64_t begin) {
+  constexpr int64_t kStorage = sizeof(S), kState = sizeof(T);
+  move(t.param, begin * kStorage);
+  move(t.grad, begin * kStorage);
+  move(t.exp_avg, begin * kState);
+  move(t.exp_avg_sq, begin * kState);
+  move(t.master, begin * kState);
+  move(t.anchor, begin * kState);
+  t.first += begin;
+  return in_global(t);
 }
 
 template <Kind kKind, class S, class T, int kCount>
-__device__ __forceinline__ void load_vector(const Tensor& tensor, int64_t at, int count,
+__device__ __forceinline__ void load_vector(const Tensor& tensor, int32_t at, int count,
                                             bool aligned, Vector<T, kCount>& x) {
   load(static_cast<const S*>(tensor.grad) + at, count, aligned, x.grad);
   if constexpr (has_first(kKind))
@@ -59,15 +84,17 @@ __device__ __forceinline__ void load_vector(const Tensor& tensor, int64_t at, in
 }
 
 template <Kind kKind, bool kNoise, class S, class T, int kCount>
-__device__ __forceinline__ void step_vector(const Uniforms<T>& u, const Tensor& tensor, int64_t at,
-                                            int count, bool aligned, T noise, Vector<T, kCount>& x,
-                                            Sums<T>& sums) {
+__device__ __forceinline__ void step_vector(const Uniforms<T>& u, const Tensor& tensor, int32_t at,
+                                            int count, bool aligned, const T (&noise)[kCount],
+                                            Vector<T, kCount>& x, Sums<T>& sums) {
   T live[kCount];
+  // Where uniforms are in shared memory, the compiler would keep them in registers all the same.
+  if constexpr (sizeof(T) == 8) asm volatile("" ::: "memory");
 #pragma unroll
   for (int k = 0; k < kCount; ++k) {
     Between<T> between;
     const bool under = accumulate<kKind, false, kNoise, true>(u, x.theta[k], x.grad[k], x.m[k],
-                                                              x.v[k], noise, between);
+                                                              x.v[k], noise[k], between);
     if constexpr (kKind == Kind::kAdam) between.numerator = x.m[k];
     const T delta = apply<kKind>(u, between, x.theta[k]);
     live[k] = between.live;
@@ -95,54 +122,82 @@ __device__ __forceinline__ void step_vector(const Uniforms<T>& u, const Tensor& 
   store(param, count, aligned, live);
 }
 
-// The normal of one element, by its global index.
-__device__ __forceinline__ float normal_of(const Shared& shared, int64_t index) {
+// Elements that a thread steps together where there is noise: of the four that a draw yields, what
+// its registers hold.
+template <class T>
+inline constexpr int kTogether = sizeof(T) == 4 ? 4 : 1;
+
+// The normals of elements `index` and after, up to a multiple of kCount.
+template <class T, int kCount>
+__device__ __forceinline__ void draw(const Shared& shared, int64_t index, T (&noise)[kCount]) {
   float z[4];
   normal4(shared.seed, shared.counter, static_cast<uint64_t>(index) / 4, z);
-  const int lane = static_cast<int>(index & 3);  // an index into registers, known only at run time
-  return lane == 0 ? z[0] : lane == 1 ? z[1] : lane == 2 ? z[2] : z[3];
+  // An index into registers that is known only at run time would move them to memory.
+  if (index & 1) z[0] = z[1], z[1] = z[2], z[2] = z[3];
+  if (index & 2) z[0] = z[2], z[1] = z[3];
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) noise[k] = z[k];
 }
 
-// Elements [begin, end) of a tensor that has a gradient. Thread 0's `shared` is there once all have
-// arrived; the first loads are under way before that.
+// For registers; float64 ones, which would fill them, are read where they are.
+template <class T>
+__device__ __forceinline__ decltype(auto) uniforms_as(const Shared& shared) {
+  if constexpr (sizeof(T) == 8) {
+    return (shared.u);
+  } else {
+    return rounded<T>(shared.u);
+  }
+}
+
+// Elements [begin, last) of a tensor that has a gradient. Thread 0's `shared` is there once all
+// have arrived; the first loads are under way before that.
 template <Kind kKind, class S, class T>
-__device__ __forceinline__ void update_chunk(const Tensor& tensor, const Shared& shared,
-                                             int64_t begin, int64_t end, Statistics* partial) {
-  constexpr int kCount = kWidth<S>, kVectors = kUnroll<S, T>;
-  const Run run = run_of(begin, end, kCount);
+__device__ __forceinline__ void update_chunk(const Tensor& all, const Shared& shared, int64_t begin,
+                                             int64_t last, Statistics* partial) {
+  constexpr int kCount = kWidth<S>, kVectors = kUnroll<S, T>, kDrawn = kTogether<T>;
+  const Tensor tensor = moved<S, T>(all, begin);
+  const int32_t end = static_cast<int32_t>(last - begin);
+  const Run run = run_of(end, kCount, 0);
   const bool aligned = on_16_bytes(tensor);
   Vector<T, kCount> x[kVectors];
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
-    const int64_t at = run.first + i * run.stride;
+    const int32_t at = run.first + i * run.stride;
     if (at < end) load_vector<kKind, S>(tensor, at, elements(at, end, kCount), aligned, x[i]);
   }
   __syncthreads();
-  const Uniforms<T> u = rounded<T>(shared.u);
+  const Uniforms<T>& u = uniforms_as<T>(shared);
+  const int lead = static_cast<int>(tensor.first % kDrawn);  // noise goes by global indices
+  const T none[kCount] = {};
   Sums<T> sums;
   if (!shared.has_noise) {
-    for (int64_t round = run.first; round < end; round += kVectors * run.stride) {
+#pragma unroll 1
+    for (int32_t round = run.first; round < end; round += kVectors * run.stride) {
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
-        const int64_t at = round + i * run.stride;
+        const int32_t at = round + i * run.stride;
         if (at >= end) break;
-        step_vector<kKind, false, S>(u, tensor, at, elements(at, end, kCount), aligned, T{0}, x[i],
+        step_vector<kKind, false, S>(u, tensor, at, elements(at, end, kCount), aligned, none, x[i],
                                      sums);
       }
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
-        const int64_t at = round + (kVectors + i) * run.stride;
+        const int32_t at = round + (kVectors + i) * run.stride;
         if (at < end) load_vector<kKind, S>(tensor, at, elements(at, end, kCount), aligned, x[i]);
       }
     }
   } else {
-    // Drawing costs far more than moving: one element at a time, which keeps the code small.
-    const Run single = run_of(begin, end, 1);
-    for (int64_t at = single.first; at < end; at += single.stride) {
-      Vector<T, 1> one;
-      load_vector<kKind, S>(tensor, at, 1, false, one);
-      const T noise = normal_of(shared, tensor.first + at);
-      step_vector<kKind, true, S>(u, tensor, at, 1, false, noise, one, sums);
+    const Run drawn = run_of(end, kDrawn, lead);
+#pragma unroll 1
+    for (int32_t at = drawn.first; at < end; at += drawn.stride) {
+      const int32_t begin = at < 0 ? 0 : at;
+      const int count = elements(begin, end, at + kDrawn - begin);
+      const bool whole = aligned && lead == 0;
+      Vector<T, kDrawn> vector;
+      load_vector<kKind, S>(tensor, begin, count, whole, vector);
+      T noise[kDrawn];
+      draw(shared, tensor.first + begin, noise);
+      step_vector<kKind, true, S>(u, tensor, begin, count, whole, noise, vector, sums);
     }
   }
 
@@ -150,12 +205,13 @@ __device__ __forceinline__ void update_chunk(const Tensor& tensor, const Shared&
   // Squares that leave the range of T, and gradients that are not finite: once more, in float64.
   if (squares - squares != 0 || (squares == 0 && sums.grad != 0)) {
     squares = 0;
-    const int width = shared.has_noise ? 1 : kCount;
-    const Run again = run_of(begin, end, width);
-    for (int64_t at = again.first; at < end; at += again.stride) {
-      const int count = elements(at, end, width);
-      for (int k = 0; k < count; ++k) {
-        const T g = wide(static_cast<const S*>(tensor.grad)[at + k]) * u.scale;
+    const int width = shared.has_noise ? kDrawn : kCount;
+    const Run again = run_of(end, width, shared.has_noise ? lead : 0);
+#pragma unroll 1
+    for (int32_t at = again.first; at < end; at += again.stride) {
+#pragma unroll 1
+      for (int32_t i = at < 0 ? 0 : at; i < at + width && i < end; ++i) {
+        const T g = wide(static_cast<const S*>(tensor.grad)[i]) * u.scale;
         nonfinite += g - g != T{0};
         squares += static_cast<double>(g) * g;
       }
@@ -167,7 +223,7 @@ __device__ __forceinline__ void update_chunk(const Tensor& tensor, const Shared&
   const double total = sum_columns<cuda::kMostThreads>(mine);
   static_assert(offsetof(Statistics, nonfinite) == sizeof(double) * 6);
   double* const columns = reinterpret_cast<double*>(partial);
-  if (threadIdx.x == 0) columns[0] = static_cast<double>(end - begin);
+  if (threadIdx.x == 0) columns[0] = end;
   if (threadIdx.x < 6) {
     const bool classless = threadIdx.x == 0 && !has_second(kKind);
     columns[1 + threadIdx.x] = classless ? static_cast<double>(bits_float(0x7FC00000u)) : total;

@@ -43,7 +43,7 @@ struct Work {
   const float* grad_scale;  // gradients are divided by it first; null: 1
   const float* found_inf;   // the step is skipped whole where it is not 0; null: never
   int64_t chunk_count, group_count, others_count;
-  int32_t chunk_size;  // elements, a multiple of 64
+  int32_t chunk_size;  // elements, a multiple of 64, at most kMostChunk
   int32_t threads;     // of a block, a multiple of 32, at most kMostThreads
   // What there is among the tensors, which the host knows and which chooses the kernel: bit i for
   // DType i, and for Rule i.
@@ -51,6 +51,7 @@ struct Work {
 };
 
 inline constexpr int32_t kMostThreads = 256;
+inline constexpr int32_t kMostChunk = 1 << 30;  // positions in a chunk have 32 bits
 
 // What came of a call: the runtime's error, and which of its functions it came from.
 struct Result {
