@@ -77,10 +77,8 @@ def test_nothing_spills(assembler: dict[tuple[str, str], str], kernel: str, arch
     assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in text, text
     registers = re.search(r"Used (\d+) registers", text)
     assert registers
-    # Two blocks of 256 threads on a multiprocessor, so that one computes while the other waits for memory. Float64
-    # and mixtures need more.
-    limit = 168 if kernel.endswith(("float64", "mixed")) else 128
-    assert int(registers[1]) <= limit
+    # Two blocks of 256 threads on a multiprocessor, so that one computes while the other waits for memory.
+    assert int(registers[1]) <= 128
 
 
 def test_no_other_kernel_was_forgotten(assembler: dict[tuple[str, str], str]) -> None:
@@ -126,17 +124,16 @@ def test_later_architectures_get_ptx(objects: Path) -> None:
     assert "sm_90.ptx" in listed
 
 
-def test_no_multiplication_is_contracted(objects: Path) -> None:
+@pytest.mark.parametrize("unit", [*(f"update_{storage}" for storage in STORAGE), "update_mixed", "finish"])
+def test_no_multiplication_is_contracted(objects: Path, unit: str) -> None:
     """Fused multiply-adds would round once where the CPU kernels round twice. Division and square root are made of
-    them, by the assembler; what the compiler hands to it has none in float32."""
-    text = subprocess.run(
-        [cuobjdump(), "-ptx", str(objects / "csrc_cuda_update_float32.cu.o")],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    assert "mul" in text and "div.rn.f32" in text and "sqrt.rn.f32" in text
-    assert not re.findall(r"\bfma\.\w+\.?f(?:32|64)?\b.*", text)
+    them, by the assembler; what the compiler hands to it has none, and nothing that the assembler might fuse."""
+    command = [cuobjdump(), "-ptx", str(objects / f"csrc_cuda_{unit}.cu.o")]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert re.search(r"\bmul\.rn\.f", text) and "div.rn.f" in text and "sqrt.rn.f" in text
+    assert not re.findall(r"\bfma\..*", text)
+    assert not re.findall(r"\b(?:mul|add|sub)\.f(?:32|64)\b.*", text), "without .rn it may be fused"
+    assert not re.findall(r"\b(?:div|sqrt)\.(?:approx|full).*", text)
     assert ".ftz" not in text
 
 

@@ -2,6 +2,7 @@
 // shared by the native tests.
 #pragma once
 
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -166,4 +167,20 @@ inline std::string name_of(const Case& c) {
                 static_cast<int>(c.rule), static_cast<int>(c.dtype),
                 static_cast<long long>(c.numel), c.live, c.anchored, c.noisy, c.momentum, c.state);
   return text;
+}
+
+inline bool near(double a, double b, double scale) {
+  return (std::isnan(a) && std::isnan(b)) || std::fabs(a - b) <= 1e-4 * scale + 1e-30;
+}
+
+// Counts to the bit; sums, which are added up in another order, to what float32 partial sums lose.
+inline void same_statistics(const aim::Statistics& a, const aim::Statistics& b,
+                            const std::string& what) {
+  expect(a.numel == b.numel && a.nonfinite == b.nonfinite &&
+             (a.under == b.under || (std::isnan(a.under) && std::isnan(b.under))),
+         "counts, " + what);
+  expect(near(a.grad_sum, b.grad_sum, std::sqrt(a.numel * a.grad_sq)) &&
+             near(a.grad_sq, b.grad_sq, a.grad_sq) && near(a.update_sq, b.update_sq, a.update_sq) &&
+             near(a.param_sq, b.param_sq, a.param_sq),
+         "sums, " + what);
 }

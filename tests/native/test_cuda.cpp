@@ -1,7 +1,6 @@
 // The CUDA kernels with the processor as their device, for sanitizers: bit for bit what the CPU
 // kernels compute, inside their buffers, and the same again whatever the order of the blocks. Under
 // ThreadSanitizer a barrier that is missing is a race.
-#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <string>
@@ -9,6 +8,9 @@
 
 #include "aim/cuda.h"
 #include "problem.h"
+
+// cuda_groups.cpp: several groups in one launch.
+void groups_agree();
 
 namespace {
 
@@ -52,21 +54,6 @@ struct Launch {
   int64_t next = -1;
   Work work{};
 };
-
-bool near(double a, double b, double scale) {
-  return (std::isnan(a) && std::isnan(b)) || std::fabs(a - b) <= 1e-4 * scale + 1e-30;
-}
-
-// Counts to the bit; sums, which are added up in another order, to what float32 partial sums lose.
-void same_statistics(const aim::Statistics& a, const aim::Statistics& b, const std::string& what) {
-  expect(a.numel == b.numel && a.nonfinite == b.nonfinite &&
-             (a.under == b.under || (std::isnan(a.under) && std::isnan(b.under))),
-         "counts, " + what);
-  expect(near(a.grad_sum, b.grad_sum, std::sqrt(a.numel * a.grad_sq)) &&
-             near(a.grad_sq, b.grad_sq, a.grad_sq) && near(a.update_sq, b.update_sq, a.update_sq) &&
-             near(a.param_sq, b.param_sq, a.param_sq),
-         "sums, " + what);
-}
 
 void agrees_with_the_processor(const Case& c, bool aligned, bool mixed) {
   const std::string what = name_of(c) + (aligned ? ", aligned" : ", misaligned");
@@ -189,6 +176,7 @@ int main() {
   reads_learning_rates();
   bad_calls_are_refused();
   copies();
+  groups_agree();
   std::printf("%d cases, %d failures\n", cases, failures);
   return failures != 0;
 }
