@@ -14,7 +14,7 @@ BUILD_REQUIRES = $(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyp
 CXX_FILES = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.h csrc/*/*.cu csrc/*/*.cuh python/*.cpp python/*.h tests/native/*.cpp tests/native/*.h tests/native/*/*.h)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test build bench gpu format lint check-install clean
+.PHONY: help demo test build bench gpu gpu-build gpu-test gpu-bench format lint check-install clean
 
 # Threads that spin while they wait take the cores from each other as soon as two processes share them: a small operation then
 # lasts a hundred times longer. `bench` keeps the default, as its users have it.
@@ -49,13 +49,21 @@ bench: build  ## this machine's table: the kernels, their peers and the memory f
 GPU_PYTHON ?= python3
 GPU_OUT ?= benchmarks/results
 GPU_WORKERS ?= 4
-gpu: export PYTHONPATH := $(CURDIR)
-gpu: export AIM_KERNELS_CUDA := 1
-gpu:  ## on a machine with a GPU: build with what is there, run the GPU tests, then the GPU benchmarks
+GPU_BENCH_ARGS ?= --sweep
+gpu gpu-build gpu-test gpu-bench: export PYTHONPATH := $(CURDIR)
+gpu gpu-build gpu-test gpu-bench: export PYTHONUNBUFFERED := 1
+gpu gpu-build gpu-test gpu-bench: export AIM_KERNELS_CUDA := 1
+gpu: gpu-build gpu-test gpu-bench  ## on a machine with a GPU: build with what is there, run the GPU tests, then the GPU benchmarks
+
+gpu-build:  ## ... its first part
 	$(GPU_PYTHON) setup.py --quiet build_ext --inplace
 	$(GPU_PYTHON) -m aim_kernels
+
+gpu-test:  ## ... its second part
 	$(GPU_PYTHON) -m pytest -m gpu -q -n $(GPU_WORKERS) --maxfail=20 --durations=10 $(PYTEST_ARGS)
-	$(GPU_PYTHON) -m aim_kernels bench --device cuda --sweep --out $(GPU_OUT)
+
+gpu-bench:  ## ... its third part: GPU_OUT names the folder of the results
+	$(GPU_PYTHON) -m aim_kernels bench --device cuda $(GPU_BENCH_ARGS) --out $(GPU_OUT)
 
 format: $(STAMP)  ## rewrite the sources in the house style
 	$(BIN)/ruff check --fix .

@@ -8,6 +8,7 @@ measured.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
@@ -107,7 +108,10 @@ class Launch:
     def __init__(
         self, plan: StepPlan, chunk_size: int, places: Sequence[tuple[torch.device, NDArray[np.int64]]]
     ) -> None:
-        self.plan, self.chunk_size = plan, chunk_size
+        # The plan holds the launch: a cycle would leave both to the garbage collector, which may come while a graph is
+        # captured.
+        self.plan: StepPlan = weakref.proxy(plan)
+        self.chunk_size = chunk_size
         (device, indices), *others = places
         self.home = Share(plan, device, indices, chunk_size, others=len(others))
         self.shares = [self.home, *(Share(plan, *place, chunk_size, home=False) for place in others)]
@@ -159,7 +163,8 @@ class Share:
         home: bool = True,
         others: int = 0,
     ) -> None:
-        self.plan, self.device, self.indices, self.chunk_size = plan, device, indices, chunk_size
+        self.plan: StepPlan = weakref.proxy(plan)
+        self.device, self.indices, self.chunk_size = device, indices, chunk_size
         tables, records = plan.tables, plan.records[indices]
         group_count = len(plan.groups)
         if home:
@@ -179,9 +184,23 @@ class Share:
         self.dtypes: tuple[int, ...] = tuple(np.unique(records["dtype"]).tolist())
         self.grad_scale: Tensor | None = None
         self.found_inf: Tensor | None = None
+        self._made_on = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._lr_copies: dict[int, Tensor] = {}
         self._upload = Upload(len(records) * records.itemsize + plan.groups.nbytes, device)
         self._sent = b""
+
+    def keep_for_stream(self) -> None:
+        """Tells the allocator that the current stream uses the tables, where it is not the one they were made on: their
+        memory must not be handed out again before it has finished."""
+        if self.device.type != "cuda" or capturing(self.device):
+            return
+        stream = torch.cuda.current_stream(self.device)
+        if stream == self._made_on:
+            return
+        tables = (self.chunks, self.spans, self.partials, self.next, self.sums, self.others, self.tensors)
+        for table in (*tables, self.rows, self.statistics, self.control):
+            if table is not None:
+                table.record_stream(stream)
 
     def current(self) -> AbstractContextManager[Any]:
         """Makes the device the current one."""
@@ -212,6 +231,7 @@ class Share:
             self.groups = words[len(records) * width :].view(len(groups), groups.itemsize // _WORD)
             self.rules: tuple[int, ...] = tuple(np.unique(groups["rule"][np.unique(records["group"])]).tolist())
             self._sent = b"" if capturing(self.device) else content
+        self.keep_for_stream()
 
     def _here(self, value: Tensor, copies: dict[int, Tensor], key: int) -> Tensor:
         """A tensor of the user's: itself, or a copy that keeps its address where it is on another device."""

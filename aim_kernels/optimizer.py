@@ -13,7 +13,7 @@ from aim_kernels import checkpoint, checks
 from aim_kernels.backends import check_name, select
 from aim_kernels.launch import capturing
 from aim_kernels.plan import StepPlan
-from aim_kernels.rows import CONTROL, PHASE_COLUMNS, PHASES, ROW, STATISTIC
+from aim_kernels.rows import PHASE_COLUMNS, PHASES, ROW, STATISTIC
 from aim_kernels.states import master_of, moment_names, zeros_like_all
 from aim_kernels.tables import Tables
 
@@ -96,7 +96,8 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
         self._plan: StepPlan | None = None
         self._holds_true_weights = False
         self._leaving: set[int] = set()  # groups whose masters the next step makes superfluous
-        self._captured: list[StepPlan] = []  # whose states and tables graphs will read and write as long as they live
+        # Whose states and tables graphs will read and write as long as they live.
+        self._captured: list[tuple[StepPlan, Any]] = []
         defaults = {
             "lr": lr,
             "rule": rule,
@@ -180,7 +181,7 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
         plan.read_hyperparameters(on_device=backend.ON_DEVICE)
         backend.step(plan)
         if capturing(self.tables.rows.device):
-            self._captured.append(plan)
+            self._captured.append((plan, plan.launch))
         plan.bump_versions()
         plan.forget_gradients()
         self._drop_masters(plan)
@@ -247,7 +248,9 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
             return
         for number in self._leaving:
             for p in self.param_groups[number]["params"]:
-                self.state[p].pop("master", None)
+                master = self.state[p].pop("master", None)
+                if master is not None and master.is_cuda:  # the step may still be under way, on any stream
+                    master.record_stream(torch.cuda.current_stream(master.device))
         if self._leaving:
             self._leaving.clear()
             self._plan = None
@@ -332,7 +335,7 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
     def set_phases(self, probability: float) -> None:
         """Probability of drawing the auxiliary phase for the next forward pass; 0: always the true one."""
         checks.check_number("probability", probability, 0.0, 1.0)
-        self.tables.control[CONTROL["threshold"]] = round(probability * 2**32)
+        self.tables.set_threshold(round(probability * 2**32))
 
     @property
     def phase(self) -> str:

@@ -35,7 +35,12 @@ class Tables:
 
     def set_columns(self, group: int, **columns: float | torch.Tensor) -> None:
         for name, value in columns.items():
-            self.rows[group, ROW[name]] = value
+            cell = self.rows[group, ROW[name]]
+            # Not cell = value: for a number that copies from the host's memory, and waits for the device.
+            if isinstance(value, torch.Tensor):
+                cell.copy_(value.reshape(()))
+            else:
+                cell.fill_(value)
             if name in _LIVE_COLUMNS:
                 unknown = isinstance(value, torch.Tensor) and value.device.type != "cpu"
                 self._live[group][name] = float("nan") if unknown else float(value)
@@ -52,6 +57,10 @@ class Tables:
     def to(self, device: torch.device) -> None:
         """Moves the tables."""
         self.rows, self.statistics, self.control = (t.to(device) for t in (self.rows, self.statistics, self.control))
+
+    def set_threshold(self, threshold: int) -> None:
+        """The next phase is auxiliary where a 32-bit draw lies below it."""
+        self.control[CONTROL["threshold"]].fill_(threshold)
 
     def phase(self) -> int:
         """Phase of the live weights now in the module: 0 true, 1 auxiliary."""

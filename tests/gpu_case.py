@@ -32,9 +32,10 @@ def work(params: list[torch.Tensor], options: dict[str, object]) -> None:
 
 
 def tensors(types: list[torch.dtype]) -> list[torch.Tensor]:
-    """Tails, an address that is not that of a vector, and more than one chunk."""
-    made = [torch.randn(n + 1, device="cuda").to(t) for n, t in zip((1, 70, 40001), types, strict=True)]
-    return [(t[1:] if number == 1 else t[:-1]).requires_grad_() for number, t in enumerate(made)]
+    """Tails, an address that is not that of a vector, and more than one chunk. All end where their allocation does, and
+    the largest keeps its states in allocations of their own as well."""
+    made = [torch.randn(n, device="cuda").to(t) for n, t in zip((1, 71, 70001), types, strict=True)]
+    return [(t[1:] if number == 1 else t).requires_grad_() for number, t in enumerate(made)]
 
 
 def main() -> None:

@@ -120,10 +120,12 @@ PARAMETER_LAYOUTS = ("contiguous", "transposed", "channels_last", "sliced", "row
 GRADIENT_LAYOUTS = (*PARAMETER_LAYOUTS, "expanded")
 
 
-def parameter(shape: Sequence[int], dtype: str = "float32", kind: str = "contiguous", seed: int = 0) -> torch.Tensor:
+def parameter(
+    shape: Sequence[int], dtype: str = "float32", kind: str = "contiguous", seed: int = 0, device: str | None = None
+) -> torch.Tensor:
     """A leaf that requires a gradient, standard normal, in the given layout."""
     values = torch.from_numpy(np.asarray(np.random.default_rng(seed).standard_normal(tuple(shape)))).to(DTYPES[dtype])
-    return layout(values.to(DEVICE), kind).requires_grad_()
+    return layout(values.to(device or DEVICE), kind).requires_grad_()
 
 
 class Gradients:
@@ -209,10 +211,11 @@ def build(
 ) -> ak.AIMFusedOptimizer:
     """An optimizer with one modulated group for each list of shapes; layouts cycle through ``kinds``."""
     groups, seed = [], 0
+    device = "cpu" if options.get("backend", "cpu") == "cpu" else DEVICE
     for depth, members in enumerate(shapes):
         params = []
         for shape in members:
-            params.append(parameter(shape, dtype, kinds[seed % len(kinds)], seed))
+            params.append(parameter(shape, dtype, kinds[seed % len(kinds)], seed, device))
             seed += 1
         groups.append({"params": params, "modality": "audio", "depth": depth, "modulated": modulated})
     options = {

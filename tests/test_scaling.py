@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import helpers
 import pytest
 import torch
 from helpers import RULES, Gradients, assign, build, frozen, parameters_of, same_bits, set_row
@@ -88,12 +89,12 @@ def test_masters_outlive_a_skipped_step(backend: str) -> None:
 def test_grad_scaler_hands_over(backend: str, rule: str) -> None:
     """``scaler.step`` with ``fused_scaling`` equals unscaling first; an overflow is skipped and the scale backs off."""
     one, other = (build(rule, SHAPES, backend=backend, fused_scaling=fused) for fused in (False, True))
-    scalers = [torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=100) for _ in range(2)]
+    scalers = [torch.amp.GradScaler(helpers.DEVICE, init_scale=4.0, growth_interval=100) for _ in range(2)]
     for optimizer, scaler in zip((one, other), scalers, strict=True):
         params = parameters_of(optimizer)
         gradients = Gradients(params)
         for number in range(3):
-            scaler.scale(torch.ones(())).item()  # starts the scaler
+            scaler.scale(torch.ones((), device=helpers.DEVICE)).item()  # starts the scaler
             assign(params, [grad * scaler.get_scale() for grad in gradients()])
             if number == 1:
                 params[1].grad[3] = float("inf")

@@ -187,6 +187,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; the exit status is 1 where one of this library's candidates failed."""
     arguments = parser().parse_args(argv)
     device, began = arguments.device, time.monotonic()
+    if torch.device(device).index is not None:
+        torch.cuda.set_device(device)  # events, streams and graphs are of the current one
     bandwidth = copy_bandwidth(Clock(device), device, _COPIED if device != "cpu" else 2**22)
     title = gpu_report.device_name(device)
     print(f"{title}: copy {bandwidth / 1e9:.0f} GB/s, read and written", flush=True)

@@ -126,7 +126,8 @@ def graphed(step: Step) -> Step:
             step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Garbage of earlier runs must not be freed in the middle of a capture.
+    with collection_off(), torch.cuda.graph(graph):
         step()
     return Replay(graph, step)
 
