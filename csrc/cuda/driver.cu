@@ -44,7 +44,7 @@ Result launch(void (*kernel)(Argument), const char* call, int64_t blocks, int32_
                                              dim3(static_cast<unsigned>(threads)), arguments, 0,
                                              static_cast<cudaStream_t>(stream));
   if (error == cudaSuccess) return kFine;
-  cudaGetLastError();  // or the next caller, torch included, would meet it
+  cudaGetLastError();  // or the next call would report it again
   return failed(error, call);
 }
 
