@@ -12,8 +12,8 @@ from torch import Tensor
 from aim_kernels import checkpoint, checks
 from aim_kernels.backends import check_name, select
 from aim_kernels.launch import capturing
+from aim_kernels.modulated import Modulated
 from aim_kernels.plan import StepPlan
-from aim_kernels.rows import PHASE_COLUMNS, PHASES, ROW, STATISTIC
 from aim_kernels.states import master_of, moment_names, zeros_like_all
 from aim_kernels.tables import Tables
 
@@ -24,7 +24,7 @@ _DEFAULT_DECAY = {"adamw": 1e-2, "adam": 0.0, "sgd": 0.0}
 _BLOCK_KEYS = {"modality": None, "depth": None, "modulated": False, "module": None}
 
 
-class AIMFusedOptimizer(torch.optim.Optimizer):
+class AIMFusedOptimizer(Modulated):
     r"""AdamW, Adam or SGD with adaptive intra-network modulation, in one pass over memory.
 
     With no strength set it is its base rule (torch.optim's formulae, within a few ulp). Per element and step, with
@@ -265,145 +265,6 @@ class AIMFusedOptimizer(torch.optim.Optimizer):
             self._leaving.add(number)
         else:
             self._leaving.discard(number)
-
-    # -- modulation --------------------------------------------------------------------------------------------------
-
-    def set_strength(self, modality: str, depth: int, kappa: float | Tensor, coefficients: str = "chain") -> None:
-        """Turns a block into its Auxiliary Block of strength ``kappa``, in both phases (spec section 4).
-
-        The next step emits ``live = anchor + (theta - anchor) * (1 if under else 1 - kappa)``.
-
-        Args:
-            modality, depth: the block, as in its param group.
-            kappa: in [0, 1); 0 undoes it. A 0-dim tensor on the parameters' device is taken without waiting for it.
-            coefficients: how the gradient of a well-optimized element follows: "chain" (times 1 - kappa, the
-                chain rule), "straight-through" (unchanged), "step" (unchanged, but its step is scaled by 1 - kappa).
-
-        Raises:
-            ValueError: no such block, kappa outside [0, 1), or unknown coefficients.
-        """
-        checks.check_kappa(kappa)
-        keep = 1.0 - kappa
-        row: dict[str, Any] = {"live_well": keep}
-        if coefficients == "chain":
-            row["grad_well"] = keep
-        elif coefficients == "step":
-            row["step_well"] = keep
-        elif coefficients != "straight-through":
-            raise ValueError(f"coefficients: expected 'chain', 'straight-through' or 'step', got {coefficients!r}")
-        for number in self._block(modality, depth):
-            self.set_phase_rows(number, true=row, aux=row)
-
-    def set_modulation(self, group: int | tuple[str, int], **columns: float | Tensor) -> None:
-        """Writes columns of a row by hand; they hold in both phases, from the next step on.
-
-        Args:
-            group: index of a param group, or the (modality, depth) of a block.
-            columns: any of grad_under, grad_well, step_under, step_well, live_under, live_well, tau_prev, tau, noise.
-
-        Raises:
-            ValueError: no such group, an unknown column, or a value that it cannot hold.
-        """
-        checks.check_columns(columns)
-        for number in self._block(*group) if isinstance(group, tuple) else [self._group_number(group)]:
-            self._check_state_suffices(number, columns)
-            written: dict[str, Any] = {}
-            for column, value in columns.items():
-                if column in PHASE_COLUMNS:
-                    written |= {f"{phase}_{column}": value for phase in PHASES}
-                if column not in PHASE_COLUMNS or column.startswith("grad"):
-                    written[column] = value
-            self.tables.set_columns(number, **written)
-            self._note_live_weights(number)
-
-    def set_phase_rows(
-        self, group: int, *, true: dict[str, Any] | None = None, aux: dict[str, Any] | None = None
-    ) -> None:
-        """Writes what holds in the true and in the auxiliary phase; columns not named become one.
-
-        Live columns shape the next emission; the gradient columns take effect one step later, when the live weights
-        they belong to are those that the forward pass saw (spec section 4).
-        """
-        number = self._group_number(group)
-        for row in (true or {}, aux or {}):
-            checks.check_columns(row)
-            self._check_state_suffices(number, row)
-        self.tables.set_phase_row(number, "true", true or {})
-        self.tables.set_phase_row(number, "aux", aux or {})
-        self._note_live_weights(number)
-
-    def set_phases(self, probability: float) -> None:
-        """Probability of drawing the auxiliary phase for the next forward pass; 0: always the true one."""
-        checks.check_number("probability", probability, 0.0, 1.0)
-        self.tables.set_threshold(round(probability * 2**32))
-
-    @property
-    def phase(self) -> str:
-        """Phase of the live weights that the module holds: "true" or "auxiliary"."""
-        return ("true", "auxiliary")[self.tables.phase()]
-
-    def modulation(self) -> list[dict[str, Any]]:
-        """The rows as the next step will apply them, one dict a group."""
-        return [
-            {"modality": group["modality"], "depth": group["depth"], **self.tables.public_row(number)}
-            for number, group in enumerate(self.param_groups)
-        ]
-
-    def statistics(self) -> list[dict[str, Any]]:
-        """What the latest step measured, one dict a group. The only call that waits for the device.
-
-        Keys: modality, depth, numel, under_fraction (share of under-optimized elements; NaN where the group keeps no
-        optimization state or has not been stepped), threshold (tau), grad_norm (of the gradients as given),
-        update_norm (of what the step subtracted), param_norm (of the true weights), nonfinite (NaN and infinite
-        gradient elements). Norms are L2.
-        """
-        rows, sums = self.tables.rows.tolist(), self.tables.statistics.tolist()
-        result = []
-        for number, group in enumerate(self.param_groups):
-            row, total = rows[number], sums[number]
-            stepped = total[STATISTIC["numel"]]
-            result.append(
-                {
-                    "modality": group["modality"],
-                    "depth": group["depth"],
-                    "numel": sum(p.numel() for p in group["params"]),
-                    "under_fraction": total[STATISTIC["under"]] / stepped if stepped else float("nan"),
-                    "threshold": row[ROW["tau"]],
-                    "grad_norm": total[STATISTIC["grad_sq"]] ** 0.5,
-                    "update_norm": total[STATISTIC["update_sq"]] ** 0.5,
-                    "param_norm": total[STATISTIC["param_sq"]] ** 0.5,
-                    "nonfinite": int(total[STATISTIC["nonfinite"]]),
-                }
-            )
-        return result
-
-    def _block(self, modality: str, depth: int) -> list[int]:
-        found = [
-            number
-            for number, group in enumerate(self.param_groups)
-            if group["modality"] == modality and group["depth"] == depth and group["modulated"]
-        ]
-        if not found:
-            blocks = sorted({(g["modality"], g["depth"]) for g in self.param_groups if g["modulated"]}, key=str)
-            raise ValueError(f"no modulated block {(modality, depth)!r}; the blocks are {blocks}")
-        return found
-
-    def _group_number(self, group: int) -> int:
-        if not isinstance(group, int) or not 0 <= group < len(self.param_groups):
-            raise ValueError(f"no param group {group!r}; there are {len(self.param_groups)}, numbered from 0")
-        return group
-
-    def _check_state_suffices(self, number: int, columns: dict[str, Any]) -> None:
-        group = self.param_groups[number]
-        if group["rule"] != "sgd" or group["modulated"]:
-            return
-        row = {**dict.fromkeys(PHASE_COLUMNS, 1.0), **columns}
-        for kind in ("grad", "step", "live"):
-            if row[f"{kind}_under"] is not row[f"{kind}_well"] and row[f"{kind}_under"] != row[f"{kind}_well"]:
-                raise ValueError(
-                    f"group {number}: {kind}_under and {kind}_well differ, but under rule 'sgd' a group that is not "
-                    "modulated keeps no optimization state; give the group modulated=True"
-                )
 
     # -- live and true weights ---------------------------------------------------------------------------------------
 

@@ -208,6 +208,7 @@ class StepPlan:
                 -inverse if group["maximize"] else inverse,
                 target,
                 group["threshold_rate"] if kind == "fraction" else 0.0,
+                0.0,
                 0,  # lr_tensor, by launch.py
                 RULES.index(rule),
                 bool(group["nesterov"]),

@@ -48,6 +48,7 @@ TENSOR_RECORD = np.dtype(
         ("grad", np.uint64),  # 0: not stepped
         ("exp_avg", np.uint64),  # first moment, or SGD's momentum buffer
         ("exp_avg_sq", np.uint64),
+        ("extra", np.uint64),  # a third moment: AMSGrad's maximum, RMSprop's momentum buffer
         ("master", np.uint64),  # true weights, where live weights exist
         ("anchor", np.uint64),  # initial weights, for anchor="init"
         ("step", np.uint64),  # float32 step count
@@ -55,6 +56,8 @@ TENSOR_RECORD = np.dtype(
         ("first", np.int64),  # global index of the first element (noise)
         ("group", np.int32),
         ("dtype", np.int32),
+        ("uncounted", np.int32),  # another process adds it to the statistics
+        ("unused", np.int32),
     ],
     align=True,
 )
@@ -72,15 +75,18 @@ GROUP_RECORD = np.dtype(
         ("scale", np.float64),  # -1 to maximize
         ("target", np.float64),  # q of the threshold controller
         ("rate", np.float64),  # its step size; 0 holds the threshold
+        ("lr_decay", np.float64),  # Adagrad's
         ("lr_tensor", np.uint64),  # devices: address of the number that is read instead of lr; 0: lr
         ("rule", np.int32),
         ("nesterov", np.int32),
         ("lr_dtype", np.int32),  # of lr_tensor, as numbered in DTYPES
-        ("unused", np.int32),
+        ("flags", np.int32),  # a sum of FLAGS
     ],
     align=True,
 )
 
+#: Variants of a rule (``aim::Flag``).
+FLAGS = {"amsgrad": 1, "centered": 2}
 
 #: The elements [index * chunk_size, (index + 1) * chunk_size) of a tensor (``aim::cuda::Chunk``): one block's work.
 CHUNK_RECORD = np.dtype([("tensor", np.int32), ("index", np.int32)], align=True)

@@ -292,6 +292,7 @@ py::dict layout() {
   AIM_FIELD(tensor, Tensor, grad);
   AIM_FIELD(tensor, Tensor, exp_avg);
   AIM_FIELD(tensor, Tensor, exp_avg_sq);
+  AIM_FIELD(tensor, Tensor, extra);
   AIM_FIELD(tensor, Tensor, master);
   AIM_FIELD(tensor, Tensor, anchor);
   AIM_FIELD(tensor, Tensor, step);
@@ -299,6 +300,8 @@ py::dict layout() {
   AIM_FIELD(tensor, Tensor, first);
   AIM_FIELD(tensor, Tensor, group);
   AIM_FIELD(tensor, Tensor, dtype);
+  AIM_FIELD(tensor, Tensor, uncounted);
+  AIM_FIELD(tensor, Tensor, unused);
   AIM_FIELD(group, Group, lr);
   AIM_FIELD(group, Group, beta1);
   AIM_FIELD(group, Group, beta2);
@@ -309,11 +312,12 @@ py::dict layout() {
   AIM_FIELD(group, Group, scale);
   AIM_FIELD(group, Group, target);
   AIM_FIELD(group, Group, rate);
+  AIM_FIELD(group, Group, lr_decay);
   AIM_FIELD(group, Group, lr_tensor);
   AIM_FIELD(group, Group, rule);
   AIM_FIELD(group, Group, nesterov);
   AIM_FIELD(group, Group, lr_dtype);
-  AIM_FIELD(group, Group, unused);
+  AIM_FIELD(group, Group, flags);
 #undef AIM_FIELD
   py::dict result;
   result["tensor"] = tensor;

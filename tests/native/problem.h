@@ -80,6 +80,7 @@ struct Case {
   aim::DType dtype;
   int64_t numel;
   bool live, anchored, noisy, momentum, state;
+  int32_t flags = 0;  // a sum of aim::Flag
 };
 
 // One parameter with everything around it.
@@ -90,6 +91,7 @@ struct Problem {
         grad(count(), size_of(c.dtype), aligned),
         m(count(), wide(), aligned),
         v(count(), wide(), aligned),
+        extra(count(), wide(), aligned),
         master(count(), wide(), aligned),
         anchor(count(), wide(), aligned) {
     std::mt19937 random(seed);
@@ -99,28 +101,37 @@ struct Problem {
     fill(grad, count(), c.dtype, 0.1, false, random);
     fill(m, count(), state, 0.05, false, random);
     fill(v, count(), state, 0.1, true, random);
+    fill(extra, count(), state, 0.1, true, random);
     fill(master, count(), state, 1, false, random);
     fill(anchor, count(), state, 1, false, random);
-    tensor = {param.data(),
-              grad.data(),
-              c.rule != aim::Rule::kSgd || c.momentum || c.state ? m.data() : nullptr,
-              c.rule != aim::Rule::kSgd || c.state ? v.data() : nullptr,
-              c.live ? master.data() : nullptr,
-              c.anchored ? anchor.data() : nullptr,
-              &step,
-              c.numel,
-              (int64_t{1} << 33) + 3,
-              0,
-              static_cast<int32_t>(c.dtype)};
-    group = {1e-2, 0.9, 0.99, 1e-8, 0.1,     c.momentum ? 0.9 : 0.0,
-             0.0,  1.0, 0.1,  0.1,  nullptr, static_cast<int32_t>(c.rule),
-             0,    0,   0};
+    const bool adam = c.rule == aim::Rule::kAdam || c.rule == aim::Rule::kAdamW;
+    const bool sgd = c.rule == aim::Rule::kSgd;
+    tensor.param = param.data();
+    tensor.grad = grad.data();
+    if (adam || c.state || (sgd && c.momentum)) tensor.exp_avg = m.data();
+    if (!sgd || c.state) tensor.exp_avg_sq = v.data();
+    if (c.live) tensor.master = master.data();
+    if (c.anchored) tensor.anchor = anchor.data();
+    tensor.step = &step;
+    tensor.numel = c.numel;
+    tensor.first = (int64_t{1} << 33) + 3;
+    tensor.dtype = static_cast<int32_t>(c.dtype);
+    group.lr = 1e-2;
+    group.beta1 = 0.9;
+    group.beta2 = 0.99;
+    group.eps = 1e-8;
+    group.weight_decay = 0.1;
+    group.momentum = c.momentum ? 0.9 : 0;
+    group.scale = 1;
+    group.target = group.rate = 0.1;
+    group.rule = static_cast<int32_t>(c.rule);
+    group.flags = c.flags;
     double* columns = reinterpret_cast<double*>(&row);
     for (size_t i = 0; i < sizeof row / sizeof(double); ++i) columns[i] = 1;
     row.tau_prev = 0.4;
     row.tau = 0.5;
     row.noise = c.noisy ? 0.3 : 0;
-    if (tensor.exp_avg_sq) {
+    if (tensor.exp_avg && tensor.exp_avg_sq) {
       row.grad[aim::kWell] = 0.5;
       for (aim::PhaseRow& phase : row.phases) {
         phase.step[aim::kWell] = 0.25;
@@ -134,15 +145,15 @@ struct Problem {
   size_t count() const { return static_cast<size_t>(shape.numel); }
   size_t wide() const { return shape.dtype == aim::DType::kFloat64 ? 8 : 4; }
   bool guards_intact() const {
-    for (const Buffer* b : {&param, &grad, &m, &v, &master, &anchor}) {
+    for (const Buffer* b : {&param, &grad, &m, &v, &extra, &master, &anchor}) {
       if (!b->guards_intact()) return false;
     }
     return true;
   }
   bool equals(const Problem& other) const {
     return param == other.param && grad == other.grad && m == other.m && v == other.v &&
-           master == other.master && anchor == other.anchor && step == other.step &&
-           !std::memcmp(&row, &other.row, sizeof row) &&
+           extra == other.extra && master == other.master && anchor == other.anchor &&
+           step == other.step && !std::memcmp(&row, &other.row, sizeof row) &&
            !std::memcmp(&statistics, &other.statistics, sizeof statistics) &&
            !std::memcmp(&control, &other.control, sizeof control);
   }
@@ -151,10 +162,10 @@ struct Problem {
   }
 
   Case shape;
-  Buffer param, grad, m, v, master, anchor;
+  Buffer param, grad, m, v, extra, master, anchor;
   float step = 3;
-  aim::Tensor tensor;
-  aim::Group group;
+  aim::Tensor tensor{};
+  aim::Group group{};
   aim::Row row;
   aim::Statistics statistics;
   aim::Control control;
@@ -163,9 +174,11 @@ struct Problem {
 inline std::string name_of(const Case& c) {
   char text[160];
   std::snprintf(text, sizeof text,
-                "rule %d dtype %d numel %lld live %d anchor %d noise %d momentum %d state %d",
+                "rule %d dtype %d numel %lld live %d anchor %d noise %d momentum %d state %d "
+                "flags %d",
                 static_cast<int>(c.rule), static_cast<int>(c.dtype),
-                static_cast<long long>(c.numel), c.live, c.anchored, c.noisy, c.momentum, c.state);
+                static_cast<long long>(c.numel), c.live, c.anchored, c.noisy, c.momentum, c.state,
+                c.flags);
   return text;
 }
 

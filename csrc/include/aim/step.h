@@ -30,12 +30,16 @@ enum class Rule : int32_t { kAdamW, kAdam, kSgd };
 // Index into every {under, well} pair.
 enum Class : int { kUnder = 0, kWell = 1 };
 
+// Variants of a rule.
+enum Flag : int32_t { kAmsgrad = 1, kCentered = 2 };
+
 // One parameter. Moments, master and anchor are float32 (float64 for float64 parameters).
 struct Tensor {
   void* param;       // live weights; the true weights where there is no master
   const void* grad;  // in the parameter's dtype and memory order; null: not stepped
   void* exp_avg;     // first moment, or SGD's momentum buffer
   void* exp_avg_sq;
+  void* extra;         // a third moment: AMSGrad's maximum, RMSprop's momentum buffer
   void* master;        // true weights, where live weights exist
   const void* anchor;  // null: zero
   float* step;         // steps taken, incremented
@@ -43,19 +47,22 @@ struct Tensor {
   int64_t first;  // global index of the first element
   int32_t group;
   int32_t dtype;
+  int32_t uncounted;  // not 0: another process adds it to the statistics
+  int32_t unused;
 };
 
 struct Group {
   double lr, beta1, beta2, eps, weight_decay, momentum, dampening;
-  double scale;   // multiplies the gradient first; -1 maximizes
-  double target;  // q of the threshold controller
-  double rate;    // its step size; 0 holds the threshold
+  double scale;     // multiplies the gradient first; -1 maximizes
+  double target;    // q of the threshold controller
+  double rate;      // its step size; 0 holds the threshold
+  double lr_decay;  // Adagrad's
   // Devices: one number in the device's memory that is read instead of `lr`; null: `lr`.
   const void* lr_tensor;
   int32_t rule;
   int32_t nesterov;
   int32_t lr_dtype;  // of lr_tensor: kFloat32 or kFloat64
-  int32_t unused;
+  int32_t flags;     // a sum of Flag
 };
 
 struct PhaseRow {
