@@ -203,7 +203,7 @@ MUTANTS = (
         "{**kept.get(p, {}), **values}",
         "{**values}",
         "a checkpoint of torch.optim has no anchors; those of the construction must stay",
-        ("test_checkpoint.py::test_anchors_stay_when_a_checkpoint_has_none",),
+        ("test_hooks.py::test_anchors_stay_where_a_checkpoint_has_none",),
     ),
     # -- what is refused
     Mutant(
@@ -253,7 +253,7 @@ MUTANTS = (
         "const int64_t end = numel - begin < kChunk ? numel : begin + kChunk;",
         "const int64_t end = static_cast<int32_t>(numel - begin < kChunk ? numel : begin + kChunk);",
         "the same in the driver",
-        ("test_native.py::test_sizes_beyond_32_bits",),
+        ("test_huge.py",),
     ),
     Mutant(
         "tail not stepped",

@@ -129,7 +129,7 @@ def test_a_forked_child_steps_on_its_own() -> None:
     child = os.fork()
     if child == 0:
         try:
-            signal.alarm(60)  # a child that waits for threads it does not have must not hang the tests
+            signal.alarm(20)  # a child that waits for threads it does not have must not hang the tests
             os.close(read)
             optimizer.step()
             # Converting through numpy: torch's own parallel operations are not ours to test after a fork.
