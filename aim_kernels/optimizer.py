@@ -31,6 +31,13 @@ _SINCE_0_1 = {
     "reference_lr": None,
 }
 
+#: Options that ``optimizer.defaults`` must not have under a rule: schedulers that cycle the momentum (OneCycleLR,
+#: CyclicLR) look for "betas" there, then for "momentum", and cycle what they find.
+_HIDDEN_DEFAULTS = {"sgd": ["betas"], "rmsprop": ["betas"], "adagrad": ["betas", "momentum"]}
+
+#: Options that are not of a group.
+_WHOLE = ("anchor", "backend", "seed")
+
 #: What a block's param group says of itself (``block_param_groups``); plain groups keep these.
 _BLOCK_KEYS = {"modality": None, "depth": None, "modulated": False, "module": None}
 
@@ -145,13 +152,15 @@ class AIMFusedOptimizer(Modulated):
             **_BLOCK_KEYS,
         }
         checks.check_ordered(params)
+        self._hidden_defaults: dict[str, Any] = {}
         super().__init__(params, defaults)
+        self._hidden_defaults = {name: self.defaults.pop(name) for name in _HIDDEN_DEFAULTS.get(rule, ())}
         if backend != "auto":
             select(backend, self.tables.rows.device)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, at any time; its row starts neutral."""
-        group = dict(param_group)
+        group = {**self._hidden_defaults, **param_group}
         params = group["params"]
         checks.check_ordered(params)
         group["params"] = [params] if isinstance(params, Tensor) else list(params)
@@ -355,7 +364,17 @@ class AIMFusedOptimizer(Modulated):
 
     def state_dict(self) -> dict[str, Any]:
         """torch.optim's, plus ``master`` states (the true weights) and each group's row, statistics and control."""
-        return checkpoint.with_tables(super().state_dict(), self.tables)
+        # The hooks see it complete, so they wait until the tables are there.
+        hooks = self._optimizer_state_dict_post_hooks
+        self._optimizer_state_dict_post_hooks = type(hooks)()
+        try:
+            made = checkpoint.with_tables(super().state_dict(), self.tables)
+        finally:
+            self._optimizer_state_dict_post_hooks = hooks
+        for hook in hooks.values():
+            changed = hook(self, made)
+            made = made if changed is None else changed
+        return made
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -382,8 +401,13 @@ class AIMFusedOptimizer(Modulated):
         for number in range(len(self.param_groups)):
             self._note_live_weights(number)
 
+    def __repr__(self) -> str:
+        whole = "".join(f"{name}: {getattr(self, '_seed' if name == 'seed' else name)}\n" for name in _WHOLE)
+        return f"{super().__repr__().removesuffix(')')}{whole})"
+
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("tables", "anchor", "backend", "_seed", "_holds_true_weights", "_step_supports_amp_scaling")
+        kept = ("tables", "anchor", "backend", "_seed", "_hidden_defaults", "_holds_true_weights")
+        kept = (*kept, "_step_supports_amp_scaling")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -391,5 +415,6 @@ class AIMFusedOptimizer(Modulated):
         for group in (self.defaults, *self.param_groups):  # pickled by an earlier release
             for option, value in _SINCE_0_1.items():
                 group.setdefault(option, value)
+        self.__dict__.setdefault("_hidden_defaults", {})
         self._captured = []  # graphs are of the original
         self._reset()

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -75,7 +75,7 @@ def build() -> str:
     return done.stdout + done.stderr if done.returncode else ""
 
 
-def run_tests(tests: Iterable[str], *options: str) -> tuple[str, str]:
+def run_tests(tests: Collection[str], *options: str) -> tuple[str, str]:
     """("passed" | "failed" | "broken", the failing test or what pytest said)."""
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-m", "not gpu", *options]
     command += [f"tests/{test}" for test in tests]
@@ -88,6 +88,8 @@ def run_tests(tests: Iterable[str], *options: str) -> tuple[str, str]:
     if done.returncode == 0:
         skipped = re.search(r"^(?!.*passed).*skipped", done.stdout.splitlines()[-1])
         return ("broken", "all tests were skipped") if skipped else ("passed", "")
+    if done.returncode < 0:
+        return "failed", f"a crash by signal {-done.returncode} in {' or '.join(tests)}"
     failed = re.search(r"^FAILED tests/(.*?)(?: - .*)?$", done.stdout, re.MULTILINE)
     if done.returncode == 1 and failed:
         return "failed", failed.group(1)
@@ -145,7 +147,7 @@ def main() -> int:
     if words := build():
         print(words)
         return 1
-    result, detail = run_tests(dict.fromkeys(test for m in mutants for test in m.tests))
+    result, detail = run_tests(list(dict.fromkeys(test for m in mutants for test in m.tests)))
     if result != "passed":
         print(f"the tests do not pass without a mutant: {detail}")
         return 1

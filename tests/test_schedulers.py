@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -50,10 +51,11 @@ def test_scheduled_steps(name: str, tensor_lr: bool, rule: str) -> None:
     optimizer = build(rule, (((4, 4),), ((3,),)), lr=torch.tensor(0.02) if tensor_lr else 0.02)
     peer_class = torch.optim.AdamW if rule == "adamw" else torch.optim.SGD
     options = {"betas": (0.85, 0.98)} if rule == "adamw" else {"momentum": 0.8}
-    q = parameter((2,))
-    q.grad = torch.zeros(2)
-    peer = peer_class([q], lr=torch.tensor(0.02) if tensor_lr else 0.02, **options)
-    own, others = MAKERS[name](optimizer), MAKERS[name](peer)
+    others = [parameter((2,)) for _ in range(2)]
+    assign(others, [torch.zeros(2)] * 2)
+    # As many groups, since a tensor is theirs in common: what is multiplied in place is multiplied once a group.
+    peer = peer_class([{"params": [q]} for q in others], lr=torch.tensor(0.02) if tensor_lr else 0.02, **options)
+    schedulers = MAKERS[name](optimizer), MAKERS[name](peer)
     made = Twin(optimizer, optimizer.param_groups[0]["rule"])
     gradients, rates, plans = Gradients(parameters_of(optimizer)), [], set()
     for number in range(STEPS):
@@ -66,12 +68,26 @@ def test_scheduled_steps(name: str, tensor_lr: bool, rule: str) -> None:
         rates.append(float(optimizer.param_groups[0]["lr"]))
         if number:
             plans.add(id(optimizer._plan))
-        advance(own)
-        advance(others)
+        for scheduler in schedulers:
+            advance(scheduler)
     assert len(set(rates)) > 1, "a schedule that changed nothing tested nothing"
     assert len(plans) == 1, "the plan was built anew for a change of hyperparameters"
     assert isinstance(optimizer.param_groups[0]["lr"], torch.Tensor) == tensor_lr
     made.finish()
+
+
+@pytest.mark.parametrize("rule", ["sgd", "rmsprop", "adagrad"])
+def test_what_schedulers_look_for_survives_copies_and_new_groups(rule: str) -> None:
+    """They take an optimizer whose defaults have betas for one of Adam's kind; groups have them all the same."""
+    optimizer = ak.AIMFusedOptimizer([parameter((3,))], rule=rule, betas=(0.5, 0.75))
+    names = {"sgd": {"momentum"}, "rmsprop": {"momentum"}, "adagrad": set()}[rule]
+    for each in (optimizer, copy.deepcopy(optimizer)):
+        each.add_param_group({"params": [parameter((2,))]})
+        assert {"betas", "momentum"} & each.defaults.keys() == names
+        assert [group["betas"] for group in each.param_groups] == [(0.5, 0.75)] * 2
+    if not names:
+        with pytest.raises(ValueError, match="momentum"):  # as torch.optim.Adagrad
+            s.CyclicLR(optimizer, 1e-3, 1e-2)
 
 
 def same_weights(one: ak.AIMFusedOptimizer, two: ak.AIMFusedOptimizer) -> None:
@@ -103,7 +119,7 @@ def test_learning_rate_tensors_that_are_refused(rate: torch.Tensor) -> None:
     params = parameters_of(optimizer)
     assign(params, Gradients(params)())
     before = [p.detach().clone() for p in params]
-    optimizer.param_groups[0]["lr"] = rate
+    optimizer.param_groups[0]["lr"] = rate.clone()
     with pytest.raises(ValueError, match=r"lr \(group 0\)"):
         optimizer.step()
     same_bits(before, [p.detach() for p in params])
