@@ -11,13 +11,13 @@ CHUNK: int
 def step(
     tensors: NDArray[np.void],
     groups: NDArray[np.void],
-    rows: int,
-    statistics: int,
-    control: int,
+    rows: NDArray[np.float64],
+    statistics: NDArray[np.float64],
+    control: NDArray[np.int64],
     threads: int,
-    team: int = 0,
+    team: object = None,
 ) -> None: ...
-def emit(tensors: NDArray[np.void], groups: NDArray[np.void], rows: int, threads: int, team: int = 0) -> None: ...
+def emit(tensors: NDArray[np.void], groups: NDArray[np.void], rows: NDArray[np.float64], threads: int, team: object = None) -> None: ...
 def check(tensors: NDArray[np.void], groups: NDArray[np.void]) -> None: ...
 
 class Watch:
@@ -43,7 +43,7 @@ def stream(
     chunk: int,
     factor: float,
     threads: int,
-    team: int = 0,
+    team: object = None,
 ) -> None: ...
 def isas() -> list[tuple[str, bool, bool]]: ...
 def active_isa() -> str: ...

@@ -150,7 +150,7 @@ MUTANTS = (
     Mutant(
         "a pool of threads after a fork",
         "aim_kernels/backends/cpu.py",
-        "return _torch_team() if os.getpid() == _PROCESS else 0",
+        "return _torch_team() if os.getpid() == _PROCESS else None",
         "return _torch_team()",
         "pytorch#19996, LightGBM#4751: the child waits for threads that the fork did not copy",
         ("test_native.py::test_a_forked_child_steps_on_its_own",),
@@ -229,6 +229,30 @@ MUTANTS = (
         "if False:",
         "torch's own message does not say which parameter it is",
         ("test_errors.py::test_repeated_parameters",),
+    ),
+    Mutant(
+        "tables of any size",
+        BINDING,
+        " || array.size() != wanted) {",
+        ") {",
+        "written past their end",
+        ("test_binding.py",),
+    ),
+    Mutant(
+        "a watch that trusts its lists",
+        BINDING,
+        "if (!PyTuple_Check(kind) || PyTuple_GET_SIZE(kind) != 2) return false;",
+        "",
+        "the fast macros of CPython look at nothing",
+        ("test_binding.py",),
+    ),
+    Mutant(
+        "copies with the arrays of the original",
+        "aim_kernels/tables.py",
+        'return {**self.__dict__, "_arrays": None}',
+        "return dict(self.__dict__)",
+        "pytorch#10906 and its like: a copy that writes where nobody reads",
+        ("test_checkpoint.py::test_copies_go_on_as_the_original_and_alone",),
     ),
     # -- chunks, tails, threads, instruction sets
     Mutant(
