@@ -81,7 +81,9 @@ def check_hyperparameters(group: Group, number: int) -> None:
     if group["decouple_lr"]:
         check_number(f"reference_lr{where}", group["reference_lr"], 0.0)
         if not group["reference_lr"]:
-            raise ValueError(f"decouple_lr{where}: the decay is relative to the first learning rate, which must not be 0")
+            raise ValueError(
+                f"decouple_lr{where}: the decay is relative to the first learning rate, which must not be 0"
+            )
     if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
         raise ValueError(f"nesterov{where}: Nesterov momentum needs a momentum and zero dampening")
     try:
