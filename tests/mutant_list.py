@@ -415,7 +415,7 @@ MUTANTS = (
         "if content != self._sent or capturing(self.device):",
         'if self._sent == b"" or capturing(self.device):',
         "a device that goes on with the addresses and learning rates of the first step",
-        ("test_device_step.py::test_oracle_in_lock_step[cuda-adamw-ones]", "test_schedulers.py"),
+        ("test_device_step.py::test_oracle_in_lock_step[triton-adamw-ones]",),
     ),
     Mutant(
         "CUDA counts parameters without gradients",
