@@ -17,7 +17,13 @@ def step(
     threads: int,
     team: object = None,
 ) -> None: ...
-def emit(tensors: NDArray[np.void], groups: NDArray[np.void], rows: NDArray[np.float64], threads: int, team: object = None) -> None: ...
+def emit(
+    tensors: NDArray[np.void],
+    groups: NDArray[np.void],
+    rows: NDArray[np.float64],
+    threads: int,
+    team: object = None,
+) -> None: ...
 def check(tensors: NDArray[np.void], groups: NDArray[np.void]) -> None: ...
 
 class Watch:
