@@ -10,17 +10,26 @@ from torch import Tensor
 
 from aim_kernels import checks
 from aim_kernels.rows import ROW
-from aim_kernels.states import arithmetic_dtype, moment_names, state_layout, step_count
+from aim_kernels.states import arithmetic_dtype, moments_of, state_layout, step_count
 from aim_kernels.tables import Tables
 
 if TYPE_CHECKING:
     from aim_kernels.optimizer import AIMFusedOptimizer
 
-_STATES = {"step", "exp_avg", "exp_avg_sq", "momentum_buffer", "master", "anchor"}
+#: The states of every rule, and the moments of each in all its variants.
+_STATES = {"step", "master", "anchor"}
+_MOMENTS = {
+    "adamw": {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"},
+    "adam": {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"},
+    "sgd": {"momentum_buffer", "exp_avg", "exp_avg_sq"},
+    "adagrad": {"sum", "exp_avg"},
+    "rmsprop": {"square_avg", "grad_avg", "momentum_buffer", "exp_avg"},
+    "lion": {"exp_avg", "exp_avg_sq"},
+}
 _TABLE_KEYS = ("modulation_row", "statistics_row", "control")
 
 #: Options of torch.optim that change the rule and are not supported here, with the value that leaves it as it is.
-_UNSUPPORTED = {"amsgrad": False, "differentiable": False}
+_UNSUPPORTED = {"differentiable": False}
 
 
 def with_tables(state_dict: dict[str, Any], tables: Tables) -> dict[str, Any]:
@@ -75,17 +84,10 @@ def _merged_groups(optimizer: AIMFusedOptimizer, saved_groups: list[dict[str, An
                 f"group {number} has {len(saved['params'])} parameters in the checkpoint "
                 f"and {len(group['params'])} here"
             )
-        rule = saved.get("rule", group["rule"])
-        is_sgd = "betas" not in saved
-        if rule != group["rule"] or is_sgd != (group["rule"] == "sgd" and "rule" not in saved):
-            other = (
-                rule if "rule" in saved else ("sgd or another rule without betas" if is_sgd else "a rule with betas")
-            )
+        rules = _rules_of(saved)
+        if group["rule"] not in rules:
+            other = " or ".join(map(repr, rules)) or "another rule of torch.optim"
             raise ValueError(f"group {number}: the checkpoint is of {other}, the optimizer of {group['rule']!r}")
-        decoupled = saved.get("decoupled_weight_decay")
-        if decoupled is not None and "rule" not in saved and decoupled != (group["rule"] == "adamw"):
-            other = "adamw" if decoupled else "adam"
-            raise ValueError(f"group {number}: the checkpoint is of {other!r}, the optimizer of {group['rule']!r}")
         for option, neutral in _UNSUPPORTED.items():
             if saved.get(option, neutral) != neutral:
                 raise ValueError(
@@ -102,6 +104,24 @@ def _merged_groups(optimizer: AIMFusedOptimizer, saved_groups: list[dict[str, An
         checks.check_hyperparameters(result, number)
         merged.append(result)
     return merged
+
+
+def _rules_of(saved: dict[str, Any]) -> tuple[str, ...]:
+    """The rules that a saved group may be of: its own word for it, or the options that torch.optim's class has."""
+    if "rule" in saved:
+        return (saved["rule"],)
+    if "alpha" in saved:
+        return ("rmsprop",)
+    if "lr_decay" in saved:
+        return ("adagrad",)
+    if "nesterov" in saved and "momentum" in saved and "betas" not in saved:
+        return ("sgd",)
+    if "betas" in saved and "amsgrad" in saved:  # before 2.7, Adam and AdamW had the same options
+        decoupled = saved.get("decoupled_weight_decay")
+        return ("adamw", "adam") if decoupled is None else ("adamw",) if decoupled else ("adam",)
+    if "betas" in saved:  # torch.optim has no Lion; others keep its states under the same names
+        return ("lion",)
+    return ()
 
 
 def _check_masters(
@@ -138,7 +158,7 @@ def _checked_state(
     """The state of one parameter: own copies, in the arithmetic dtype and the parameter's memory order."""
     group = groups[place[0]]
     state: dict[str, Any] = {}
-    if foreign := saved.keys() - _STATES:
+    if foreign := saved.keys() - _STATES - _MOMENTS[group["rule"]]:
         raise ValueError(
             f"{checks.name_of(groups, *place)}: the checkpoint has the states {sorted(map(str, foreign))}, which rule "
             f"{group['rule']!r} does not know; it is of another rule"
@@ -160,10 +180,11 @@ def _checked_state(
             state[key] = value
     if not state.keys() - {"anchor"}:  # not stepped yet
         return state
-    # torch.optim.SGD counts no steps, and keeps neither moment that a modulated group needs.
+    # torch.optim.SGD counts no steps, and no rule but Adam keeps both moments that a modulated group needs.
     state.setdefault("step", step_count(p, 1.0))
-    for key in moment_names(group):
-        if key not in state and group["rule"] != "sgd":
+    needed = moments_of({**group, "modulated": False}).values() if group["rule"] != "sgd" else ()
+    for key in moments_of(group).values():
+        if key not in state and key in needed:
             raise ValueError(f"{checks.name_of(groups, *place)}: the checkpoint has no {key}; it is of another rule")
         if key not in state:
             state[key] = _empty_state(p).zero_()

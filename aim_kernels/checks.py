@@ -11,6 +11,15 @@ from aim_kernels.rows import DTYPES, PUBLIC_COLUMNS, RULES
 
 Group = dict[str, Any]
 
+#: Options that only some rules have. Others are ignored by rules that do not know them, as one default may serve groups
+#: of several rules; these would change what a user thinks is computed.
+_ONLY_FOR = {
+    "amsgrad": ("adamw", "adam"),
+    "centered": ("rmsprop",),
+    "decouple_lr": ("adamw", "lion"),
+    "nesterov": ("sgd",),
+}
+
 DTYPE_NUMBER = {getattr(torch, name): number for number, name in enumerate(DTYPES)}
 
 
@@ -45,7 +54,7 @@ def check_hyperparameters(group: Group, number: int) -> None:
         raise ValueError(
             f"lr{where}: a tensor learning rate must have one element, got shape {tuple(group['lr'].shape)}"
         )
-    for option in ("lr", "eps", "weight_decay", "momentum"):
+    for option in ("lr", "eps", "weight_decay", "momentum", "lr_decay", "initial_accumulator_value"):
         if _on_device(group[option]):  # looking at it would wait for the device
             if option != "lr" or group[option].dtype not in (torch.float32, torch.float64):
                 raise ValueError(
@@ -62,6 +71,17 @@ def check_hyperparameters(group: Group, number: int) -> None:
     check_number(f"betas[1]{where}", second, 0.0, 1.0, high_open=True)
     check_number(f"dampening{where}", group["dampening"], -float("inf"))
     check_number(f"threshold_rate{where}", group["threshold_rate"], 0.0, 1.0)
+    check_number(f"alpha{where}", group["alpha"], 0.0, 1.0, high_open=True)
+    for option, rules in _ONLY_FOR.items():
+        if group[option] and group["rule"] not in rules:
+            raise ValueError(
+                f"{option}{where}: rule {group['rule']!r} has no such variant, only {' and '.join(rules)}; leave it "
+                f"{group[option].__class__()!r}"
+            )
+    if group["decouple_lr"]:
+        check_number(f"reference_lr{where}", group["reference_lr"], 0.0)
+        if not group["reference_lr"]:
+            raise ValueError(f"decouple_lr{where}: the decay is relative to the first learning rate, which must not be 0")
     if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
         raise ValueError(f"nesterov{where}: Nesterov momentum needs a momentum and zero dampening")
     try:

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from aim_kernels.rows import CHUNK_RECORD, DTYPES, SPAN_RECORD, STATISTICS_COLUMNS
+from aim_kernels.rows import CHUNK_RECORD, DTYPES, FAMILIES, FLAGS, RULES, SPAN_RECORD, STATISTICS_COLUMNS
 
 _C: Any
 try:
@@ -101,6 +101,14 @@ def chunk_table(
     return chunks, spans
 
 
+def families_of(groups: NDArray[np.void]) -> tuple[int, ...]:
+    """The families (numbers in ``rows.FAMILIES``) among some group records."""
+    names = [{"adamw": "adam", "adam": "adam", "sgd": "sgd"}.get(rule, "other") for rule in RULES]
+    numbers = np.array([FAMILIES.index(name) for name in names])[groups["rule"]]
+    numbers[(groups["flags"] & FLAGS["amsgrad"]) != 0] = FAMILIES.index("other")
+    return tuple(np.unique(numbers).tolist())
+
+
 class Launch:
     """A plan as shares, one a place. A place is a device and the parameters there, by their numbers in the plan; the
     first is home."""
@@ -146,7 +154,7 @@ class Share:
         sums: float64 [G, 7] where this is not home; others: float64 [devices, G, 7] at home, of the other devices.
         grad_scale, found_inf: one float32 number each, or None.
         call: what a backend made of all this for its calls; None again where anything moved.
-        dtypes, rules: what there is among the parameters, numbered as in ``rows.DTYPES`` and ``rows.RULES``.
+        dtypes, families: what there is among the parameters, numbered as in ``rows.DTYPES`` and ``rows.FAMILIES``.
     """
 
     tensors: Tensor
@@ -229,7 +237,7 @@ class Share:
             width = records.itemsize // _WORD
             self.tensors = words[: len(records) * width].view(len(records), width)
             self.groups = words[len(records) * width :].view(len(groups), groups.itemsize // _WORD)
-            self.rules: tuple[int, ...] = tuple(np.unique(groups["rule"][np.unique(records["group"])]).tolist())
+            self.families = families_of(groups[np.unique(records["group"])])
             self._sent = b"" if capturing(self.device) else content
         self.keep_for_stream()
 

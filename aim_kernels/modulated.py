@@ -10,6 +10,7 @@ from torch import Tensor
 
 from aim_kernels import checks
 from aim_kernels.rows import PHASE_COLUMNS, PHASES, ROW, STATISTIC
+from aim_kernels.states import has_classes
 from aim_kernels.tables import Tables
 
 
@@ -149,12 +150,12 @@ class Modulated(torch.optim.Optimizer):
 
     def _check_state_suffices(self, number: int, columns: dict[str, Any]) -> None:
         group = self.param_groups[number]
-        if group["rule"] != "sgd" or group["modulated"]:
+        if has_classes(group):
             return
         row = {**dict.fromkeys(PHASE_COLUMNS, 1.0), **columns}
         for kind in ("grad", "step", "live"):
             if row[f"{kind}_under"] is not row[f"{kind}_well"] and row[f"{kind}_under"] != row[f"{kind}_well"]:
                 raise ValueError(
-                    f"group {number}: {kind}_under and {kind}_well differ, but under rule 'sgd' a group that is not "
-                    "modulated keeps no optimization state; give the group modulated=True"
+                    f"group {number}: {kind}_under and {kind}_well differ, but under rule {group['rule']!r} a "
+                    "group that is not modulated keeps no optimization state; give the group modulated=True"
                 )

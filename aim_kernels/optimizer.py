@@ -14,18 +14,29 @@ from aim_kernels.backends import check_name, select
 from aim_kernels.launch import capturing
 from aim_kernels.modulated import Modulated
 from aim_kernels.plan import StepPlan
-from aim_kernels.states import master_of, moment_names, zeros_like_all
+from aim_kernels.states import master_of, moments_of, zeros_like_all
 from aim_kernels.tables import Tables
 
 #: Weight decay of torch.optim where the user gives none.
-_DEFAULT_DECAY = {"adamw": 1e-2, "adam": 0.0, "sgd": 0.0}
+_DEFAULT_DECAY = {"adamw": 1e-2}
+
+#: Options that version 0.1 did not have, with what it did.
+_SINCE_0_1 = {
+    "amsgrad": False,
+    "alpha": 0.99,
+    "centered": False,
+    "lr_decay": 0.0,
+    "initial_accumulator_value": 0.0,
+    "decouple_lr": False,
+    "reference_lr": None,
+}
 
 #: What a block's param group says of itself (``block_param_groups``); plain groups keep these.
 _BLOCK_KEYS = {"modality": None, "depth": None, "modulated": False, "module": None}
 
 
 class AIMFusedOptimizer(Modulated):
-    r"""AdamW, Adam or SGD with adaptive intra-network modulation, in one pass over memory.
+    r"""AdamW, Adam, SGD, Adagrad, RMSprop or Lion with adaptive intra-network modulation, in one pass over memory.
 
     With no strength set it is its base rule (torch.optim's formulae, within a few ulp). Per element and step, with
     :math:`\hat m, \hat v` the bias-corrected moments that the rule keeps anyway (spec section 2, our reading of the
@@ -41,11 +52,19 @@ class AIMFusedOptimizer(Modulated):
         params: tensors, ``(name, tensor)`` pairs, or groups (``block_param_groups`` makes those of blocks). Any
             option below, but ``anchor``, ``backend`` and ``seed``, may be set per group.
         lr: learning rate, a number or a one-element tensor.
-        rule: "adamw", "adam" or "sgd".
-        betas: decay rates of the moments. Under "sgd" only ``modulated`` groups use them, for their optimization state.
+        rule: "adamw", "adam", "sgd", "adagrad", "rmsprop" (torch.optim's) or "lion" (arXiv 2302.06675, Algorithm 2).
+            All take the defaults of this signature, also where torch.optim has others for the rule.
+        betas: decay rates of the moments; of "lion", of the direction and of the moment. Under "sgd", "adagrad" and
+            "rmsprop" only ``modulated`` groups use them, for their optimization state.
         eps: added to the denominator; also the floor of the signal-to-noise ratio.
         weight_decay: None means the rule's default in torch.optim (1e-2 for "adamw", else 0). Decoupled for "adamw".
-        momentum, dampening, nesterov: of "sgd", as in ``torch.optim.SGD``.
+        momentum, dampening, nesterov: of "sgd", as in ``torch.optim.SGD``; "rmsprop" has a momentum, too.
+        amsgrad: of "adamw" and "adam": divides by the root of the greatest second moment so far.
+        alpha, centered: of "rmsprop", as in ``torch.optim.RMSprop``.
+        lr_decay, initial_accumulator_value: of "adagrad", as in ``torch.optim.Adagrad``.
+        decouple_lr: of "adamw" and "lion": a step decays the weights by ``weight_decay * lr / reference_lr``, where
+            ``reference_lr`` is the group's learning rate when the group was made, so that the decay follows a schedule
+            but not the size of the learning rate (Loshchilov and Hutter, arXiv 1711.05101, Algorithm 2: eta_t).
         maximize: ascend instead of descending.
         under_optimized: ("fraction", q) steers ``tau`` until a share q of the group is under-optimized;
             ("absolute", tau) holds it.
@@ -76,6 +95,12 @@ class AIMFusedOptimizer(Modulated):
         momentum: float = 0.0,
         dampening: float = 0.0,
         nesterov: bool = False,
+        amsgrad: bool = False,
+        alpha: float = 0.99,
+        centered: bool = False,
+        lr_decay: float = 0.0,
+        initial_accumulator_value: float = 0.0,
+        decouple_lr: bool = False,
         maximize: bool = False,
         under_optimized: tuple[str, float] = ("fraction", 0.1),
         threshold_rate: float = 0.1,
@@ -107,6 +132,13 @@ class AIMFusedOptimizer(Modulated):
             "momentum": momentum,
             "dampening": dampening,
             "nesterov": nesterov,
+            "amsgrad": amsgrad,
+            "alpha": alpha,
+            "centered": centered,
+            "lr_decay": lr_decay,
+            "initial_accumulator_value": initial_accumulator_value,
+            "decouple_lr": decouple_lr,
+            "reference_lr": None,
             "maximize": maximize,
             "under_optimized": under_optimized,
             "threshold_rate": threshold_rate,
@@ -130,6 +162,9 @@ class AIMFusedOptimizer(Modulated):
         full = {**self.defaults, **group}
         if full["weight_decay"] is None:
             full["weight_decay"] = group["weight_decay"] = _DEFAULT_DECAY.get(full["rule"], 0.0)
+        if full["decouple_lr"] and full["reference_lr"] is None:
+            checks.check_number(f"lr (group {number})", full["lr"], 0.0)
+            full["reference_lr"] = group["reference_lr"] = float(full["lr"])
         checks.check_hyperparameters(full, number)
         first = next((t for t in tensors if isinstance(t, Tensor)), None)
         device = self.tables.rows.device if number else first.device if first is not None else None
@@ -218,10 +253,12 @@ class AIMFusedOptimizer(Modulated):
                 there = [p for p in fresh if p.device == device]
                 for p, step in zip(there, torch.zeros(len(there), dtype=torch.float32, device=device), strict=True):
                     self.state[p]["step"] = step
-            for name in moment_names(group):
+            for name in moments_of(group).values():
                 missing = [p for p in stepped if name not in self.state[p]]
                 for p, moment in zip(missing, zeros_like_all(missing), strict=True):
                     self.state[p][name] = moment
+                    if name == "sum" and group["initial_accumulator_value"]:
+                        moment.fill_(group["initial_accumulator_value"])
             for p in group["params"]:
                 if live and "master" not in self.state[p]:
                     self.state[p]["master"] = master_of(p)
@@ -351,5 +388,8 @@ class AIMFusedOptimizer(Modulated):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for group in (self.defaults, *self.param_groups):  # pickled by an earlier release
+            for option, value in _SINCE_0_1.items():
+                group.setdefault(option, value)
         self._captured = []  # graphs are of the original
         self._reset()

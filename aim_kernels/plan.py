@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from aim_kernels.checks import DTYPE_NUMBER, check_hyperparameters
-from aim_kernels.rows import GROUP_RECORD, RULES, TENSOR_RECORD
-from aim_kernels.states import arithmetic_dtype, first_moment_name, is_dense, moment_names, step_count
+from aim_kernels.rows import FLAGS, GROUP_RECORD, RULES, TENSOR_RECORD
+from aim_kernels.states import arithmetic_dtype, is_dense, moments_of, step_count
 
 _C: Any
 try:
@@ -94,7 +94,7 @@ class StepPlan:
             if _C is None
             else _C.Watch(self.param_groups, params, *methods, strides, kinds, self.state, held, self._moments)
         )
-        self._moment_names = list(map(moment_names, self.param_groups))
+        self._kept = list(map(moments_of, self.param_groups))
         # A tensor can be given other memory and stay the same object (tensor.data = ...); the old one must not go.
         self._storages = [tensor.untyped_storage() for tensor in (*self._states, *self._anchors)]
         # Views of one buffer share its version counter, so the buffer stands for them all.
@@ -105,16 +105,16 @@ class StepPlan:
         state = self.state.get(self.params[index])
         if not state:
             return
-        group = self.param_groups[self.group_of[index]]
-        fields = {"exp_avg": first_moment_name(group), "exp_avg_sq": "exp_avg_sq", "master": "master"}
-        for field, name in (fields | {"anchor": "anchor", "step": "step"}).items():
+        moments = moments_of(self.param_groups[self.group_of[index]])
+        seen = next(iter(moments), None)
+        for field, name in {**moments, "master": "master", "anchor": "anchor", "step": "step"}.items():
             tensor = state.get(name)
             if tensor is not None:
                 if name != "step":
                     tensor = state[name] = self._in_order(index, tensor)
                 elif tensor.dtype != torch.float32 or tensor.device != self.params[index].device:
                     tensor = state[name] = step_count(self.params[index], float(tensor))
-                if field == "exp_avg":
+                if field == seen:
                     self._moments.append(tensor)
                 self.records[field][index] = tensor.data_ptr()
                 # An anchor is only read: held, but its version stays.
@@ -149,9 +149,7 @@ class StepPlan:
         except RuntimeError:  # a gradient without plain memory (sparse, meta, ...)
             return False
         records = self.records
-        if (records["step"][addresses != 0] == 0).any() or self._moment_names != list(
-            map(moment_names, self.param_groups)
-        ):
+        if (records["step"][addresses != 0] == 0).any() or self._kept != list(map(moments_of, self.param_groups)):
             return False
         records["grad"] = addresses
         self._matched = []
@@ -191,7 +189,13 @@ class StepPlan:
         inverse = 1.0 if on_device or self.grad_scale is None else 1.0 / float(self.grad_scale)
         self.lr_tensors = {}
         for number, group in enumerate(self.param_groups):
-            rule = group["rule"]
+            rule, decay = group["rule"], group["weight_decay"]
+            beta1, beta2 = map(float, group["betas"])
+            if rule == "rmsprop":
+                beta2 = float(group["alpha"])
+                beta1 = beta2 if group["centered"] else beta1
+            if group["decouple_lr"]:
+                decay = decay / group["reference_lr"]
             kind, target = group["under_optimized"]
             lr = group["lr"]
             if on_device and isinstance(lr, Tensor) and lr.device.type != "cpu":
@@ -199,21 +203,21 @@ class StepPlan:
                 lr = 0.0
             values = (
                 float(lr),
-                float(group["betas"][0]),
-                float(group["betas"][1]),
+                beta1,
+                beta2,
                 group["eps"],
-                group["weight_decay"],
-                group["momentum"] if rule == "sgd" else 0.0,
+                decay,
+                group["momentum"] if rule in ("sgd", "rmsprop") else 0.0,
                 group["dampening"],
                 -inverse if group["maximize"] else inverse,
                 target,
                 group["threshold_rate"] if kind == "fraction" else 0.0,
-                0.0,
+                group["lr_decay"] if rule == "adagrad" else 0.0,
                 0,  # lr_tensor, by launch.py
                 RULES.index(rule),
                 bool(group["nesterov"]),
                 0,
-                0,
+                sum(flag for name, flag in FLAGS.items() if group[name]),
             )
             if values != self._hyperparameters[number]:
                 check_hyperparameters(group, number)

@@ -39,7 +39,7 @@ CONTROL = {name: index for index, name in enumerate(CONTROL_COLUMNS)}
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 #: Base rules, as numbered in ``aim::Rule``.
-RULES = ("adamw", "adam", "sgd")
+RULES = ("adamw", "adam", "sgd", "adagrad", "rmsprop", "lion")
 
 #: One parameter of a step (``aim::Tensor``). Pointers are addresses; 0 means absent.
 TENSOR_RECORD = np.dtype(
@@ -47,7 +47,7 @@ TENSOR_RECORD = np.dtype(
         ("param", np.uint64),  # live weights; the true weights where there is no master
         ("grad", np.uint64),  # 0: not stepped
         ("exp_avg", np.uint64),  # first moment, or SGD's momentum buffer
-        ("exp_avg_sq", np.uint64),
+        ("exp_avg_sq", np.uint64),  # second moment, or Adagrad's sum
         ("extra", np.uint64),  # a third moment: AMSGrad's maximum, RMSprop's momentum buffer
         ("master", np.uint64),  # true weights, where live weights exist
         ("anchor", np.uint64),  # initial weights, for anchor="init"
@@ -67,7 +67,7 @@ GROUP_RECORD = np.dtype(
     [
         ("lr", np.float64),
         ("beta1", np.float64),
-        ("beta2", np.float64),
+        ("beta2", np.float64),  # RMSprop's alpha; where it is centered, beta1 as well
         ("eps", np.float64),
         ("weight_decay", np.float64),
         ("momentum", np.float64),
@@ -87,6 +87,9 @@ GROUP_RECORD = np.dtype(
 
 #: Variants of a rule (``aim::Flag``).
 FLAGS = {"amsgrad": 1, "centered": 2}
+
+#: Rules that share a CUDA kernel (``aim::cuda::Family``); AMSGrad is of the others.
+FAMILIES = ("adam", "sgd", "other")
 
 #: The elements [index * chunk_size, (index + 1) * chunk_size) of a tensor (``aim::cuda::Chunk``): one block's work.
 CHUNK_RECORD = np.dtype([("tensor", np.int32), ("index", np.int32)], align=True)
@@ -123,7 +126,7 @@ WORK_RECORD = np.dtype(
         ("chunk_size", np.int32),
         ("threads", np.int32),
         ("dtypes", np.int32),
-        ("rules", np.int32),
+        ("families", np.int32),
     ],
     align=True,
 )

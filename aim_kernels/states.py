@@ -17,16 +17,35 @@ def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def first_moment_name(group: dict[str, Any]) -> str:
-    """State key of a group's first moment: torch.optim's names."""
-    return "momentum_buffer" if group["rule"] == "sgd" and group["momentum"] else "exp_avg"
+def moments_of(group: dict[str, Any]) -> dict[str, str]:
+    """The moments that a group keeps: field of ``rows.TENSOR_RECORD`` -> state key, torch.optim's where it has one.
+
+    Modulated groups keep a first and a second moment under every rule: what the classes are made of.
+    """
+    rule, modulated, momentum = group["rule"], group["modulated"], group["momentum"]
+    first: Any = None
+    second: Any = None
+    extra: Any = None
+    if rule in ("adamw", "adam"):
+        first, second = "exp_avg", "exp_avg_sq"
+        extra = "max_exp_avg_sq" if group["amsgrad"] else None
+    elif rule == "sgd":
+        first = "momentum_buffer" if momentum else "exp_avg" if modulated else None
+        second = "exp_avg_sq" if modulated else None
+    elif rule == "adagrad":
+        first, second = "exp_avg" if modulated else None, "sum"
+    elif rule == "rmsprop":
+        first, second = "grad_avg" if group["centered"] else "exp_avg" if modulated else None, "square_avg"
+        extra = "momentum_buffer" if momentum else None
+    elif rule == "lion":
+        first, second = "exp_avg", "exp_avg_sq" if modulated else None
+    names = {"exp_avg": first, "exp_avg_sq": second, "extra": extra}
+    return {field: name for field, name in names.items() if name}
 
 
-def moment_names(group: dict[str, Any]) -> list[str]:
-    """State keys of the moments that a group keeps."""
-    if group["rule"] != "sgd" or group["modulated"]:
-        return [first_moment_name(group), "exp_avg_sq"]
-    return [first_moment_name(group)] if group["momentum"] else []
+def has_classes(group: dict[str, Any]) -> bool:
+    """Whether a group's moments tell under-optimized elements from others."""
+    return moments_of(group).keys() >= {"exp_avg", "exp_avg_sq"}
 
 
 def step_count(p: Tensor, steps: float = 0.0) -> Tensor:

@@ -78,7 +78,7 @@ py::dict layout() {
   AIM_FIELD(work, Work, chunk_size);
   AIM_FIELD(work, Work, threads);
   AIM_FIELD(work, Work, dtypes);
-  AIM_FIELD(work, Work, rules);
+  AIM_FIELD(work, Work, families);
   AIM_FIELD(chunk, Chunk, tensor);
   AIM_FIELD(chunk, Chunk, index);
   AIM_FIELD(span, Span, tensor_begin);

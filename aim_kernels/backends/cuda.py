@@ -109,7 +109,7 @@ def _work_of(share: Share) -> np.ndarray[Any, Any]:
     work["others_count"] = 0 if share.others is None else len(share.others)
     work["chunk_size"], work["threads"] = share.chunk_size, THREADS
     work["dtypes"] = sum(1 << dtype for dtype in share.dtypes)
-    work["rules"] = sum(1 << rule for rule in share.rules)
+    work["families"] = sum(1 << family for family in share.families)
     return work
 
 

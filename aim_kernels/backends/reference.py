@@ -11,7 +11,7 @@ from torch import Tensor
 
 from aim_kernels.philox import normals
 from aim_kernels.rows import CONTROL, PHASES, ROW, STATISTIC
-from aim_kernels.states import arithmetic_dtype, first_moment_name, is_dense
+from aim_kernels.states import arithmetic_dtype, is_dense, moments_of
 
 if TYPE_CHECKING:
     from aim_kernels.plan import StepPlan
@@ -92,43 +92,54 @@ def _update(
     theta = state["master"] if "master" in state else p.detach().to(kind, copy=True)
     taken = float(state["step"])
     t = taken + 1
-    sgd, lr, decay = group["rule"] == "sgd", float(group["lr"]), group["weight_decay"]
-    decoupled = group["rule"] == "adamw"
-    m: Any = state.get(first_moment_name(group))
-    v: Any = state.get("exp_avg_sq")
+    rule, lr, decay = group["rule"], float(group["lr"]), group["weight_decay"]
+    decoupled = rule in ("adamw", "lion")
+    if group["decouple_lr"]:
+        decay = decay / group["reference_lr"]
+    m, v, w = _moments(group, state)
 
     # 1 and 2: the gradient, by the class that the old moments give
     g0 = grad.to(kind) * scale
     g = g0 if decoupled or not decay else g0 + theta * decay
     grad_under, grad_well = row[ROW["grad_under"]], row[ROW["grad_well"]]
-    if v is None:
+    if m is None or v is None:
         g = g * grad_under
     else:
         g = g * _choose(_under(m, v, group, taken, row[ROW["tau_prev"]]), grad_under, grad_well, g)
     if noise is not None:
         g = g + noise.to(kind)
 
-    # 3: moments
-    beta1, beta2 = group["betas"]
-    if m is not None and sgd and group["momentum"]:
+    # 3: moments; what Lion moves by is made of the old one
+    beta1, beta2 = _betas(group)
+    lead = _sign(m * beta1 + g * (1 - beta1)) if rule == "lion" else g
+    if m is not None and rule == "sgd" and group["momentum"]:
         m.mul_(group["momentum"] if taken else 0.0).add_(g * (1 - group["dampening"] if taken else 1.0))
     elif m is not None:
-        m.mul_(beta1).add_(g * (1 - beta1))
-    if v is not None:
+        keep = beta2 if rule == "lion" else beta1
+        m.mul_(keep).add_(g * (1 - keep))
+    if v is not None and rule == "adagrad":
+        v.add_(g * g)
+    elif v is not None:
         v.mul_(beta2).add_((g * g) * (1 - beta2))
 
     # 4 and 5: decoupled decay, update, by the class that the new moments give
-    under = None if v is None else _under(m, v, group, t, row[ROW["tau"]])
-    if not sgd:
+    under = None if m is None or v is None else _under(m, v, group, t, row[ROW["tau"]])
+    rate, direction = lr, lead
+    if rule in ("adamw", "adam"):
         # m_hat / (sqrt(v_hat) + eps) = m / (sqrt(v) + eps * root) * root / (1 - beta1^t)
         root = math.sqrt(1 - beta2**t)
         rate = lr * (root / (1 - beta1**t))
-        direction = m / (v.sqrt() + group["eps"] * root)
-    else:
-        rate = lr
-        direction = g
-        if group["momentum"]:
-            direction = g + m * group["momentum"] if group["nesterov"] else m
+        if w is not None:
+            torch.maximum(w, v, out=w)
+        direction = m / ((v if w is None else w).sqrt() + group["eps"] * root)
+    elif rule == "sgd" and group["momentum"]:
+        direction = g + m * group["momentum"] if group["nesterov"] else m
+    elif rule in ("adagrad", "rmsprop"):
+        rate = lr / (1 + taken * group["lr_decay"]) if rule == "adagrad" else lr
+        spread = (v - m * m).clamp_(min=0) if group["centered"] else v
+        direction = g / (spread.sqrt() + group["eps"])
+        if w is not None:
+            direction = w.mul_(group["momentum"]).add_(direction)
     if under is None:
         delta = direction * (rate * steps[0])
     else:
@@ -155,24 +166,46 @@ def _update(
 def _emit(
     p: Tensor, group: dict[str, Any], state: dict[str, Any], taken: float, tau: float, live: tuple[float, float]
 ) -> None:
-    m: Any = state.get(first_moment_name(group))
-    v: Any = state.get("exp_avg_sq")
-    under = None if v is None else _under(m, v, group, taken, tau)
+    m, v, _ = _moments(group, state)
+    under = None if m is None or v is None else _under(m, v, group, taken, tau)
     p.copy_(_live(state["master"], state.get("anchor"), under, live))
+
+
+def _moments(group: dict[str, Any], state: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """First, second and extra moment; None where the group keeps none."""
+    names = moments_of(group)
+    first, second, extra = (state.get(names.get(field, "")) for field in ("exp_avg", "exp_avg_sq", "extra"))
+    return first, second, extra
+
+
+def _betas(group: dict[str, Any]) -> tuple[float, float]:
+    """Decay rates of the moments."""
+    beta1, beta2 = group["betas"]
+    if group["rule"] == "rmsprop":
+        beta2 = group["alpha"]
+        beta1 = beta2 if group["centered"] else beta1
+    return beta1, beta2
 
 
 def _under(m: Tensor, v: Tensor, group: dict[str, Any], t: float, tau: float) -> Tensor:
     """The class of moments that are ``t`` steps old: m_hat^2 >= tau^2 (v_hat + eps^2), without the divisions."""
     if t < 1:
         return torch.ones_like(m, dtype=torch.bool)
+    beta1, beta2 = _betas(group)
     if group["rule"] == "sgd" and group["momentum"]:
         mu = group["momentum"]
         earlier = t - 1 if mu == 1 else (1 - mu ** (t - 1)) / (1 - mu)
         weight = mu ** (t - 1) + (1 - group["dampening"]) * earlier
     else:
-        weight = 1 - group["betas"][0] ** t
+        weight = 1 - (beta2 if group["rule"] == "lion" else beta1) ** t
     squared = tau * tau * weight * weight
-    return m * m >= v * (squared / (1 - group["betas"][1] ** t)) + squared * group["eps"] ** 2
+    second_weight = t if group["rule"] == "adagrad" else 1 - beta2**t
+    return m * m >= v * (squared / second_weight) + squared * group["eps"] ** 2
+
+
+def _sign(x: Tensor) -> Tensor:
+    # torch.sign makes a zero of NaN, and so hides it.
+    return torch.where(x.isnan(), x, x.sign())
 
 
 def _choose(under: Tensor, if_under: float, if_well: float, like: Tensor) -> Tensor:

@@ -33,25 +33,33 @@ AIM_INLINE V live_weight(V theta, V anchor, V c) {
   return select(c == splat<V>(1.0f), theta, anchor + (theta - anchor) * c);
 }
 
+// With sign(0) = 0 and the sign of a NaN a NaN.
+template <class V>
+AIM_INLINE V sign(V x) {
+  return select(x > V{}, splat<V>(1.0f), select(x < V{}, splat<V>(-1.0f), x));
+}
+
 // What a vector of elements hands from steps 1-3 to steps 4-6.
 template <class V>
 struct Between {
-  V numerator,
-      denominator;  // of the update direction; Adam's numerator is m, others divide by nothing
-  V step, live;     // coefficients of the new class; live only where live weights are written
+  // Of the update direction. Adam's numerator is m, which is in memory anyway; some kinds divide by
+  // nothing.
+  V numerator, denominator;
+  V step, live;  // coefficients of the new class; live only where live weights are written
 };
 
 // Steps 1 to 3 and the new class. `grad` becomes g0, the gradient that the statistics see; returns
 // the mask of the under-optimized (no meaning where no state is kept). kPlain promises u.plain.
+// `w` is the extra moment; only AMSGrad's moves here.
 template <Kind kKind, bool kPlain, bool kNoise, bool kLive, class V>
-AIM_INLINE auto accumulate(const Uniforms<V>& u, V theta, V& grad, V& m, V& v, V noise,
+AIM_INLINE auto accumulate(const Uniforms<V>& u, V theta, V& grad, V& m, V& v, V& w, V noise,
                            Between<V>& out) {
   if constexpr (!kPlain) grad = grad * u.scale;
   V g = grad;
   if constexpr (!kPlain) {
     if (u.coupled) g = g + theta * u.coupled_decay;
     if (u.routed) {
-      if constexpr (has_second(kKind)) {
+      if constexpr (has_classes(kKind)) {
         g = g * select(is_under(m, v, u.old_v, u.old_0), u.grad[0], u.grad[1]);
       } else {
         g = g * u.grad[0];
@@ -60,17 +68,27 @@ AIM_INLINE auto accumulate(const Uniforms<V>& u, V theta, V& grad, V& m, V& v, V
   }
   if constexpr (kNoise) g = g + noise * u.sigma;
 
+  if constexpr (is_lion(kKind)) out.numerator = sign(m * u.lead_keep + g * u.lead_add);
   if constexpr (has_first(kKind)) m = m * u.first_keep + g * u.first_add;
   if constexpr (has_second(kKind)) v = v * u.second_keep + (g * g) * u.second_add;
 
   auto under = grad == grad;  // any mask: without state both classes have equal coefficients
-  if constexpr (has_second(kKind)) under = is_under(m, v, u.new_v, u.new_0);
+  if constexpr (has_classes(kKind)) under = is_under(m, v, u.new_v, u.new_0);
 
-  if constexpr (kKind == Kind::kAdam) {
-    out.denominator = square_root(v) + u.eps;
-  } else if constexpr (has_momentum(kKind)) {
+  if constexpr (kKind == Kind::kAmsgrad) w = select(w > v, w, v);
+  if constexpr (has_root(kKind)) {
+    V below = kKind == Kind::kAmsgrad ? w : v;
+    if constexpr (is_rms(kKind) && has_first(kKind)) {
+      if (u.centered) {
+        const V variance = v - m * m;  // negative by rounding only
+        below = select(variance < V{}, V{}, variance);
+      }
+    }
+    out.denominator = square_root(below) + u.eps;
+  }
+  if constexpr (has_buffer(kKind)) {
     out.numerator = u.is_nesterov ? g + m * u.nesterov : m;
-  } else {
+  } else if constexpr (!is_adam(kKind) && !is_lion(kKind)) {
     out.numerator = g;
   }
   out.step = select(under, u.step[0], u.step[1]);
@@ -78,11 +96,13 @@ AIM_INLINE auto accumulate(const Uniforms<V>& u, V theta, V& grad, V& m, V& v, V
   return under;
 }
 
-// Steps 4 and 5. Returns delta, what was subtracted.
+// Steps 4 and 5. Returns delta, what was subtracted. Of the extra moments only RMSprop's buffer `w`
+// moves here.
 template <Kind kKind, class V>
-AIM_INLINE V apply(const Uniforms<V>& u, const Between<V>& in, V& theta) {
+AIM_INLINE V apply(const Uniforms<V>& u, const Between<V>& in, V& w, V& theta) {
   V direction = in.numerator;
-  if constexpr (kKind == Kind::kAdam) direction = direction / in.denominator;
+  if constexpr (has_root(kKind)) direction = direction / in.denominator;
+  if constexpr (is_rms(kKind) && has_extra(kKind)) direction = w = w * u.extra_keep + direction;
   const V delta = direction * in.step;
   theta = theta * u.decay - delta;
   return delta;

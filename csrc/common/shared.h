@@ -22,9 +22,23 @@ struct Shared {
 namespace AIM_ISA {
 
 AIM_INLINE Kind kind_of(const Tensor& tensor, const Group& group) {
-  if (static_cast<Rule>(group.rule) != Rule::kSgd) return Kind::kAdam;
-  if (tensor.exp_avg_sq) return group.momentum != 0 ? Kind::kSgdMomentumState : Kind::kSgdState;
-  return group.momentum != 0 ? Kind::kSgdMomentum : Kind::kSgd;
+  const bool momentum = group.momentum != 0;
+  switch (static_cast<Rule>(group.rule)) {
+    case Rule::kAdamW:
+    case Rule::kAdam:
+      return group.flags & kAmsgrad ? Kind::kAmsgrad : Kind::kAdam;
+    case Rule::kSgd:
+      if (tensor.exp_avg_sq) return momentum ? Kind::kSgdMomentumState : Kind::kSgdState;
+      return momentum ? Kind::kSgdMomentum : Kind::kSgd;
+    case Rule::kAdagrad:
+      return tensor.exp_avg ? Kind::kRmsState : Kind::kRms;
+    case Rule::kRmsprop:
+      if (tensor.exp_avg) return momentum ? Kind::kRmsMomentumState : Kind::kRmsState;
+      return momentum ? Kind::kRmsMomentum : Kind::kRms;
+    case Rule::kLion:
+      return tensor.exp_avg_sq ? Kind::kLionState : Kind::kLion;
+  }
+  return Kind::kSgd;
 }
 
 // A number as the unevaluated sum of two doubles, good to about 104 bits.
@@ -67,18 +81,22 @@ AIM_INLINE void powers(double x, double n, double y, double k, double* x_to_n, d
   *y_to_k = b.high;
 }
 
-// Of moments that are `t` >= 1 steps old: the factor that turns the first into an average, and what
-// the second lacks to one, 1 - beta2^t.
+// Of moments that are `t` >= 1 steps old: the total weight of the gradients in the first, and of
+// their squares in the second (1 - beta2^t; Adagrad: t).
 struct Age {
   double weight, rest;
 };
 
 AIM_INLINE Age age_of(const Group& group, Kind kind, double t) {
-  const bool momentum = kind == Kind::kSgdMomentum || kind == Kind::kSgdMomentumState;
+  const bool buffer = has_buffer(kind);
   const double mu = group.momentum;
   double last, squared;
-  powers(momentum ? mu : group.beta1, momentum ? t - 1 : t, group.beta2, t, &last, &squared);
-  if (!momentum) return {1 - last, 1 - squared};
+  powers(buffer          ? mu
+         : is_lion(kind) ? group.beta2
+                         : group.beta1,
+         buffer ? t - 1 : t, group.beta2, t, &last, &squared);
+  if (static_cast<Rule>(group.rule) == Rule::kAdagrad) squared = 1 - t;
+  if (!buffer) return {1 - last, 1 - squared};
   const double earlier = mu == 1 ? t - 1 : (1 - last) / (1 - mu);
   return {last + (1 - group.dampening) * earlier, 1 - squared};
 }
@@ -104,7 +122,8 @@ AIM_INLINE Shared shared_of(const Group& group, const Row& row, const PhaseRow& 
   Shared shared{};
   Uniforms<double>& u = shared.u;
   const double t = steps_taken + 1;
-  const bool adam = kind == Kind::kAdam, decoupled = static_cast<Rule>(group.rule) == Rule::kAdamW;
+  const Rule rule = static_cast<Rule>(group.rule);
+  const bool decoupled = rule == Rule::kAdamW || rule == Rule::kLion;
   u.scale = scale;
   u.coupled_decay = decoupled ? 0 : group.weight_decay;
   u.decay = decoupled ? 1 - lr * group.weight_decay : 1;
@@ -112,17 +131,21 @@ AIM_INLINE Shared shared_of(const Group& group, const Row& row, const PhaseRow& 
   copy(next.live, u.live);
   u.sigma = row.noise != 0 ? row.noise * deviation : 0;
   u.routed = u.grad[kUnder] != 1 || u.grad[kWell] != 1;
-  if (kind == Kind::kSgdMomentum || kind == Kind::kSgdMomentumState) {
+  if (has_buffer(kind)) {
     u.first_keep = t > 1 ? group.momentum : 0;
     u.first_add = t > 1 ? 1 - group.dampening : 1;
   } else {
-    u.first_keep = group.beta1;
-    u.first_add = 1 - group.beta1;
+    u.first_keep = is_lion(kind) ? group.beta2 : group.beta1;
+    u.first_add = 1 - u.first_keep;
   }
-  u.second_keep = group.beta2;
-  u.second_add = 1 - group.beta2;
-  double rate = lr;
-  if (has_second(kind)) {
+  u.second_keep = rule == Rule::kAdagrad ? 1 : group.beta2;
+  u.second_add = rule == Rule::kAdagrad ? 1 : 1 - group.beta2;
+  u.lead_keep = group.beta1;
+  u.lead_add = 1 - group.beta1;
+  u.extra_keep = group.momentum;
+  u.eps = group.eps;
+  double rate = rule == Rule::kAdagrad ? lr / (1 + steps_taken * group.lr_decay) : lr;
+  if (has_classes(kind)) {
     const Age age = age_of(group, kind, t);
     threshold(group, age, row.tau, &u.new_v, &u.new_0);
     // Before the first step everything is under-optimized; without routing nobody asks.
@@ -130,7 +153,7 @@ AIM_INLINE Shared shared_of(const Group& group, const Row& row, const PhaseRow& 
       const Age old = age_of(group, kind, steps_taken);
       threshold(group, old, row.tau_prev, &u.old_v, &u.old_0);
     }
-    if (adam) {
+    if (is_adam(kind)) {
       // m_hat / (sqrt(v_hat) + eps) = m / (sqrt(v) + eps * root) * root / weight
       const double root = square_root(age.rest);
       rate *= root / age.weight;
@@ -141,6 +164,7 @@ AIM_INLINE Shared shared_of(const Group& group, const Row& row, const PhaseRow& 
   u.step[kWell] = rate * now.step[kWell];
   u.nesterov = group.nesterov ? group.momentum : 0;
   u.is_nesterov = group.nesterov != 0;
+  u.centered = (group.flags & kCentered) != 0;
   u.coupled = u.coupled_decay != 0;
   u.plain = u.scale == 1 && !u.coupled && !u.routed;
   shared.kind = kind;
@@ -155,7 +179,7 @@ AIM_INLINE Shared emission_of(const Group& group, Kind kind, double steps_taken,
                               const double live[2]) {
   Shared shared{};
   copy(live, shared.u.live);
-  if (has_second(kind) && steps_taken >= 1) {
+  if (has_classes(kind) && steps_taken >= 1) {
     threshold(group, age_of(group, kind, steps_taken), tau, &shared.u.old_v, &shared.u.old_0);
   }
   shared.kind = kind;

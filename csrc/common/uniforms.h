@@ -6,8 +6,23 @@
 
 namespace aim {
 
-// Which moments a parameter keeps, and with which update.
-enum class Kind { kAdam, kSgd, kSgdMomentum, kSgdState, kSgdMomentumState };
+// Which moments a parameter keeps, and with which update. kRms is Adagrad and RMSprop, which divide
+// the gradient by a root; "State" are groups that keep optimization state beside what the rule
+// needs.
+enum class Kind {
+  kAdam,
+  kAmsgrad,
+  kSgd,
+  kSgdMomentum,
+  kSgdState,
+  kSgdMomentumState,
+  kRms,
+  kRmsMomentum,
+  kRmsState,
+  kRmsMomentumState,
+  kLion,
+  kLionState
+};
 
 // Pairs are {under, well}.
 template <class T>
@@ -20,21 +35,43 @@ struct Uniforms {
   T old_v, old_0, new_v, new_0;  // under: m^2 >= _v * v + _0
   T eps;                         // denominator: sqrt(v) + eps
   T nesterov;                    // direction: g + nesterov * m
+  T lead_keep, lead_add;         // Lion's direction: sign of lead_keep * m + lead_add * g
+  T extra_keep;                  // RMSprop's momentum: w = extra_keep * w + direction
   bool coupled, routed;          // whether coupled_decay, and grad, change anything
-  bool is_nesterov;
+  bool is_nesterov, centered;
   bool plain;  // whether the gradient enters the moments as it is
 };
 
 namespace AIM_ISA {
 
-AIM_INLINE constexpr bool has_first(Kind kind) { return kind != Kind::kSgd; }
+AIM_INLINE constexpr bool is_adam(Kind kind) {
+  return kind == Kind::kAdam || kind == Kind::kAmsgrad;
+}
+AIM_INLINE constexpr bool is_rms(Kind kind) {
+  return kind == Kind::kRms || kind == Kind::kRmsMomentum || kind == Kind::kRmsState ||
+         kind == Kind::kRmsMomentumState;
+}
+AIM_INLINE constexpr bool is_lion(Kind kind) {
+  return kind == Kind::kLion || kind == Kind::kLionState;
+}
+AIM_INLINE constexpr bool has_first(Kind kind) {
+  return kind != Kind::kSgd && kind != Kind::kRms && kind != Kind::kRmsMomentum;
+}
 AIM_INLINE constexpr bool has_second(Kind kind) {
-  return kind == Kind::kAdam || kind == Kind::kSgdState || kind == Kind::kSgdMomentumState;
+  return is_adam(kind) || is_rms(kind) || kind == Kind::kSgdState ||
+         kind == Kind::kSgdMomentumState || kind == Kind::kLionState;
 }
-// The update direction is made of the first moment.
-AIM_INLINE constexpr bool has_momentum(Kind kind) {
-  return kind == Kind::kAdam || kind == Kind::kSgdMomentum || kind == Kind::kSgdMomentumState;
+AIM_INLINE constexpr bool has_extra(Kind kind) {
+  return kind == Kind::kAmsgrad || kind == Kind::kRmsMomentum || kind == Kind::kRmsMomentumState;
 }
+// Both moments, so that elements have a class.
+AIM_INLINE constexpr bool has_classes(Kind kind) { return has_first(kind) && has_second(kind); }
+// SGD's buffer is the first moment.
+AIM_INLINE constexpr bool has_buffer(Kind kind) {
+  return kind == Kind::kSgdMomentum || kind == Kind::kSgdMomentumState;
+}
+// A square root and a division make the direction.
+AIM_INLINE constexpr bool has_root(Kind kind) { return is_adam(kind) || is_rms(kind); }
 
 // Every value of `u` through `map`.
 template <class To, class From, class Map>
@@ -56,9 +93,13 @@ AIM_INLINE Uniforms<To> mapped(const Uniforms<From>& u, const Map& map) {
           map(u.new_0),
           map(u.eps),
           map(u.nesterov),
+          map(u.lead_keep),
+          map(u.lead_add),
+          map(u.extra_keep),
           u.coupled,
           u.routed,
           u.is_nesterov,
+          u.centered,
           u.plain};
 }
 

@@ -32,6 +32,7 @@ struct Tile {
   const T* grad;
   T* m;
   T* v;
+  T* w;
   T* live;
   const T* anchor;
   const T* noise;
@@ -42,6 +43,7 @@ struct Tile {
             grad + by,
             m ? m + by : m,
             v ? v + by : v,
+            w ? w + by : w,
             live ? live + by : live,
             anchor ? anchor + by : anchor,
             noise ? noise + by : noise};
@@ -63,13 +65,14 @@ template <Kind kKind, bool kPlain, bool kNoise, bool kLive, class T>
 void run_variant(const Uniforms<T>& uniforms, const Tile<T>& tile, int64_t count, Sums<T>& sums) {
   using V = typename Lanes<T>::Vector;
   constexpr int kWidth = Lanes<T>::kCount, kParts = kLanes / kWidth, kSlots = kBlock / kWidth;
-  constexpr bool kAdam = kKind == Kind::kAdam;
+  constexpr bool kReloaded = is_adam(kKind);  // whose numerator is m
+  constexpr bool kEarly = kKind == Kind::kAmsgrad, kLate = has_extra(kKind) && !kEarly;
   // Copies, which no store through a tile's pointers can change, as whole vectors.
   const Uniforms<V> u = mapped<V>(uniforms, [](T x) { return splat<V>(x); });
   const Tile<T> t = tile;
   V grad[kParts] = {}, grad_sq[kParts] = {}, update_sq[kParts] = {}, param_sq[kParts] = {};
   typename Lanes<T>::Count under[kParts] = {};
-  V numerators[kAdam ? 1 : kSlots], denominators[kAdam ? kSlots : 1], steps[kSlots],
+  V numerators[kReloaded ? 1 : kSlots], denominators[has_root(kKind) ? kSlots : 1], steps[kSlots],
       lives[kLive ? kSlots : 1];
   for (int64_t begin = 0; begin < count; begin += kBlock) {
     const int64_t size = count - begin < kBlock ? count - begin : kBlock;
@@ -80,17 +83,20 @@ void run_variant(const Uniforms<T>& uniforms, const Tile<T>& tile, int64_t count
 #pragma GCC unroll 2
       for (int part = 0; part < kParts; ++part) {
         const int64_t at = begin + i + part * kWidth, slot = i / kWidth + part;
-        V g = load<V>(t.grad + at), m{}, v{}, theta{};
+        V g = load<V>(t.grad + at), m{}, v{}, w{}, theta{};
         if (!kPlain && u.coupled) theta = load<V>(t.theta_in + at);
         if constexpr (has_first(kKind)) m = load<V>(t.m + at);
         if constexpr (has_second(kKind)) v = load<V>(t.v + at);
+        if constexpr (kEarly) w = load<V>(t.w + at);
         const V noise = kNoise ? load<V>(t.noise + at) : V{};
         Between<V> out;
-        const auto mask = accumulate<kKind, kPlain, kNoise, kLive>(u, theta, g, m, v, noise, out);
+        const auto mask =
+            accumulate<kKind, kPlain, kNoise, kLive>(u, theta, g, m, v, w, noise, out);
         if constexpr (has_first(kKind)) store(t.m + at, m);
         if constexpr (has_second(kKind)) store(t.v + at, v);
-        if constexpr (kAdam) denominators[slot] = out.denominator;
-        if constexpr (!kAdam) numerators[slot] = out.numerator;
+        if constexpr (kEarly) store(t.w + at, w);
+        if constexpr (has_root(kKind)) denominators[slot] = out.denominator;
+        if constexpr (!kReloaded) numerators[slot] = out.numerator;
         if constexpr (kLive) lives[slot] = out.live;
         steps[slot] = out.step;
         grad[part] += g;
@@ -103,12 +109,15 @@ void run_variant(const Uniforms<T>& uniforms, const Tile<T>& tile, int64_t count
       for (int part = 0; part < kParts; ++part) {
         const int64_t at = begin + i + part * kWidth, slot = i / kWidth + part;
         Between<V> in;
-        if constexpr (kAdam) in.numerator = load<V>(t.m + at), in.denominator = denominators[slot];
-        if constexpr (!kAdam) in.numerator = numerators[slot];
+        if constexpr (kReloaded) in.numerator = load<V>(t.m + at);
+        if constexpr (!kReloaded) in.numerator = numerators[slot];
+        if constexpr (has_root(kKind)) in.denominator = denominators[slot];
         if constexpr (kLive) in.live = lives[slot];
         in.step = steps[slot];
-        V theta = load<V>(t.theta_in + at);
-        const V delta = apply<kKind>(u, in, theta);
+        V theta = load<V>(t.theta_in + at), w{};
+        if constexpr (kLate) w = load<V>(t.w + at);
+        const V delta = apply<kKind>(u, in, w, theta);
+        if constexpr (kLate) store(t.w + at, w);
         store(t.theta_out + at, theta);
         if constexpr (kLive) {
           const V anchor = t.anchor ? load<V>(t.anchor + at) : V{};
@@ -150,20 +159,23 @@ AIM_INLINE void add(const Sums<T>& sums, int lanes, Partial& into) {
 // left out of the sums.
 template <Kind kKind, bool kNoise, bool kLive, class T>
 void run_tail(const Uniforms<T>& u, const Tile<T>& t, int rest, Sums<T>& sums) {
-  T theta[kLanes] = {}, grad[kLanes] = {}, m[kLanes] = {}, v[kLanes] = {}, live[kLanes] = {},
-    anchor[kLanes] = {}, noise[kLanes] = {};
+  T theta[kLanes] = {}, grad[kLanes] = {}, m[kLanes] = {}, v[kLanes] = {}, w[kLanes] = {},
+    live[kLanes] = {}, anchor[kLanes] = {}, noise[kLanes] = {};
   const unsigned long bytes = rest * sizeof(T);
   __builtin_memcpy(theta, t.theta_in, bytes);
   __builtin_memcpy(grad, t.grad, bytes);
   if (has_first(kKind)) __builtin_memcpy(m, t.m, bytes);
   if (has_second(kKind)) __builtin_memcpy(v, t.v, bytes);
+  if (has_extra(kKind)) __builtin_memcpy(w, t.w, bytes);
   if (kLive && t.anchor) __builtin_memcpy(anchor, t.anchor, bytes);
   if (kNoise) __builtin_memcpy(noise, t.noise, bytes);
-  const Tile<T> padded{theta, theta, grad, m, v, live, kLive && t.anchor ? anchor : nullptr, noise};
+  const Tile<T> padded{theta, theta, grad, m, v, w, live, kLive && t.anchor ? anchor : nullptr,
+                       noise};
   run<kKind, kNoise, kLive>(u, padded, kLanes, sums);
   __builtin_memcpy(t.theta_out, theta, bytes);
   if (has_first(kKind)) __builtin_memcpy(t.m, m, bytes);
   if (has_second(kKind)) __builtin_memcpy(t.v, v, bytes);
+  if (has_extra(kKind)) __builtin_memcpy(t.w, w, bytes);
   if (kLive) __builtin_memcpy(t.live, live, bytes);
 }
 
@@ -223,6 +235,7 @@ void update_chunk(const Tensor& tensor, const Shared& shared, int64_t begin, int
     t.grad = widened(static_cast<const S*>(tensor.grad) + at, count, grad_buffer);
     t.m = has_first(kKind) ? static_cast<T*>(tensor.exp_avg) + at : nullptr;
     t.v = has_second(kKind) ? static_cast<T*>(tensor.exp_avg_sq) + at : nullptr;
+    t.w = has_extra(kKind) ? static_cast<T*>(tensor.extra) + at : nullptr;
     t.anchor = kLive && tensor.anchor ? static_cast<const T*>(tensor.anchor) + at : nullptr;
     // What is written to storage: live weights where there is a master, the true weights elsewhere.
     T* stored = theta_buffer;
@@ -283,6 +296,8 @@ void update_type(const Tensor& tensor, const Shared& shared, int64_t begin, int6
   switch (shared.kind) {
     case Kind::kAdam:
       return update_kind<Kind::kAdam, S, T>(tensor, shared, begin, end, partial);
+    case Kind::kAmsgrad:
+      return update_kind<Kind::kAmsgrad, S, T>(tensor, shared, begin, end, partial);
     case Kind::kSgd:
       return update_kind<Kind::kSgd, S, T>(tensor, shared, begin, end, partial);
     case Kind::kSgdMomentum:
@@ -291,6 +306,18 @@ void update_type(const Tensor& tensor, const Shared& shared, int64_t begin, int6
       return update_kind<Kind::kSgdState, S, T>(tensor, shared, begin, end, partial);
     case Kind::kSgdMomentumState:
       return update_kind<Kind::kSgdMomentumState, S, T>(tensor, shared, begin, end, partial);
+    case Kind::kRms:
+      return update_kind<Kind::kRms, S, T>(tensor, shared, begin, end, partial);
+    case Kind::kRmsMomentum:
+      return update_kind<Kind::kRmsMomentum, S, T>(tensor, shared, begin, end, partial);
+    case Kind::kRmsState:
+      return update_kind<Kind::kRmsState, S, T>(tensor, shared, begin, end, partial);
+    case Kind::kRmsMomentumState:
+      return update_kind<Kind::kRmsMomentumState, S, T>(tensor, shared, begin, end, partial);
+    case Kind::kLion:
+      return update_kind<Kind::kLion, S, T>(tensor, shared, begin, end, partial);
+    case Kind::kLionState:
+      return update_kind<Kind::kLionState, S, T>(tensor, shared, begin, end, partial);
   }
 }
 
@@ -322,7 +349,7 @@ void emit_type(const Tensor& tensor, const Shared& shared, int64_t begin, int64_
   const T* const anchor = static_cast<const T*>(tensor.anchor);
   S* const live = static_cast<S*>(tensor.param);
   for (int64_t i = begin; i < end; ++i) {
-    const bool under = !v || is_under(m[i], v[i], u.old_v, u.old_0);
+    const bool under = !(m && v) || is_under(m[i], v[i], u.old_v, u.old_0);
     live[i] = narrowed_to(
         live_weight(theta[i], anchor ? anchor[i] : T{0}, u.live[under ? kUnder : kWell]), S{});
   }

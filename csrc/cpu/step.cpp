@@ -36,7 +36,8 @@ Status check_rows(const Tensor* tensors, int64_t tensor_count, const Group* grou
   if (group_count && !rows) return Status::kNullPointer;
   for (int64_t i = 0; i < tensor_count; ++i) {
     const Tensor& t = tensors[i];
-    if ((!t.grad && !t.master) || t.numel == 0 || has_second(kind_of(t, groups[t.group]))) continue;
+    if ((!t.grad && !t.master) || t.numel == 0 || has_classes(kind_of(t, groups[t.group])))
+      continue;
     const Row& row = rows[t.group];
     bool split = differ(row.grad) || differ(row.emitted);
     for (const PhaseRow& phase : row.phases)
@@ -84,7 +85,7 @@ void reduce(const Tensor* tensors, const Group* groups, const Work& work,
     Statistics& s = into[static_cast<size_t>(tensor.group)];
     const Partial& p = partials[i];
     s.numel += static_cast<double>(chunk.end - chunk.begin);
-    const bool classed = has_second(kind_of(tensor, groups[tensor.group]));
+    const bool classed = has_classes(kind_of(tensor, groups[tensor.group]));
     s.under += classed ? p.under : std::numeric_limits<double>::quiet_NaN();
     s.grad_sum += p.grad_sum;
     s.grad_sq += p.grad_sq;
@@ -102,7 +103,7 @@ Status check(const Tensor* tensors, int64_t tensor_count, const Group* groups,
   if (tensor_count < 0 || group_count < 0) return Status::kBadSize;
   if (tensor_count > std::numeric_limits<int32_t>::max()) return Status::kBadSize;
   for (int64_t g = 0; g < group_count; ++g) {
-    if (groups[g].rule < 0 || groups[g].rule > static_cast<int32_t>(Rule::kSgd))
+    if (groups[g].rule < 0 || groups[g].rule > static_cast<int32_t>(Rule::kLion))
       return Status::kBadRule;
     if (groups[g].lr_tensor && groups[g].lr_dtype != static_cast<int32_t>(DType::kFloat32) &&
         groups[g].lr_dtype != static_cast<int32_t>(DType::kFloat64)) {
@@ -119,7 +120,9 @@ Status check(const Tensor* tensors, int64_t tensor_count, const Group* groups,
     const Kind kind = kind_of(t, groups[t.group]);
     if (!t.step) return Status::kNullPointer;
     if (t.numel == 0) continue;
-    if (!t.param || (has_first(kind) && !t.exp_avg) || (has_second(kind) && !t.exp_avg_sq)) {
+    const bool centered = is_rms(kind) && (groups[t.group].flags & kCentered);
+    if (!t.param || ((has_first(kind) || centered) && !t.exp_avg) ||
+        (has_second(kind) && !t.exp_avg_sq) || (has_extra(kind) && !t.extra)) {
       return Status::kNullPointer;
     }
   }

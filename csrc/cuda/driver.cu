@@ -56,18 +56,17 @@ bool valid(const Work& work) {
 
 using Update = void (*)(Work);
 
-// By storage type, then Adam, SGD.
 Update update_of(const Work& work) {
-  static constexpr Update kKernels[4][2] = {
-      {device::update_adam_float32, device::update_sgd_float32},
-      {device::update_adam_float64, device::update_sgd_float64},
-      {device::update_adam_bfloat16, device::update_sgd_bfloat16},
-      {device::update_adam_float16, device::update_sgd_float16}};
-  const int32_t sgd = 1 << static_cast<int32_t>(Rule::kSgd);
-  const bool has_sgd = (work.rules & sgd) != 0, has_adam = (work.rules & ~sgd) != 0;
-  if (has_sgd == has_adam) return device::update_mixed;
+  // By storage type, then family.
+  static constexpr Update kKernels[4][3] = {
+      {device::update_adam_float32, device::update_sgd_float32, device::update_other_float32},
+      {device::update_adam_float64, device::update_sgd_float64, device::update_other_float64},
+      {device::update_adam_bfloat16, device::update_sgd_bfloat16, device::update_other_bfloat16},
+      {device::update_adam_float16, device::update_sgd_float16, device::update_other_float16}};
   for (int32_t dtype = 0; dtype < 4; ++dtype) {
-    if (work.dtypes == 1 << dtype) return kKernels[dtype][has_sgd ? 1 : 0];
+    for (int32_t family = 0; family < 3; ++family) {
+      if (work.dtypes == 1 << dtype && work.families == 1 << family) return kKernels[dtype][family];
+    }
   }
   return device::update_mixed;
 }

@@ -21,7 +21,7 @@ __device__ __forceinline__ void emit_chunk(const Tensor& tensor, const Shared& s
   const T* const anchor = static_cast<const T*>(tensor.anchor);
 #pragma unroll 1
   for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
-    const bool under = !v || is_under(m[i], v[i], u.old_v, u.old_0);
+    const bool under = !(m && v) || is_under(m[i], v[i], u.old_v, u.old_0);
     const T c = under ? u.live[kUnder] : u.live[kWell];
     static_cast<S*>(tensor.param)[i] =
         narrow_to(live_weight(theta[i], anchor ? anchor[i] : T{0}, c), S{});

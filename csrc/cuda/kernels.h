@@ -18,7 +18,7 @@ struct Copy {
   int64_t bytes;
 };
 
-// One block a chunk, for one storage type and Adam or any SGD.
+// One block a chunk, for one storage type and one family of rules.
 __global__ void update_adam_float32(const __grid_constant__ cuda::Work work);
 __global__ void update_adam_float64(const __grid_constant__ cuda::Work work);
 __global__ void update_adam_bfloat16(const __grid_constant__ cuda::Work work);
@@ -27,6 +27,10 @@ __global__ void update_sgd_float32(const __grid_constant__ cuda::Work work);
 __global__ void update_sgd_float64(const __grid_constant__ cuda::Work work);
 __global__ void update_sgd_bfloat16(const __grid_constant__ cuda::Work work);
 __global__ void update_sgd_float16(const __grid_constant__ cuda::Work work);
+__global__ void update_other_float32(const __grid_constant__ cuda::Work work);
+__global__ void update_other_float64(const __grid_constant__ cuda::Work work);
+__global__ void update_other_bfloat16(const __grid_constant__ cuda::Work work);
+__global__ void update_other_float16(const __grid_constant__ cuda::Work work);
 // For any mixture of them.
 __global__ void update_mixed(const __grid_constant__ cuda::Work work);
 

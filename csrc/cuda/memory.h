@@ -38,6 +38,7 @@ __device__ __forceinline__ Tensor in_global(Tensor t) {
   t.grad = in_global(t.grad);
   t.exp_avg = in_global(t.exp_avg);
   t.exp_avg_sq = in_global(t.exp_avg_sq);
+  t.extra = in_global(t.extra);
   t.master = in_global(t.master);
   t.anchor = in_global(t.anchor);
   return t;
@@ -95,7 +96,8 @@ __device__ __forceinline__ bool on_16_bytes(const Tensor& t) {
   const uint64_t all = reinterpret_cast<uint64_t>(t.param) | reinterpret_cast<uint64_t>(t.grad) |
                        reinterpret_cast<uint64_t>(t.exp_avg) |
                        reinterpret_cast<uint64_t>(t.exp_avg_sq) |
-                       reinterpret_cast<uint64_t>(t.master) | reinterpret_cast<uint64_t>(t.anchor);
+                       reinterpret_cast<uint64_t>(t.extra) | reinterpret_cast<uint64_t>(t.master) |
+                       reinterpret_cast<uint64_t>(t.anchor);
   return all % 16 == 0;
 }
 

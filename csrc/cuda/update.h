@@ -62,6 +62,7 @@ __device__ __forceinline__ Tensor moved(Tensor t, int64_t begin) {
   move(t.grad, begin * kStorage);
   move(t.exp_avg, begin * kState);
   move(t.exp_avg_sq, begin * kState);
+  move(t.extra, begin * kState);
   move(t.master, begin * kState);
   move(t.anchor, begin * kState);
   t.first += begin;
@@ -88,15 +89,18 @@ __device__ __forceinline__ void step_vector(const Uniforms<T>& u, const Tensor& 
                                             int count, bool aligned, const T (&noise)[kCount],
                                             Vector<T, kCount>& x, Sums<T>& sums) {
   T live[kCount];
+  // Not fetched ahead, as the others are: registers are scarce, and few rules have it.
+  T w[kCount] = {};
+  if constexpr (has_extra(kKind)) load(static_cast<const T*>(tensor.extra) + at, count, aligned, w);
   // Where uniforms are in shared memory, the compiler would keep them in registers all the same.
   if constexpr (sizeof(T) == 8) asm volatile("" ::: "memory");
 #pragma unroll
   for (int k = 0; k < kCount; ++k) {
     Between<T> between;
     const bool under = accumulate<kKind, false, kNoise, true>(u, x.theta[k], x.grad[k], x.m[k],
-                                                              x.v[k], noise[k], between);
-    if constexpr (kKind == Kind::kAdam) between.numerator = x.m[k];
-    const T delta = apply<kKind>(u, between, x.theta[k]);
+                                                              x.v[k], w[k], noise[k], between);
+    if constexpr (is_adam(kKind)) between.numerator = x.m[k];
+    const T delta = apply<kKind>(u, between, w[k], x.theta[k]);
     live[k] = between.live;
     if (k < count) {
       sums.grad += x.grad[k];
@@ -109,6 +113,7 @@ __device__ __forceinline__ void step_vector(const Uniforms<T>& u, const Tensor& 
   if constexpr (has_first(kKind)) store(static_cast<T*>(tensor.exp_avg) + at, count, aligned, x.m);
   if constexpr (has_second(kKind))
     store(static_cast<T*>(tensor.exp_avg_sq) + at, count, aligned, x.v);
+  if constexpr (has_extra(kKind)) store(static_cast<T*>(tensor.extra) + at, count, aligned, w);
   S* const param = static_cast<S*>(tensor.param) + at;
   if (!tensor.master) {
     store(param, count, aligned, x.theta);
@@ -225,32 +230,49 @@ __device__ __forceinline__ void update_chunk(const Tensor& all, const Shared& sh
   double* const columns = reinterpret_cast<double*>(partial);
   if (threadIdx.x == 0) columns[0] = end;
   if (threadIdx.x < 6) {
-    const bool classless = threadIdx.x == 0 && !has_second(kKind);
+    const bool classless = threadIdx.x == 0 && !has_classes(kKind);
     columns[1 + threadIdx.x] = classless ? static_cast<double>(bits_float(0x7FC00000u)) : total;
   }
 }
 
-template <class S, class T, bool kAdam, bool kSgd>
+// kFamilies: bit i for each cuda::Family i whose kinds the kernel knows.
+template <class S, class T, int kFamilies>
 __device__ __forceinline__ void update_kinds(const Tensor& tensor, const Shared& shared, Kind kind,
                                              int64_t begin, int64_t end, Statistics* partial) {
-  if constexpr (kAdam) {
-    if (kind == Kind::kAdam)
-      return update_chunk<Kind::kAdam, S, T>(tensor, shared, begin, end, partial);
-  }
-  if constexpr (kSgd) {
+#define AIM_UPDATE(name) \
+  case Kind::name:       \
+    return update_chunk<Kind::name, S, T>(tensor, shared, begin, end, partial)
+  if constexpr ((kFamilies >> cuda::kAdamFamily & 1) != 0) {
     switch (kind) {
-      case Kind::kSgd:
-        return update_chunk<Kind::kSgd, S, T>(tensor, shared, begin, end, partial);
-      case Kind::kSgdMomentum:
-        return update_chunk<Kind::kSgdMomentum, S, T>(tensor, shared, begin, end, partial);
-      case Kind::kSgdState:
-        return update_chunk<Kind::kSgdState, S, T>(tensor, shared, begin, end, partial);
-      case Kind::kSgdMomentumState:
-        return update_chunk<Kind::kSgdMomentumState, S, T>(tensor, shared, begin, end, partial);
+      AIM_UPDATE(kAdam);
       default:
-        return;
+        break;
     }
   }
+  if constexpr ((kFamilies >> cuda::kSgdFamily & 1) != 0) {
+    switch (kind) {
+      AIM_UPDATE(kSgd);
+      AIM_UPDATE(kSgdMomentum);
+      AIM_UPDATE(kSgdState);
+      AIM_UPDATE(kSgdMomentumState);
+      default:
+        break;
+    }
+  }
+  if constexpr ((kFamilies >> cuda::kOtherFamily & 1) != 0) {
+    switch (kind) {
+      AIM_UPDATE(kAmsgrad);
+      AIM_UPDATE(kRms);
+      AIM_UPDATE(kRmsMomentum);
+      AIM_UPDATE(kRmsState);
+      AIM_UPDATE(kRmsMomentumState);
+      AIM_UPDATE(kLion);
+      AIM_UPDATE(kLionState);
+      default:
+        break;
+    }
+  }
+#undef AIM_UPDATE
 }
 
 // `Dispatch::run` steps a chunk; it knows which storage types and rules there are.

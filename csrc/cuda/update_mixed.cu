@@ -14,13 +14,17 @@ struct AnyDispatch {
                                              int64_t begin, int64_t end, Statistics* partial) {
     switch (static_cast<DType>(tensor.dtype)) {
       case DType::kFloat32:
-        return update_kinds<float, float, true, true>(tensor, shared, kind, begin, end, partial);
+        return update_kinds<float, float, cuda::kAllFamilies>(tensor, shared, kind, begin, end,
+                                                              partial);
       case DType::kFloat64:
-        return update_kinds<double, double, true, true>(tensor, shared, kind, begin, end, partial);
+        return update_kinds<double, double, cuda::kAllFamilies>(tensor, shared, kind, begin, end,
+                                                                partial);
       case DType::kBFloat16:
-        return update_kinds<BFloat16, float, true, true>(tensor, shared, kind, begin, end, partial);
+        return update_kinds<BFloat16, float, cuda::kAllFamilies>(tensor, shared, kind, begin, end,
+                                                                 partial);
       case DType::kFloat16:
-        return update_kinds<Float16, float, true, true>(tensor, shared, kind, begin, end, partial);
+        return update_kinds<Float16, float, cuda::kAllFamilies>(tensor, shared, kind, begin, end,
+                                                                partial);
     }
   }
 };

@@ -13,12 +13,12 @@ namespace device {
 
 namespace {  // every unit has another
 
-template <bool kAdam>
+template <cuda::Family kFamily>
 struct Dispatch {
   static __device__ __forceinline__ void run(const Tensor& tensor, const Shared& shared, Kind kind,
                                              int64_t begin, int64_t end, Statistics* partial) {
-    update_kinds<AIM_STORAGE, AIM_ARITHMETIC, kAdam, !kAdam>(tensor, shared, kind, begin, end,
-                                                             partial);
+    update_kinds<AIM_STORAGE, AIM_ARITHMETIC, 1 << kFamily>(tensor, shared, kind, begin, end,
+                                                            partial);
   }
 };
 
@@ -26,12 +26,17 @@ struct Dispatch {
 
 __global__ void AIM_BLOCK AIM_KERNEL(update_adam_,
                                      AIM_NAME)(const __grid_constant__ cuda::Work work) {
-  update_block<Dispatch<true>>(work);
+  update_block<Dispatch<cuda::kAdamFamily>>(work);
 }
 
 __global__ void AIM_BLOCK AIM_KERNEL(update_sgd_,
                                      AIM_NAME)(const __grid_constant__ cuda::Work work) {
-  update_block<Dispatch<false>>(work);
+  update_block<Dispatch<cuda::kSgdFamily>>(work);
+}
+
+__global__ void AIM_BLOCK AIM_KERNEL(update_other_,
+                                     AIM_NAME)(const __grid_constant__ cuda::Work work) {
+  update_block<Dispatch<cuda::kOtherFamily>>(work);
 }
 
 }  // namespace device

@@ -23,12 +23,18 @@ struct Model {
     const DType dtypes[] = {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16};
     const int64_t sizes[] = {4097, 31, 0, 64, 1, 1000};
     // Live weights, anchor and noise; then whether there is a first moment, and state.
-    const Case kinds[] = {{Rule::kAdamW, DType::kFloat32, 0, true, true, true, false, true},
-                          {Rule::kSgd, DType::kFloat32, 0, true, false, false, true, true},
-                          {Rule::kAdam, DType::kFloat32, 0, false, false, false, false, true},
-                          {Rule::kSgd, DType::kFloat32, 0, true, false, true, false, false},
-                          {Rule::kSgd, DType::kFloat32, 0, false, false, false, true, false},
-                          {Rule::kSgd, DType::kFloat32, 0, false, false, true, false, true}};
+    const Case kinds[] = {
+        {Rule::kAdamW, DType::kFloat32, 0, true, true, true, false, true},
+        {Rule::kSgd, DType::kFloat32, 0, true, false, false, true, true},
+        {Rule::kAdam, DType::kFloat32, 0, false, false, false, false, true},
+        {Rule::kSgd, DType::kFloat32, 0, true, false, true, false, false},
+        {Rule::kSgd, DType::kFloat32, 0, false, false, false, true, false},
+        {Rule::kSgd, DType::kFloat32, 0, false, false, true, false, true},
+        {Rule::kAdagrad, DType::kFloat32, 0, true, false, true, false, true},
+        {Rule::kRmsprop, DType::kFloat32, 0, true, true, false, true, true, aim::kCentered},
+        {Rule::kLion, DType::kFloat32, 0, true, false, true, false, true},
+        {Rule::kAdam, DType::kFloat32, 0, true, false, false, false, true, aim::kAmsgrad},
+        {Rule::kLion, DType::kFloat32, 0, false, false, false, false, false}};
     int64_t first = 5;  // not a multiple of four: draws of noise straddle vectors
     for (const Case& kind : kinds) {
       const int32_t group = static_cast<int32_t>(groups.size());
@@ -74,7 +80,8 @@ struct Model {
     for (size_t i = 0; i < params.size(); ++i) {
       const Problem &p = *params[i], &q = *other.params[i];
       expect(p.param == q.param && p.grad == q.grad && p.m == q.m && p.v == q.v &&
-                 p.master == q.master && p.anchor == q.anchor && p.step == q.step,
+                 p.extra == q.extra && p.master == q.master && p.anchor == q.anchor &&
+                 p.step == q.step,
              what + ", parameter " + std::to_string(i));
       expect(p.guards_intact(), what + ", guards of parameter " + std::to_string(i));
     }

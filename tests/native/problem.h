@@ -83,6 +83,26 @@ struct Case {
   int32_t flags = 0;  // a sum of aim::Flag
 };
 
+// Every rule in all its variants.
+inline std::vector<Case> variants(aim::DType dtype, int64_t numel, bool live, bool noisy) {
+  using aim::Rule;
+  return {{Rule::kAdamW, dtype, numel, live, noisy, noisy, false, true},
+          {Rule::kAdam, dtype, numel, live, false, noisy, false, true},
+          {Rule::kAdamW, dtype, numel, live, noisy, noisy, false, true, aim::kAmsgrad},
+          {Rule::kSgd, dtype, numel, live, false, noisy, false, false},
+          {Rule::kSgd, dtype, numel, live, false, noisy, true, false},
+          {Rule::kSgd, dtype, numel, live, true, noisy, false, true},
+          {Rule::kSgd, dtype, numel, live, false, noisy, true, true},
+          {Rule::kAdagrad, dtype, numel, live, false, noisy, false, false},
+          {Rule::kAdagrad, dtype, numel, live, false, noisy, false, true},
+          {Rule::kRmsprop, dtype, numel, live, false, noisy, false, false},
+          {Rule::kRmsprop, dtype, numel, live, true, noisy, true, false},
+          {Rule::kRmsprop, dtype, numel, live, false, noisy, false, true},
+          {Rule::kRmsprop, dtype, numel, live, false, noisy, true, true, aim::kCentered},
+          {Rule::kLion, dtype, numel, live, true, noisy, false, false},
+          {Rule::kLion, dtype, numel, live, false, noisy, false, true}};
+}
+
 // One parameter with everything around it.
 struct Problem {
   Problem(const Case& c, unsigned seed, bool aligned = false)
@@ -108,8 +128,11 @@ struct Problem {
     const bool sgd = c.rule == aim::Rule::kSgd;
     tensor.param = param.data();
     tensor.grad = grad.data();
-    if (adam || c.state || (sgd && c.momentum)) tensor.exp_avg = m.data();
-    if (!sgd || c.state) tensor.exp_avg_sq = v.data();
+    const bool lion = c.rule == aim::Rule::kLion;
+    if (adam || lion || c.state || (sgd && c.momentum)) tensor.exp_avg = m.data();
+    if (!(sgd || lion) || c.state) tensor.exp_avg_sq = v.data();
+    if ((c.flags & aim::kAmsgrad) || (c.rule == aim::Rule::kRmsprop && c.momentum))
+      tensor.extra = extra.data();
     if (c.live) tensor.master = master.data();
     if (c.anchored) tensor.anchor = anchor.data();
     tensor.step = &step;
@@ -126,6 +149,7 @@ struct Problem {
     group.target = group.rate = 0.1;
     group.rule = static_cast<int32_t>(c.rule);
     group.flags = c.flags;
+    group.lr_decay = c.rule == aim::Rule::kAdagrad ? 0.05 : 0;
     double* columns = reinterpret_cast<double*>(&row);
     for (size_t i = 0; i < sizeof row / sizeof(double); ++i) columns[i] = 1;
     row.tau_prev = 0.4;

@@ -7,6 +7,7 @@
 
 #include "aim/isa.h"
 #include "aim/step.h"
+#include "common/shared.h"
 #include "cpu/kernels.h"
 #include "problem.h"
 
@@ -62,15 +63,15 @@ void lowered_kernels_agree(const Case& c) {
   u.new_v = 0.2;
   u.old_0 = u.new_0 = 1e-12;
   u.eps = 1e-8;
-  u.nesterov = 0.9;
+  u.nesterov = u.lead_keep = u.extra_keep = 0.9;
+  u.lead_add = 0.1;
   u.coupled = u.coupled_decay != 0;
   u.routed = true;
   u.is_nesterov = true;
+  u.centered = (c.flags & aim::kCentered) != 0;
   if (!(a.tensor.exp_avg && a.tensor.exp_avg_sq))
     u.grad[1] = u.grad[0], u.step[1] = u.step[0], u.live[1] = u.live[0];
-  shared.kind = c.rule != aim::Rule::kSgd ? aim::Kind::kAdam
-                : c.state ? (c.momentum ? aim::Kind::kSgdMomentumState : aim::Kind::kSgdState)
-                          : (c.momentum ? aim::Kind::kSgdMomentum : aim::Kind::kSgd);
+  shared.kind = aim::baseline::kind_of(a.tensor, a.group);
   shared.has_noise = c.noisy;
   shared.seed = 99;
   shared.counter = 5;
@@ -100,13 +101,22 @@ void refusals_change_nothing() {
            std::string("unchanged by ") + what);
   };
   refused("no moment", aim::Status::kNullPointer, [](Problem& p) { p.tensor.exp_avg = nullptr; });
+  refused("no second moment", aim::Status::kNullPointer,
+          [](Problem& p) { p.tensor.exp_avg_sq = nullptr; });
+  refused("no extra moment", aim::Status::kNullPointer,
+          [](Problem& p) { p.group.flags = aim::kAmsgrad; });
+  refused("centered without a mean", aim::Status::kNullPointer, [](Problem& p) {
+    p.group.rule = static_cast<int32_t>(aim::Rule::kRmsprop);
+    p.group.flags = aim::kCentered;
+    p.tensor.exp_avg = nullptr;
+  });
   refused("no step", aim::Status::kNullPointer, [](Problem& p) { p.tensor.step = nullptr; });
   refused("negative size", aim::Status::kBadSize, [](Problem& p) { p.tensor.numel = -1; });
   refused("overflowing index", aim::Status::kBadSize,
           [](Problem& p) { p.tensor.first = INT64_MAX - 5; });
   refused("bad group", aim::Status::kBadGroup, [](Problem& p) { p.tensor.group = 1; });
   refused("bad dtype", aim::Status::kBadDType, [](Problem& p) { p.tensor.dtype = 4; });
-  refused("bad rule", aim::Status::kBadRule, [](Problem& p) { p.group.rule = 3; });
+  refused("bad rule", aim::Status::kBadRule, [](Problem& p) { p.group.rule = 6; });
   refused("unknown isa", aim::Status::kUnknownIsa, [](Problem&) {}, "sse");
 }
 
@@ -114,20 +124,13 @@ void refusals_change_nothing() {
 
 int main() {
   using aim::DType;
-  using aim::Rule;
   const int64_t sizes[] = {1, 15, 16, 17, 70, 1023, 1041, aim::kChunk, aim::kChunk + 5};
   int cases = 0;
   for (DType dtype : {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16}) {
     for (bool live : {false, true}) {
       for (bool noisy : {false, true}) {
         for (int64_t numel : sizes) {
-          const Case all[] = {{Rule::kAdamW, dtype, numel, live, noisy, noisy, false, true},
-                              {Rule::kAdam, dtype, numel, live, false, noisy, false, true},
-                              {Rule::kSgd, dtype, numel, live, false, noisy, false, false},
-                              {Rule::kSgd, dtype, numel, live, false, noisy, true, false},
-                              {Rule::kSgd, dtype, numel, live, true, noisy, false, true},
-                              {Rule::kSgd, dtype, numel, live, false, noisy, true, true}};
-          for (const Case& c : all) {
+          for (const Case& c : variants(dtype, numel, live, noisy)) {
             instruction_sets_agree(c);
             if (numel <= aim::kChunk) lowered_kernels_agree(c);
             ++cases;

@@ -18,6 +18,12 @@ using aim::cuda::Chunk;
 using aim::cuda::Span;
 using aim::cuda::Work;
 
+aim::cuda::Family family_of(const Case& c) {
+  const bool adam = c.rule == aim::Rule::kAdamW || c.rule == aim::Rule::kAdam;
+  if (adam && !(c.flags & aim::kAmsgrad)) return aim::cuda::kAdamFamily;
+  return c.rule == aim::Rule::kSgd ? aim::cuda::kSgdFamily : aim::cuda::kOtherFamily;
+}
+
 // A problem as tables for a device.
 struct Launch {
   Launch(Problem& p, int32_t chunk_size, int32_t threads) : problem(p) {
@@ -39,7 +45,7 @@ struct Launch {
     work.chunk_size = chunk_size;
     work.threads = threads;
     work.dtypes = 1 << static_cast<int32_t>(p.shape.dtype);
-    work.rules = 1 << static_cast<int32_t>(p.shape.rule);
+    work.families = 1 << family_of(p.shape);
   }
 
   void step(const std::string& what) {
@@ -59,7 +65,7 @@ void agrees_with_the_processor(const Case& c, bool aligned, bool mixed) {
   const std::string what = name_of(c) + (aligned ? ", aligned" : ", misaligned");
   Problem expected(c, 1, aligned), p(c, 1, aligned);
   Launch launch(p, 256, 32);
-  if (mixed) launch.work.rules = 7, launch.work.dtypes = 15;
+  if (mixed) launch.work.families = aim::cuda::kAllFamilies, launch.work.dtypes = 15;
   for (int step = 0; step < 3; ++step) {
     expect(expected.run("scalar", 1) == aim::Status::kOk, "scalar, " + what);
     launch.step(what);
@@ -147,7 +153,6 @@ void copies() {
 
 int main() {
   using aim::DType;
-  using aim::Rule;
   int cases = 0;
 #ifdef AIM_SMALL_TEST
   const int64_t sizes[] = {300};
@@ -158,13 +163,7 @@ int main() {
     for (bool live : {false, true}) {
       for (bool noisy : {false, true}) {
         for (int64_t numel : sizes) {
-          const Case all[] = {{Rule::kAdamW, dtype, numel, live, noisy, noisy, false, true},
-                              {Rule::kAdam, dtype, numel, live, false, noisy, false, true},
-                              {Rule::kSgd, dtype, numel, live, false, noisy, false, false},
-                              {Rule::kSgd, dtype, numel, live, false, noisy, true, false},
-                              {Rule::kSgd, dtype, numel, live, true, noisy, false, true},
-                              {Rule::kSgd, dtype, numel, live, false, noisy, true, true}};
-          for (const Case& c : all) {
+          for (const Case& c : variants(dtype, numel, live, noisy)) {
             agrees_with_the_processor(c, cases % 3 != 0, cases % 5 == 0);
             ++cases;
           }

@@ -25,6 +25,10 @@ struct Span {
   int64_t tensor_begin, tensor_end, chunk_begin, chunk_end;
 };
 
+// Rules that share a kernel. AMSGrad is of the others.
+enum Family : int { kAdamFamily, kSgdFamily, kOtherFamily };
+inline constexpr int kAllFamilies = 7;
+
 struct Work {
   const Tensor* tensors;
   const Group* groups;
@@ -46,8 +50,8 @@ struct Work {
   int32_t chunk_size;  // elements, a multiple of 64, at most kMostChunk
   int32_t threads;     // of a block, a multiple of 32, at most kMostThreads
   // What there is among the tensors, which the host knows and which chooses the kernel: bit i for
-  // DType i, and for Rule i.
-  int32_t dtypes, rules;
+  // DType i, and for Family i.
+  int32_t dtypes, families;
 };
 
 inline constexpr int32_t kMostThreads = 256;

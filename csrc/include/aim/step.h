@@ -25,7 +25,7 @@ enum class Status : int32_t {
 const char* describe(Status status);
 
 enum class DType : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
-enum class Rule : int32_t { kAdamW, kAdam, kSgd };
+enum class Rule : int32_t { kAdamW, kAdam, kSgd, kAdagrad, kRmsprop, kLion };
 
 // Index into every {under, well} pair.
 enum Class : int { kUnder = 0, kWell = 1 };
@@ -35,10 +35,10 @@ enum Flag : int32_t { kAmsgrad = 1, kCentered = 2 };
 
 // One parameter. Moments, master and anchor are float32 (float64 for float64 parameters).
 struct Tensor {
-  void* param;       // live weights; the true weights where there is no master
-  const void* grad;  // in the parameter's dtype and memory order; null: not stepped
-  void* exp_avg;     // first moment, or SGD's momentum buffer
-  void* exp_avg_sq;
+  void* param;         // live weights; the true weights where there is no master
+  const void* grad;    // in the parameter's dtype and memory order; null: not stepped
+  void* exp_avg;       // first moment, or SGD's momentum buffer
+  void* exp_avg_sq;    // second moment, or Adagrad's sum
   void* extra;         // a third moment: AMSGrad's maximum, RMSprop's momentum buffer
   void* master;        // true weights, where live weights exist
   const void* anchor;  // null: zero
@@ -52,6 +52,7 @@ struct Tensor {
 };
 
 struct Group {
+  // RMSprop's alpha is beta2; centered, it is beta1 as well.
   double lr, beta1, beta2, eps, weight_decay, momentum, dampening;
   double scale;     // multiplies the gradient first; -1 maximizes
   double target;    // q of the threshold controller
