@@ -311,7 +311,7 @@ class Twin:
             alpha=group.get("alpha", 0.99),
             centered=group.get("centered", False),
             decouple_lr=group.get("decouple_lr", False),
-            reference_lr=float(group.get("reference_lr", 0.0)),
+            reference_lr=float(group.get("reference_lr") or 0.0),
             maximize=group["maximize"],
             modulated=bool(group.get("modulated", False)),
             target=self.target,

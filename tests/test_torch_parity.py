@@ -222,4 +222,7 @@ def test_extreme_gradients(rule: str, options: dict[str, Any], eps: float) -> No
         optimizer.step()
         peer.step()
     usual = values.abs() > 1e-18 if eps == 0.0 else torch.ones(8, dtype=torch.bool)
+    if options.get("centered"):
+        # Where the squares of both moments overflow their difference is a NaN, unless it is contracted to an FMA.
+        usual &= values.abs() < 1e18
     torch.testing.assert_close(ours[usual], theirs[usual], rtol=1e-6, atol=1e-7, equal_nan=True)
