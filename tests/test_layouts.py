@@ -109,6 +109,14 @@ def test_only_empty_tensors() -> None:
     run_twin(Twin(optimizer, "adamw"), Gradients(parameters_of(optimizer)), 3)
 
 
+def test_empty_tensors_with_strides_of_zero() -> None:
+    """An empty channels_last tensor looks expanded, and is not."""
+    optimizer = build("adamw", ([(8, 0, 0, 0), (5,)],), kinds=("channels_last",))
+    assert 0 in parameters_of(optimizer)[0].stride()
+    set_row(optimizer, 0, "all")
+    run_twin(Twin(optimizer, "adamw"), Gradients(parameters_of(optimizer)), 3)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 @pytest.mark.parametrize("size", [1, 7, 64, 67, CHUNK + 3])
 @pytest.mark.parametrize("rule", ["adamw", "rmsprop-momentum"])
