@@ -84,6 +84,8 @@ def check_hyperparameters(group: Group, number: int) -> None:
             raise ValueError(
                 f"decouple_lr{where}: the decay is relative to the first learning rate, which must not be 0"
             )
+    if group["dampening"] and group["momentum"] and group["rule"] == "rmsprop":
+        raise ValueError(f"dampening{where}: the momentum of rule 'rmsprop' has none; leave it 0")
     if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
         raise ValueError(f"nesterov{where}: Nesterov momentum needs a momentum and zero dampening")
     try:
