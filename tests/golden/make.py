@@ -26,6 +26,25 @@ CASES: dict[str, dict[str, Any]] = {
     "adam": {"rule": "adam", "lr": 0.03, "betas": (0.85, 0.98), "weight_decay": 0.05, "maximize": True},
     "sgd": {"rule": "sgd", "lr": 0.02, "betas": (0.85, 0.98), "weight_decay": 0.1},
     "sgd-momentum": {"rule": "sgd", "lr": 0.02, "momentum": 0.8, "dampening": 0.3, "weight_decay": 0.1},
+    "amsgrad": {"rule": "adamw", "lr": 0.03, "betas": (0.85, 0.7), "weight_decay": 0.1, "amsgrad": True},
+    "adagrad": {
+        "rule": "adagrad",
+        "lr": 0.1,
+        "lr_decay": 0.05,
+        "initial_accumulator_value": 0.125,
+        "weight_decay": 0.1,
+        "maximize": True,
+    },
+    "rmsprop": {"rule": "rmsprop", "lr": 0.01, "alpha": 0.9, "momentum": 0.8, "weight_decay": 0.1},
+    "rmsprop-centered": {
+        "rule": "rmsprop",
+        "lr": 0.01,
+        "alpha": 0.9,
+        "centered": True,
+        "momentum": 0.7,
+        "weight_decay": 0.1,
+    },
+    "lion": {"rule": "lion", "lr": 0.01, "betas": (0.85, 0.95), "weight_decay": 0.05, "decouple_lr": True},
 }
 SHRINKING = ("adam", "adagrad", "lion")
 BEFORE, AFTER = 6, 5
