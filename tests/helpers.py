@@ -46,11 +46,12 @@ RULES: dict[str, dict[str, Any]] = {
         "weight_decay": 0.1,
     },
     "rmsprop": {"rule": "rmsprop", "lr": 1e-2, "betas": (0.85, 0.98), "alpha": 0.9, "weight_decay": 0.1},
-    "rmsprop-centered": {"rule": "rmsprop", "lr": 1e-2, "alpha": 0.9, "centered": True, "weight_decay": 0.1},
+    # Alpha is none of the betas, which centered groups have no use for.
+    "rmsprop-centered": {"rule": "rmsprop", "lr": 1e-2, "alpha": 0.85, "centered": True, "weight_decay": 0.1},
     "rmsprop-momentum": {
         "rule": "rmsprop",
         "lr": 1e-2,
-        "alpha": 0.9,
+        "alpha": 0.85,
         "centered": True,
         "momentum": 0.7,
         "weight_decay": 0.1,

@@ -122,6 +122,26 @@ def test_rmsprop_s_momentum_without_modulation(backend: str) -> None:
         assert optimizer.state[p].keys() == {"step", "square_avg", "momentum_buffer"}
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_lion_and_gradients_that_are_not_finite(backend: str) -> None:
+    """The sign of a NaN is a NaN, that of an infinity a sign; zeros stay where they are; others notice nothing."""
+    optimizer = build("lion", (((40,),),), modulated=False, weight_decay=0.0, backend=backend)
+    (p,) = parameters_of(optimizer)
+    made, start = Twin(optimizer, "lion"), p.detach().clone()
+    gradients = Gradients([p])
+    for number in range(4):
+        (grad,) = gradients()
+        grad[5] = 0.0
+        if number == 1:
+            grad[0], grad[1], grad[2] = float("nan"), float("inf"), float("-inf")
+        made.step([grad])
+        assert optimizer.statistics()[0]["nonfinite"] == (3 if number == 1 else 0)
+    assert p.isnan().tolist() == [True] + [False] * 39
+    assert p[5] == start[5]
+    assert (p[1] < start[1]) and (p[2] > start[2])
+    made.finish()
+
+
 @pytest.mark.parametrize("rule", ["adamw", "lion"])
 def test_decay_that_follows_the_schedule_alone(rule: str) -> None:
     """Twice the learning rate under the same schedule: the same decay (a gradient of zero leaves nothing else)."""

@@ -39,7 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
     "rmsprop-centered": {
         "rule": "rmsprop",
         "lr": 0.01,
-        "alpha": 0.9,
+        "alpha": 0.85,
         "centered": True,
         "momentum": 0.7,
         "weight_decay": 0.1,
