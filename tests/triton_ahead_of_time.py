@@ -59,7 +59,11 @@ def main(capability: int) -> dict[str, Any]:
         constants = driver.specialization(number, CHUNK)
         options = driver.options(constants["BLOCK"], driver.REGISTERS[dtype])
         absent = ("grad_scale", "found_inf") if dtype == "float32" else ()
-        made[f"update {dtype}"] = compiled(kernels.update_kernel, constants, options, capability, absent)
+        main = constants | {"OTHER": False}
+        made[f"update {dtype}"] = compiled(kernels.update_kernel, main, options, capability, absent)
+        options = driver.options(constants["BLOCK"], driver.OTHER_REGISTERS)
+        other = constants | {"OTHER": True}
+        made[f"update other {dtype}"] = compiled(kernels.update_kernel, other, options, capability, absent)
         options = driver.options(constants["BLOCK"])
         made[f"emit {dtype}"] = compiled(kernels.emit_kernel, constants, options, capability)
     for name, absent in {"home": ("sums", "found_inf"), "with others": ("sums",), "away": ("others",)}.items():

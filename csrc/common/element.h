@@ -59,7 +59,7 @@ AIM_INLINE auto accumulate(const Uniforms<V>& u, V theta, V& grad, V& m, V& v, V
   if constexpr (!kPlain) {
     if (u.coupled) g = g + theta * u.coupled_decay;
     if (u.routed) {
-      if constexpr (has_classes(kKind)) {
+      if constexpr (has_second(kKind)) {
         g = g * select(is_under(m, v, u.old_v, u.old_0), u.grad[0], u.grad[1]);
       } else {
         g = g * u.grad[0];
@@ -68,17 +68,17 @@ AIM_INLINE auto accumulate(const Uniforms<V>& u, V theta, V& grad, V& m, V& v, V
   }
   if constexpr (kNoise) g = g + noise * u.sigma;
 
-  if constexpr (is_lion(kKind)) out.numerator = sign(m * u.lead_keep + g * u.lead_add);
+  if constexpr (kKind == Kind::kLion) out.numerator = sign(m * u.lead_keep + g * u.lead_add);
   if constexpr (has_first(kKind)) m = m * u.first_keep + g * u.first_add;
   if constexpr (has_second(kKind)) v = v * u.second_keep + (g * g) * u.second_add;
 
   auto under = grad == grad;  // any mask: without state both classes have equal coefficients
-  if constexpr (has_classes(kKind)) under = is_under(m, v, u.new_v, u.new_0);
+  if constexpr (has_second(kKind)) under = is_under(m, v, u.new_v, u.new_0);
 
   if constexpr (kKind == Kind::kAmsgrad) w = select(w > v, w, v);
   if constexpr (has_root(kKind)) {
     V below = kKind == Kind::kAmsgrad ? w : v;
-    if constexpr (is_rms(kKind) && has_first(kKind)) {
+    if constexpr (kKind == Kind::kRms) {
       if (u.centered) {
         const V variance = v - m * m;  // negative by rounding only
         below = select(variance < V{}, V{}, variance);
@@ -88,7 +88,7 @@ AIM_INLINE auto accumulate(const Uniforms<V>& u, V theta, V& grad, V& m, V& v, V
   }
   if constexpr (has_buffer(kKind)) {
     out.numerator = u.is_nesterov ? g + m * u.nesterov : m;
-  } else if constexpr (!is_adam(kKind) && !is_lion(kKind)) {
+  } else if constexpr (!is_adam(kKind) && kKind != Kind::kLion) {
     out.numerator = g;
   }
   out.step = select(under, u.step[0], u.step[1]);
@@ -102,7 +102,9 @@ template <Kind kKind, class V>
 AIM_INLINE V apply(const Uniforms<V>& u, const Between<V>& in, V& w, V& theta) {
   V direction = in.numerator;
   if constexpr (has_root(kKind)) direction = direction / in.denominator;
-  if constexpr (is_rms(kKind) && has_extra(kKind)) direction = w = w * u.extra_keep + direction;
+  if constexpr (kKind == Kind::kRms) {
+    if (u.buffered) direction = w = w * u.extra_keep + direction;
+  }
   const V delta = direction * in.step;
   theta = theta * u.decay - delta;
   return delta;

@@ -31,14 +31,18 @@ AIM_INLINE Kind kind_of(const Tensor& tensor, const Group& group) {
       if (tensor.exp_avg_sq) return momentum ? Kind::kSgdMomentumState : Kind::kSgdState;
       return momentum ? Kind::kSgdMomentum : Kind::kSgd;
     case Rule::kAdagrad:
-      return tensor.exp_avg ? Kind::kRmsState : Kind::kRms;
     case Rule::kRmsprop:
-      if (tensor.exp_avg) return momentum ? Kind::kRmsMomentumState : Kind::kRmsState;
-      return momentum ? Kind::kRmsMomentum : Kind::kRms;
+      return Kind::kRms;
     case Rule::kLion:
-      return tensor.exp_avg_sq ? Kind::kLionState : Kind::kLion;
+      return Kind::kLion;
   }
   return Kind::kSgd;
+}
+
+// Both moments, so that elements have a class.
+AIM_INLINE bool has_classes(const Tensor& tensor, Kind kind) {
+  return has_first(kind) && has_second(kind) &&
+         (!may_lack(kind) || (tensor.exp_avg && tensor.exp_avg_sq));
 }
 
 // A number as the unevaluated sum of two doubles, good to about 104 bits.
@@ -91,9 +95,9 @@ AIM_INLINE Age age_of(const Group& group, Kind kind, double t) {
   const bool buffer = has_buffer(kind);
   const double mu = group.momentum;
   double last, squared;
-  powers(buffer          ? mu
-         : is_lion(kind) ? group.beta2
-                         : group.beta1,
+  powers(buffer                ? mu
+         : kind == Kind::kLion ? group.beta2
+                               : group.beta1,
          buffer ? t - 1 : t, group.beta2, t, &last, &squared);
   if (static_cast<Rule>(group.rule) == Rule::kAdagrad) squared = 1 - t;
   if (!buffer) return {1 - last, 1 - squared};
@@ -114,11 +118,12 @@ AIM_INLINE void copy(const double from[2], double to[2]) {
   to[1] = from[1];
 }
 
-// `scale` multiplies the gradient first, `lr` is the learning rate (on devices either may live in
-// memory that the host does not see), `deviation` is standard_deviation() of the group.
+// `classed` is has_classes() of the tensor, `scale` multiplies the gradient first, `lr` is the
+// learning rate (on devices either may live in memory that the host does not see), `deviation` is
+// standard_deviation() of the group.
 AIM_INLINE Shared shared_of(const Group& group, const Row& row, const PhaseRow& now,
-                            const PhaseRow& next, Kind kind, double steps_taken, double scale,
-                            double lr, double deviation, const Control& control) {
+                            const PhaseRow& next, Kind kind, bool classed, double steps_taken,
+                            double scale, double lr, double deviation, const Control& control) {
   Shared shared{};
   Uniforms<double>& u = shared.u;
   const double t = steps_taken + 1;
@@ -135,7 +140,7 @@ AIM_INLINE Shared shared_of(const Group& group, const Row& row, const PhaseRow& 
     u.first_keep = t > 1 ? group.momentum : 0;
     u.first_add = t > 1 ? 1 - group.dampening : 1;
   } else {
-    u.first_keep = is_lion(kind) ? group.beta2 : group.beta1;
+    u.first_keep = kind == Kind::kLion ? group.beta2 : group.beta1;
     u.first_add = 1 - u.first_keep;
   }
   u.second_keep = rule == Rule::kAdagrad ? 1 : group.beta2;
@@ -145,7 +150,7 @@ AIM_INLINE Shared shared_of(const Group& group, const Row& row, const PhaseRow& 
   u.extra_keep = group.momentum;
   u.eps = group.eps;
   double rate = rule == Rule::kAdagrad ? lr / (1 + steps_taken * group.lr_decay) : lr;
-  if (has_classes(kind)) {
+  if (classed) {
     const Age age = age_of(group, kind, t);
     threshold(group, age, row.tau, &u.new_v, &u.new_0);
     // Before the first step everything is under-optimized; without routing nobody asks.
@@ -164,6 +169,7 @@ AIM_INLINE Shared shared_of(const Group& group, const Row& row, const PhaseRow& 
   u.step[kWell] = rate * now.step[kWell];
   u.nesterov = group.nesterov ? group.momentum : 0;
   u.is_nesterov = group.nesterov != 0;
+  u.buffered = rule == Rule::kRmsprop && group.momentum != 0;
   u.centered = (group.flags & kCentered) != 0;
   u.coupled = u.coupled_decay != 0;
   u.plain = u.scale == 1 && !u.coupled && !u.routed;
@@ -175,11 +181,11 @@ AIM_INLINE Shared shared_of(const Group& group, const Row& row, const PhaseRow& 
 }
 
 // What emit needs: live coefficients, and the class of moments `steps_taken` old under `tau`.
-AIM_INLINE Shared emission_of(const Group& group, Kind kind, double steps_taken, double tau,
-                              const double live[2]) {
+AIM_INLINE Shared emission_of(const Group& group, Kind kind, bool classed, double steps_taken,
+                              double tau, const double live[2]) {
   Shared shared{};
   copy(live, shared.u.live);
-  if (has_classes(kind) && steps_taken >= 1) {
+  if (classed && steps_taken >= 1) {
     threshold(group, age_of(group, kind, steps_taken), tau, &shared.u.old_v, &shared.u.old_0);
   }
   shared.kind = kind;

@@ -7,22 +7,8 @@
 namespace aim {
 
 // Which moments a parameter keeps, and with which update. kRms is Adagrad and RMSprop, which divide
-// the gradient by a root; "State" are groups that keep optimization state beside what the rule
-// needs.
-enum class Kind {
-  kAdam,
-  kAmsgrad,
-  kSgd,
-  kSgdMomentum,
-  kSgdState,
-  kSgdMomentumState,
-  kRms,
-  kRmsMomentum,
-  kRmsState,
-  kRmsMomentumState,
-  kLion,
-  kLionState
-};
+// the gradient by a root.
+enum class Kind { kAdam, kAmsgrad, kSgd, kSgdMomentum, kSgdState, kSgdMomentumState, kRms, kLion };
 
 // Pairs are {under, well}.
 template <class T>
@@ -39,7 +25,8 @@ struct Uniforms {
   T extra_keep;                  // RMSprop's momentum: w = extra_keep * w + direction
   bool coupled, routed;          // whether coupled_decay, and grad, change anything
   bool is_nesterov, centered;
-  bool plain;  // whether the gradient enters the moments as it is
+  bool buffered;  // whether RMSprop has momentum
+  bool plain;     // whether the gradient enters the moments as it is
 };
 
 namespace AIM_ISA {
@@ -47,31 +34,22 @@ namespace AIM_ISA {
 AIM_INLINE constexpr bool is_adam(Kind kind) {
   return kind == Kind::kAdam || kind == Kind::kAmsgrad;
 }
-AIM_INLINE constexpr bool is_rms(Kind kind) {
-  return kind == Kind::kRms || kind == Kind::kRmsMomentum || kind == Kind::kRmsState ||
-         kind == Kind::kRmsMomentumState;
-}
-AIM_INLINE constexpr bool is_lion(Kind kind) {
-  return kind == Kind::kLion || kind == Kind::kLionState;
-}
-AIM_INLINE constexpr bool has_first(Kind kind) {
-  return kind != Kind::kSgd && kind != Kind::kRms && kind != Kind::kRmsMomentum;
-}
+AIM_INLINE constexpr bool has_first(Kind kind) { return kind != Kind::kSgd; }
 AIM_INLINE constexpr bool has_second(Kind kind) {
-  return is_adam(kind) || is_rms(kind) || kind == Kind::kSgdState ||
-         kind == Kind::kSgdMomentumState || kind == Kind::kLionState;
+  return kind != Kind::kSgd && kind != Kind::kSgdMomentum;
 }
 AIM_INLINE constexpr bool has_extra(Kind kind) {
-  return kind == Kind::kAmsgrad || kind == Kind::kRmsMomentum || kind == Kind::kRmsMomentumState;
+  return kind == Kind::kAmsgrad || kind == Kind::kRms;
 }
-// Both moments, so that elements have a class.
-AIM_INLINE constexpr bool has_classes(Kind kind) { return has_first(kind) && has_second(kind); }
+// Kinds of which some groups lack a moment: its pointer is then null, its value 0, and it is not
+// stored. One kernel serves them all.
+AIM_INLINE constexpr bool may_lack(Kind kind) { return kind == Kind::kRms || kind == Kind::kLion; }
 // SGD's buffer is the first moment.
 AIM_INLINE constexpr bool has_buffer(Kind kind) {
   return kind == Kind::kSgdMomentum || kind == Kind::kSgdMomentumState;
 }
 // A square root and a division make the direction.
-AIM_INLINE constexpr bool has_root(Kind kind) { return is_adam(kind) || is_rms(kind); }
+AIM_INLINE constexpr bool has_root(Kind kind) { return is_adam(kind) || kind == Kind::kRms; }
 
 // Every value of `u` through `map`.
 template <class To, class From, class Map>
@@ -100,6 +78,7 @@ AIM_INLINE Uniforms<To> mapped(const Uniforms<From>& u, const Map& map) {
           u.routed,
           u.is_nesterov,
           u.centered,
+          u.buffered,
           u.plain};
 }
 

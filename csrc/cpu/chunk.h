@@ -70,6 +70,10 @@ void run_variant(const Uniforms<T>& uniforms, const Tile<T>& tile, int64_t count
   // Copies, which no store through a tile's pointers can change, as whole vectors.
   const Uniforms<V> u = mapped<V>(uniforms, [](T x) { return splat<V>(x); });
   const Tile<T> t = tile;
+  // Known when this is compiled, but for the kinds that may lack one.
+  const bool keeps_m = has_first(kKind) && (!may_lack(kKind) || t.m),
+             keeps_v = has_second(kKind) && (!may_lack(kKind) || t.v),
+             keeps_w = kLate && (!may_lack(kKind) || t.w);
   V grad[kParts] = {}, grad_sq[kParts] = {}, update_sq[kParts] = {}, param_sq[kParts] = {};
   typename Lanes<T>::Count under[kParts] = {};
   V numerators[kReloaded ? 1 : kSlots], denominators[has_root(kKind) ? kSlots : 1], steps[kSlots],
@@ -85,15 +89,15 @@ void run_variant(const Uniforms<T>& uniforms, const Tile<T>& tile, int64_t count
         const int64_t at = begin + i + part * kWidth, slot = i / kWidth + part;
         V g = load<V>(t.grad + at), m{}, v{}, w{}, theta{};
         if (!kPlain && u.coupled) theta = load<V>(t.theta_in + at);
-        if constexpr (has_first(kKind)) m = load<V>(t.m + at);
-        if constexpr (has_second(kKind)) v = load<V>(t.v + at);
+        if (keeps_m) m = load<V>(t.m + at);
+        if (keeps_v) v = load<V>(t.v + at);
         if constexpr (kEarly) w = load<V>(t.w + at);
         const V noise = kNoise ? load<V>(t.noise + at) : V{};
         Between<V> out;
         const auto mask =
             accumulate<kKind, kPlain, kNoise, kLive>(u, theta, g, m, v, w, noise, out);
-        if constexpr (has_first(kKind)) store(t.m + at, m);
-        if constexpr (has_second(kKind)) store(t.v + at, v);
+        if (keeps_m) store(t.m + at, m);
+        if (keeps_v) store(t.v + at, v);
         if constexpr (kEarly) store(t.w + at, w);
         if constexpr (has_root(kKind)) denominators[slot] = out.denominator;
         if constexpr (!kReloaded) numerators[slot] = out.numerator;
@@ -115,9 +119,9 @@ void run_variant(const Uniforms<T>& uniforms, const Tile<T>& tile, int64_t count
         if constexpr (kLive) in.live = lives[slot];
         in.step = steps[slot];
         V theta = load<V>(t.theta_in + at), w{};
-        if constexpr (kLate) w = load<V>(t.w + at);
+        if (keeps_w) w = load<V>(t.w + at);
         const V delta = apply<kKind>(u, in, w, theta);
-        if constexpr (kLate) store(t.w + at, w);
+        if (keeps_w) store(t.w + at, w);
         store(t.theta_out + at, theta);
         if constexpr (kLive) {
           const V anchor = t.anchor ? load<V>(t.anchor + at) : V{};
@@ -164,18 +168,25 @@ void run_tail(const Uniforms<T>& u, const Tile<T>& t, int rest, Sums<T>& sums) {
   const unsigned long bytes = rest * sizeof(T);
   __builtin_memcpy(theta, t.theta_in, bytes);
   __builtin_memcpy(grad, t.grad, bytes);
-  if (has_first(kKind)) __builtin_memcpy(m, t.m, bytes);
-  if (has_second(kKind)) __builtin_memcpy(v, t.v, bytes);
-  if (has_extra(kKind)) __builtin_memcpy(w, t.w, bytes);
+  if (t.m) __builtin_memcpy(m, t.m, bytes);
+  if (t.v) __builtin_memcpy(v, t.v, bytes);
+  if (t.w) __builtin_memcpy(w, t.w, bytes);
   if (kLive && t.anchor) __builtin_memcpy(anchor, t.anchor, bytes);
   if (kNoise) __builtin_memcpy(noise, t.noise, bytes);
-  const Tile<T> padded{theta, theta, grad, m, v, w, live, kLive && t.anchor ? anchor : nullptr,
+  const Tile<T> padded{theta,
+                       theta,
+                       grad,
+                       t.m ? m : nullptr,
+                       t.v ? v : nullptr,
+                       t.w ? w : nullptr,
+                       live,
+                       kLive && t.anchor ? anchor : nullptr,
                        noise};
   run<kKind, kNoise, kLive>(u, padded, kLanes, sums);
   __builtin_memcpy(t.theta_out, theta, bytes);
-  if (has_first(kKind)) __builtin_memcpy(t.m, m, bytes);
-  if (has_second(kKind)) __builtin_memcpy(t.v, v, bytes);
-  if (has_extra(kKind)) __builtin_memcpy(t.w, w, bytes);
+  if (t.m) __builtin_memcpy(t.m, m, bytes);
+  if (t.v) __builtin_memcpy(t.v, v, bytes);
+  if (t.w) __builtin_memcpy(t.w, w, bytes);
   if (kLive) __builtin_memcpy(t.live, live, bytes);
 }
 
@@ -217,6 +228,12 @@ void rescan(const T* grad, T scale, int64_t count, Partial& into) {
   }
 }
 
+// A moment from element `at` on; null where there is none, or the kind does not know it.
+template <bool kKept, class T>
+AIM_INLINE T* part(void* moment, int64_t at) {
+  return kKept && moment ? static_cast<T*>(moment) + at : nullptr;
+}
+
 // S: storage type of parameter, gradient and live weights. T: of everything else.
 template <Kind kKind, bool kNoise, bool kLive, class S, class T>
 void update_chunk(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t end,
@@ -233,9 +250,9 @@ void update_chunk(const Tensor& tensor, const Shared& shared, int64_t begin, int
     const int64_t count = end - at < kStride ? end - at : kStride;
     Tile<T> t;
     t.grad = widened(static_cast<const S*>(tensor.grad) + at, count, grad_buffer);
-    t.m = has_first(kKind) ? static_cast<T*>(tensor.exp_avg) + at : nullptr;
-    t.v = has_second(kKind) ? static_cast<T*>(tensor.exp_avg_sq) + at : nullptr;
-    t.w = has_extra(kKind) ? static_cast<T*>(tensor.extra) + at : nullptr;
+    t.m = part<has_first(kKind), T>(tensor.exp_avg, at);
+    t.v = part<has_second(kKind), T>(tensor.exp_avg_sq, at);
+    t.w = part<has_extra(kKind), T>(tensor.extra, at);
     t.anchor = kLive && tensor.anchor ? static_cast<const T*>(tensor.anchor) + at : nullptr;
     // What is written to storage: live weights where there is a master, the true weights elsewhere.
     T* stored = theta_buffer;
@@ -308,16 +325,8 @@ void update_type(const Tensor& tensor, const Shared& shared, int64_t begin, int6
       return update_kind<Kind::kSgdMomentumState, S, T>(tensor, shared, begin, end, partial);
     case Kind::kRms:
       return update_kind<Kind::kRms, S, T>(tensor, shared, begin, end, partial);
-    case Kind::kRmsMomentum:
-      return update_kind<Kind::kRmsMomentum, S, T>(tensor, shared, begin, end, partial);
-    case Kind::kRmsState:
-      return update_kind<Kind::kRmsState, S, T>(tensor, shared, begin, end, partial);
-    case Kind::kRmsMomentumState:
-      return update_kind<Kind::kRmsMomentumState, S, T>(tensor, shared, begin, end, partial);
     case Kind::kLion:
       return update_kind<Kind::kLion, S, T>(tensor, shared, begin, end, partial);
-    case Kind::kLionState:
-      return update_kind<Kind::kLionState, S, T>(tensor, shared, begin, end, partial);
   }
 }
 

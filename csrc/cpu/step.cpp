@@ -36,7 +36,7 @@ Status check_rows(const Tensor* tensors, int64_t tensor_count, const Group* grou
   if (group_count && !rows) return Status::kNullPointer;
   for (int64_t i = 0; i < tensor_count; ++i) {
     const Tensor& t = tensors[i];
-    if ((!t.grad && !t.master) || t.numel == 0 || has_classes(kind_of(t, groups[t.group])))
+    if ((!t.grad && !t.master) || t.numel == 0 || has_classes(t, kind_of(t, groups[t.group])))
       continue;
     const Row& row = rows[t.group];
     bool split = differ(row.grad) || differ(row.emitted);
@@ -85,7 +85,7 @@ void reduce(const Tensor* tensors, const Group* groups, const Work& work,
     Statistics& s = into[static_cast<size_t>(tensor.group)];
     const Partial& p = partials[i];
     s.numel += static_cast<double>(chunk.end - chunk.begin);
-    const bool classed = has_classes(kind_of(tensor, groups[tensor.group]));
+    const bool classed = has_classes(tensor, kind_of(tensor, groups[tensor.group]));
     s.under += classed ? p.under : std::numeric_limits<double>::quiet_NaN();
     s.grad_sum += p.grad_sum;
     s.grad_sq += p.grad_sq;
@@ -120,11 +120,14 @@ Status check(const Tensor* tensors, int64_t tensor_count, const Group* groups,
     const Kind kind = kind_of(t, groups[t.group]);
     if (!t.step) return Status::kNullPointer;
     if (t.numel == 0) continue;
-    const bool centered = is_rms(kind) && (groups[t.group].flags & kCentered);
-    if (!t.param || ((has_first(kind) || centered) && !t.exp_avg) ||
-        (has_second(kind) && !t.exp_avg_sq) || (has_extra(kind) && !t.extra)) {
+    const Group& group = groups[t.group];
+    const bool rms = kind == Kind::kRms,
+               rmsprop = group.rule == static_cast<int32_t>(Rule::kRmsprop);
+    const bool first = rms ? rmsprop && (group.flags & kCentered) : has_first(kind);
+    const bool second = kind != Kind::kLion && has_second(kind);
+    const bool extra = rms ? rmsprop && group.momentum != 0 : has_extra(kind);
+    if (!t.param || (first && !t.exp_avg) || (second && !t.exp_avg_sq) || (extra && !t.extra))
       return Status::kNullPointer;
-    }
   }
   return Status::kOk;
 }
@@ -148,7 +151,7 @@ Status step(const Tensor* tensors, int64_t tensor_count, const Group* groups, Ro
   Work work(tensor_count);
   int32_t last_group = -1;
   double last_steps = -1;
-  bool last_stepped = false;
+  bool last_stepped = false, last_classed = false;
   Kind last_kind = Kind::kAdam;
   bool any = false;
   for (int64_t i = 0; i < tensor_count; ++i) {
@@ -159,18 +162,20 @@ Status step(const Tensor* tensors, int64_t tensor_count, const Group* groups, Ro
     const Row& row = rows[t.group];
     const Kind kind = kind_of(t, group);
     const double steps = *t.step;
-    const bool stepped = t.grad != nullptr;
+    const bool stepped = t.grad != nullptr, classed = has_classes(t, kind);
     // Most tensors of a group are of one age: they share.
     if (t.group != last_group || steps != last_steps || kind != last_kind ||
-        stepped != last_stepped) {
-      shared.push_back(stepped ? shared_of(group, row, row.phases[control->phase & 1],
-                                           row.phases[next], kind, steps, group.scale, group.lr,
-                                           deviations[static_cast<size_t>(t.group)], *control)
-                               : emission_of(group, kind, steps, row.tau, row.phases[next].live));
+        stepped != last_stepped || classed != last_classed) {
+      shared.push_back(
+          stepped ? shared_of(group, row, row.phases[control->phase & 1], row.phases[next], kind,
+                              classed, steps, group.scale, group.lr,
+                              deviations[static_cast<size_t>(t.group)], *control)
+                  : emission_of(group, kind, classed, steps, row.tau, row.phases[next].live));
       last_group = t.group;
       last_steps = steps;
       last_kind = kind;
       last_stepped = stepped;
+      last_classed = classed;
     }
     work.add(i, static_cast<int64_t>(shared.size()) - 1, t.numel);
   }
@@ -225,7 +230,9 @@ Status emit(const Tensor* tensors, int64_t tensor_count, const Group* groups, co
     if (!t.master) continue;
     const Group& group = groups[t.group];
     const Row& row = rows[t.group];
-    shared.push_back(emission_of(group, kind_of(t, group), *t.step, row.tau_prev, row.emitted));
+    const Kind kind = kind_of(t, group);
+    shared.push_back(
+        emission_of(group, kind, has_classes(t, kind), *t.step, row.tau_prev, row.emitted));
     work.add(i, static_cast<int64_t>(shared.size()) - 1, t.numel);
   }
   work.close();

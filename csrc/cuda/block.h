@@ -52,12 +52,13 @@ __device__ __forceinline__ Shared uniforms_of(const cuda::Work& work, const Tens
   const Group& group = work.groups[tensor.group];
   const Row& row = work.rows[tensor.group];
   const Kind kind = kind_of(tensor, group);
+  const bool classed = has_classes(tensor, kind);
   const PhaseRow& next = row.phases[draw_phase(*work.control)];
-  if (!tensor.grad) return emission_of(group, kind, *tensor.step, row.tau, next.live);
+  if (!tensor.grad) return emission_of(group, kind, classed, *tensor.step, row.tau, next.live);
   const double deviation = row.noise != 0 ? standard_deviation(work.statistics[tensor.group]) : 0;
   const double scale = work.grad_scale ? group.scale * (1.0 / *work.grad_scale) : group.scale;
-  return shared_of(group, row, row.phases[work.control->phase & 1], next, kind, *tensor.step, scale,
-                   learning_rate(group), deviation, *work.control);
+  return shared_of(group, row, row.phases[work.control->phase & 1], next, kind, classed,
+                   *tensor.step, scale, learning_rate(group), deviation, *work.control);
 }
 
 }  // namespace AIM_ISA

@@ -55,7 +55,9 @@ __global__ void AIM_BLOCK emit(const __grid_constant__ cuda::Work work) {
   if (threadIdx.x == 0) {
     const Group& group = work.groups[tensor.group];
     const Row& row = work.rows[tensor.group];
-    shared = emission_of(group, kind_of(tensor, group), *tensor.step, row.tau_prev, row.emitted);
+    const Kind kind = kind_of(tensor, group);
+    shared = emission_of(group, kind, has_classes(tensor, kind), *tensor.step, row.tau_prev,
+                         row.emitted);
   }
   __syncthreads();
   const int64_t begin = static_cast<int64_t>(chunk.index) * work.chunk_size;

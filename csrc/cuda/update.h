@@ -69,14 +69,30 @@ __device__ __forceinline__ Tensor moved(Tensor t, int64_t begin) {
   return in_global(t);
 }
 
+template <Kind kKind, class T, int kCount>
+__device__ __forceinline__ void load_moment(const void* moment, int32_t at, int count, bool aligned,
+                                            T (&x)[kCount]) {
+  if (may_lack(kKind) && !moment) {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) x[k] = 0;
+    return;
+  }
+  load(static_cast<const T*>(moment) + at, count, aligned, x);
+}
+
+template <Kind kKind, class T, int kCount>
+__device__ __forceinline__ void store_moment(void* moment, int32_t at, int count, bool aligned,
+                                             const T (&x)[kCount]) {
+  if (may_lack(kKind) && !moment) return;
+  store(static_cast<T*>(moment) + at, count, aligned, x);
+}
+
 template <Kind kKind, class S, class T, int kCount>
 __device__ __forceinline__ void load_vector(const Tensor& tensor, int32_t at, int count,
                                             bool aligned, Vector<T, kCount>& x) {
   load(static_cast<const S*>(tensor.grad) + at, count, aligned, x.grad);
-  if constexpr (has_first(kKind))
-    load(static_cast<const T*>(tensor.exp_avg) + at, count, aligned, x.m);
-  if constexpr (has_second(kKind))
-    load(static_cast<const T*>(tensor.exp_avg_sq) + at, count, aligned, x.v);
+  if constexpr (has_first(kKind)) load_moment<kKind>(tensor.exp_avg, at, count, aligned, x.m);
+  if constexpr (has_second(kKind)) load_moment<kKind>(tensor.exp_avg_sq, at, count, aligned, x.v);
   if (tensor.master) {
     load(static_cast<const T*>(tensor.master) + at, count, aligned, x.theta);
   } else {
@@ -91,7 +107,7 @@ __device__ __forceinline__ void step_vector(const Uniforms<T>& u, const Tensor& 
   T live[kCount];
   // Not fetched ahead, as the others are: registers are scarce, and few rules have it.
   T w[kCount] = {};
-  if constexpr (has_extra(kKind)) load(static_cast<const T*>(tensor.extra) + at, count, aligned, w);
+  if constexpr (has_extra(kKind)) load_moment<kKind>(tensor.extra, at, count, aligned, w);
   // Where uniforms are in shared memory, the compiler would keep them in registers all the same.
   if constexpr (sizeof(T) == 8) asm volatile("" ::: "memory");
 #pragma unroll
@@ -110,10 +126,9 @@ __device__ __forceinline__ void step_vector(const Uniforms<T>& u, const Tensor& 
       sums.under += under;
     }
   }
-  if constexpr (has_first(kKind)) store(static_cast<T*>(tensor.exp_avg) + at, count, aligned, x.m);
-  if constexpr (has_second(kKind))
-    store(static_cast<T*>(tensor.exp_avg_sq) + at, count, aligned, x.v);
-  if constexpr (has_extra(kKind)) store(static_cast<T*>(tensor.extra) + at, count, aligned, w);
+  if constexpr (has_first(kKind)) store_moment<kKind>(tensor.exp_avg, at, count, aligned, x.m);
+  if constexpr (has_second(kKind)) store_moment<kKind>(tensor.exp_avg_sq, at, count, aligned, x.v);
+  if constexpr (has_extra(kKind)) store_moment<kKind>(tensor.extra, at, count, aligned, w);
   S* const param = static_cast<S*>(tensor.param) + at;
   if (!tensor.master) {
     store(param, count, aligned, x.theta);
@@ -230,7 +245,7 @@ __device__ __forceinline__ void update_chunk(const Tensor& all, const Shared& sh
   double* const columns = reinterpret_cast<double*>(partial);
   if (threadIdx.x == 0) columns[0] = end;
   if (threadIdx.x < 6) {
-    const bool classless = threadIdx.x == 0 && !has_classes(kKind);
+    const bool classless = threadIdx.x == 0 && !has_classes(all, kKind);
     columns[1 + threadIdx.x] = classless ? static_cast<double>(bits_float(0x7FC00000u)) : total;
   }
 }
@@ -263,11 +278,7 @@ __device__ __forceinline__ void update_kinds(const Tensor& tensor, const Shared&
     switch (kind) {
       AIM_UPDATE(kAmsgrad);
       AIM_UPDATE(kRms);
-      AIM_UPDATE(kRmsMomentum);
-      AIM_UPDATE(kRmsState);
-      AIM_UPDATE(kRmsMomentumState);
       AIM_UPDATE(kLion);
-      AIM_UPDATE(kLionState);
       default:
         break;
     }

@@ -69,6 +69,7 @@ void lowered_kernels_agree(const Case& c) {
   u.routed = true;
   u.is_nesterov = true;
   u.centered = (c.flags & aim::kCentered) != 0;
+  u.buffered = c.rule == aim::Rule::kRmsprop && c.momentum;
   if (!(a.tensor.exp_avg && a.tensor.exp_avg_sq))
     u.grad[1] = u.grad[0], u.step[1] = u.step[0], u.live[1] = u.live[0];
   shared.kind = aim::baseline::kind_of(a.tensor, a.group);

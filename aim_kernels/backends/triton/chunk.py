@@ -13,26 +13,32 @@ import triton.language as tl
 
 from aim_kernels.backends.triton.layout import (
     ANCHOR,
+    BETA1,
+    CENTERED,
     COUNT,
     COUNTER,
     EXP_AVG,
     EXP_AVG_SQ,
+    EXTRA,
     FIRST,
     GRAD,
     GRAD_SQ,
     GRAD_SUM,
+    LION,
     MASTER,
+    MOMENTUM,
     NESTEROV,
     NONFINITE,
     PARAM,
     PARAM_SQ,
+    RMSPROP,
     SEED,
     STEP,
     UNDER,
     UPDATE_SQ,
 )
 from aim_kernels.backends.triton.normals import normals
-from aim_kernels.backends.triton.uniforms import boundary, kind_of, live_of, uniforms
+from aim_kernels.backends.triton.uniforms import boundary, flag_of, kind_of, live_of, rule_of, uniforms
 
 NAN = tl.constexpr(float("nan"))
 
@@ -85,9 +91,10 @@ def emit_chunk(
     BLOCK: tl.constexpr,
 ):
     """Live weights of the elements [start, start + size), from stored state."""
-    _adam, momentum, first, second = kind_of(group, tl.load(tensor + EXP_AVG_SQ))
+    _adam, buffer, first, second = kind_of(group, tensor)
+    state = first & second
     taken = tl.load(tl.load(tensor + STEP).to(tl.pointer_type(tl.float32))).to(tl.float64)
-    slope, offset = boundary(group, momentum, second, taken, tau)
+    slope, offset = boundary(group, buffer, state, taken, tau)
     slope = slope.to(ARITHMETIC)
     offset = offset.to(ARITHMETIC)
     live_under = live_under.to(ARITHMETIC)
@@ -106,10 +113,19 @@ def emit_chunk(
         m = tl.load(moment + begin + lane, mask=inside & first, other=0)
         v = tl.load(square + begin + lane, mask=inside & second, other=0)
         anchor = tl.load(anchors + begin + lane, mask=inside & anchored, other=0)
-        under = (m * m >= v * slope + offset) | (second == 0)
+        under = (m * m >= v * slope + offset) | (state == 0)
         live = _live_weight(theta, anchor, tl.where(under, live_under, live_well))
         tl.store(param + begin + lane, _narrow(live, STORAGE), mask=inside)
         begin += BLOCK
+
+
+@triton.jit
+def _over_root(top, below, eps, ARITHMETIC: tl.constexpr):
+    """top / (sqrt(below) + eps), both correctly rounded."""
+    if ARITHMETIC.is_fp64():
+        return top / (tl.sqrt(below) + eps)
+    else:
+        return tl.div_rn(top, tl.sqrt_rn(below) + eps)
 
 
 @triton.jit
@@ -150,17 +166,19 @@ def step_chunk(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
     FULL: tl.constexpr,
+    OTHER: tl.constexpr,
 ):
     """Steps the elements [start, start + size) and writes what was measured. FULL promises size == CHUNK and aligned
-    addresses."""
-    adam, momentum, first, second = kind_of(group, tl.load(tensor + EXP_AVG_SQ))
-    nesterov = (tl.load(group.to(tl.pointer_type(tl.int32)) + NESTEROV) != 0) & momentum
-    by_moment = adam | momentum
+    addresses; OTHER that the rule is of the family "other", without it that it is not."""
+    adam, buffer, first, second = kind_of(group, tensor)
+    state = first & second
+    nesterov = (tl.load(group.to(tl.pointer_type(tl.int32)) + NESTEROV) != 0) & buffer
+    by_moment = adam | buffer
     live = tl.load(tensor + MASTER) != 0
     anchored = live & (tl.load(tensor + ANCHOR) != 0)
     taken = tl.load(tl.load(tensor + STEP).to(tl.pointer_type(tl.float32))).to(tl.float64)
     gradient, moments, boundaries, update = uniforms(
-        group, row, statistics, now, following, grad_scale, adam, momentum, second, taken
+        group, row, statistics, now, following, grad_scale, adam, buffer, state, taken
     )
     scale, coupled_decay, grad_under, grad_well, sigma = gradient
     coupled = coupled_decay != 0
@@ -187,6 +205,15 @@ def step_chunk(
     decay = decay.to(ARITHMETIC)
     step_under = step_under.to(ARITHMETIC)
     step_well = step_well.to(ARITHMETIC)
+    if OTHER:
+        g64 = group.to(tl.pointer_type(tl.float64))
+        lead_keep = tl.load(g64 + BETA1).to(ARITHMETIC)
+        lead_add = (1 - tl.load(g64 + BETA1)).to(ARITHMETIC)
+        lion = rule_of(group) == LION
+        amsgrad = adam
+        centered = flag_of(group, CENTERED)
+        extra = amsgrad | ((rule_of(group) == RMSPROP) & (tl.load(g64 + MOMENTUM) != 0))
+        extras = _pointer(tl.load(tensor + EXTRA), ARITHMETIC, FULL) + start
     live_under, live_well = live_of(row, following)
     live_under = live_under.to(ARITHMETIC)
     live_well = live_well.to(ARITHMETIC)
@@ -234,19 +261,32 @@ def step_chunk(
 
         g0 = _widen(g0, ARITHMETIC) * scale
         g = tl.where(coupled, g0 + theta * coupled_decay, g0)
-        old = (m * m >= v * old_slope + old_offset) | (second == 0)
+        old = (m * m >= v * old_slope + old_offset) | (state == 0)
         g = tl.where(routed, g * tl.where(old, grad_under, grad_well), g)
         g = tl.where(noisy, g + z, g)
 
+        if OTHER:
+            lead = m * lead_keep + g * lead_add
         m = m * first_keep + g * first_add
         v = v * second_keep + (g * g) * second_add
         tl.store(moment + begin + lane, m, mask=inside & first)
         tl.store(square + begin + lane, v, mask=inside & second)
-        under = (m * m >= v * new_slope + new_offset) | (second == 0)
+        under = (m * m >= v * new_slope + new_offset) | (state == 0)
 
-        direction = tl.where(by_moment, tl.where(nesterov, g + m * mu, m), g)
-        if adam:
-            direction = m / (tl.sqrt(v) + eps) if ARITHMETIC.is_fp64() else tl.div_rn(m, tl.sqrt_rn(v) + eps)
+        if OTHER:
+            w = tl.load(extras + begin + lane, mask=inside & extra, other=0)
+            spread = v - m * m
+            w = tl.where(amsgrad, tl.where(w > v, w, v), w)
+            below = tl.where(amsgrad, w, tl.where(centered, tl.where(spread < 0, 0.0, spread), v))
+            direction = _over_root(tl.where(adam, m, g), below, eps, ARITHMETIC)
+            w = tl.where(amsgrad, w, w * mu + direction)
+            direction = tl.where(extra & (amsgrad == 0), w, direction)
+            direction = tl.where(lion, tl.where(lead > 0, 1.0, tl.where(lead < 0, -1.0, lead)), direction)
+            tl.store(extras + begin + lane, w, mask=inside & extra)
+        else:
+            direction = tl.where(by_moment, tl.where(nesterov, g + m * mu, m), g)
+            if adam:
+                direction = _over_root(m, v, eps, ARITHMETIC)
         delta = direction * tl.where(under, step_under, step_well)
         theta = theta * decay - delta
         tl.store(master + begin + lane, theta, mask=inside & live)
@@ -268,7 +308,7 @@ def step_chunk(
     if (squares - squares != 0) | ((squares == 0) & (sum_of_grads != 0)):
         squares = _squares(grads, scale, size, ARITHMETIC, BLOCK)
     tl.store(partial + COUNT, size.to(tl.float64))
-    tl.store(partial + UNDER, tl.where(second, tl.sum(counts & 0xFFFF, 0).to(tl.float64), NAN))
+    tl.store(partial + UNDER, tl.where(state, tl.sum(counts & 0xFFFF, 0).to(tl.float64), NAN))
     tl.store(partial + GRAD_SUM, sum_of_grads)
     tl.store(partial + GRAD_SQ, squares)
     tl.store(partial + UPDATE_SQ, tl.sum(update_sq.to(tl.float64), 0))

@@ -1,14 +1,16 @@
-"""A share (``launch.Share``) as launches of the kernels: one launch for each storage type among its parameters."""
+"""A share (``launch.Share``) as launches of the kernels: one for each storage type among its parameters, two where
+there are rules of the family "other" beside Adam and SGD."""
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
 import triton.language as tl
 
 from aim_kernels.backends.triton.kernels import emit_kernel, finish_kernel, update_kernel
-from aim_kernels.rows import DTYPES
+from aim_kernels.rows import DTYPES, FAMILIES
 
 if TYPE_CHECKING:
     from aim_kernels.launch import Share
@@ -26,6 +28,7 @@ BLOCKS = {"float32": 512, "float64": 512, "bfloat16": 1024, "float16": 1024}
 
 #: Registers a thread of ``update_kernel`` on CUDA: what holds its values without spilling. Left alone, the assembler
 #: takes half as many again, and fewer programs fit on a multiprocessor.
+OTHER_REGISTERS = 168
 REGISTERS = {"float32": 128, "float64": 168, "bfloat16": 168, "float16": 168}
 
 #: Groups have few chunks or very many; lanes that find nothing cost little.
@@ -54,9 +57,10 @@ def specialization(dtype: int, chunk: int) -> dict[str, Any]:
 def update(share: Share) -> None:
     """Steps every tensor that has a gradient, emits those that have only a master, and fills ``share.partials``."""
     cuda = share.device.type == "cuda" and torch.version.hip is None
-    for dtype in share.dtypes:
+    others = sorted({FAMILIES[family] == "other" for family in share.families})
+    for dtype, other in itertools.product(share.dtypes, others):
         constants = specialization(dtype, share.chunk_size)
-        registers = REGISTERS[DTYPES[dtype]] if cuda else None
+        registers = (OTHER_REGISTERS if other else REGISTERS[DTYPES[dtype]]) if cuda else None
         # One program where all tensors are empty: the phase is drawn all the same.
         update_kernel[(max(1, len(share.chunks)),)](
             share.tensors,
@@ -70,6 +74,7 @@ def update(share: Share) -> None:
             share.grad_scale,
             share.found_inf,
             len(share.chunks),
+            OTHER=other,
             **constants,
             **options(constants["BLOCK"], registers),
         )

@@ -26,6 +26,7 @@ from aim_kernels.backends.triton.layout import (
     EMITTED,
     EXP_AVG,
     EXP_AVG_SQ,
+    EXTRA,
     GRAD,
     GROUP,
     GROUP_WORDS,
@@ -53,7 +54,7 @@ from aim_kernels.backends.triton.layout import (
     UNDER,
 )
 from aim_kernels.backends.triton.normals import draw_phase
-from aim_kernels.backends.triton.uniforms import live_of
+from aim_kernels.backends.triton.uniforms import is_other, live_of
 
 # Arguments whose alignment says nothing about the tensors': a kernel compiled for either serves both.
 _TABLES = (
@@ -66,7 +67,7 @@ _TABLES = (
 def _is_aligned(tensor):
     """Whether every address of a tensor allows 16-byte accesses."""
     bits = tl.load(tensor + PARAM) | tl.load(tensor + GRAD) | tl.load(tensor + MASTER) | tl.load(tensor + ANCHOR)
-    bits = bits | tl.load(tensor + EXP_AVG) | tl.load(tensor + EXP_AVG_SQ)
+    bits = bits | tl.load(tensor + EXP_AVG) | tl.load(tensor + EXP_AVG_SQ) | tl.load(tensor + EXTRA)
     return (bits & 15) == 0
 
 
@@ -94,8 +95,10 @@ def update_kernel(
     ARITHMETIC: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
+    OTHER: tl.constexpr,
 ):
-    """Steps 0 to 6 for one chunk of the tensors whose storage type is NUMBER. ``following`` gets the phase drawn."""
+    """Steps 0 to 6 for one chunk of the tensors whose storage type is NUMBER, and whose rule is of the family "other"
+    (OTHER) or not. ``following`` gets the phase drawn."""
     if found_inf is not None and tl.load(found_inf) != 0:
         return
     program = tl.program_id(0).to(tl.int64)
@@ -113,6 +116,8 @@ def update_kernel(
         return
     number = tl.load(small + GROUP).to(tl.int64)
     group = groups + number * GROUP_WORDS
+    if is_other(group) != OTHER:
+        return
     row = rows + number * ROW_WORDS
     partial = partials + program * STATISTICS
     start = tl.load(chunk + CHUNK_INDEX).to(tl.int64) * CHUNK
@@ -138,6 +143,7 @@ def update_kernel(
                 CHUNK,
                 BLOCK,
                 True,
+                OTHER,
             )
         else:
             step_chunk(
@@ -157,6 +163,7 @@ def update_kernel(
                 CHUNK,
                 BLOCK,
                 False,
+                OTHER,
             )
     else:
         _nothing_measured(partial)

@@ -9,6 +9,7 @@ from aim_kernels.rows import (
     CHUNK_RECORD,
     CONTROL,
     DTYPES,
+    FLAGS,
     GROUP_RECORD,
     PHASE_COLUMNS,
     PHASES,
@@ -36,6 +37,7 @@ PARAM = _at(TENSOR_RECORD, "param")
 GRAD = _at(TENSOR_RECORD, "grad")
 EXP_AVG = _at(TENSOR_RECORD, "exp_avg")
 EXP_AVG_SQ = _at(TENSOR_RECORD, "exp_avg_sq")
+EXTRA = _at(TENSOR_RECORD, "extra")
 MASTER = _at(TENSOR_RECORD, "master")
 ANCHOR = _at(TENSOR_RECORD, "anchor")
 STEP = _at(TENSOR_RECORD, "step")
@@ -55,10 +57,12 @@ DAMPENING = _at(GROUP_RECORD, "dampening")
 SCALE = _at(GROUP_RECORD, "scale")
 TARGET = _at(GROUP_RECORD, "target")
 RATE = _at(GROUP_RECORD, "rate")
+LR_DECAY = _at(GROUP_RECORD, "lr_decay")
 LR_TENSOR = _at(GROUP_RECORD, "lr_tensor")
 RULE = _at(GROUP_RECORD, "rule")
 NESTEROV = _at(GROUP_RECORD, "nesterov")
 LR_DTYPE = _at(GROUP_RECORD, "lr_dtype")
+FLAG_BITS = _at(GROUP_RECORD, "flags")
 
 CHUNK_WORDS = _words(CHUNK_RECORD, 4)
 CHUNK_TENSOR = _at(CHUNK_RECORD, "tensor")
@@ -98,5 +102,11 @@ THRESHOLD = tl.constexpr(CONTROL["threshold"])
 PHASE = tl.constexpr(CONTROL["phase"])
 
 ADAMW = tl.constexpr(RULES.index("adamw"))
+ADAM = tl.constexpr(RULES.index("adam"))
 SGD = tl.constexpr(RULES.index("sgd"))
+ADAGRAD = tl.constexpr(RULES.index("adagrad"))
+RMSPROP = tl.constexpr(RULES.index("rmsprop"))
+LION = tl.constexpr(RULES.index("lion"))
+AMSGRAD = tl.constexpr(FLAGS["amsgrad"])
+CENTERED = tl.constexpr(FLAGS["centered"])
 FLOAT64 = tl.constexpr(DTYPES.index("float64"))

@@ -11,16 +11,24 @@ import triton
 import triton.language as tl
 
 from aim_kernels.backends.triton.layout import (
+    ADAGRAD,
+    ADAM,
     ADAMW,
+    AMSGRAD,
     BETA1,
     BETA2,
     COUNT,
     DAMPENING,
     EPS,
+    EXP_AVG,
+    EXP_AVG_SQ,
+    FLAG_BITS,
     FLOAT64,
     GRAD_SQ,
     GRAD_SUM,
+    LION,
     LR,
+    LR_DECAY,
     LR_DTYPE,
     LR_TENSOR,
     MOMENTUM,
@@ -29,6 +37,7 @@ from aim_kernels.backends.triton.layout import (
     PHASE_ROWS,
     PHASE_STEP,
     PHASE_WORDS,
+    RMSPROP,
     ROW_GRAD,
     RULE,
     SCALE,
@@ -40,15 +49,36 @@ from aim_kernels.backends.triton.layout import (
 
 
 @triton.jit
-def kind_of(group, exp_avg_sq):
-    """Which moments a parameter keeps and which way it moves: (adam, momentum, first, second), int1 each.
+def rule_of(group):
+    return tl.load(group.to(tl.pointer_type(tl.int32)) + RULE)
 
-    ``momentum`` is SGD's; ``first`` and ``second`` say which moments there are. ``group`` is the address of its record.
+
+@triton.jit
+def flag_of(group, FLAG: tl.constexpr):
+    return (tl.load(group.to(tl.pointer_type(tl.int32)) + FLAG_BITS) & FLAG) != 0
+
+
+@triton.jit
+def kind_of(group, tensor):
+    """Which moments a parameter keeps and which way it moves: (adam, buffer, first, second), int1 each.
+
+    ``buffer`` says that the first moment is SGD's momentum buffer; ``first`` and ``second`` which moments there are.
+    ``group`` and ``tensor`` are the addresses of the records.
     """
-    adam = tl.load(group.to(tl.pointer_type(tl.int32)) + RULE) != SGD
-    second = adam | (exp_avg_sq != 0)
-    momentum = (tl.load(group.to(tl.pointer_type(tl.float64)) + MOMENTUM) != 0) & (adam == 0)
-    return adam, momentum, second | momentum, second
+    rule = rule_of(group)
+    adam = (rule == ADAMW) | (rule == ADAM)
+    rms = (rule == ADAGRAD) | (rule == RMSPROP)
+    buffer = (tl.load(group.to(tl.pointer_type(tl.float64)) + MOMENTUM) != 0) & (rule == SGD)
+    second = adam | rms | (tl.load(tensor + EXP_AVG_SQ) != 0)
+    first = adam | buffer | (rule == LION) | (second & (tl.load(tensor + EXP_AVG) != 0))
+    return adam, buffer, first, second
+
+
+@triton.jit
+def is_other(group):
+    """Whether a rule is of the family "other" (``rows.FAMILIES``)."""
+    rule = rule_of(group)
+    return (rule > SGD) | ((rule != SGD) & flag_of(group, AMSGRAD))
 
 
 @triton.jit
@@ -94,34 +124,38 @@ def _powers(x, n, y, k):
 
 
 @triton.jit
-def _age(group, momentum, t):
-    """(weight, rest) of moments that are ``t`` >= 1 steps old: the factor that turns the first one into an average, and
-    1 - beta2^t."""
+def _age(group, buffer, t):
+    """(weight, rest) of moments that are ``t`` >= 1 steps old: the total weight of the gradients in the first one, and
+    of their squares in the second (1 - beta2^t; Adagrad: t)."""
     g = group.to(tl.pointer_type(tl.float64))
     mu = tl.load(g + MOMENTUM)
+    beta1 = tl.load(g + BETA1)
+    beta2 = tl.load(g + BETA2)
+    rule = rule_of(group)
     last, squared = _powers(
-        tl.where(momentum, mu, tl.load(g + BETA1)), tl.where(momentum, t - 1, t), tl.load(g + BETA2), t
+        tl.where(buffer, mu, tl.where(rule == LION, beta2, beta1)), tl.where(buffer, t - 1, t), beta2, t
     )
+    squared = tl.where(rule == ADAGRAD, 1 - t, squared)
     unfading = mu == 1
     earlier = tl.where(unfading, t - 1, (1 - last) / (1 - tl.where(unfading, 0.0, mu)))
-    weight = tl.where(momentum, last + (1 - tl.load(g + DAMPENING)) * earlier, 1 - last)
+    weight = tl.where(buffer, last + (1 - tl.load(g + DAMPENING)) * earlier, 1 - last)
     return weight, 1 - squared
 
 
 @triton.jit
-def _boundary(group, second, t, tau, weight, rest):
+def _boundary(group, state, t, tau, weight, rest):
     """(slope, offset): under-optimized where m^2 >= slope * v + offset. At t = 0, or without state, that is all."""
     eps = tl.load(group.to(tl.pointer_type(tl.float64)) + EPS)
     squared = tau * tau * weight * weight
-    classed = second & (t >= 1)
+    classed = state & (t >= 1)
     return tl.where(classed, squared / rest, 0.0), tl.where(classed, squared * eps * eps, 0.0)
 
 
 @triton.jit
-def boundary(group, momentum, second, t, tau):
-    """The class boundary of moments that are ``t`` steps old."""
-    weight, rest = _age(group, momentum, tl.maximum(t, 1.0))
-    return _boundary(group, second, t, tau, weight, rest)
+def boundary(group, buffer, state, t, tau):
+    """The class boundary of moments that are ``t`` steps old; ``state`` says whether there are both."""
+    weight, rest = _age(group, buffer, tl.maximum(t, 1.0))
+    return _boundary(group, state, t, tau, weight, rest)
 
 
 @triton.jit
@@ -148,10 +182,10 @@ def _standard_deviation(statistics):
 
 
 @triton.jit
-def uniforms(group, row, statistics, now, following, grad_scale, adam, momentum, second, taken):
+def uniforms(group, row, statistics, now, following, grad_scale, adam, buffer, state, taken):
     """The numbers of ``aim::Uniforms`` for a parameter that took ``taken`` steps, in these tuples: gradient (scale,
     coupled decay, under, well, sigma), moments (keep and add of either), boundaries (old slope, old offset, new slope,
-    new offset), update (eps, nesterov, decay, step under, step well).
+    new offset), update (eps, momentum, decay, step under, step well). Lion leads with the betas of its group.
 
     ``group`` points to the group's record as int64, ``row`` and ``statistics`` to its lines; ``now`` and ``following``
     are phases.
@@ -161,7 +195,8 @@ def uniforms(group, row, statistics, now, following, grad_scale, adam, momentum,
     t = taken + 1
     lr = _learning_rate(group)
     weight_decay = tl.load(g + WEIGHT_DECAY)
-    decoupled = tl.load(group.to(tl.pointer_type(tl.int32)) + RULE) == ADAMW
+    rule = rule_of(group)
+    decoupled = (rule == ADAMW) | (rule == LION)
     scale = tl.load(g + SCALE)
     if grad_scale is not None:
         scale = scale * (1.0 / tl.load(grad_scale).to(tl.float64))
@@ -176,26 +211,30 @@ def uniforms(group, row, statistics, now, following, grad_scale, adam, momentum,
     beta1 = tl.load(g + BETA1)
     beta2 = tl.load(g + BETA2)
     later = t > 1
+    keep = tl.where(rule == LION, beta2, beta1)
+    adagrad = rule == ADAGRAD
     moments = (
-        tl.where(momentum, tl.where(later, mu, 0.0), beta1),
-        tl.where(momentum, tl.where(later, 1 - tl.load(g + DAMPENING), 1.0), 1 - beta1),
-        beta2,
-        1 - beta2,
+        tl.where(buffer, tl.where(later, mu, 0.0), keep),
+        tl.where(buffer, tl.where(later, 1 - tl.load(g + DAMPENING), 1.0), 1 - keep),
+        tl.where(adagrad, 1.0, beta2),
+        tl.where(adagrad, 1.0, 1 - beta2),
     )
 
-    weight, rest = _age(group, momentum, t)
+    weight, rest = _age(group, buffer, t)
     old_slope = tl.full((), 0.0, tl.float64)
     old_offset = tl.full((), 0.0, tl.float64)
     if routed:  # or nobody asks
-        old_slope, old_offset = boundary(group, momentum, second, taken, tl.load(row + TAU_PREV))
-    new_slope, new_offset = _boundary(group, second, t, tl.load(row + TAU), weight, rest)
+        old_slope, old_offset = boundary(group, buffer, state, taken, tl.load(row + TAU_PREV))
+    new_slope, new_offset = _boundary(group, state, t, tl.load(row + TAU), weight, rest)
     boundaries = (old_slope, old_offset, new_slope, new_offset)
 
     # m_hat / (sqrt(v_hat) + eps) = m / (sqrt(v) + eps * root) * root / weight
     root = tl.sqrt(rest)
-    rate = tl.where(adam, lr * (root / weight), lr)
+    lr_t = tl.where(adagrad, lr / (1 + taken * tl.load(g + LR_DECAY)), lr)
+    rate = tl.where(adam, lr * (root / weight), lr_t)
+    eps = tl.load(g + EPS)
     update = (
-        tl.load(g + EPS) * root,
+        tl.where(adam, eps * root, eps),
         mu,
         tl.where(decoupled, 1 - lr * weight_decay, 1.0),
         rate * tl.load(now_row + PHASE_STEP),
