@@ -47,7 +47,7 @@ def schedules(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=120, deadline=None, derandomize=True)
 @given(schedules())
 def test_any_schedule(case: dict[str, Any]) -> None:
     optimizer = build(
