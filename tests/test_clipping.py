@@ -116,7 +116,8 @@ def test_the_same_bits_on_any_number_of_threads() -> None:
 
 
 def test_may_be_set_between_steps_and_is_copied() -> None:
-    ours, usual = pair("cpu", max_grad_norm=0.5)
+    ours, usual = pair("cpu")
+    ours.max_grad_norm = 0.5
     assert copy.deepcopy(ours).max_grad_norm == 0.5
     gradients = Gradients(parameters_of(ours))
     for step in range(3):
