@@ -84,6 +84,8 @@ def check_hyperparameters(group: Group, number: int) -> None:
             raise ValueError(
                 f"decouple_lr{where}: the decay is relative to the first learning rate, which must not be 0"
             )
+    if group["dampening"] and group["momentum"] and group["rule"] == "rmsprop":
+        raise ValueError(f"dampening{where}: the momentum of rule 'rmsprop' has none; leave it 0")
     if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
         raise ValueError(f"nesterov{where}: Nesterov momentum needs a momentum and zero dampening")
     try:
@@ -129,6 +131,7 @@ def check_parameters(groups: list[Group], number: int, params: list[Any], device
             raise ValueError(
                 f"{name}: is on {p.device}, the others on {device}; use one optimizer for each kind of device"
             )
+        # Empty tensors share nothing, whatever their strides (channels_last has zeros there).
         if p.numel() and any(stride == 0 and size > 1 for size, stride in zip(p.shape, p.stride(), strict=True)):
             raise ValueError(f"{name}: is expanded (several elements share memory); pass a contiguous parameter")
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from aim_kernels import checkpoint, checks
 from aim_kernels.backends import check_name, select
+from aim_kernels.clipping import clip
 from aim_kernels.launch import capturing
 from aim_kernels.modulated import Modulated
 from aim_kernels.plan import StepPlan
@@ -36,7 +37,7 @@ _SINCE_0_1 = {
 _HIDDEN_DEFAULTS = {"sgd": ["betas"], "rmsprop": ["betas"], "adagrad": ["betas", "momentum"]}
 
 #: Options that are not of a group.
-_WHOLE = ("anchor", "backend", "seed")
+_WHOLE = ("anchor", "backend", "max_grad_norm", "seed")
 
 #: What a block's param group says of itself (``block_param_groups``); plain groups keep these.
 _BLOCK_KEYS = {"modality": None, "depth": None, "modulated": False, "module": None}
@@ -83,6 +84,13 @@ class AIMFusedOptimizer(Modulated):
         seed: of the noise and of the phase draws.
         fused_scaling: lets ``GradScaler.step`` hand over its scale and its finding of infinities, so that gradients are
             divided, and a step skipped whole, inside the kernel. ``grad`` itself then stays scaled.
+        max_grad_norm: clips all gradients together by their L2 norm, as ``torch.nn.utils.clip_grad_norm_`` does, but
+            inside the step: one read of the gradients for the norm, none more for the factor. ``grad`` itself stays as
+            it is; statistics are of clipped gradients. May be set between steps.
+
+    Attributes:
+        grad_norm: norm of the gradients in the latest step, before clipping, as a 0-dim tensor; None without
+            ``max_grad_norm``.
 
     Raises:
         ValueError, TypeError: options or parameters that a step cannot work with, by name.
@@ -115,12 +123,17 @@ class AIMFusedOptimizer(Modulated):
         backend: str = "auto",
         seed: int = 0,
         fused_scaling: bool = False,
+        max_grad_norm: float | None = None,
     ) -> None:
         if anchor not in ("zero", "init"):
             raise ValueError(f"anchor: expected 'zero' or 'init', got {anchor!r}")
         if not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise ValueError(f"seed: expected an integer in [0, 2^63), got {seed!r}")
+        if max_grad_norm is not None:
+            checks.check_number("max_grad_norm", max_grad_norm, 0.0)
         check_name(backend)
+        self.max_grad_norm = max_grad_norm
+        self.grad_norm: Tensor | None = None
         self.anchor = anchor
         self.backend = backend
         self._seed = seed
@@ -222,6 +235,9 @@ class AIMFusedOptimizer(Modulated):
         plan.grad_scale, plan.found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if not backend.ON_DEVICE and plan.found_inf is not None and float(plan.found_inf):
             return
+        plan.clip_factor = 1.0
+        if self.max_grad_norm is not None:
+            self.grad_norm = clip(plan, backend, self.max_grad_norm)
         plan.read_hyperparameters(on_device=backend.ON_DEVICE)
         backend.step(plan)
         if capturing(self.tables.rows.device):
@@ -406,11 +422,12 @@ class AIMFusedOptimizer(Modulated):
         return f"{super().__repr__().removesuffix(')')}{whole})"
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ["tables", "anchor", "backend", "_seed", "_hidden_defaults", "_holds_true_weights"]
-        kept += ["_step_supports_amp_scaling"]
+        kept = ("tables", "anchor", "backend", "max_grad_norm", "_seed", "_hidden_defaults")
+        kept += ("_holds_true_weights", "_step_supports_amp_scaling")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self.max_grad_norm = self.grad_norm = None
         super().__setstate__(state)
         for group in (self.defaults, *self.param_groups):  # pickled by an earlier release
             for option, value in _SINCE_0_1.items():

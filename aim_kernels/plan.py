@@ -37,12 +37,14 @@ class StepPlan:
         grads: this step's gradients as the user's tensors; None where there is none.
         records: ``rows.TENSOR_RECORD``, one a parameter; groups: ``rows.GROUP_RECORD``, one a group.
         grad_scale, found_inf: what GradScaler handed over for this step; None where it did not.
+        clip_factor: what clipping multiplies gradients by, where the host knows it.
         lr_tensors: learning rates that a device reads by itself, by group.
         launch: the same tables on devices; made by those backends that need them.
     """
 
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
+    clip_factor: float = 1.0
     launch: Launch | None = None
 
     def __init__(self, optimizer: AIMFusedOptimizer) -> None:
@@ -56,6 +58,7 @@ class StepPlan:
         self.groups = np.zeros(len(self.param_groups), GROUP_RECORD)
         self.lr_tensors: dict[int, Tensor] = {}
         self._hyperparameters: list[Any] = [None] * len(self.param_groups)
+        self._signs = np.ones(len(self.param_groups))
         self._states: list[Tensor] = []
         self._anchors: list[Tensor] = []
         # One state a parameter, by whose address a move of the states is seen.
@@ -195,7 +198,7 @@ class StepPlan:
             raise
 
     def _read_hyperparameters(self, on_device: bool) -> None:
-        inverse = 1.0 if on_device or self.grad_scale is None else 1.0 / float(self.grad_scale)
+        scale = 1.0 if on_device or self.grad_scale is None else 1.0 / float(self.grad_scale)
         self.lr_tensors = {}
         for number, group in enumerate(self.param_groups):
             rule, decay = group["rule"], group["weight_decay"]
@@ -218,7 +221,7 @@ class StepPlan:
                 decay,
                 group["momentum"] if rule in ("sgd", "rmsprop") else 0.0,
                 group["dampening"],
-                -inverse if group["maximize"] else inverse,
+                -1.0 if group["maximize"] else 1.0,
                 target,
                 group["threshold_rate"] if kind == "fraction" else 0.0,
                 group["lr_decay"] if rule == "adagrad" else 0.0,
@@ -231,6 +234,8 @@ class StepPlan:
             if values != self._hyperparameters[number]:
                 check_hyperparameters(group, number)
                 self.groups[number] = self._hyperparameters[number] = values
+                self._signs[number] = self.groups["scale"][number]
+        self.groups["scale"] = self._signs * (scale * self.clip_factor)
 
     # -- around the kernel -------------------------------------------------------------------------------------------
 

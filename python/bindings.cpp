@@ -102,6 +102,20 @@ void emit(py::array tensors, py::array groups, py::array rows, int threads,
   raise(status, how.isa);
 }
 
+double squares(py::array tensors, int threads, uintptr_t team) {
+  const aim::Execution how = execution(threads, team);
+  const auto* tensor_table = records<aim::Tensor>(tensors, "tensors");
+  const int64_t tensor_count = tensors.size();
+  double sum = 0;
+  aim::Status status;
+  {
+    py::gil_scoped_release release;
+    status = aim::squares(tensor_table, tensor_count, &sum, how);
+  }
+  raise(status, how.isa);
+  return sum;
+}
+
 // Calls an unbound method, such as torch.Tensor.data_ptr, on one object.
 py::object call(const py::object& method, PyObject* self) {
   PyObject* result = PyObject_Vectorcall(method.ptr(), &self, 1, nullptr);
@@ -364,6 +378,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("emit", &emit, py::arg("tensors"), py::arg("groups"), py::arg("rows"),
              py::arg("threads"), py::arg("team") = py::none(),
              "Writes the live weights of all tensors that have a master.");
+  module.def("squares", &squares, py::arg("tensors"), py::arg("threads"), py::arg("team"),
+             "The sum of squares of all gradients but the uncounted ones'.");
   module.def("check", &check, py::arg("tensors"), py::arg("groups"),
              "Raises on tables that no step could work with; rows are not looked at.");
   py::class_<Watch>(module, "Watch", "What a plan looks at before every step, in one call.")

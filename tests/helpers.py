@@ -35,6 +35,36 @@ RULES: dict[str, dict[str, Any]] = {
         "maximize": True,
     },
     "sgd-nesterov": {"rule": "sgd", "lr": 2e-2, "momentum": 0.8, "nesterov": True, "weight_decay": 0.1},
+    # A short memory, so that the maximum is often an earlier second moment.
+    "amsgrad": {"rule": "adamw", "lr": 3e-2, "betas": (0.85, 0.7), "weight_decay": 0.1, "amsgrad": True},
+    "adagrad": {
+        "rule": "adagrad",
+        "lr": 0.1,
+        "betas": (0.85, 0.98),
+        "lr_decay": 0.05,
+        "initial_accumulator_value": 0.1,
+        "weight_decay": 0.1,
+    },
+    "rmsprop": {"rule": "rmsprop", "lr": 1e-2, "betas": (0.85, 0.98), "alpha": 0.9, "weight_decay": 0.1},
+    # Alpha is none of the betas, which centered groups have no use for.
+    "rmsprop-centered": {"rule": "rmsprop", "lr": 1e-2, "alpha": 0.85, "centered": True, "weight_decay": 0.1},
+    "rmsprop-momentum": {
+        "rule": "rmsprop",
+        "lr": 1e-2,
+        "alpha": 0.85,
+        "centered": True,
+        "momentum": 0.7,
+        "weight_decay": 0.1,
+        "maximize": True,
+    },
+    "lion": {"rule": "lion", "lr": 1e-2, "betas": (0.85, 0.95), "weight_decay": 0.1},
+    "adamw-decoupled-lr": {
+        "rule": "adamw",
+        "lr": 3e-2,
+        "betas": (0.85, 0.98),
+        "weight_decay": 0.02,
+        "decouple_lr": True,
+    },
 }
 
 #: Rows by name: columns of ``set_modulation``. "alternate" differs between the phases, see ``set_row``.
@@ -229,8 +259,18 @@ def build(
     return ak.AIMFusedOptimizer(groups, **(RULES[rule] | options))
 
 
-def first_moment_name(group: dict[str, Any], rule: str) -> str:
-    return "momentum_buffer" if rule == "sgd" and group["momentum"] else "exp_avg"
+def moment_names(group: dict[str, Any], rule: str) -> tuple[str, str, str | None]:
+    """State keys of the first, second and third moment, as docs/design.md has them; whether they exist is the rule's
+    business."""
+    if rule == "rmsprop":
+        return (
+            "grad_avg" if group["centered"] else "exp_avg",
+            "square_avg",
+            "momentum_buffer" if group["momentum"] else None,
+        )
+    first = "momentum_buffer" if rule == "sgd" and group["momentum"] else "exp_avg"
+    second = "sum" if rule == "adagrad" else "exp_avg_sq"
+    return first, second, "max_exp_avg_sq" if group.get("amsgrad") else None
 
 
 class Twin:
@@ -268,6 +308,13 @@ class Twin:
             momentum=group.get("momentum", 0.0),
             dampening=group.get("dampening", 0.0),
             nesterov=group.get("nesterov", False),
+            amsgrad=group.get("amsgrad", False),
+            lr_decay=group.get("lr_decay", 0.0),
+            initial=group.get("initial_accumulator_value", 0.0),
+            alpha=group.get("alpha", 0.99),
+            centered=group.get("centered", False),
+            decouple_lr=group.get("decouple_lr", False),
+            reference_lr=float(group.get("reference_lr") or 0.0),
             maximize=group["maximize"],
             modulated=bool(group.get("modulated", False)),
             target=self.target,
@@ -291,14 +338,17 @@ class Twin:
     def leaf(self, p: torch.Tensor, group: dict[str, Any], first: int) -> oracle.Leaf:
         state = self.optimizer.state.get(p, {})
         live = flat(p, p) if "master" in state else None
-        moments = [state.get(first_moment_name(group, self.rule)), state.get("exp_avg_sq")]
+        names = moment_names(group, self.rule)
+        assert state.keys() <= {"step", "master", "anchor", *names}, f"{sorted(state)} are not of {self.rule}"
+        m, v, w = (flat(state[name], p) if name in state else None for name in names)
         return oracle.Leaf(
             theta=flat(state.get("master", p), p),
             dtype=NAMES[p.dtype],
             first=first,
             t=int(state["step"]) if "step" in state else 0,
-            m=None if moments[0] is None else flat(moments[0], p),
-            v=None if moments[1] is None else flat(moments[1], p),
+            m=m,
+            v=v,
+            w=w,
             live=live,
             anchor=flat(self.anchors[p], p) if p in self.anchors else 0.0,
         )
@@ -336,9 +386,8 @@ class Twin:
         assert tables.control.tolist() == [o.seed, o.counter, o.threshold, o.phase]
         for index, (block, group) in enumerate(zip(o.blocks, self.optimizer.param_groups, strict=True)):
             for place, (leaf, p) in enumerate(zip(block.leaves, group["params"], strict=True)):
-                self._compare_leaf(
-                    leaf, self.leaf(p, group, leaf.first), f"group {index}, parameter {place} {tuple(p.shape)}"
-                )
+                where = f"group {index}, parameter {place} {tuple(p.shape)}"
+                self._compare_leaf(leaf, self.leaf(p, group, leaf.first), block.hyper.initial, where)
             row = dict(zip(oracle.COLUMNS, tables.rows[index].tolist(), strict=True))
             for name, value in block.row.items():
                 slack = tol.THRESHOLD if name.startswith("tau") else 0.0
@@ -353,16 +402,18 @@ class Twin:
                 )
                 assert agree or not np.isfinite(slack), f"group {index}, {name}: {sums[name]} is not {value} +- {slack}"
 
-    def _compare_leaf(self, want: oracle.Leaf, have: oracle.Leaf, where: str) -> None:
+    def _compare_leaf(self, want: oracle.Leaf, have: oracle.Leaf, initial: float, where: str) -> None:
         assert have.t == want.t, f"{where}: step count {have.t} is not {want.t}"
         assert (have.live is None) == (want.live is None), (
             f"{where}: master {'absent' if have.live is None else 'present'}"
         )
-        for name in ("theta", "m", "v", "live"):
+        for name in ("theta", "m", "v", "w", "live"):
             expected, found = getattr(want, name), getattr(have, name)
-            if expected is None and not have.t and name in ("m", "v"):
-                # A parameter with a master that has met no gradient yet may keep moments, of zeros.
-                expected = None if found is None else np.zeros_like(found)
+            if expected is None and not have.t and name in ("m", "v", "w"):
+                # A parameter with a master that has met no gradient yet may keep moments, as they begin.
+                begin = initial if self.rule == "adagrad" and name == "v" else 0.0
+                begin = begin if have.dtype == "float64" else float(np.float32(begin))
+                expected = None if found is None else np.full_like(found, begin)
             assert (expected is None) == (found is None), f"{where}: {name} is {'absent' if found is None else 'there'}"
             if expected is not None:
                 close(found, expected, getattr(want, f"e_{name}"), f"{where}: {name}")

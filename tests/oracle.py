@@ -6,17 +6,21 @@ differ by.
 
 The class decision is discontinuous: where ``m*m`` and ``c_v*v + c_0`` agree within their error bounds either class is
 right, and the trajectories part. For exactly these near ties the oracle follows the implementation: it computes both
-outcomes and keeps the one nearer to what was observed. It counts them, and a test bounds their share. All other
-elements are on their own.
+outcomes and keeps the one nearer to what was observed. It counts them, and a test bounds their share. The sign of Lion
+is another such decision, with three outcomes. All other elements are on their own.
+
+``oracle_rules.py`` has the moments and directions of the rules.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import tolerances as tol
+from oracle_rules import Direction, Hyper, Leaf, direction, first_moment, first_weight, second_moment, second_weight
 
 COLUMNS = (
     "grad_under grad_well tau_prev tau noise emitted_under emitted_well "
@@ -85,56 +89,12 @@ def stored(value: np.ndarray, error: np.ndarray, dtype: str) -> tuple[np.ndarray
 
 
 @dataclass
-class Hyper:
-    """Hyperparameters of a group, as a user gives them."""
-
-    rule: str
-    lr: float
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    momentum: float = 0.0
-    dampening: float = 0.0
-    nesterov: bool = False
-    maximize: bool = False
-    modulated: bool = False
-    target: float = 0.1
-    rate: float = 0.1
-
-    @property
-    def classes(self) -> bool:
-        """Whether the group keeps optimization state (a second moment)."""
-        return self.rule != "sgd" or self.modulated
-
-
-@dataclass
 class Observed:
     """What the implementation holds after the step (flat, float64); read at near ties only."""
 
     theta: np.ndarray
     m: np.ndarray | None
     live: np.ndarray | None
-
-
-@dataclass
-class Leaf:
-    """One parameter: ``theta`` true weights, ``live`` what the module holds (None: the true weights themselves)."""
-
-    theta: np.ndarray
-    dtype: str
-    first: int
-    t: int = 0
-    m: np.ndarray | None = None
-    v: np.ndarray | None = None
-    live: np.ndarray | None = None
-    anchor: np.ndarray | float = 0.0
-    e_theta: np.ndarray | float = 0.0
-    e_m: np.ndarray | float = 0.0
-    e_v: np.ndarray | float = 0.0
-    e_live: np.ndarray | float = 0.0
-    under: np.ndarray | None = None  # class of the latest decision
-    tie: np.ndarray | None = None
 
 
 @dataclass
@@ -205,7 +165,7 @@ class Oracle:
         size = leaf.theta.size
         if t == 0 or not hyper.classes:
             return np.ones(size, bool), np.zeros(size, bool)
-        b, bc2 = first_weight(hyper, t), 1.0 - hyper.beta2**t
+        b, bc2 = first_weight(hyper, t), second_weight(hyper, t)
         unit, tiny = tol.UNIT[leaf.dtype], tol.TINY[leaf.dtype]
         c_v, c_0 = tau**2 * b**2 / bc2, tau**2 * hyper.eps**2 * b**2
         with np.errstate(all="ignore"):
@@ -238,7 +198,7 @@ class Oracle:
         hyper, row, unit, tiny = block.hyper, block.row, tol.UNIT[leaf.dtype], tol.TINY[leaf.dtype]
         with np.errstate(all="ignore"):
             g0 = -raw if hyper.maximize else raw.copy()
-            coupled = hyper.weight_decay if hyper.rule != "adamw" else 0.0
+            coupled = hyper.coupled_decay
             g, e_g = g0, np.zeros_like(g0)
             if coupled:
                 g = g0 + coupled * leaf.theta
@@ -272,34 +232,27 @@ class Oracle:
                 scaled, e_scaled, m, e_m = (
                     np.where(swap, b, a) for a, b in zip((scaled, e_scaled, m, e_m), other, strict=True)
                 )
-            if hyper.classes:
-                b2 = hyper.beta2
-                v_old = np.zeros_like(g) if leaf.v is None else leaf.v
-                square = (1 - b2) * scaled * scaled
-                e_v = (
-                    b2 * leaf.e_v
-                    + (1 - b2) * (2 * np.abs(scaled) + e_scaled) * e_scaled
-                    + unit * (3 * b2 * v_old + 5 * square)
-                    + 3 * tiny
-                )
-                leaf.v, leaf.e_v = b2 * v_old + square, e_v
+            if hyper.keeps_second:
+                leaf.v, leaf.e_v = second_moment(hyper, leaf, scaled, e_scaled, unit, tiny)
+            m_old, e_m_old = leaf.m, leaf.e_m
             leaf.m, leaf.e_m = m, e_m
 
-            if hyper.rule == "adamw" and hyper.weight_decay:
-                decay = 1.0 - hyper.lr * hyper.weight_decay
-                leaf.e_theta = abs(decay) * leaf.e_theta + 3 * unit * np.abs(leaf.theta)
-                leaf.theta = leaf.theta * decay
+            if hyper.decay != 1.0:
+                leaf.e_theta = abs(hyper.decay) * leaf.e_theta + 3 * unit * np.abs(leaf.theta)
+                leaf.theta = leaf.theta * hyper.decay
 
-            direction, e_direction, rate = self._direction(hyper, leaf, scaled, e_scaled, unit)
+            way = direction(hyper, leaf, m_old, e_m_old, scaled, e_scaled)
             under, tie = self._class(hyper, leaf, leaf.t, row["tau"])
 
             def move(mask: np.ndarray) -> tuple[np.ndarray, ...]:
-                factor = rate * np.where(mask, step[0], step[1])
-                delta = factor * direction
-                e_delta = np.abs(factor) * e_direction + 4 * unit * np.abs(delta) + tiny
+                factor = way.rate * np.where(mask, step[0], step[1])
+                delta = factor * way.value
+                e_delta = np.abs(factor) * way.error + 4 * unit * np.abs(delta) + tiny
                 theta = leaf.theta - delta
                 return delta, e_delta, theta, leaf.e_theta + e_delta + unit * np.abs(theta)
 
+            if way.tie is not None:
+                self._signs(way, move, under, seen)
             delta, e_delta, theta, e_theta = move(under)
             undecided = tie.copy()
             if tie.any() and seen is not None and step[0] != step[1]:
@@ -334,26 +287,27 @@ class Oracle:
             new["under"] += np.count_nonzero(under) if hyper.classes else math.nan
             return int(np.count_nonzero(tie))
 
-    def _direction(
-        self, hyper: Hyper, leaf: Leaf, g: np.ndarray, e_g: np.ndarray, unit: float
-    ) -> tuple[np.ndarray, np.ndarray, float]:
-        """Update direction, its error bound, and the learning rate that multiplies it."""
-        if hyper.rule == "sgd":
-            if not hyper.momentum:
-                return g, e_g, hyper.lr
-            if not hyper.nesterov:
-                return leaf.m, leaf.e_m, hyper.lr
-            mu = hyper.momentum
-            value = g + mu * leaf.m
-            return value, e_g + mu * leaf.e_m + 3 * unit * np.abs(mu * leaf.m) + unit * np.abs(value), hyper.lr
-        scale = math.sqrt(1.0 - hyper.beta2**leaf.t)
-        root = np.sqrt(leaf.v)
-        e_root = np.sqrt(leaf.v + leaf.e_v) - np.sqrt(np.maximum(leaf.v - leaf.e_v, 0.0))
-        below = root + hyper.eps * scale
-        e_below = e_root + 3 * unit * below
-        value = leaf.m / below
-        error = leaf.e_m / below + np.abs(value) * e_below / below + 2 * unit * np.abs(value)
-        return value, error, hyper.lr * scale / (1.0 - hyper.beta1**leaf.t)
+    def _signs(
+        self,
+        way: Direction,
+        move: Callable[[np.ndarray], tuple[np.ndarray, ...]],
+        under: np.ndarray,
+        seen: Observed | None,
+    ) -> None:
+        """Settles the signs of near ties by the weights that were observed."""
+        self.decisions += way.tie.size
+        self.ties += int(way.tie.sum())
+        if not way.tie.any() or seen is None:
+            return
+        found = way.value
+        distance = np.abs(move(under)[2] - seen.theta)
+        for sign in (-1.0, 0.0, 1.0):
+            way.value = np.where(way.tie, sign, found)
+            other = np.abs(move(under)[2] - seen.theta)
+            nearer = way.tie & (other < distance)
+            found = np.where(nearer, sign, found)
+            distance = np.where(nearer, other, distance)
+        way.value = found
 
     def _emit(
         self, leaf: Leaf, live: list[float], under: np.ndarray, tie: np.ndarray, seen: Observed | None
@@ -410,35 +364,3 @@ def noise_level(block: Block) -> tuple[float, float]:
     error = slack["grad_sq"] / n + 2 * abs(sums["grad_sum"] / n) * slack["grad_sum"] / n
     sigma = block.row["noise"] * math.sqrt(variance)
     return sigma, block.row["noise"] * (math.sqrt(variance + error) - math.sqrt(max(variance - error, 0.0)))
-
-
-def first_weight(hyper: Hyper, t: int) -> float:
-    """Total weight ``b`` of the gradients in the first moment after ``t`` steps."""
-    if hyper.rule != "sgd" or not hyper.momentum:
-        return 1.0 - hyper.beta1**t
-    mu = hyper.momentum
-    return mu ** (t - 1) + (1.0 - hyper.dampening) * math.fsum(mu**k for k in range(t - 1))
-
-
-def first_moment(
-    hyper: Hyper, leaf: Leaf, g: np.ndarray, e_g: np.ndarray, unit: float, tiny: float
-) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """New first moment and its error bound; None where the rule keeps none."""
-    if hyper.rule == "sgd" and hyper.momentum:
-        if leaf.t == 1:
-            return g, e_g
-        keep, take = hyper.momentum, 1.0 - hyper.dampening
-    elif hyper.rule != "sgd" or hyper.modulated:
-        keep, take = hyper.beta1, 1.0 - hyper.beta1
-    else:
-        return None, None
-    old = np.zeros_like(g) if leaf.m is None else leaf.m
-    value = keep * old + take * g
-    error = (
-        keep * leaf.e_m
-        + take * e_g
-        + 2 * unit * (np.abs(keep * old) + np.abs(take * g))
-        + unit * np.abs(value)
-        + 2 * tiny
-    )
-    return value, error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 from typing import Any
@@ -32,6 +33,20 @@ PEERS = {
     "adam": (torch.optim.Adam, {"rule": "adam", "lr": 0.01, "weight_decay": 0.1}),
     "sgd": (torch.optim.SGD, {"rule": "sgd", "lr": 0.01, "weight_decay": 0.1}),
     "sgd-momentum": (torch.optim.SGD, {"rule": "sgd", "lr": 0.01, "weight_decay": 0.1, "momentum": 0.9}),
+    "adamw-amsgrad": (
+        torch.optim.AdamW,
+        {"rule": "adamw", "lr": 0.01, "betas": (0.9, 0.7), "weight_decay": 0.1, "amsgrad": True},
+    ),
+    "adam-amsgrad": (torch.optim.Adam, {"rule": "adam", "lr": 0.01, "betas": (0.9, 0.7), "amsgrad": True}),
+    "adagrad": (
+        torch.optim.Adagrad,
+        {"rule": "adagrad", "lr": 0.01, "weight_decay": 0.1, "lr_decay": 0.1, "initial_accumulator_value": 0.2},
+    ),
+    "rmsprop": (torch.optim.RMSprop, {"rule": "rmsprop", "lr": 0.01, "weight_decay": 0.1, "alpha": 0.9}),
+    "rmsprop-both": (
+        torch.optim.RMSprop,
+        {"rule": "rmsprop", "lr": 0.01, "weight_decay": 0.1, "alpha": 0.8, "centered": True, "momentum": 0.9},
+    ),
 }
 
 
@@ -61,8 +76,13 @@ def transplant(source: ak.AIMFusedOptimizer, target: ak.AIMFusedOptimizer, state
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("row", ["ones", "alternate", "all"])
-@pytest.mark.parametrize("rule", ["adamw", "sgd", "sgd-momentum"])
+@pytest.mark.parametrize(
+    ("rule", "row"),
+    [
+        *((rule, row) for rule in ("adamw", "sgd", "sgd-momentum") for row in ("ones", "alternate", "all")),
+        *((rule, "all") for rule in ("amsgrad", "adagrad", "rmsprop", "rmsprop-momentum", "lion")),
+    ],
+)
 def test_resume_is_bit_for_bit(rule: str, row: str, dtype: str) -> None:
     through, first, second = (build(rule, SHAPES, dtype, ("contiguous", "transposed")) for _ in range(3))
     for optimizer in (through, first):
@@ -183,6 +203,133 @@ def test_checkpoints_of_torch_load_here_and_back(peer: str) -> None:
     drive(three, grads[8:])
     for p, q in zip(parameters_of(straight), parameters_of(three), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("rule", ["adamw", "adam", "sgd", "adagrad", "rmsprop", "lion"])
+@pytest.mark.parametrize("source", [*PEERS, "lion"])
+def test_checkpoints_of_another_rule_are_refused(source: str, rule: str) -> None:
+    """torch.optim's, which do not say what they are of, and ours."""
+    made: list[torch.optim.Optimizer] = []
+    if source == "lion":
+        made.append(ak.AIMFusedOptimizer([parameter((4,)), parameter((3, 2))], backend="cpu", rule="lion"))
+    else:
+        make, options = PEERS[source]
+        made.append(ak.AIMFusedOptimizer([parameter((4,)), parameter((3, 2))], backend="cpu", **options))
+        options = {k: v for k, v in options.items() if k != "rule"}
+        made.append(make([parameter((4,)), parameter((3, 2))], foreach=False, **options))
+    target = ak.AIMFusedOptimizer([parameter((4,)), parameter((3, 2))], backend="cpu", rule=rule)
+    drive(target, batches(target, 2, seed=7))
+    for optimizer in made:
+        drive(optimizer, batches(optimizer, 2))
+        before, groups = frozen(target), copy.deepcopy([{**g, "params": ()} for g in target.param_groups])
+        saved = through_a_file(optimizer.state_dict())
+        if source.split("-")[0] == rule:
+            target.load_state_dict(saved)
+            continue
+        with pytest.raises(ValueError, match=r"group 0.*another rule|group 0.*checkpoint is of"):
+            target.load_state_dict(saved)
+        same_bits(before, frozen(target))
+        assert groups == [{**g, "params": ()} for g in target.param_groups]
+
+
+@pytest.mark.parametrize("saver", ["torch", "here"])
+@pytest.mark.parametrize(
+    ("rule", "switch"), [("adamw", "amsgrad"), ("adam", "amsgrad"), ("rmsprop", "centered"), ("rmsprop", "momentum")]
+)
+@pytest.mark.parametrize("saved_on", [True, False])
+def test_variants_come_with_the_checkpoint(rule: str, switch: str, saved_on: bool, saver: str) -> None:
+    """As in torch.optim: the options of the saved groups replace today's, those that choose a variant included."""
+    on = {"amsgrad": True, "centered": True, "momentum": 0.8}[switch]
+    options = {"lr": 0.01, "weight_decay": 0.1} | ({"betas": (0.9, 0.7)} if rule != "rmsprop" else {"alpha": 0.8})
+    make = PEERS[rule][0]
+
+    def params() -> list[torch.Tensor]:
+        return [parameter(shape, "float64", seed=i) for i, shape in enumerate(((4, 3), (7,), ()))]
+
+    theirs = options | ({switch: on} if saved_on else {})
+    peer, source = (make(params(), foreach=False, **theirs) for _ in range(2))
+    if saver == "here":
+        source = ak.AIMFusedOptimizer(params(), backend="cpu", rule=rule, **theirs)
+    grads = batches(peer, 8)
+    drive(peer, grads)
+    drive(source, grads[:4])
+    target = ak.AIMFusedOptimizer(
+        [p.detach().clone().requires_grad_() for p in parameters_of(source)],
+        backend="cpu",
+        rule=rule,
+        **(options if saved_on else options | {switch: on}),
+    )
+    target.load_state_dict(through_a_file(source.state_dict()))
+    assert bool(target.param_groups[0][switch]) is saved_on
+    drive(target, grads[4:])
+    for p, q in zip(parameters_of(peer), parameters_of(target), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-13)
+        assert peer.state[p].keys() == target.state[q].keys()
+
+
+@pytest.mark.parametrize(
+    ("rule", "name"),
+    [
+        *(("amsgrad", "max_exp_avg_sq"), ("adagrad", "sum"), ("rmsprop", "square_avg"), ("lion", "exp_avg")),
+        *(("rmsprop-momentum", name) for name in ("square_avg", "grad_avg", "momentum_buffer")),
+    ],
+)
+def test_checkpoint_that_lost_a_moment_is_refused(rule: str, name: str) -> None:
+    optimizer, target = build(rule, SHAPES), build(rule, SHAPES)
+    drive(optimizer, batches(optimizer, 2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    del saved["state"][1][name]
+    before = frozen(target)
+    with pytest.raises(ValueError, match=f"parameter 1 of group 0.*{name}"):
+        target.load_state_dict(saved)
+    same_bits(before, frozen(target))
+
+
+def test_torch_s_adagrad_before_its_first_step() -> None:
+    """It has its sums from the beginning, and a step count of zero."""
+    make, options = PEERS["adagrad"]
+    options = {k: v for k, v in options.items() if k != "rule"}
+    source = make([parameter((4, 3), "float64")], foreach=False, **options)
+    target = ak.AIMFusedOptimizer([parameter((4, 3), "float64")], backend="cpu", rule="adagrad")
+    target.load_state_dict(through_a_file(source.state_dict()))
+    (p,) = parameters_of(target)
+    same_bits(target.state[p]["sum"], torch.full((4, 3), 0.2, dtype=torch.float64))
+    grads = batches(source, 3)
+    for optimizer in (source, target):
+        drive(optimizer, grads)
+    torch.testing.assert_close(p, parameters_of(source)[0], rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("rule", ["adamw", "lion"])
+def test_reference_learning_rate_is_saved(rule: str) -> None:
+    """In the middle of a schedule the learning rate is another than the one that the decay is relative to."""
+    options = {"decouple_lr": True, "weight_decay": 0.05}
+    through, first, second = (build(rule, SHAPES, **options, lr=lr) for lr in (0.04, 0.04, 0.5))
+    grads = batches(through, 6)
+    for optimizer, count in ((through, 6), (first, 3)):
+        for number in range(count):
+            for group in optimizer.param_groups:
+                group["lr"] = 0.04 * 0.5**number
+            drive(optimizer, grads[number : number + 1])
+    transplant(first, second, through_a_file(first.state_dict()))
+    assert [group["reference_lr"] for group in second.param_groups] == [0.04, 0.04]
+    for number in range(3, 6):
+        for group in second.param_groups:
+            group["lr"] = 0.04 * 0.5**number
+        drive(second, grads[number : number + 1])
+    same_bits(frozen(through), frozen(second))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_amsgrad_switched_on_in_a_run(backend: str) -> None:
+    """The maximum starts with the next second moment; torch.optim misses its state and raises KeyError."""
+    optimizer = build("adamw", SHAPES, backend=backend)
+    set_row(optimizer, 0, "all")
+    drive(optimizer, batches(optimizer, 3))
+    for group in optimizer.param_groups:
+        group["amsgrad"] = True
+    run_twin(Twin(optimizer, "adamw"), Gradients(parameters_of(optimizer), seed=8), 4)
+    assert all("max_exp_avg_sq" in optimizer.state[p] for p in parameters_of(optimizer))
 
 
 def test_hyperparameters_of_a_torch_checkpoint_are_taken() -> None:
@@ -328,11 +475,15 @@ def test_mismatched_groups_are_refused() -> None:
 @pytest.mark.parametrize("rule", RULES)
 def test_no_state_beyond_the_base_rule_s(rule: str) -> None:
     optimizer = ak.AIMFusedOptimizer([parameter((4,)), parameter((3, 2))], backend="cpu", **RULES[rule])
-    make, options = {"adamw": PEERS["adamw"], "adam": PEERS["adam"]}.get(RULES[rule]["rule"], PEERS["sgd"])
-    options = {
-        k: v for k, v in RULES[rule].items() if k not in {"rule"} and (make is not torch.optim.SGD or k != "betas")
-    }
-    peer = make([parameter((4,)), parameter((3, 2))], foreach=False, **options)
+    if rule == "lion":  # which torch.optim does not have
+        drive(optimizer, batches(optimizer, 2))
+        assert all(optimizer.state[p].keys() == {"step", "exp_avg"} for p in parameters_of(optimizer))
+        return
+    make = next(made for made, options in PEERS.values() if options["rule"] == RULES[rule]["rule"])
+    known = inspect.signature(make.__init__).parameters
+    peer = make(
+        [parameter((4,)), parameter((3, 2))], foreach=False, **{k: v for k, v in RULES[rule].items() if k in known}
+    )
     for made in (optimizer, peer):
         drive(made, batches(made, 2))
     for p, q in zip(parameters_of(optimizer), parameters_of(peer), strict=True):

@@ -7,7 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Gradients, assign, build, frozen, parameter, parameters_of, same_bits, set_row
+from helpers import (
+    RULES,
+    Gradients,
+    Twin,
+    assign,
+    build,
+    frozen,
+    parameter,
+    parameters_of,
+    run_twin,
+    same_bits,
+    set_row,
+)
 
 import aim_kernels as ak
 
@@ -28,6 +40,17 @@ AK = ak.AIMFusedOptimizer
         ({"rule": "sgd", "nesterov": True}, "esterov"),
         ({"rule": "sgd", "nesterov": True, "momentum": 0.9, "dampening": 0.1}, "esterov"),
         ({"rule": "lamb"}, "lamb"),
+        *(({"rule": "rmsprop", "alpha": alpha}, "alpha") for alpha in (-0.1, 1.0, 1.5, "high", None)),
+        ({"rule": "adagrad", "lr_decay": -0.1}, "lr_decay"),
+        ({"rule": "adagrad", "initial_accumulator_value": -1.0}, "initial_accumulator_value"),
+        ({"rule": "rmsprop", "momentum": -0.5}, "momentum"),
+        *(({"rule": rule, "amsgrad": True}, "amsgrad") for rule in ("sgd", "adagrad", "rmsprop", "lion")),
+        *(({"rule": rule, "centered": True}, "centered") for rule in ("adamw", "adam", "sgd", "adagrad", "lion")),
+        *(({"rule": rule, "decouple_lr": True}, "decouple_lr") for rule in ("adam", "sgd", "adagrad", "rmsprop")),
+        *(({"rule": rule, "decouple_lr": True, "lr": 0.0}, "decouple_lr") for rule in ("adamw", "lion")),
+        *(({"rule": rule, "nesterov": True, "momentum": 0.9}, "nesterov") for rule in ("adamw", "rmsprop", "lion")),
+        ({"rule": "rmsprop", "dampening": 0.5, "momentum": 0.9}, "dampening"),
+        ({"rule": "lion", "betas": (0.9, 1.0)}, "beta"),
         ({"backend": "quantum"}, "quantum"),
         ({"anchor": "moon"}, "moon"),
         ({"under_optimized": ("share", 0.1)}, "share"),
@@ -56,7 +79,36 @@ def test_options(options: dict[str, Any], words: str) -> None:
         AK([parameter((3,))], **options)
 
 
-@pytest.mark.parametrize("bad", [{"lr": -1.0}, {"eps": -1.0}, {"betas": (0.9, 1.5)}, {"weight_decay": -1.0}], ids=str)
+NUMBERS = {
+    "adamw": ("lr", "eps", "weight_decay", "betas"),
+    "sgd": ("momentum", "dampening"),
+    "adagrad": ("lr_decay", "initial_accumulator_value"),
+    "rmsprop": ("alpha", "momentum"),
+    "lion": ("lr", "weight_decay", "betas"),
+}
+
+
+@pytest.mark.parametrize(("rule", "option"), [(rule, option) for rule in NUMBERS for option in NUMBERS[rule]])
+def test_options_that_are_not_a_number(rule: str, option: str) -> None:
+    """In the constructor, in a group, in a checkpoint."""
+    nan: Any = float("nan")
+    for bad in [(nan, 0.9), (0.9, nan)] if option == "betas" else [nan]:
+        with pytest.raises(ValueError, match=option):
+            AK([parameter((3,))], rule=rule, **{option: bad})
+        with pytest.raises(ValueError, match=rf"{option}.*group 1"):
+            AK([{"params": [parameter((3,))]}, {"params": [parameter((2,))], "rule": rule, option: bad}])
+        optimizer = AK([parameter((3,))], rule=rule, backend="cpu")
+        saved = optimizer.state_dict()
+        saved["param_groups"][0][option] = bad
+        before = {**optimizer.param_groups[0]}
+        with pytest.raises(ValueError, match=option):
+            optimizer.load_state_dict(saved)
+        assert optimizer.param_groups[0] == before
+
+
+@pytest.mark.parametrize(
+    "bad", [{"lr": -1.0}, {"eps": -1.0}, {"betas": (0.9, 1.5)}, {"weight_decay": -1.0}, {"alpha": 1.0}], ids=str
+)
 def test_options_of_a_group(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))[:4]):
         AK([{"params": [parameter((3,))], **bad}])
@@ -201,8 +253,8 @@ def test_blocks_columns_and_groups_that_do_not_exist() -> None:
     same_bits(before, optimizer.tables.rows)
 
 
-def test_sgd_without_classes_refuses_rows_that_split() -> None:
-    for rule in ("sgd", "sgd-momentum"):
+def test_groups_without_classes_refuse_rows_that_split() -> None:
+    for rule in ("sgd", "sgd-momentum", "adagrad", "rmsprop", "lion"):
         optimizer = build(rule, modulated=False)
         before = optimizer.tables.rows.clone()
         for columns in ({"grad_well": 0.5}, {"step_under": 0.5}, {"live_well": 0.5}):
@@ -247,6 +299,13 @@ def test_options_spoiled_in_mid_run_are_named(option: str, value: Any) -> None:
     same_bits(before, frozen(optimizer))
     optimizer.param_groups[1][option] = good
     optimizer.step()
+
+
+@pytest.mark.parametrize("rule", ["adam", "amsgrad", "rmsprop-centered", "rmsprop-momentum"])
+def test_groups_that_keep_both_moments_take_rows_that_split(rule: str) -> None:
+    optimizer = build(rule, modulated=False)
+    optimizer.set_modulation(0, grad_well=0.5, step_under=0.5, live_well=0.5)
+    run_twin(Twin(optimizer, RULES[rule]["rule"]), Gradients(parameters_of(optimizer)), 3)
 
 
 def test_explicit_backend_that_cannot_be_met() -> None:

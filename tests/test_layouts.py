@@ -28,7 +28,7 @@ CHUNK = _C.CHUNK
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rule", ["adamw", "sgd-nesterov"])
+@pytest.mark.parametrize("rule", ["adamw", "sgd-nesterov", "amsgrad", "adagrad", "rmsprop-momentum", "lion"])
 def test_sizes_1_to_70(rule: str, dtype: str) -> None:
     optimizer = build(rule, ([(size,) for size in range(1, 71)],), dtype)
     set_row(optimizer, 0, "all")
@@ -36,7 +36,7 @@ def test_sizes_1_to_70(rule: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("rule", ["adamw", "sgd-momentum"])
+@pytest.mark.parametrize("rule", ["adamw", "sgd-momentum", "rmsprop-momentum", "lion"])
 def test_chunk_edges(rule: str, dtype: str) -> None:
     sizes = [4097, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 7]
     optimizer = build(rule, ([(size,) for size in sizes],), dtype)
@@ -71,7 +71,7 @@ def test_elements_between_those_of_a_slice_stay(kind: str, row: str) -> None:
         assert int((base.detach() == 7.0).sum()) == base.numel() - p.numel()
 
 
-@pytest.mark.parametrize("rule", ["adamw", "sgd-nesterov"])
+@pytest.mark.parametrize("rule", ["adamw", "sgd-nesterov", "adagrad", "rmsprop-momentum", "lion"])
 def test_layout_does_not_change_the_bits(rule: str) -> None:
     """Without noise a trajectory depends on the values, not on where they lie."""
     shape, results = (4, 3, 2, 6), []
@@ -109,11 +109,20 @@ def test_only_empty_tensors() -> None:
     run_twin(Twin(optimizer, "adamw"), Gradients(parameters_of(optimizer)), 3)
 
 
+def test_empty_tensors_with_strides_of_zero() -> None:
+    """An empty channels_last tensor looks expanded, and is not."""
+    optimizer = build("adamw", ([(8, 0, 0, 0), (5,)],), kinds=("channels_last",))
+    assert 0 in parameters_of(optimizer)[0].stride()
+    set_row(optimizer, 0, "all")
+    run_twin(Twin(optimizer, "adamw"), Gradients(parameters_of(optimizer)), 3)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 @pytest.mark.parametrize("size", [1, 7, 64, 67, CHUNK + 3])
-def test_guard_bytes(size: int, dtype: str) -> None:
+@pytest.mark.parametrize("rule", ["adamw", "rmsprop-momentum"])
+def test_guard_bytes(rule: str, size: int, dtype: str) -> None:
     """Parameters, gradients, states inside larger buffers: not a byte around them is written; the bits are the same."""
-    plain, guarded = (build("adamw", (((size,),),), dtype) for _ in range(2))
+    plain, guarded = (build(rule, (((size,),),), dtype) for _ in range(2))
     for optimizer in (plain, guarded):
         set_row(optimizer, 0, "all")
     buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -134,8 +143,8 @@ def test_guard_bytes(size: int, dtype: str) -> None:
         plain.step()
         guarded.step()
         state = guarded.state[q]
-        for name in ("exp_avg", "exp_avg_sq", "master"):
-            state[name] = guard(state[name], 3 + 2 * number)
+        for place, name in enumerate(sorted(state.keys() - {"step"})):
+            state[name] = guard(state[name], 3 + 2 * number + place)
     same_bits(frozen(plain), frozen(guarded))
     for base, view in buffers:
         assert int((base == -77.0).sum()) >= base.numel() - view.numel()

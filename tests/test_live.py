@@ -78,7 +78,7 @@ def test_masters_go_for_parameters_without_gradients_too() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
 @pytest.mark.parametrize("row", LIVE_ROWS)
-@pytest.mark.parametrize("rule", ["adamw", "sgd", "sgd-momentum"])
+@pytest.mark.parametrize("rule", ["adamw", "sgd", "sgd-momentum", "amsgrad", "adagrad", "rmsprop-momentum", "lion"])
 def test_eval_and_train_are_exact_and_idempotent(rule: str, row: str, dtype: str) -> None:
     optimizer, _ = running(row, rule=rule, dtype=dtype)
     live = frozen(optimizer)
@@ -164,7 +164,7 @@ def test_parameters_changed_under_eval_become_the_masters(dtype: str) -> None:
     run_twin(Twin(optimizer, "adamw"), gradients, 2)
 
 
-@pytest.mark.parametrize("rule", ["adamw", "sgd-momentum"])
+@pytest.mark.parametrize("rule", ["adamw", "sgd-momentum", "adagrad", "rmsprop-momentum", "lion"])
 @pytest.mark.parametrize("row", LIVE_ROWS)
 def test_late_gradients(rule: str, row: str) -> None:
     """Parameters that miss gradients, from the first step or later: not stepped, but emitted with the row."""

@@ -60,7 +60,11 @@ def test_instruction_sets_agree_bit_for_bit(isa: str, monkeypatch: pytest.Monkey
     if isa not in available():
         pytest.skip(f"this build or this processor lacks {isa}")
     cases = [(rule, "all", "float32") for rule in RULES] + [("adamw", row, "float32") for row in ROWS]
-    cases += [(rule, "all", dtype) for dtype in DTYPES for rule in ("adamw", "sgd-nesterov")]
+    cases += [
+        (rule, "all", dtype)
+        for dtype in DTYPES
+        for rule in ("adamw", "sgd-nesterov", "adagrad", "rmsprop-momentum", "lion")
+    ]
     results = {}
     for name in ("scalar", isa):
         monkeypatch.setenv("AIM_KERNELS_ISA", name)

@@ -11,7 +11,13 @@ from helpers import DTYPES, GRADIENT_LAYOUTS, PARAMETER_LAYOUTS, Gradients, assi
 
 import aim_kernels as ak
 
-CLASSES = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+CLASSES = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "sgd": torch.optim.SGD,
+    "adagrad": torch.optim.Adagrad,
+    "rmsprop": torch.optim.RMSprop,
+}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "adamw-default": ("adamw", {}),
     "adamw": ("adamw", {"lr": 0.02, "betas": (0.8, 0.97), "eps": 1e-4, "weight_decay": 0.2}),
@@ -26,7 +32,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "sgd-momentum": ("sgd", {"lr": 0.05, "weight_decay": 0.2, "momentum": 0.9}),
     "sgd-dampening": ("sgd", {"lr": 0.05, "weight_decay": 0.2, "momentum": 0.9, "dampening": 0.5, "maximize": True}),
     "sgd-nesterov": ("sgd", {"lr": 0.05, "weight_decay": 0.2, "momentum": 0.9, "nesterov": True}),
+    # A short memory, so that the maximum is often an earlier second moment.
+    "adamw-amsgrad": ("adamw", {"lr": 0.02, "betas": (0.8, 0.7), "weight_decay": 0.2, "amsgrad": True}),
+    "adam-amsgrad": ("adam", {"lr": 0.02, "betas": (0.8, 0.7), "weight_decay": 0.2, "amsgrad": True, "maximize": True}),
+    "adagrad-default": ("adagrad", {}),
+    "adagrad": ("adagrad", {"lr": 0.1, "lr_decay": 0.1, "weight_decay": 0.2, "initial_accumulator_value": 0.3}),
+    "adagrad-maximize": ("adagrad", {"lr": 0.1, "lr_decay": 0.1, "weight_decay": 0.2, "maximize": True}),
+    "rmsprop-default": ("rmsprop", {}),
+    "rmsprop": ("rmsprop", {"lr": 0.01, "alpha": 0.9, "weight_decay": 0.2}),
+    "rmsprop-maximize": ("rmsprop", {"lr": 0.01, "alpha": 0.9, "weight_decay": 0.2, "maximize": True}),
+    "rmsprop-momentum": ("rmsprop", {"lr": 0.01, "alpha": 0.9, "weight_decay": 0.2, "momentum": 0.8}),
+    "rmsprop-centered": ("rmsprop", {"lr": 0.01, "alpha": 0.8, "weight_decay": 0.2, "centered": True}),
+    "rmsprop-both": ("rmsprop", {"lr": 0.01, "alpha": 0.8, "weight_decay": 0.2, "centered": True, "momentum": 0.8}),
 }
+SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
 SHAPES = [(5, 7), (2, 3, 4, 3), (70,), (), (1,), (0,)]
 
 
@@ -39,8 +58,18 @@ def pair(
         [parameter(shape, dtype, kinds[i % len(kinds)], i) for i, shape in enumerate(SHAPES)] for _ in range(2)
     )
     optimizer = ak.AIMFusedOptimizer(ours, rule=rule, backend=backend, **options)
-    peer_options = {"foreach": False} | ({} if rule == "sgd" else {"fused": False})
-    return optimizer, CLASSES[rule](theirs, **peer_options, **({"lr": 1e-3} | options)), ours, theirs
+    peer_options = {"foreach": False, "lr": 1e-3}
+    peer_options |= {"fused": False} if rule in ("adamw", "adam") else {}
+    peer_options |= {"eps": 1e-8} if rule == "adagrad" else {}  # as our signature has it
+    return optimizer, CLASSES[rule](theirs, **(peer_options | options)), ours, theirs
+
+
+def condition(group: dict[str, Any], state: dict[str, Any]) -> torch.Tensor | float:
+    """By how much a root magnifies the rounding of what it is taken of."""
+    if not group.get("centered"):
+        return 1.0
+    variance = state["square_avg"] - state["grad_avg"] ** 2
+    return state["square_avg"] / variance.clamp_min(1e-30)
 
 
 def near(found: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor, ulps: float, where: str) -> None:
@@ -63,15 +92,21 @@ def test_a_few_ulp_a_step(case: str, dtype: str, backend: str) -> None:
         optimizer.step()
         peer.step()
         for p, q, old, grad in zip(ours, theirs, before, grads, strict=True):
-            size = p.detach().abs() + (p.detach() - old).abs() + old.abs()
+            group, state = peer.param_groups[0], optimizer.state[p]
+            magnified = condition(group, state)
+            size = p.detach().abs() + magnified * (p.detach() - old).abs() + old.abs()
             if CASES[case][0] == "sgd":
-                size = size + peer.param_groups[0]["lr"] * grad.abs()
+                size = size + group["lr"] * grad.abs()
             near(p.detach(), q.detach(), size, tol.PEER_ULPS, "parameter")
             for name, value in peer.state[q].items():
                 if name != "step" and value is not None:
-                    mine = optimizer.state[p][name]
+                    mine = state[name]
                     reach = grad.abs() + 0.2 * old.abs()
-                    scale = mine.abs() + (reach**2 if name == "exp_avg_sq" else reach)
+                    if name == "momentum_buffer" and "square_avg" in state:  # of directions
+                        reach = magnified * (
+                            reach / (state["square_avg"] / magnified).sqrt().clamp_min(1e-8) + mine.abs()
+                        )
+                    scale = mine.abs() + (reach**2 if name in SQUARES else reach)
                     near(mine, value, scale, tol.PEER_ULPS, name)
                     value.copy_(mine)
             with torch.no_grad():
@@ -94,7 +129,10 @@ def test_trajectories_stay_together(case: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("case", ["adamw", "sgd-momentum", "sgd-nesterov"])
+@pytest.mark.parametrize(
+    "case",
+    ["adamw", "sgd-momentum", "sgd-nesterov", "adam-amsgrad", "adagrad", "rmsprop", "rmsprop-momentum", "rmsprop-both"],
+)
 def test_16_bit_parameters_are_float32_steps_rounded(case: str, dtype: str) -> None:
     """torch keeps 16-bit state, so the peer is a float32 run that is given the rounded weights after every step."""
     optimizer, _, ours, _ = pair(case, dtype)
@@ -134,7 +172,13 @@ def test_gradient_strides_differ_from_parameter_strides(kind: str, grad_kind: st
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("case", ["adamw", "adam", "adam-default", "sgd", "sgd-default", "sgd-momentum"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *("adamw", "adam", "adam-default", "sgd", "sgd-default", "sgd-momentum", "adamw-amsgrad", "adagrad"),
+        *("adagrad-default", "rmsprop", "rmsprop-momentum", "rmsprop-centered", "rmsprop-both"),
+    ],
+)
 def test_non_finite_gradients(case: str, backend: str) -> None:
     """Counted, and otherwise as torch does; the elements beside them and the steps after them are untouched."""
     optimizer, peer, ours, theirs = pair(case, backend=backend)
@@ -153,16 +197,32 @@ def test_non_finite_gradients(case: str, backend: str) -> None:
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
-def test_extreme_gradients() -> None:
+@pytest.mark.parametrize("eps", [1e-8, 0.0])
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [
+        ("adamw", {}),
+        ("adamw", {"amsgrad": True}),
+        ("adagrad", {}),
+        ("adagrad", {"initial_accumulator_value": 1e-20}),
+        ("rmsprop", {}),
+        ("rmsprop", {"momentum": 0.9}),
+        ("rmsprop", {"centered": True}),
+    ],
+    ids=str,
+)
+def test_extreme_gradients(rule: str, options: dict[str, Any], eps: float) -> None:
     """Squares that overflow or underflow, and an eps of zero, as torch has them."""
-    for eps in (1e-8, 0.0):
-        values = torch.tensor([1e30, -1e30, 1e-30, -1e-25, 1e-38, 0.0, 3e38, 1.0])
-        ours, theirs = (torch.ones(8, requires_grad=True) for _ in range(2))
-        optimizer = ak.AIMFusedOptimizer([ours], rule="adamw", eps=eps, backend="cpu")
-        peer = torch.optim.AdamW([theirs], lr=1e-3, eps=eps, foreach=False)
-        for _ in range(3):
-            ours.grad, theirs.grad = values.clone(), values.clone()
-            optimizer.step()
-            peer.step()
-        usual = values.abs() > 1e-18 if eps == 0.0 else torch.ones(8, dtype=torch.bool)
-        torch.testing.assert_close(ours[usual], theirs[usual], rtol=1e-6, atol=1e-7, equal_nan=True)
+    values = torch.tensor([1e30, -1e30, 1e-30, -1e-25, 1e-38, 0.0, 3e38, 1.0])
+    ours, theirs = (torch.ones(8, requires_grad=True) for _ in range(2))
+    optimizer = ak.AIMFusedOptimizer([ours], rule=rule, eps=eps, backend="cpu", **options)
+    peer = CLASSES[rule]([theirs], lr=1e-3, eps=eps, foreach=False, **options)
+    for _ in range(3):
+        ours.grad, theirs.grad = values.clone(), values.clone()
+        optimizer.step()
+        peer.step()
+    usual = values.abs() > 1e-18 if eps == 0.0 else torch.ones(8, dtype=torch.bool)
+    if options.get("centered"):
+        # Where the squares of both moments overflow their difference is a NaN, unless it is contracted to an FMA.
+        usual &= values.abs() < 1e18
+    torch.testing.assert_close(ours[usual], theirs[usual], rtol=1e-6, atol=1e-7, equal_nan=True)

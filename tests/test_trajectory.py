@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import tolerances as tol
 import torch
-from helpers import DTYPES, ROWS, RULES, Gradients, Twin, build, parameters_of, run_twin, set_row
+from helpers import DTYPES, ROWS, RULES, Gradients, Twin, build, parameter, parameters_of, run_twin, set_row
 
 SHAPES = (((5, 7), (33,), (0,), ()), ((3, 4, 2), (16,)))
 KINDS = ("contiguous", "transposed", "offset")
@@ -36,37 +39,130 @@ def test_free_running(rule: str, row: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
-@pytest.mark.parametrize("rule", ["adamw", "sgd-momentum"])
+@pytest.mark.parametrize("rule", ["adamw", "sgd-momentum", "adagrad", "rmsprop-momentum", "lion"])
 def test_free_running_other_dtypes(rule: str, dtype: str) -> None:
     twin(rule, "all", dtype, free=True)
 
 
 @pytest.mark.parametrize("row", ROWS)
-@pytest.mark.parametrize("rule", ["adamw", "adam-maximize", "sgd", "sgd-nesterov"])
+@pytest.mark.parametrize(
+    "rule", ["adamw", "adam-maximize", "sgd", "sgd-nesterov", "adagrad", "rmsprop-momentum", "lion"]
+)
 def test_reference_backend(rule: str, row: str) -> None:
     twin(rule, row, "float32", free=False, backend="reference")
 
 
+@pytest.mark.parametrize("rule", ["amsgrad", "rmsprop", "rmsprop-centered", "adamw-decoupled-lr"])
+def test_reference_backend_other_rules(rule: str) -> None:
+    twin(rule, "all", "float32", free=False, backend="reference")
+
+
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
-def test_reference_backend_other_dtypes(dtype: str) -> None:
-    twin("adamw", "all", dtype, free=False, backend="reference")
+@pytest.mark.parametrize("rule", ["adamw", "rmsprop-momentum", "lion"])
+def test_reference_backend_other_dtypes(rule: str, dtype: str) -> None:
+    twin(rule, "all", dtype, free=False, backend="reference")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("row", ["all", "alternate"])
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [
+        ("adam", {"amsgrad": True, "maximize": True}),
+        ("adagrad", {"maximize": True, "lr_decay": 0.0, "initial_accumulator_value": 0.0}),
+        # Three moments, none of them shared.
+        ("rmsprop", {"momentum": 0.8}),
+        ("rmsprop", {"alpha": 0.0}),
+        ("lion", {"maximize": True, "decouple_lr": True, "weight_decay": 0.02}),
+        ("lion", {"betas": (0.0, 0.9)}),
+    ],
+    ids=str,
+)
+def test_other_variants(rule: str, options: dict[str, Any], row: str, dtype: str) -> None:
+    optimizer = build(rule, SHAPES, dtype, KINDS, **options)
+    set_row(optimizer, 0, row)
+    run_twin(Twin(optimizer, RULES[rule]["rule"]), Gradients(parameters_of(optimizer)), 8)
+
+
+#: Rules that need one moment or none; the groups of others have classes though they are not modulated.
+ONE_MOMENT = {
+    "sgd": set(),
+    "sgd-momentum": {"momentum_buffer"},
+    "sgd-nesterov": {"momentum_buffer"},
+    "adagrad": {"sum"},
+    "rmsprop": {"square_avg"},
+    "lion": {"exp_avg"},
+}
+BOTH_MOMENTS = {
+    "adam": {"exp_avg", "exp_avg_sq"},
+    "amsgrad": {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"},
+    "rmsprop-centered": {"square_avg", "grad_avg"},
+    "rmsprop-momentum": {"square_avg", "grad_avg", "momentum_buffer"},
+}
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("row", ["ones", "whole", "noise"])
-@pytest.mark.parametrize("rule", ["sgd", "sgd-momentum", "sgd-nesterov", "adam"])
+@pytest.mark.parametrize("rule", [*ONE_MOMENT, *BOTH_MOMENTS])
 def test_groups_that_are_not_modulated(rule: str, row: str, backend: str) -> None:
     optimizer = build(rule, SHAPES, modulated=False, backend=backend)
     set_row(optimizer, 0, row)
     run_twin(Twin(optimizer, RULES[rule]["rule"]), Gradients(parameters_of(optimizer)), 6)
-    if rule.startswith("sgd"):
-        assert torch.isnan(optimizer.tables.statistics[:, 1]).all()
-        names = {"step", "momentum_buffer"} if "-" in rule else {"step"}
-        for p in parameters_of(optimizer):
-            assert optimizer.state[p].keys() == names
+    assert (torch.isnan(optimizer.tables.statistics[:, 1]) == (rule in ONE_MOMENT)).all()
+    for p in parameters_of(optimizer):
+        assert optimizer.state[p].keys() == {"step"} | (ONE_MOMENT | BOTH_MOMENTS)[rule]
 
 
-@pytest.mark.parametrize("rule", ["adamw", "sgd", "sgd-momentum"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_rmsprop_s_momentum_without_modulation(backend: str) -> None:
+    optimizer = build("rmsprop", SHAPES, modulated=False, backend=backend, momentum=0.8)
+    set_row(optimizer, 0, "noise")
+    run_twin(Twin(optimizer, "rmsprop"), Gradients(parameters_of(optimizer)), 6)
+    for p in parameters_of(optimizer):
+        assert optimizer.state[p].keys() == {"step", "square_avg", "momentum_buffer"}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_lion_and_gradients_that_are_not_finite(backend: str) -> None:
+    """The sign of a NaN is a NaN, that of an infinity a sign; zeros stay where they are; others notice nothing."""
+    optimizer = build("lion", (((40,),),), modulated=False, weight_decay=0.0, backend=backend)
+    (p,) = parameters_of(optimizer)
+    made, start = Twin(optimizer, "lion"), p.detach().clone()
+    gradients = Gradients([p])
+    for number in range(4):
+        (grad,) = gradients()
+        grad[5] = 0.0
+        if number == 1:
+            grad[0], grad[1], grad[2] = float("nan"), float("inf"), float("-inf")
+        made.step([grad])
+        assert optimizer.statistics()[0]["nonfinite"] == (3 if number == 1 else 0)
+    assert p.isnan().tolist() == [True] + [False] * 39
+    assert p[5] == start[5]
+    assert (p[1] < start[1]) and (p[2] > start[2])
+    made.finish()
+
+
+@pytest.mark.parametrize("rule", ["adamw", "lion"])
+def test_decay_that_follows_the_schedule_alone(rule: str) -> None:
+    """Twice the learning rate under the same schedule: the same decay (a gradient of zero leaves nothing else)."""
+    kept = []
+    for lr in (0.01, 0.02):
+        optimizer = build(rule, (((5,),),), lr=lr, weight_decay=0.1, decouple_lr=True)
+        (p,) = parameters_of(optimizer)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda number: 0.5**number)
+        made = Twin(optimizer, rule)
+        for _ in range(3):
+            made.step([torch.zeros(5)])
+            schedule.step()
+        assert optimizer.param_groups[0]["reference_lr"] == lr
+        kept.append(p.detach().clone())
+        expected = parameter((5,)).detach() * (1 - 0.1) * (1 - 0.05) * (1 - 0.025)
+        # Three products of rounded constants.
+        torch.testing.assert_close(p.detach(), expected, rtol=12 * tol.UNIT["float32"], atol=0)
+    torch.testing.assert_close(*kept, rtol=12 * tol.UNIT["float32"], atol=0)
+
+
+@pytest.mark.parametrize("rule", ["adamw", "sgd", "sgd-momentum", "adagrad", "rmsprop", "lion"])
 def test_class_masks_show_in_the_weights(rule: str) -> None:
     """A class taken wrongly moves the weights by much more than any tolerance: the masks read back from them agree."""
     optimizer = build(rule, (((300,),),), weight_decay=0.0)

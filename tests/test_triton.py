@@ -73,9 +73,17 @@ def step_both(optimizers: tuple[ak.AIMFusedOptimizer, ...], grads: list[torch.Te
     compare(*optimizers)
 
 
+#: The first seven meet every type, the others half of them: loading and storing a type is none of their business.
+CASES = [
+    (rule, dtype)
+    for number, rule in enumerate(RULES)
+    for place, dtype in enumerate(DTYPES)
+    if number < 7 or (number + place) % 2
+]
+
+
 @interpreted
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("rule", "dtype"), CASES)
 def test_the_bits_of_the_cpu_kernels(monkeypatch: pytest.MonkeyPatch, rule: str, dtype: str) -> None:
     """Every rule in every type, with rows in turn; a parameter without gradient, then with one again."""
     turn = list(RULES).index(rule) + list(DTYPES).index(dtype)

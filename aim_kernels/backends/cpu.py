@@ -64,6 +64,11 @@ def step(plan: StepPlan) -> None:
     plan.store_staged()
 
 
+def squares(plan: StepPlan) -> float:
+    """The sum of squares of all gradients but the uncounted ones'."""
+    return float(_C.squares(plan.records, torch.get_num_threads(), _team()))
+
+
 def emit(plan: StepPlan) -> None:
     """Writes the live weights of all parameters that have a master."""
     plan.load_staged()

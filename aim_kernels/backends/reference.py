@@ -64,6 +64,12 @@ def step(plan: StepPlan) -> None:
     _finish(plan, following, sums)
 
 
+def squares(plan: StepPlan) -> float:
+    """The sum of squares of all gradients but the uncounted ones'."""
+    counted = [g for g, uncounted in zip(plan.grads, plan.records["uncounted"], strict=True) if not uncounted]
+    return sum(float(g.double().square().sum()) for g in counted if g is not None)
+
+
 def emit(plan: StepPlan) -> None:
     """Writes the live weights of all parameters that have a master."""
     rows = plan.tables.rows.tolist()

@@ -377,8 +377,5 @@ void emit_any(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t
   }
 }
 
-extern const KernelTable kKernels;  // external linkage, whichever namespace this is
-const KernelTable kKernels = {update_any, emit_any, stream_any};
-
 }  // namespace AIM_ISA
 }  // namespace aim

@@ -27,6 +27,8 @@ struct KernelTable {
   // Moves the bytes of a step over [begin, end) (aim/stream.h).
   void (*stream)(const StreamArrays& arrays, bool live, bool nontemporal, float factor,
                  int64_t begin, int64_t end);
+  // The sum of squares of the gradients [begin, end) of `tensor`.
+  double (*squares)(const Tensor& tensor, int64_t begin, int64_t end);
 };
 
 namespace scalar {

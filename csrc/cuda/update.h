@@ -15,8 +15,8 @@ namespace AIM_ISA {
 // Vectors that a thread has in flight at a time: 64 (float64) to 128 bytes a thread, so that a
 // quarter of a multiprocessor's threads covers the latency of its memory. More would spill
 // registers; for their sake, too, the loops over vectors are not unrolled any further.
-template <class S, class T>
-inline constexpr int kUnroll = sizeof(S) == 4 ? 2 : 1;
+template <Kind kKind, class S, class T>
+inline constexpr int kUnroll = sizeof(S) == 4 && !has_extra(kKind) ? 2 : 1;
 
 // Neighbouring elements in a thread's registers.
 template <class T, int kCount>
@@ -174,7 +174,7 @@ __device__ __forceinline__ decltype(auto) uniforms_as(const Shared& shared) {
 template <Kind kKind, class S, class T>
 __device__ __forceinline__ void update_chunk(const Tensor& all, const Shared& shared, int64_t begin,
                                              int64_t last, Statistics* partial) {
-  constexpr int kCount = kWidth<S>, kVectors = kUnroll<S, T>, kDrawn = kTogether<T>;
+  constexpr int kCount = kWidth<S>, kVectors = kUnroll<kKind, S, T>, kDrawn = kTogether<T>;
   const Tensor tensor = moved<S, T>(all, begin);
   const int32_t end = static_cast<int32_t>(last - begin);
   const Run run = run_of(end, kCount, 0);

@@ -112,6 +112,11 @@ Status step(const Tensor* tensors, int64_t tensor_count, const Group* groups, Ro
 Status emit(const Tensor* tensors, int64_t tensor_count, const Group* groups, const Row* rows,
             int64_t group_count, const Execution& execution);
 
+// The sum of squares of all gradients but the uncounted ones', in float64: for clipping by their
+// norm, in one read. Adds in a fixed order.
+Status squares(const Tensor* tensors, int64_t tensor_count, double* sum,
+               const Execution& execution);
+
 // The part of their checks that needs no row: what may be asked of tables that go to a device.
 Status check(const Tensor* tensors, int64_t tensor_count, const Group* groups, int64_t group_count);
 
