@@ -102,7 +102,7 @@ void emit(py::array tensors, py::array groups, py::array rows, int threads,
   raise(status, how.isa);
 }
 
-double squares(py::array tensors, int threads, uintptr_t team) {
+double squares(py::array tensors, int threads, const py::object& team) {
   const aim::Execution how = execution(threads, team);
   const auto* tensor_table = records<aim::Tensor>(tensors, "tensors");
   const int64_t tensor_count = tensors.size();
@@ -378,7 +378,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("emit", &emit, py::arg("tensors"), py::arg("groups"), py::arg("rows"),
              py::arg("threads"), py::arg("team") = py::none(),
              "Writes the live weights of all tensors that have a master.");
-  module.def("squares", &squares, py::arg("tensors"), py::arg("threads"), py::arg("team"),
+  module.def("squares", &squares, py::arg("tensors"), py::arg("threads"),
+             py::arg("team") = py::none(),
              "The sum of squares of all gradients but the uncounted ones'.");
   module.def("check", &check, py::arg("tensors"), py::arg("groups"),
              "Raises on tables that no step could work with; rows are not looked at.");

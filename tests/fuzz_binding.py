@@ -159,14 +159,15 @@ def call(arena: Arena, function: Any, *arguments: Any, refused: bool = False) ->
 @examples(600)
 @given(arenas(), st.data())
 def fuzz_tables(arena: Arena, data: st.DataObject) -> None:
-    """step, emit, check, stream: at most one argument is no table at all."""
+    """step, emit, check, stream, squares: at most one argument is no table at all."""
     tables = {
         "step": ("tensors", "groups", "rows", "statistics", "control"),
         "emit": ("tensors", "groups", "rows"),
         "check": ("tensors", "groups"),
         "stream": ("tensors",),
+        "squares": ("tensors",),
     }
-    name = data.draw(st.sampled_from(["step", "step", "emit", "check", "stream"]))
+    name = data.draw(st.sampled_from(["step", "step", "emit", "check", "stream", "squares"]))
     arguments: list[Any] = [getattr(arena, table) for table in tables[name]]
     if name == "stream":
         arena.tensors["dtype"] = data.draw(st.sampled_from([0, 0, 1]))
@@ -260,19 +261,7 @@ def fuzz_others(data: st.DataObject) -> None:
 
 if __name__ == "__main__":
     public = {name for name in dir(_C) if not name.startswith("_")}
-    covered = {
-        "step",
-        "emit",
-        "check",
-        "stream",
-        "Watch",
-        "philox",
-        "isas",
-        "active_isa",
-        "build_info",
-        "layout",
-        "CHUNK",
-    }
+    covered = set("CHUNK Watch active_isa build_info check emit isas layout philox squares step stream".split())
     assert public == covered, f"nobody fuzzes {sorted(public ^ covered)}"
     for fuzz in (fuzz_tables, fuzz_watch, fuzz_others):
         fuzz()
