@@ -422,8 +422,8 @@ class AIMFusedOptimizer(Modulated):
         return f"{super().__repr__().removesuffix(')')}{whole})"
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("tables", "anchor", "backend", "max_grad_norm", "_seed", "_hidden_defaults")
-        kept += ("_holds_true_weights", "_step_supports_amp_scaling")
+        kept = ["tables", "anchor", "backend", "max_grad_norm", "_seed", "_hidden_defaults"]
+        kept += ["_holds_true_weights", "_step_supports_amp_scaling"]
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
