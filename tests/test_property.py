@@ -120,6 +120,8 @@ class Run:
             params.append(parameter(shape, self.case["dtype"], kind, seed=self.made))
             self.made += 1
         given = {name: value for name, value in options.items() if name in OPTIONS}
+        if RULES[self.case["rule"]].get("decouple_lr") and not given.get("lr", 1.0):
+            del given["lr"]  # a schedule needs a rate to be relative to; zero is refused
         return {"modulated": True, **given, "params": params, "modality": "audio", "depth": self.made}
 
     def _set_row(self, index: int, name: str) -> None:
