@@ -236,7 +236,7 @@ MUTANTS = (
         " || array.size() != wanted) {",
         ") {",
         "written past their end",
-        ("test_binding.py",),
+        ("test_native.py::test_tables_of_another_size_or_type_are_refused",),
     ),
     Mutant(
         "a watch that trusts its lists",
@@ -286,14 +286,6 @@ MUTANTS = (
         "add(sums, kLanes, tile);",
         "the lanes beyond the last element count as under-optimized",
         (SIZES,),
-    ),
-    Mutant(
-        "sums in the order of arrival",
-        STEP,
-        "&partials[static_cast<size_t>(i)]",
-        "&partials[([] { static std::atomic<size_t> next{0}; return next++; }()) % partials.size()]",
-        "results that depend on the number of threads, and on the weather",
-        ("test_native.py::test_thread_counts_agree_bit_for_bit[adamw-all-float32]",),
     ),
     Mutant(
         "shares of threads overlap",
