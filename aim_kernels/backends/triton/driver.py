@@ -54,7 +54,7 @@ def specialization(dtype: int, chunk: int) -> dict[str, Any]:
 def update(share: Share) -> None:
     """Steps every tensor that has a gradient, emits those that have only a master, and fills ``share.partials``."""
     cuda = share.device.type == "cuda" and torch.version.hip is None
-    for dtype in share.dtypes:
+    for dtype in share.dtypes or (0,):  # without parameters, the phase is drawn all the same
         constants = specialization(dtype, share.chunk_size)
         registers = REGISTERS[DTYPES[dtype]] if cuda else None
         # One program where all tensors are empty: the phase is drawn all the same.
