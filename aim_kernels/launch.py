@@ -174,6 +174,7 @@ class Share:
 
     tensors: Tensor
     groups: Tensor
+    next: Tensor
     call: Any = None
 
     def __init__(

@@ -377,8 +377,8 @@ class AIMFusedOptimizer(Modulated):
             self._note_live_weights(number)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("tables", "anchor", "backend", "_seed", "_holds_true_weights", "_step_supports_amp_scaling")
-        kept += ("sync_every", "keep_masters")
+        kept = ["tables", "anchor", "backend", "_seed", "_holds_true_weights", "_step_supports_amp_scaling"]
+        kept += ["sync_every", "keep_masters"]
         group = None if self.process_group is None else distributed.Absent.PROCESS_GROUP
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}, "process_group": group}
 
