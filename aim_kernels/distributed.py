@@ -61,23 +61,31 @@ def like(parameter: Tensor, local: Tensor) -> Tensor:
 
 
 def in_place_of(parameter: Tensor, value: Tensor, name: str) -> Tensor:
-    """A saved state, placed as ``parameter`` is. Whole tensors are cut where they are, without communication.
+    """A saved state, placed as ``parameter`` is. Whole tensors are cut where they are, without communication; states on
+    the same mesh that are placed in another way are redistributed by all its processes.
 
     Raises:
-        ValueError: a part of a tensor, where ``parameter`` is a whole one.
+        ValueError: a part of a tensor, where ``parameter`` is a whole one, or a state of another mesh.
     """
-    if is_dtensor(value) == is_dtensor(parameter):
+    if not is_dtensor(value) and not is_dtensor(parameter):
         return value
-    if is_dtensor(value):
+    p: Any = parameter
+    v: Any = value
+    if not is_dtensor(parameter) or (is_dtensor(value) and v.device_mesh != p.device_mesh):
+        here = "not a DTensor" if not is_dtensor(parameter) else f"on {p.device_mesh}"
         raise ValueError(
-            f"{name} is a DTensor in the checkpoint, the parameter here is not; load with "
+            f"{name} is a DTensor on {v.device_mesh} in the checkpoint, the parameter here is {here}; load with "
             "torch.distributed.checkpoint, or save full tensors (StateDictOptions(full_state_dict=True))"
         )
-    p: Any = parameter
+    if is_dtensor(value):
+        moved: Tensor = v if v.placements == p.placements else v.redistribute(p.device_mesh, p.placements)
+        return moved
+    if value.shape != parameter.shape:
+        return value
     part = value
     for dim, (begin, size) in enumerate(_extents(p)):
         part = part.narrow(dim, begin, size)
-    return like(parameter, part.to(p.device))
+    return like(parameter, part)
 
 
 def placed_alike(tensor: Any, parameter: Any) -> bool:
@@ -245,22 +253,26 @@ def noisy_groups(tables: Tables) -> set[int]:
     return {number for number, level in enumerate(tables.rows[:, ROW["noise"]].tolist()) if level}
 
 
-def reshard(params: Iterable[Tensor]) -> None:
+def reshard(modules: Iterable[Any]) -> None:
     """Frees what FSDP2 modules have gathered, after their parameters were written outside of a step.
 
     After a forward pass without a backward one the root keeps its gathered weights, and would go on computing with
-    them. torch has no public way from a parameter to its module, so all FSDP2 modules of the process are asked; where
-    even that is not possible, ``module.reshard()`` is left to the user.
+    them.
     """
-    if not any(map(is_dtensor, params)):
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
         return
-    module = sys.modules.get("torch.distributed.fsdp")
+    for module in modules:
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
+
+
+def reshard_all(written: Iterable[Tensor]) -> None:
+    """The same where only parameters are known, from which torch has no way to their modules: all FSDP2 modules of the
+    process are asked. Where this torch does not list them, ``module.reshard()`` is left to the user."""
     registry = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", None)
-    if module is None or registry is None:
-        return
-    for candidate in list(registry):
-        if isinstance(candidate, module.FSDPModule):
-            candidate.reshard()
+    if registry is not None and any(map(is_dtensor, written)):
+        reshard(list(registry))
 
 
 def makes_states_only(optimizer: AIMFusedOptimizer) -> bool:

@@ -111,6 +111,8 @@ class AIMFusedOptimizer(Modulated):
         self._plan: StepPlan | None = None
         self._holds_true_weights = False
         self._leaving: set[int] = set()  # groups whose masters the next step makes superfluous
+        # Of parameters that have no state yet: torch.distributed.checkpoint makes states only where there are none.
+        self._anchors: dict[Tensor, Tensor] = {}
         # Whose states and tables graphs will read and write as long as they live.
         self._captured: list[tuple[StepPlan, Any]] = []
         defaults = {
@@ -158,7 +160,7 @@ class AIMFusedOptimizer(Modulated):
         self.tables.add_group(float(value) if kind == "absolute" else 0.0, self.keep_masters and full["modulated"])
         if self.anchor == "init" and full["modulated"]:
             for p in tensors:
-                self.state[p]["anchor"] = master_of(p)
+                self._anchors[p] = master_of(p)
         self._plan = None
 
     # -- the step ----------------------------------------------------------------------------------------------------
@@ -245,6 +247,9 @@ class AIMFusedOptimizer(Modulated):
             for p in group["params"]:
                 if live and "master" not in self.state[p]:
                     self.state[p]["master"] = master_of(p)
+            for p in stepped:
+                if p in self._anchors:
+                    self.state[p]["anchor"] = self._anchors.pop(p)
 
     def _check_before_building(self) -> None:
         """What may have changed behind the optimizer's back since it was last looked at."""
@@ -304,7 +309,7 @@ class AIMFusedOptimizer(Modulated):
         masters = self._masters()
         for p, master in masters:
             p.copy_(master)
-        distributed.reshard(p for p, _ in masters)
+        distributed.reshard_all(p for p, _ in masters)
 
     @torch.no_grad()
     def train(self) -> None:
@@ -324,7 +329,7 @@ class AIMFusedOptimizer(Modulated):
         plan.read_hyperparameters(on_device=backend.ON_DEVICE)
         backend.emit(plan)
         torch.autograd.graph.increment_version([p for p, _ in masters])
-        distributed.reshard(p for p, _ in masters)
+        distributed.reshard_all(p for p, _ in masters)
 
     @contextmanager
     def true_parameters(self) -> Iterator[None]:
@@ -349,7 +354,7 @@ class AIMFusedOptimizer(Modulated):
 
     def state_dict(self) -> dict[str, Any]:
         """torch.optim's, plus ``master`` states (the true weights) and each group's row, statistics and control."""
-        return checkpoint.with_tables(super().state_dict(), self.tables)
+        return checkpoint.complete(super().state_dict(), self)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -378,7 +383,7 @@ class AIMFusedOptimizer(Modulated):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ["tables", "anchor", "backend", "_seed", "_holds_true_weights", "_step_supports_amp_scaling"]
-        kept += ["sync_every", "keep_masters"]
+        kept += ["sync_every", "keep_masters", "_anchors"]
         group = None if self.process_group is None else distributed.Absent.PROCESS_GROUP
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}, "process_group": group}
 
