@@ -207,7 +207,7 @@ def check_noise(groups: list[Group], process_group: Any, noisy: set[int]) -> Non
     for (number, index), first in zip(places, distributed.first_indices(groups, process_group), strict=True):
         if first is None and number in noisy:
             why = (
-                "its place among all parameters is not known; make the groups with block_param_groups"
+                "its place among all parameters is not known; use aim_kernels.zero.AIMZeroRedundancyOptimizer"
                 if process_group is not None
                 else f"its elements here are not consecutive in the whole ({groups[number]['params'][index].placements}"
                 "); shard its first dimension"

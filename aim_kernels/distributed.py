@@ -144,7 +144,7 @@ def offset_of(p: Tensor) -> int | None:
 def first_indices(groups: Sequence[Group], process_group: Any) -> list[int | None]:
     """Global index of every parameter's first element here: parameters in the order of the groups, elements in memory
     order. None where elements are not consecutive, or where only some parameters are here and this one has no number
-    (``block_param_groups`` gives numbers)."""
+    (:func:`number_parameters`)."""
     params = [p for group in groups for p in group["params"]]
     if process_group is not None:
         return [getattr(p, FIRST, None) for p in params]
@@ -279,7 +279,9 @@ def makes_states_only(optimizer: AIMFusedOptimizer) -> bool:
     """Whether a step is the one that ``torch.distributed.checkpoint`` takes to have states made: no states yet, every
     learning rate 0, every gradient 0. Nothing but the states, with a count of 0, may come of it."""
     groups = optimizer.param_groups
-    if optimizer.process_group is not None or any("step" in state for state in optimizer.state.values()):
+    # Of a process group, one may have no parameters, and never states: steps are counted there.
+    shared = optimizer.process_group is not None
+    if optimizer.tables.steps if shared else any("step" in state for state in optimizer.state.values()):
         return False
     for group in groups:
         lr = group["lr"]
@@ -289,7 +291,7 @@ def makes_states_only(optimizer: AIMFusedOptimizer) -> bool:
     params = [p for group in groups for p in group["params"]]
     found = sum(int(torch.count_nonzero(local_of(p.grad))) for p in params if p.grad is not None)
     # All processes must come to the same answer, though a gradient may be zero here and not elsewhere.
-    exchange = exchange_of(params, None, 1, optimizer.tables)
+    exchange = exchange_of(params, optimizer.process_group, 1, optimizer.tables)
     if exchange is not None:
         total = torch.tensor(found, dtype=torch.int64, device=optimizer.tables.rows.device)
         exchange.add_up(total)

@@ -3,6 +3,7 @@ what they do together with what one process does alone, in each of them."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from helpers import Gradients, parameters_of, same_bits, set_row
 from places import enter
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 import aim_kernels as ak
 from aim_kernels.rows import STATISTIC
@@ -37,7 +38,8 @@ def scenario(*sizes: int, **cases: Sequence[Any]) -> Callable[[Callable[..., Non
             _SCENARIOS[function.__name__] = (sizes, function)
         for keyword, values in cases.items():
             for value in values:
-                name = f"{function.__name__}[{value}]"
+                case = "-".join(value) if isinstance(value, tuple) else str(value)
+                name = f"{function.__name__}[{case}]"
                 _SCENARIOS[name] = (sizes, lambda folder, k=keyword, v=value: function(folder, **{k: v}))
         return function
 
@@ -272,3 +274,74 @@ def true_and_live_weights(_: Path) -> None:
         for p in parameters_of(pair.alone):
             p.add_(1.0)
     pair.run(2)
+
+
+@scenario(2)
+def copies_and_pickles(_: Path) -> None:
+    """They go on as the original does; a process group is left behind, and missed."""
+    pair = Pair("adamw")
+    pair.set_row("alternate")
+    pair.run(2)
+    original = pair.together
+    pair.together = copy.deepcopy(original)
+    pair.run(3)
+    group = dist.group.WORLD
+    p = torch.ones(3, requires_grad=True)
+    owner = ak.AIMFusedOptimizer([p], process_group=group)
+    again = copy.deepcopy(owner)
+    parameters_of(again)[0].grad = torch.ones(3)
+    with pytest.raises(RuntimeError, match=r"assign optimizer\.process_group"):
+        again.step()
+    again.process_group = group
+    again.step()
+    assert again.tables.control.tolist()[1] == 1
+    assert again.statistics()[0]["grad_norm"] == 6**0.5, "two processes have three elements each"
+
+
+@scenario(2)
+def what_is_refused(_: Path) -> None:
+    """By name, before anything was written, and on all processes alike."""
+    mesh = mesh_of_all()
+    other_mesh = DeviceMesh("cpu", [dist.get_rank()])
+    named = init_device_mesh("cpu", (2, 1), mesh_dim_names=("a", "b"))
+    good = cut(torch.ones(4, 4), mesh, [Shard(0)]).requires_grad_()
+
+    def optimizer_of(*params: torch.Tensor, **options: Any) -> ak.AIMFusedOptimizer:
+        return ak.AIMFusedOptimizer([(f"p{index}", p) for index, p in enumerate(params)], **options)
+
+    partial = DTensor.from_local(torch.ones(4), mesh, [Partial()])
+    with pytest.raises(ValueError, match=r"'p1'.*partial sum"):
+        optimizer_of(good, partial)
+    for foreign in (cut(torch.ones(4), other_mesh, [Shard(0)]), cut(torch.ones(4), named, [Shard(0), Replicate()])):
+        with pytest.raises(ValueError, match=r"mesh.*is no part of"):
+            optimizer_of(good, foreign)
+    optimizer_of(cut(torch.ones(4), named, [Shard(0), Replicate()]), cut(torch.ones(4), named["a"], [Shard(0)]))
+    with pytest.raises(ValueError, match=r"'p0'.*process_group is for plain parameters"):
+        optimizer_of(good, process_group=dist.group.WORLD)
+    with pytest.raises(ValueError, match="sync_every"):
+        optimizer_of(good, sync_every=0)
+
+    columns = cut(torch.ones(4, 4), mesh, [Shard(1)]).requires_grad_()
+    optimizer = optimizer_of(good, columns)
+    with pytest.raises(ValueError, match=r"'p1'.*noise goes by global element index.*first dimension"):
+        optimizer.set_modulation(0, noise=0.1)
+    optimizer.tables.set_columns(0, noise=0.1)  # as a checkpoint does
+    good.grad, columns.grad = (p.detach().clone() for p in (good, columns))
+    with pytest.raises(ValueError, match=r"'p1'.*noise"):
+        optimizer.step()
+    optimizer.tables.set_columns(0, noise=0.0)
+    optimizer.step()
+
+    before = [p.detach().to_local().clone() for p in (good, columns)]
+    columns.grad = cut(torch.ones(4, 4), mesh, [Replicate()])
+    for _attempt in range(2):
+        with pytest.raises(RuntimeError, match=r"'p1'.*gradient.*Replicate.*the parameter.*Shard\(dim=1\)"):
+            optimizer.step()
+    columns.grad = cut(torch.ones(4, 4), mesh, [Shard(1)])
+    state = optimizer.state[columns]
+    kept, state["exp_avg"] = state["exp_avg"], torch.zeros(4, 4)
+    with pytest.raises(RuntimeError, match=r"'p1'.*its state exp_avg is a plain tensor"):
+        optimizer.step()
+    state["exp_avg"] = kept
+    same_bits(before, [p.detach().to_local() for p in (good, columns)])
+    optimizer.step()

@@ -23,6 +23,9 @@ import torch.distributed as dist
 #: Of a collective, and of a whole world, in seconds.
 PATIENCE, LIFETIME = 60, 240
 
+#: What a process runs, before its arguments.
+COMMAND = [__file__]
+
 
 def start(command: list[str], folder: Path, count: int) -> list[tuple[subprocess.Popen[bytes], Path]]:
     started = []
@@ -48,7 +51,7 @@ def run(size: int, folder: Path) -> list[str]:
     """Runs the scenarios of a world; what each process said. Raises AssertionError with everything they said where one
     fails or does not come to an end."""
     store = tempfile.mktemp(dir=folder)
-    processes = start([sys.executable, __file__, "RANK", str(size), store, str(folder)], folder, size)
+    processes = start([sys.executable, *COMMAND, "RANK", str(size), store, str(folder)], folder, size)
     deadline = time.monotonic() + LIFETIME
     try:
         for process, _ in processes:
