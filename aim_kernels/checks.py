@@ -26,6 +26,11 @@ def _on_device(value: Any) -> bool:
     return isinstance(value, Tensor) and value.device.type != "cpu"
 
 
+def may_differ(value: Any, number: float) -> bool:
+    """Whether a value is another number; one in a device's memory is not looked at, and may be."""
+    return _on_device(value) or float(value) != number
+
+
 def check_number(name: str, value: Any, low: float, high: float = float("inf"), *, high_open: bool = False) -> None:
     """Raises ValueError unless ``low <= value <= high`` (``< high`` if ``high_open``); NaN is refused."""
     try:

@@ -242,9 +242,14 @@ def a_first_step_of_rate_zero_is_a_step(_: Path) -> None:
     pair.compare("first step")
 
 
-@scenario(
-    2, 4, case=[("plain", "train"), ("ddp", "eval"), ("fsdp2", "train"), ("fsdp2", "eval"), ("fsdp2-mixed", "train")]
-)
+@scenario(2)
+def resuming_under_ddp(folder: Path) -> None:
+    """In a world of two, since DDP adds more than two gradients up in another order before and after it has rebuilt its
+    buckets."""
+    resuming_from_a_distributed_checkpoint(folder, ("ddp", "eval"))
+
+
+@scenario(2, 4, case=[("plain", "train"), ("fsdp2", "train"), ("fsdp2", "eval"), ("fsdp2-mixed", "train")])
 def resuming_from_a_distributed_checkpoint(folder: Path, case: tuple[str, str]) -> None:
     """Saved and loaded by torch.distributed.checkpoint, in either mode of the module; then trained on, bit for bit."""
     import torch.distributed.checkpoint as dcp
@@ -448,8 +453,6 @@ def zero_redundancy_by_hand(_: Path) -> None:
         zero.step()
         alone.step()
         alike(alone, zero, f"step {number}")
-    backward(model, 3)
-    zero.optim.set_modulation(0, noise=0.5)
-    if zero.optim.param_groups[0]["params"]:
+    if zero.optim.param_groups[0]["params"]:  # the processes that have none of its parameters have none to name
         with pytest.raises(ValueError, match="AIMZeroRedundancyOptimizer"):
-            zero.optim._check_before_building()
+            zero.optim.set_modulation(0, noise=0.5)
