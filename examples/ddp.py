@@ -19,27 +19,29 @@ import aim_kernels as ak
 EPOCHS, BATCH = 4, 32
 
 
-def begin() -> None:
-    """Joins the process group of torchrun; new tensors are on this process's device."""
+def begin() -> torch.device:
+    """Joins the process group of torchrun; this process's device."""
     on_gpu = torch.cuda.is_available()
     dist.init_process_group("nccl" if on_gpu else "gloo")
-    torch.set_default_device(torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu"))
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    return device
 
 
-def shard(tensors: tuple[Tensor, ...]) -> list[Tensor]:
+def shard(tensors: tuple[Tensor, ...], device: torch.device) -> list[Tensor]:
     """The samples of this process: every so many-th."""
-    return [tensor[dist.get_rank() :: dist.get_world_size()] for tensor in tensors]
+    return [tensor[dist.get_rank() :: dist.get_world_size()].to(device) for tensor in tensors]
 
 
 def main() -> None:
-    begin()
+    device = begin()
     torch.manual_seed(0)  # equal weights everywhere, and equal shuffling of unequal samples
+    shape, colour, labels = shard(samples(1024, shortcut=True, seed=2), device)
+    *held_out, held_out_labels = shard(samples(256, shortcut=False, seed=3), device)
+    *test, test_labels = (tensor.to(device) for tensor in samples(2048, shortcut=False, seed=4))
 
-    shape, colour, labels = shard(samples(1024, shortcut=True, seed=2))
-    *held_out, held_out_labels = shard(samples(256, shortcut=False, seed=3))
-    *test, test_labels = samples(2048, shortcut=False, seed=4)
-
-    plain = TwoModalities()
+    plain = TwoModalities().to(device)
     groups = ak.block_param_groups(plain, {"shape": list(plain.shape), "colour": list(plain.colour)})
     model = DistributedDataParallel(plain)
     optimizer = ak.AIMFusedOptimizer(groups, lr=3e-3)

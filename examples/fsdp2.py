@@ -10,7 +10,7 @@ import tempfile
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from ddp import begin, shard
+from ddp import BATCH, EPOCHS, begin, shard
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -18,12 +18,10 @@ from two_modalities import CLASSES, TwoModalities, samples
 
 import aim_kernels as ak
 
-EPOCHS, BATCH = 4, 32
 
-
-def build() -> tuple[nn.Module, ak.AIMFusedOptimizer, ak.AIM]:
+def build(device: torch.device) -> tuple[nn.Module, ak.AIMFusedOptimizer, ak.AIM]:
     torch.manual_seed(0)
-    model = TwoModalities()
+    model = TwoModalities().to(device)
     for block in (*model.shape, *model.colour):
         fully_shard(block)
     fully_shard(model)
@@ -34,33 +32,33 @@ def build() -> tuple[nn.Module, ak.AIMFusedOptimizer, ak.AIM]:
 
 
 def save(folder: str, model: nn.Module, optimizer: ak.AIMFusedOptimizer, aim: ak.AIM) -> None:
-    states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-    dcp.save(states, checkpoint_id=folder)
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
     if dist.get_rank() == 0:  # it is the same everywhere
         torch.save(aim.state_dict(), f"{folder}/aim.pt")
     dist.barrier()
 
 
 def load(folder: str, model: nn.Module, optimizer: ak.AIMFusedOptimizer, aim: ak.AIM) -> None:
-    states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-    dcp.load(states, checkpoint_id=folder)
-    set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
     aim.load_state_dict(torch.load(f"{folder}/aim.pt"))
 
 
 def main() -> None:
-    begin()
-    shape, colour, labels = shard(samples(1024, shortcut=True, seed=2))
-    *held_out, held_out_labels = shard(samples(256, shortcut=False, seed=3))
-    *test, test_labels = samples(2048, shortcut=False, seed=4)
+    device = begin()
+    shape, colour, labels = shard(samples(1024, shortcut=True, seed=2), device)
+    *held_out, held_out_labels = shard(samples(256, shortcut=False, seed=3), device)
+    *test, test_labels = (tensor.to(device) for tensor in samples(2048, shortcut=False, seed=4))
     folder = [tempfile.mkdtemp()]  # that of rank 0, which all see
     dist.broadcast_object_list(folder)
 
-    model, optimizer, aim = build()
+    model, optimizer, aim = build(device)
     for epoch in range(EPOCHS):
         if epoch == EPOCHS // 2:
             save(folder[0], model, optimizer, aim)
-            model, optimizer, aim = build()
+            model, optimizer, aim = build(device)
             load(folder[0], model, optimizer, aim)
         table = aim.update((shape[:256], colour[:256]), labels[:256], held_out=(held_out, held_out_labels))
         if dist.get_rank() == 0:
