@@ -1,6 +1,5 @@
-"""AIM under FSDP2: parameters, moments and true weights in parts, thresholds and strengths those of whole blocks.
-
-A checkpoint by torch.distributed.checkpoint is taken half-way; a second model goes on from it.
+"""AIM under FSDP2: parameters, moments and true weights in parts, thresholds and strengths those of whole blocks. A
+checkpoint by torch.distributed.checkpoint is taken half-way; a second model goes on from it.
 
 Run it: torchrun --nproc-per-node 2 examples/fsdp2.py
 """
