@@ -82,6 +82,10 @@ def in_place_of(parameter: Tensor, value: Tensor, name: str) -> Tensor:
         return moved
     if value.shape != parameter.shape:
         return value
+    if tuple(size for _, size in _extents(p)) != tuple(local_of(p).shape):
+        raise ValueError(
+            f"{name} is a whole tensor in the checkpoint, but the parameter was not cut as torch.chunk does"
+        )
     part = value
     for dim, (begin, size) in enumerate(_extents(p)):
         part = part.narrow(dim, begin, size)
@@ -129,6 +133,8 @@ def offset_of(p: Tensor) -> int | None:
     if not all(placement.is_replicate() or _is_plain_shard(placement) for placement in d.placements):
         return None
     extents = _extents(d)
+    if tuple(size for _, size in extents) != tuple(local_of(p).shape):  # cut by hand
+        return None
     if 0 in (size for _, size in extents):
         return 0
     whole = [begin == 0 and size == full for (begin, size), full in zip(extents, d.shape, strict=True)]

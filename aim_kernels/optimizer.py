@@ -149,13 +149,16 @@ class AIMFusedOptimizer(Modulated):
             full["weight_decay"] = group["weight_decay"] = _DEFAULT_DECAY.get(full["rule"], 0.0)
         checks.check_hyperparameters(full, number)
         first = next((t for t in tensors if isinstance(t, Tensor)), None)
-        device = self.tables.rows.device if number else first.device if first is not None else None
+        held = any(group["params"] for group in self.param_groups)
+        device = self.tables.rows.device if held else first.device if first is not None else None
         checks.check_parameters(preview, number, tensors, device)
         checks.check_meshes(preview, self.process_group)
         super().add_param_group(group)
 
         if not hasattr(self, "tables"):
             self.tables = Tables(tensors[0].device if tensors else torch.device("cpu"), self._seed)
+        elif not held and tensors:
+            self.tables.to(tensors[0].device)
         kind, value = full["under_optimized"]
         self.tables.add_group(float(value) if kind == "absolute" else 0.0, self.keep_masters and full["modulated"])
         if self.anchor == "init" and full["modulated"]:

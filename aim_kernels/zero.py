@@ -55,6 +55,8 @@ class AIMZeroRedundancyOptimizer(ZeroRedundancyOptimizer):
         grouped = chain.from_iterable(entry["params"] if isinstance(entry, dict) else [entry] for entry in members)
         number_parameters(grouped)
         super().__init__(members, make, group, parameters_as_bucket_view, **options)
+        # Also where this process has no parameters: what it exchanges must be where the others' is.
+        self.optim.tables.to(self._default_device)  # type: ignore[attr-defined]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, on all processes."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import parameters_of, same_bits
+from places import enter
 from scenarios import agree, same_sums, scenario, whole
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -284,6 +285,33 @@ def resuming_from_a_distributed_checkpoint(folder: Path, case: tuple[str, str]) 
     same_bits(snapshot(optimizer), snapshot(resumed))
 
 
+@scenario(2)
+def from_parts_to_a_whole(folder: Path) -> None:
+    """What FSDP2 saved in parts, a module of one process loads, and goes on."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    model, single = fsdp2(), plain()
+    together, alone = (optimizer_of(m, keep_masters=True) for m in (model, single))
+    strengths(together)
+    train(model, together, range(3))
+    dcp.save(get_optimizer_state_dict(model, together), checkpoint_id=folder / "parts")
+    template = get_optimizer_state_dict(single, alone)
+    dcp.load(template, checkpoint_id=folder / "parts")
+    with torch.no_grad():
+        for p, q in zip(parameters_of(alone), parameters_of(together), strict=True):
+            p.copy_(whole(q))
+    set_optimizer_state_dict(single, alone, template)
+    compare(alone, together, "loaded")
+    for number in range(3, 6):
+        backward(model, number)
+        follow(alone, together)
+        together.step()
+        alone.step()
+        together.tables.statistics.copy_(alone.tables.statistics)  # noise is measured by them
+        compare(alone, together, f"step {number}")
+
+
 @scenario(2, 4)
 def full_state_dicts(_: Path) -> None:
     """A full state dict of FSDP2, loaded into FSDP2, by torch and by hand, and into one process's optimizer."""
@@ -371,7 +399,8 @@ def zero_redundancy(folder: Path, buckets: bool) -> None:
     """States in parts, with AIM and noise; then resumed from a consolidated checkpoint, and from one of one process."""
     model, single = ddp(), plain()
     zero, alone = zero_of(model, parameters_as_bucket_view=buckets), optimizer_of(single)
-    aims = [ak.AIM(m, o, CLASSES, prototype_steps=2) for m, o in ((model, zero), (single, alone))]
+    pairs: Any = ((model, zero), (single, alone))
+    aims = [ak.AIM(m, o, CLASSES, prototype_steps=2, mixing="weights") for m, o in pairs]
 
     def step(number: int) -> None:
         backward(model, number)
@@ -390,9 +419,12 @@ def zero_redundancy(folder: Path, buckets: bool) -> None:
         step(number)
     assert any("master" in state for state in alone.state.values())
     same_bits([row["numel"] for row in zero.statistics()], [row["numel"] for row in alone.statistics()])
+    live_weights = [p.detach().clone() for p in parameters_of(alone)]
     for optimizer in (zero, alone):
         optimizer.eval()
     alike(alone, zero, "true weights")
+    degraded = zip(live_weights, parameters_of(alone), strict=True)
+    assert not all(torch.equal(live, p) for live, p in degraded), "nothing is degraded"
     for optimizer in (zero, alone):
         optimizer.train()
     alike(alone, zero, "live weights")
@@ -416,6 +448,30 @@ def zero_redundancy(folder: Path, buckets: bool) -> None:
         alike(alone, zero, "loaded")
     for number in range(4, 7):
         step(number)
+
+
+@scenario(4, backend=["cpu", "reference", "cuda"])
+def processes_without_parameters(_: Path, backend: str) -> None:
+    """Two parameters for four processes: those that have none take the same steps, and know the same thresholds."""
+    with pytest.MonkeyPatch.context() as patch:
+        name = enter(backend, patch)
+        params = [[torch.arange(n, dtype=torch.float32).requires_grad_() for n in (3, 5)] for _ in range(2)]
+        options: dict[str, Any] = {"lr": 0.1, "under_optimized": ("fraction", 0.3), "threshold_rate": 0.2}
+        zero = AIMZeroRedundancyOptimizer(
+            [{"params": params[0], "modulated": True}], backend=name, parameters_as_bucket_view=False, **options
+        )
+        alone = ak.AIMFusedOptimizer([{"params": params[1], "modulated": True}], backend="cpu", **options)
+        assert sum(not group["params"] for group in zero.optim.param_groups) == (dist.get_rank() > 1)
+        for optimizer in (zero, alone):
+            optimizer.set_phases(0.5)
+            optimizer.set_phase_rows(0, aux={"live_well": 0.5, "grad_well": 0.5})
+        for number in range(4):
+            for p, q in zip(*params, strict=True):
+                p.grad = torch.linspace(-1, 1, p.numel()) * (1.0 + number % 2)
+                q.grad = p.grad.clone()
+            zero.step()
+            alone.step()
+            alike(alone, zero, f"step {number}")
 
 
 @scenario(2)
