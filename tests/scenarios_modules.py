@@ -399,6 +399,8 @@ def zero_redundancy(folder: Path, buckets: bool) -> None:
     """States in parts, with AIM and noise; then resumed from a consolidated checkpoint, and from one of one process."""
     model, single = ddp(), plain()
     zero, alone = zero_of(model, parameters_as_bucket_view=buckets), optimizer_of(single)
+    for group in (*zero.param_groups, *alone.param_groups):
+        group["lr"] = 7e-3  # as a scheduler does; a loaded checkpoint has it
     pairs: Any = ((model, zero), (single, alone))
     aims = [ak.AIM(m, o, CLASSES, prototype_steps=2, mixing="weights") for m, o in pairs]
 
