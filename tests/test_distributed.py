@@ -1,4 +1,4 @@
-"""Several processes do what one does: the scenarios of scenarios.py and scenarios_modules.py, in worlds of 2 and 4."""
+"""Several processes do what one does: the scenarios of scenarios*.py, in worlds of 2 and 4."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import scenarios
 import scenarios_modules  # noqa: F401  registers its scenarios
+import scenarios_zero  # noqa: F401
 import worlds
 from places import cuda_on_cpu
 
