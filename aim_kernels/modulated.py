@@ -18,6 +18,7 @@ class Modulated(torch.optim.Optimizer):
     """An optimizer with a row, and statistics, for each param group."""
 
     tables: Tables
+    process_group: Any
 
     def _note_live_weights(self, number: int) -> None:
         """Called after the live columns of a group were written."""
@@ -57,11 +58,14 @@ class Modulated(torch.optim.Optimizer):
             columns: any of grad_under, grad_well, step_under, step_well, live_under, live_well, tau_prev, tau, noise.
 
         Raises:
-            ValueError: no such group, an unknown column, or a value that it cannot hold.
+            ValueError: no such group, an unknown column, a value that it cannot hold, or noise for a DTensor whose
+                part here is not a run of consecutive elements.
         """
         checks.check_columns(columns)
         for number in self._block(*group) if isinstance(group, tuple) else [self._group_number(group)]:
             self._check_state_suffices(number, columns)
+            if checks.may_differ(columns.get("noise", 0.0), 0.0):
+                checks.check_noise(self.param_groups, self.process_group, {number})
             written: dict[str, Any] = {}
             for column, value in columns.items():
                 if column in PHASE_COLUMNS:

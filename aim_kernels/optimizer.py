@@ -9,7 +9,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from aim_kernels import checkpoint, checks
+from aim_kernels import checkpoint, checks, distributed
 from aim_kernels.backends import check_name, select
 from aim_kernels.clipping import clip
 from aim_kernels.launch import capturing
@@ -75,6 +75,15 @@ class AIMFusedOptimizer(Modulated):
         backend: "auto", "cpu", "cuda", "triton" or "reference"; "auto" lets the parameters' device decide, and reads
             the environment variable AIM_KERNELS_BACKEND.
         seed: of the noise and of the phase draws.
+        process_group: where every process of it has a part of the parameters only, each another one
+            (``ZeroRedundancyOptimizer``); thresholds and statistics then are those of all. DTensor parameters find
+            their mesh by themselves, and equal copies (DDP) need nothing. Left behind by pickle and deepcopy: assign
+            ``optimizer.process_group`` before the next step.
+        sync_every: thresholds and statistics move in every n-th step only, the first among them, and hold in between;
+            with DTensors or a process group, so many steps share one all-reduce.
+        keep_masters: keeps ``master`` states of all ``modulated`` parameters at all times, so that a checkpoint has
+            the same states whether or not something is degraded when it is taken, as
+            ``torch.distributed.checkpoint.load`` wants it.
         fused_scaling: lets ``GradScaler.step`` hand over its scale and its finding of infinities, so that gradients are
             divided, and a step skipped whole, inside the kernel. ``grad`` itself then stays scaled.
         max_grad_norm: clips all gradients together by their L2 norm, as ``torch.nn.utils.clip_grad_norm_`` does, but
@@ -117,14 +126,20 @@ class AIMFusedOptimizer(Modulated):
         seed: int = 0,
         fused_scaling: bool = False,
         max_grad_norm: float | None = None,
+        process_group: Any = None,
+        sync_every: int = 1,
+        keep_masters: bool = False,
     ) -> None:
         if anchor not in ("zero", "init"):
             raise ValueError(f"anchor: expected 'zero' or 'init', got {anchor!r}")
         if not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise ValueError(f"seed: expected an integer in [0, 2^63), got {seed!r}")
+        if not isinstance(sync_every, int) or sync_every < 1:
+            raise ValueError(f"sync_every: expected a whole number of steps, at least 1, got {sync_every!r}")
         if max_grad_norm is not None:
             checks.check_number("max_grad_norm", max_grad_norm, 0.0)
         check_name(backend)
+        self.process_group, self.sync_every, self.keep_masters = process_group, sync_every, bool(keep_masters)
         self.max_grad_norm = max_grad_norm
         self.grad_norm: Tensor | None = None
         self.anchor = anchor
@@ -134,6 +149,8 @@ class AIMFusedOptimizer(Modulated):
         self._plan: StepPlan | None = None
         self._holds_true_weights = False
         self._leaving: set[int] = set()  # groups whose masters the next step makes superfluous
+        # Of parameters that have no state yet: torch.distributed.checkpoint makes states only where there are none.
+        self._anchors: dict[Tensor, Tensor] = {}
         # Whose states and tables graphs will read and write as long as they live.
         self._captured: list[tuple[StepPlan, Any]] = []
         defaults = {
@@ -180,17 +197,21 @@ class AIMFusedOptimizer(Modulated):
             full["reference_lr"] = group["reference_lr"] = float(full["lr"])
         checks.check_hyperparameters(full, number)
         first = next((t for t in tensors if isinstance(t, Tensor)), None)
-        device = self.tables.rows.device if number else first.device if first is not None else None
+        held = any(group["params"] for group in self.param_groups)
+        device = self.tables.rows.device if held else first.device if first is not None else None
         checks.check_parameters(preview, number, tensors, device)
+        checks.check_meshes(preview, self.process_group)
         super().add_param_group(group)
 
         if not hasattr(self, "tables"):
             self.tables = Tables(tensors[0].device if tensors else torch.device("cpu"), self._seed)
+        elif not held and tensors:
+            self.tables.to(tensors[0].device)
         kind, value = full["under_optimized"]
-        self.tables.add_group(float(value) if kind == "absolute" else 0.0)
+        self.tables.add_group(float(value) if kind == "absolute" else 0.0, self.keep_masters and full["modulated"])
         if self.anchor == "init" and full["modulated"]:
             for p in tensors:
-                self.state[p]["anchor"] = master_of(p)
+                self._anchors[p] = master_of(p)
         self._plan = None
 
     # -- the step ----------------------------------------------------------------------------------------------------
@@ -245,7 +266,8 @@ class AIMFusedOptimizer(Modulated):
             )
         plan = self._plan
         if plan is None or not plan.is_of(self) or not plan.read():
-            if all(p.grad is None for group in self.param_groups for p in group["params"]):
+            none = all(p.grad is None for group in self.param_groups for p in group["params"])
+            if none and self.process_group is None:  # of which others may have gradients, and wait for this process
                 return None
             if capturing(self.tables.rows.device):
                 raise RuntimeError(
@@ -254,10 +276,13 @@ class AIMFusedOptimizer(Modulated):
                 )
             self._check_before_building()
             checks.check_gradients(self.param_groups)
+            only_states = distributed.makes_states_only(self)
             self._make_state()
+            if only_states:
+                return None
             plan = self._plan = StepPlan(self)
             plan.take()
-        return plan if plan.has_gradients() else None
+        return plan if plan.has_gradients() or self.process_group is not None else None
 
     def _make_state(self) -> None:
         """States of parameters that meet their first gradient, and masters where live weights are to exist."""
@@ -278,14 +303,24 @@ class AIMFusedOptimizer(Modulated):
             for p in group["params"]:
                 if live and "master" not in self.state[p]:
                     self.state[p]["master"] = master_of(p)
+            for p in stepped:
+                if p in self._anchors:
+                    self.state[p]["anchor"] = self._anchors.pop(p)
 
     def _check_before_building(self) -> None:
         """What may have changed behind the optimizer's back since it was last looked at."""
         first = next((p for group in self.param_groups for p in group["params"]), None)
         if first is not None and first.device != self.tables.rows.device:  # the module was moved
             self.tables.to(first.device)
+        if self.process_group is distributed.Absent.PROCESS_GROUP:
+            raise RuntimeError(
+                "a process group is neither pickled nor copied: assign optimizer.process_group before the next step"
+            )
         for number, group in enumerate(self.param_groups):
             checks.check_parameters(self.param_groups, number, group["params"], self.tables.rows.device)
+        checks.check_meshes(self.param_groups, self.process_group)
+        if self.process_group is not None or distributed.any_dtensor(self.param_groups):
+            checks.check_noise(self.param_groups, self.process_group, distributed.noisy_groups(self.tables))
         checks.check_states(self.param_groups, self.state)
 
     def _trains_on_live_weights(self) -> bool:
@@ -327,8 +362,10 @@ class AIMFusedOptimizer(Modulated):
         if self._holds_true_weights:
             return
         self._holds_true_weights = True
-        for p, master in self._masters():
+        masters = self._masters()
+        for p, master in masters:
             p.copy_(master)
+        distributed.reshard_all(p for p, _ in masters)
 
     @torch.no_grad()
     def train(self) -> None:
@@ -336,8 +373,9 @@ class AIMFusedOptimizer(Modulated):
         masters = self._masters()
         for p, master in masters:
             # By value, since writes through .data leave no trace.
-            if self._holds_true_weights and not torch.equal(p, master.to(p.dtype)):
-                master.copy_(p)
+            here, kept = distributed.local_of(p), distributed.local_of(master)
+            if self._holds_true_weights and not torch.equal(here, kept.to(p.dtype)):
+                kept.copy_(here)
         self._holds_true_weights = False
         if not masters:
             return
@@ -347,6 +385,7 @@ class AIMFusedOptimizer(Modulated):
         plan.read_hyperparameters(on_device=backend.ON_DEVICE)
         backend.emit(plan)
         torch.autograd.graph.increment_version([p for p, _ in masters])
+        distributed.reshard_all(p for p, _ in masters)
 
     @contextmanager
     def true_parameters(self) -> Iterator[None]:
@@ -371,7 +410,7 @@ class AIMFusedOptimizer(Modulated):
 
     def state_dict(self) -> dict[str, Any]:
         """torch.optim's, plus ``master`` states (the true weights) and each group's row, statistics and control."""
-        return checkpoint.with_tables(super().state_dict(), self.tables)
+        return checkpoint.complete(super().state_dict(), self)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -399,9 +438,10 @@ class AIMFusedOptimizer(Modulated):
             self._note_live_weights(number)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("tables", "anchor", "backend", "max_grad_norm", "_seed")
-        kept += ("_holds_true_weights", "_step_supports_amp_scaling")
-        return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
+        kept = ["tables", "anchor", "backend", "_seed", "_holds_true_weights", "_step_supports_amp_scaling"]
+        kept += ["sync_every", "keep_masters", "max_grad_norm", "_anchors"]
+        group = None if self.process_group is None else distributed.Absent.PROCESS_GROUP
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}, "process_group": group}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.max_grad_norm = self.grad_norm = None

@@ -17,7 +17,19 @@ def step(
     threads: int,
     team: int = 0,
 ) -> None: ...
+def update(
+    tensors: NDArray[np.void],
+    groups: NDArray[np.void],
+    rows: int,
+    statistics: int,
+    control: int,
+    sums: int,
+    threads: int,
+    team: int = 0,
+) -> None: ...
+def finish(groups: NDArray[np.void], sums: int, rows: int, statistics: int, control: int) -> None: ...
 def emit(tensors: NDArray[np.void], groups: NDArray[np.void], rows: int, threads: int, team: int = 0) -> None: ...
+def squares(tensors: NDArray[np.void], threads: int, team: int = 0) -> float: ...
 def check(tensors: NDArray[np.void], groups: NDArray[np.void]) -> None: ...
 
 class Watch:

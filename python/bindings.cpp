@@ -66,6 +66,30 @@ void step(py::array tensors, py::array groups, uintptr_t rows, uintptr_t statist
   raise(status, how.isa);
 }
 
+void update(py::array tensors, py::array groups, uintptr_t rows, uintptr_t statistics,
+            uintptr_t control, uintptr_t sums, int threads, uintptr_t team) {
+  const aim::Execution how = execution(threads, team);
+  const auto* tensor_table = records<aim::Tensor>(tensors, "tensors");
+  const auto* group_table = records<aim::Group>(groups, "groups");
+  const int64_t tensor_count = tensors.size(), group_count = groups.size();
+  aim::Status status;
+  {
+    py::gil_scoped_release release;
+    status = aim::update(tensor_table, tensor_count, group_table, table<aim::Row>(rows),
+                         table<aim::Statistics>(statistics), group_count,
+                         table<aim::Control>(control), how, table<aim::Statistics>(sums));
+  }
+  raise(status, how.isa);
+}
+
+void finish(py::array groups, uintptr_t sums, uintptr_t rows, uintptr_t statistics,
+            uintptr_t control) {
+  raise(aim::finish(records<aim::Group>(groups, "groups"), table<aim::Statistics>(sums),
+                    table<aim::Row>(rows), table<aim::Statistics>(statistics), groups.size(),
+                    table<aim::Control>(control)),
+        nullptr);
+}
+
 void check(py::array tensors, py::array groups) {
   raise(aim::check(records<aim::Tensor>(tensors, "tensors"), tensors.size(),
                    records<aim::Group>(groups, "groups"), groups.size()),
@@ -353,6 +377,12 @@ PYBIND11_MODULE(_C, module) {
              py::arg("statistics"), py::arg("control"), py::arg("threads"), py::arg("team") = 0,
              "One optimizer step over all tensors; `rows`, `statistics`, `control` and `team` are "
              "addresses.");
+  module.def("update", &update, py::arg("tensors"), py::arg("groups"), py::arg("rows"),
+             py::arg("statistics"), py::arg("control"), py::arg("sums"), py::arg("threads"),
+             py::arg("team") = 0, "A step up to its sums, which it writes.");
+  module.def("finish", &finish, py::arg("groups"), py::arg("sums"), py::arg("rows"),
+             py::arg("statistics"), py::arg("control"),
+             "The rest of a step, for the sums over all processes.");
   module.def("emit", &emit, py::arg("tensors"), py::arg("groups"), py::arg("rows"),
              py::arg("threads"), py::arg("team") = 0,
              "Writes the live weights of all tensors that have a master.");

@@ -97,6 +97,26 @@ def test_two_modalities_example_gains_where_dominance_is_a_shortcut(tmp_path):
     assert balanced > joint + 5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp.py", "fsdp2.py"])
+def test_distributed_examples(name, tmp_path):
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=localhost:0",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, ROOT / "examples" / name]
+    result = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=120, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    epochs = re.findall(r"epoch (\d): strength", result.stdout)
+    assert epochs == list("0123"), "one process prints, once an epoch"
+    (share,) = re.findall(r"([\d.]+)% of the test samples", result.stdout)
+    assert float(share) > 70, "joint training gets about half of them"
+
+
 def test_every_example_is_run_here():
     names = {path.name for path in (ROOT / "examples").glob("*.py")}
-    assert names == {"drop_in.py", "two_modalities.py"}
+    assert names == {"drop_in.py", "two_modalities.py", "ddp.py", "fsdp2.py"}

@@ -58,6 +58,14 @@ def step(plan: StepPlan) -> None:
     """One step over all tensors of the plan."""
     tables = plan.tables
     plan.load_staged()
+    if plan.exchange is not None:
+        sums = torch.empty_like(tables.statistics)
+        addresses = (tables.rows.data_ptr(), tables.statistics.data_ptr(), tables.control.data_ptr())
+        _C.update(plan.records, plan.groups, *addresses, sums.data_ptr(), torch.get_num_threads(), _team())
+        plan.store_staged()
+        plan.exchange(sums)
+        _C.finish(plan.groups, sums.data_ptr(), *addresses)
+        return
     _C.step(
         plan.records,
         plan.groups,

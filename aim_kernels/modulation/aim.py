@@ -85,7 +85,9 @@ class AIM:
     batch_size
         Scoring runs in pieces of this many samples.
 
-    Scores are averaged over the ranks of an initialized process group. Everything but S1-S5 of the specification (what
+    Scores are averaged over the ranks of an initialized process group, so that all set the same rows: each rank calls
+    :meth:`update`, with samples of its own, of which every rank has equally many where the model is sharded (FSDP2).
+    Everything but S1-S5 of the specification (what
     the abstracts say) is this library's reading.
 
     Raises ValueError for fewer than two modalities, unknown choices and numbers out of range; TypeError for another

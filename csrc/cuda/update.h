@@ -296,6 +296,7 @@ __device__ __forceinline__ constexpr cuda::Family family_of(Kind kind) {
 template <class Dispatch>
 __device__ __forceinline__ void update_block(const cuda::Work& work) {
   __shared__ Shared shared;
+  __shared__ Statistics unread;
   if (skipped(work)) return;
   if (blockIdx.x == 0 && threadIdx.x == 0) *work.next = draw_phase(*work.control);
   if (blockIdx.x >= work.chunk_count) return;
@@ -305,7 +306,11 @@ __device__ __forceinline__ void update_block(const cuda::Work& work) {
   if (!Dispatch::takes(static_cast<DType>(tensor.dtype), family_of(kind))) return;
   const int64_t begin = static_cast<int64_t>(chunk.index) * work.chunk_size;
   const int64_t end = begin + elements(begin, tensor.numel, work.chunk_size);
-  Statistics* const partial = work.partials + blockIdx.x;
+  Statistics* partial = work.partials + blockIdx.x;
+  if (tensor.uncounted) {
+    if (threadIdx.x == 0) *partial = Statistics{};
+    partial = &unread;
+  }
   if (tensor.grad || tensor.master) {
     if (threadIdx.x == 0) shared = uniforms_of(work, tensor);
   }
