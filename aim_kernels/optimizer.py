@@ -9,7 +9,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from aim_kernels import checkpoint, checks
+from aim_kernels import checkpoint, checks, compiled
 from aim_kernels.backends import check_name, select
 from aim_kernels.launch import capturing
 from aim_kernels.modulated import Modulated
@@ -22,6 +22,10 @@ _DEFAULT_DECAY = {"adamw": 1e-2, "adam": 0.0, "sgd": 0.0}
 
 #: What a block's param group says of itself (``block_param_groups``); plain groups keep these.
 _BLOCK_KEYS = {"modality": None, "depth": None, "modulated": False, "module": None}
+
+
+def _has_gradient(p: Tensor) -> bool:
+    return p.grad is not None
 
 
 class AIMFusedOptimizer(Modulated):
@@ -98,6 +102,8 @@ class AIMFusedOptimizer(Modulated):
         self._leaving: set[int] = set()  # groups whose masters the next step makes superfluous
         # Whose states and tables graphs will read and write as long as they live.
         self._captured: list[tuple[StepPlan, Any]] = []
+        self._handle = compiled.register(self)
+        self._inputs: compiled.GraphInputs | None = None
         defaults = {
             "lr": lr,
             "rule": rule,
@@ -143,7 +149,7 @@ class AIMFusedOptimizer(Modulated):
         if self.anchor == "init" and full["modulated"]:
             for p in tensors:
                 self.state[p]["anchor"] = master_of(p)
-        self._plan = None
+        self._plan = self._inputs = None
 
     # -- the step ----------------------------------------------------------------------------------------------------
 
@@ -166,16 +172,21 @@ class AIMFusedOptimizer(Modulated):
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
-            self._step()
+            if torch.compiler.is_compiling():
+                compiled.trace_step(self)
+            else:
+                self._step()
         return loss
 
     def _step(self) -> None:
         plan = self._ready_plan()
-        if plan is None:
-            return
+        if plan is not None:
+            # GradScaler sets both for the time of a step.
+            self._run(plan, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+
+    def _run(self, plan: StepPlan, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         backend = select(self.backend, self.tables.rows.device)
-        # GradScaler sets both for the time of a step.
-        plan.grad_scale, plan.found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        plan.grad_scale, plan.found_inf = grad_scale, found_inf
         if not backend.ON_DEVICE and plan.found_inf is not None and float(plan.found_inf):
             return
         plan.read_hyperparameters(on_device=backend.ON_DEVICE)
@@ -188,10 +199,7 @@ class AIMFusedOptimizer(Modulated):
 
     def _ready_plan(self) -> StepPlan | None:
         """A plan that has read this step's gradients; None where there are none."""
-        if self._holds_true_weights and self._trains_on_live_weights():
-            raise RuntimeError(
-                "the module holds the true weights (after optimizer.eval()); call optimizer.train() before step()"
-            )
+        self._refuse_true_weights()
         plan = self._plan
         if plan is None or not plan.is_of(self) or not plan.read():
             if all(p.grad is None for group in self.param_groups for p in group["params"]):
@@ -208,11 +216,11 @@ class AIMFusedOptimizer(Modulated):
             plan.take()
         return plan if plan.has_gradients() else None
 
-    def _make_state(self) -> None:
+    def _make_state(self, is_stepped: Callable[[Tensor], bool] = _has_gradient, *, masters: bool = True) -> None:
         """States of parameters that meet their first gradient, and masters where live weights are to exist."""
         for number, group in enumerate(self.param_groups):
             live = self.tables.has_live_weights(number)
-            stepped = [p for p in group["params"] if live or p.grad is not None]
+            stepped = [p for p in group["params"] if live or is_stepped(p)]
             fresh = [p for p in stepped if "step" not in self.state[p]]
             for device in {p.device for p in fresh}:
                 there = [p for p in fresh if p.device == device]
@@ -223,7 +231,7 @@ class AIMFusedOptimizer(Modulated):
                 for p, moment in zip(missing, zeros_like_all(missing), strict=True):
                     self.state[p][name] = moment
             for p in group["params"]:
-                if live and "master" not in self.state[p]:
+                if live and masters and "master" not in self.state[p]:
                     self.state[p]["master"] = master_of(p)
 
     def _check_before_building(self) -> None:
@@ -234,6 +242,12 @@ class AIMFusedOptimizer(Modulated):
         for number, group in enumerate(self.param_groups):
             checks.check_parameters(self.param_groups, number, group["params"], self.tables.rows.device)
         checks.check_states(self.param_groups, self.state)
+
+    def _refuse_true_weights(self) -> None:
+        if self._holds_true_weights and self._trains_on_live_weights():
+            raise RuntimeError(
+                "the module holds the true weights (after optimizer.eval()); call optimizer.train() before step()"
+            )
 
     def _trains_on_live_weights(self) -> bool:
         groups = range(len(self.param_groups))
@@ -265,6 +279,8 @@ class AIMFusedOptimizer(Modulated):
             self._leaving.add(number)
         else:
             self._leaving.discard(number)
+        if self._inputs is not None:
+            self._inputs.note_live_weights(number)
 
     # -- live and true weights ---------------------------------------------------------------------------------------
 
@@ -344,6 +360,8 @@ class AIMFusedOptimizer(Modulated):
         self._leaving = set()
         for number in range(len(self.param_groups)):
             self._note_live_weights(number)
+        if self._inputs is not None:
+            self._inputs.gather()
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("tables", "anchor", "backend", "_seed", "_holds_true_weights", "_step_supports_amp_scaling")
@@ -352,4 +370,5 @@ class AIMFusedOptimizer(Modulated):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._captured = []  # graphs are of the original
+        self._handle, self._inputs = compiled.register(self), None
         self._reset()
