@@ -10,13 +10,14 @@ makes functions of operators that write, and undoes that where it can.
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import operator
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ from aim_kernels.states import arithmetic_dtype, is_dense
 
 if TYPE_CHECKING:
     from aim_kernels.optimizer import AIMFusedOptimizer
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 #: Optimizers by the handle that a trace knows them by, and graph inputs by their number. Neither is kept alive.
 _OPTIMIZERS: weakref.WeakValueDictionary[str, AIMFusedOptimizer] = weakref.WeakValueDictionary()
@@ -49,6 +53,23 @@ def _tags() -> tuple[Any, ...]:
     """The operator reads hyperparameters on the host: no CUDA graph of the compiler's making may replay it."""
     unsafe = getattr(torch.Tag, "cudagraph_unsafe", None)  # torch 2.8
     return () if unsafe is None else (unsafe,)
+
+
+def outside_graphs(function: Callable[P, T]) -> Callable[P, T]:
+    """What reads or writes an optimizer's records in Python runs between graphs: a graph breaks where it is called.
+
+    ``torch.compiler.disable``, but the compiler is loaded with the first call only (any torch.optim.Optimizer loads it).
+    """
+    disabled: Callable[P, T] | None = None
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+        nonlocal disabled
+        if disabled is None:
+            disabled = torch.compiler.disable(function)
+        return disabled(*args, **kwargs)
+
+    return wrapper
 
 
 def register(optimizer: AIMFusedOptimizer) -> str:

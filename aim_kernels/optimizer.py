@@ -123,6 +123,7 @@ class AIMFusedOptimizer(Modulated):
         if backend != "auto":
             select(backend, self.tables.rows.device)
 
+    @compiled.outside_graphs
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, at any time; its row starts neutral."""
         group = dict(param_group)
@@ -168,6 +169,7 @@ class AIMFusedOptimizer(Modulated):
                 trains on live ones (after ``eval()``). Nothing was changed.
         """
         loss = None
+        self._opt_called = True
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -177,6 +179,9 @@ class AIMFusedOptimizer(Modulated):
             else:
                 self._step()
         return loss
+
+    # LR schedulers wrap step() to see whether it was called, which no graph can trace; this one tells them by itself.
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
     def _step(self) -> None:
         plan = self._ready_plan()
@@ -284,6 +289,7 @@ class AIMFusedOptimizer(Modulated):
 
     # -- live and true weights ---------------------------------------------------------------------------------------
 
+    @compiled.outside_graphs
     @torch.no_grad()
     def eval(self) -> None:
         """Puts the true weights into the module (validation, checkpoint, export). Exact and idempotent."""
@@ -293,6 +299,7 @@ class AIMFusedOptimizer(Modulated):
         for p, master in self._masters():
             p.copy_(master)
 
+    @compiled.outside_graphs
     @torch.no_grad()
     def train(self) -> None:
         """Puts the live weights back, to the bit. True weights that were changed meanwhile are kept as the new ones."""
@@ -332,10 +339,12 @@ class AIMFusedOptimizer(Modulated):
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
+    @compiled.outside_graphs
     def state_dict(self) -> dict[str, Any]:
         """torch.optim's, plus ``master`` states (the true weights) and each group's row, statistics and control."""
         return checkpoint.with_tables(super().state_dict(), self.tables)
 
+    @compiled.outside_graphs
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint of this class, or of the same rule in torch.optim; values keep their bits and dtype.
