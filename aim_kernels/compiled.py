@@ -51,14 +51,14 @@ _SCHEMA = (
 
 def _tags() -> tuple[Any, ...]:
     """The operator reads hyperparameters on the host: no CUDA graph of the compiler's making may replay it."""
-    unsafe = getattr(torch.Tag, "cudagraph_unsafe", None)  # torch 2.8
-    return () if unsafe is None else (unsafe,)
+    names = ("pt2_compliant_tag", "cudagraph_unsafe")  # the latter since torch 2.8
+    return tuple(getattr(torch.Tag, name) for name in names if hasattr(torch.Tag, name))
 
 
 def outside_graphs(function: Callable[P, T]) -> Callable[P, T]:
     """What reads or writes an optimizer's records in Python runs between graphs: a graph breaks where it is called.
 
-    ``torch.compiler.disable``, but the compiler is loaded with the first call only (any torch.optim.Optimizer loads it).
+    ``torch.compiler.disable``, but the compiler is loaded at the first call (as any torch.optim.Optimizer does).
     """
     disabled: Callable[P, T] | None = None
 
@@ -261,7 +261,7 @@ def trace_step(optimizer: AIMFusedOptimizer) -> None:
     if not grads:
         return
     _prepare_states(handle, kinds)
-    step(
+    torch.ops.aim_kernels.step(
         inputs.number,
         kinds,
         params,
@@ -390,14 +390,12 @@ def _substituted(optimizer: AIMFusedOptimizer, elsewhere: dict[int, Tensor]) -> 
             value.copy_(state[name])
 
 
-#: Arguments that :data:`step` writes.
-MUTATED = ("params", "states", "masters", "rows", "statistics", "control")
+# Not torch.library.custom_op, whose layers in Python take five times as long over hundreds of tensors. What it would
+# add, version counters, the step moves by itself.
+torch.library.define("aim_kernels::step", _SCHEMA, tags=_tags())
+torch.library.impl("aim_kernels::step", "CompositeExplicitAutograd")(_step)
 
-step = torch.library.custom_op("aim_kernels::step", _step, mutates_args=MUTATED, schema=_SCHEMA, tags=_tags())
 
-
-@step.register_fake
-def _(
-    inputs: Tensor, kinds: str, params: list[Tensor], grads: list[Tensor], *others: Tensor | list[Tensor] | None
-) -> None:
+@torch.library.register_fake("aim_kernels::step")
+def _(inputs: Tensor, kinds: str, params: list[Tensor], grads: list[Tensor], *others: Any) -> None:
     """Nothing comes out."""
