@@ -74,9 +74,18 @@ def outside_graphs(function: Callable[P, T]) -> Callable[P, T]:
 
 def register(optimizer: AIMFusedOptimizer) -> str:
     """A handle by which graphs find the optimizer again, as long as it lives."""
+    _load_compiler()
     handle = str(next(_handles))
     _OPTIMIZERS[handle] = optimizer
     return handle
+
+
+@functools.cache
+def _load_compiler() -> None:
+    """With the first optimizer, which loads it anyway, and not with the package."""
+    global _prepare_params, _prepare_states
+    _prepare_params = torch.compiler.assume_constant_result(_prepare_params)
+    _prepare_states = torch.compiler.assume_constant_result(_prepare_states)
 
 
 class GraphInputs:
@@ -219,15 +228,18 @@ def _pack_masters(
 # -- what is traced ----------------------------------------------------------------------------------------------------
 
 
-@torch.compiler.assume_constant_result
 def _prepare_params(handle: str) -> None:
     """Called while a graph is traced, not when it runs: makes the lists that the trace reads from."""
     optimizer = _OPTIMIZERS[handle]
+    if any(hasattr(p, "device_mesh") for group in optimizer.param_groups for p in group["params"]):
+        raise RuntimeError(
+            "parameters that are DTensors cannot be stepped inside of a compiled function; call "
+            "torch.compiler.disable(optimizer.step)() there instead"
+        )
     if optimizer._inputs is None or not _same(optimizer._inputs.params, _params_of(optimizer)):
         optimizer._inputs = GraphInputs(optimizer)
 
 
-@torch.compiler.assume_constant_result
 def _prepare_states(handle: str, kinds: str) -> None:
     """Called while a graph is traced: makes the states that the graph will be given. Masters, which hold the
     parameters' values, begin when the graph runs."""
