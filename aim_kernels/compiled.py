@@ -312,6 +312,7 @@ def _step(
     optimizer = None if given is None else given.optimizer()
     if given is None or optimizer is None:
         raise RuntimeError("the optimizer of this compiled step is gone")
+    optimizer._opt_called = True  # not where it is traced: the compiler loses what is set there
     optimizer._refuse_true_weights()
     each = iter(grads)
     all_grads = [next(each) if kind == _STEPPED else None for kind in kinds]

@@ -169,7 +169,6 @@ class AIMFusedOptimizer(Modulated):
                 trains on live ones (after ``eval()``). Nothing was changed.
         """
         loss = None
-        self._opt_called = True
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -177,6 +176,7 @@ class AIMFusedOptimizer(Modulated):
             if torch.compiler.is_compiling():
                 compiled.trace_step(self)
             else:
+                self._opt_called = True
                 self._step()
         return loss
 

@@ -11,6 +11,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -266,10 +267,10 @@ def test_what_else_the_graph_does_with_a_parameter(backend: str) -> None:
 
         def step() -> Any:
             with torch.no_grad():
-                before = p.exp().sum()
+                before = p.abs().max()
                 p.mul_(0.9)
             optimizer.step()
-            return before, p.detach().exp().sum()
+            return before, p.detach().abs().max()
 
         return step
 
@@ -364,7 +365,9 @@ def trained(backend: str | None, steps: int = 20, replay: list[Any] | None = Non
                 assign(net.parameters(), replay[number])
                 optimizer.step()
         grads.append([p.grad.clone() for p in net.parameters()])
-        scheduler.step()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            scheduler.step()
     return frozen(optimizer), grads
 
 
@@ -411,13 +414,12 @@ assert torch._dynamo.utils.counters["frames"]["ok"] <= 2, counters
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="this torch breaks graphs at every backward()"
 )
 def test_forward_backward_and_step_in_one_graph() -> None:
     # In a process of its own: what torch 2.13 traces after it, in the same process, fails (ours or not).
-    from pathlib import Path
-
     where = Path(__file__).parent
     command = [sys.executable, "-c", ONE_GRAPH]
     done = subprocess.run(command, cwd=where, capture_output=True, text=True, timeout=300, check=False)
@@ -524,15 +526,13 @@ def test_version_counters(backend: str) -> None:
     for _ in range(2):
         assign(params, gradients())
         step()
-    tables = optimizer.tables
     tensors = [*params, *(t for p in params for t in optimizer.state[p].values())]
-    tensors = [*filter(torch.Tensor.numel, tensors), tables.rows, tables.statistics, tables.control]
     versions = [t._version for t in tensors]
     weight = params[0]
     loss = (torch.randn(2, 5, requires_grad=True) @ weight @ weight.detach().t()).square().sum()
     assign(params, gradients())
     step()
-    assert all(t._version > old for t, old in zip(tensors[:-3], versions, strict=False))
+    assert all(t._version > old for t, old in zip(tensors, versions, strict=True))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -594,9 +594,9 @@ CHANGES: dict[str, Callable[[ak.AIMFusedOptimizer], None]] = {
 }
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_moves_behind_a_graph(change: str, backend: str) -> None:
+def test_what_moves_behind_a_graph(change: str) -> None:
+    backend = "aot_eager" if len(change) % 2 else "eager"  # copies, or the tensors themselves
     pair = Pair(lambda: build("adamw", SHAPES), backend)
     pair.each(lambda o: set_row(o, 0, "all"))
     for _ in range(2):
@@ -730,8 +730,8 @@ def test_nothing_accumulates() -> None:
     for number in range(8):
         pair.each(lambda o, n=number: o.set_strength("audio", 0, 0.5 * (n % 2)))
         pair.step()
-        gc.collect()
-        mine = [i for i in compiled._INPUTS.values() if i.optimizer() is pair.optimizers[1]]
-        counts.append((len(mine), sum(isinstance(o, torch.Tensor) for o in gc.get_objects())))
-    assert max(count for count, _ in counts) <= 2
-    assert counts[-1][1] <= counts[3][1]
+        if number in (3, 7):
+            gc.collect()
+            inputs = sum(i.optimizer() is pair.optimizers[1] for i in list(compiled._INPUTS.values()))
+            counts.append((inputs, sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())))
+    assert counts[0][0] <= 2 and counts[1] <= counts[0]
