@@ -197,6 +197,26 @@ def test_a_parameter_that_is_only_emitted_is_written() -> None:
     assert not torch.equal(before, p) and p._version > version
 
 
+def test_a_graph_sees_what_was_only_emitted() -> None:
+    def around(optimizer: ak.AIMFusedOptimizer) -> Callable[[], Any]:
+        p = parameters_of(optimizer)[1]
+
+        def step() -> Any:
+            with torch.no_grad():
+                before = p * 2
+                p.mul_(1.0)
+            optimizer.step()
+            return before, p.detach() * 2
+
+        return step
+
+    pair = Pair(lambda: build("adamw", SHAPES), "aot_eager", around)
+    pair.step()
+    for strength in (0.5, 0.9):
+        pair.each(lambda o, k=strength: o.set_strength("audio", 0, k))
+        pair.step(without=(1,))
+
+
 def test_no_gradient_no_step() -> None:
     optimizer = build("adamw", SHAPES)
     before = frozen(optimizer)
@@ -304,7 +324,7 @@ def test_two_steps_in_a_graph(backend: str, monkeypatch: pytest.MonkeyPatch) -> 
 
     copies = count_copies(monkeypatch)
     pair = Pair(lambda: build("adamw", SHAPES, "bfloat16"), backend, around)
-    for strengths in ((0, 0), (0.3, 0), (0, 0.5), (0, 0.7), (0, 0)):
+    for strengths in ((0, 0), (0.3, 0), (0.3, 0.5), (0.3, 0.5), (0, 0.5), (0.2, 0.7), (0, 0)):
         pair.each(lambda o, s=strengths: [o.set_strength("audio", depth, k) for depth, k in enumerate(s)])
         pair.step()
     assert bool(copies) == (backend == "aot_eager")  # both ways of being called are seen
