@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -191,11 +192,12 @@ def check_states(groups: list[Group], state: dict[Tensor, dict[str, Any]]) -> No
                     )
 
 
-def check_gradients(groups: list[Group]) -> None:
-    """Raises on the first gradient that a step cannot read."""
+def check_gradients(groups: list[Group], grads: Sequence[Tensor | None] | None = None) -> None:
+    """Raises on the first gradient that a step cannot read: of ``grads``, in the order of the groups, or ``p.grad``."""
+    given = None if grads is None else iter(grads)
     for number, group in enumerate(groups):
         for index, p in enumerate(group["params"]):
-            g = p.grad
+            g = p.grad if given is None else next(given)
             if g is None:
                 continue
             name = name_of(groups, number, index)

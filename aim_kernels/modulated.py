@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from aim_kernels import checks
+from aim_kernels.compiled import outside_graphs
 from aim_kernels.rows import PHASE_COLUMNS, PHASES, ROW, STATISTIC
 from aim_kernels.states import has_classes
 from aim_kernels.tables import Tables
@@ -24,6 +25,7 @@ class Modulated(torch.optim.Optimizer):
         """Called after the live columns of a group were written."""
         raise NotImplementedError
 
+    @outside_graphs
     def set_strength(self, modality: str, depth: int, kappa: float | Tensor, coefficients: str = "chain") -> None:
         """Turns a block into its Auxiliary Block of strength ``kappa``, in both phases (spec section 4).
 
@@ -50,6 +52,7 @@ class Modulated(torch.optim.Optimizer):
         for number in self._block(modality, depth):
             self.set_phase_rows(number, true=row, aux=row)
 
+    @outside_graphs
     def set_modulation(self, group: int | tuple[str, int], **columns: float | Tensor) -> None:
         """Writes columns of a row by hand; they hold in both phases, from the next step on.
 
@@ -75,6 +78,7 @@ class Modulated(torch.optim.Optimizer):
             self.tables.set_columns(number, **written)
             self._note_live_weights(number)
 
+    @outside_graphs
     def set_phase_rows(
         self, group: int, *, true: dict[str, Any] | None = None, aux: dict[str, Any] | None = None
     ) -> None:
@@ -91,6 +95,7 @@ class Modulated(torch.optim.Optimizer):
         self.tables.set_phase_row(number, "aux", aux or {})
         self._note_live_weights(number)
 
+    @outside_graphs
     def set_phases(self, probability: float) -> None:
         """Probability of drawing the auxiliary phase for the next forward pass; 0: always the true one."""
         checks.check_number("probability", probability, 0.0, 1.0)
@@ -101,6 +106,7 @@ class Modulated(torch.optim.Optimizer):
         """Phase of the live weights that the module holds: "true" or "auxiliary"."""
         return ("true", "auxiliary")[self.tables.phase()]
 
+    @outside_graphs
     def modulation(self) -> list[dict[str, Any]]:
         """The rows as the next step will apply them, one dict a group."""
         return [
@@ -108,6 +114,7 @@ class Modulated(torch.optim.Optimizer):
             for number, group in enumerate(self.param_groups)
         ]
 
+    @outside_graphs
     def statistics(self) -> list[dict[str, Any]]:
         """What the latest step measured, one dict a group. The only call that waits for the device.
 

@@ -9,7 +9,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from aim_kernels import checkpoint, checks, distributed
+from aim_kernels import checkpoint, checks, compiled, distributed
 from aim_kernels.backends import check_name, select
 from aim_kernels.clipping import clip
 from aim_kernels.launch import capturing
@@ -34,6 +34,10 @@ _SINCE_0_1 = {
 
 #: What a block's param group says of itself (``block_param_groups``); plain groups keep these.
 _BLOCK_KEYS = {"modality": None, "depth": None, "modulated": False, "module": None}
+
+
+def _has_gradient(p: Tensor) -> bool:
+    return p.grad is not None
 
 
 class AIMFusedOptimizer(Modulated):
@@ -153,6 +157,8 @@ class AIMFusedOptimizer(Modulated):
         self._anchors: dict[Tensor, Tensor] = {}
         # Whose states and tables graphs will read and write as long as they live.
         self._captured: list[tuple[StepPlan, Any]] = []
+        self._handle = compiled.register(self)
+        self._inputs: compiled.GraphInputs | None = None
         defaults = {
             "lr": lr,
             "rule": rule,
@@ -179,6 +185,7 @@ class AIMFusedOptimizer(Modulated):
         if backend != "auto":
             select(backend, self.tables.rows.device)
 
+    @compiled.outside_graphs
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, at any time; its row starts neutral."""
         group = dict(param_group)
@@ -212,7 +219,7 @@ class AIMFusedOptimizer(Modulated):
         if self.anchor == "init" and full["modulated"]:
             for p in tensors:
                 self._anchors[p] = master_of(p)
-        self._plan = None
+        self._plan = self._inputs = None
 
     # -- the step ----------------------------------------------------------------------------------------------------
 
@@ -235,16 +242,25 @@ class AIMFusedOptimizer(Modulated):
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
-            self._step()
+            if torch.compiler.is_compiling():
+                compiled.trace_step(self)
+            else:
+                self._opt_called = True
+                self._step()
         return loss
+
+    # LR schedulers wrap step() to see whether it was called, which no graph can trace; this one tells them by itself.
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
     def _step(self) -> None:
         plan = self._ready_plan()
-        if plan is None:
-            return
+        if plan is not None:
+            # GradScaler sets both for the time of a step.
+            self._run(plan, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+
+    def _run(self, plan: StepPlan, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         backend = select(self.backend, self.tables.rows.device)
-        # GradScaler sets both for the time of a step.
-        plan.grad_scale, plan.found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        plan.grad_scale, plan.found_inf = grad_scale, found_inf
         if not backend.ON_DEVICE and plan.found_inf is not None and float(plan.found_inf):
             return
         plan.clip_factor = 1.0
@@ -260,10 +276,7 @@ class AIMFusedOptimizer(Modulated):
 
     def _ready_plan(self) -> StepPlan | None:
         """A plan that has read this step's gradients; None where there are none."""
-        if self._holds_true_weights and self._trains_on_live_weights():
-            raise RuntimeError(
-                "the module holds the true weights (after optimizer.eval()); call optimizer.train() before step()"
-            )
+        self._refuse_true_weights()
         plan = self._plan
         if plan is None or not plan.is_of(self) or not plan.read():
             none = all(p.grad is None for group in self.param_groups for p in group["params"])
@@ -284,11 +297,11 @@ class AIMFusedOptimizer(Modulated):
             plan.take()
         return plan if plan.has_gradients() or self.process_group is not None else None
 
-    def _make_state(self) -> None:
+    def _make_state(self, is_stepped: Callable[[Tensor], bool] = _has_gradient, *, masters: bool = True) -> None:
         """States of parameters that meet their first gradient, and masters where live weights are to exist."""
         for number, group in enumerate(self.param_groups):
             live = self.tables.has_live_weights(number)
-            stepped = [p for p in group["params"] if live or p.grad is not None]
+            stepped = [p for p in group["params"] if live or is_stepped(p)]
             fresh = [p for p in stepped if "step" not in self.state[p]]
             for device in {p.device for p in fresh}:
                 there = [p for p in fresh if p.device == device]
@@ -301,7 +314,7 @@ class AIMFusedOptimizer(Modulated):
                     if name == "sum" and group["initial_accumulator_value"]:
                         moment.fill_(group["initial_accumulator_value"])
             for p in group["params"]:
-                if live and "master" not in self.state[p]:
+                if live and masters and "master" not in self.state[p]:
                     self.state[p]["master"] = master_of(p)
             for p in stepped:
                 if p in self._anchors:
@@ -322,6 +335,12 @@ class AIMFusedOptimizer(Modulated):
         if self.process_group is not None or distributed.any_dtensor(self.param_groups):
             checks.check_noise(self.param_groups, self.process_group, distributed.noisy_groups(self.tables))
         checks.check_states(self.param_groups, self.state)
+
+    def _refuse_true_weights(self) -> None:
+        if self._holds_true_weights and self._trains_on_live_weights():
+            raise RuntimeError(
+                "the module holds the true weights (after optimizer.eval()); call optimizer.train() before step()"
+            )
 
     def _trains_on_live_weights(self) -> bool:
         groups = range(len(self.param_groups))
@@ -353,9 +372,12 @@ class AIMFusedOptimizer(Modulated):
             self._leaving.add(number)
         else:
             self._leaving.discard(number)
+        if self._inputs is not None:
+            self._inputs.note_live_weights(number)
 
     # -- live and true weights ---------------------------------------------------------------------------------------
 
+    @compiled.outside_graphs
     @torch.no_grad()
     def eval(self) -> None:
         """Puts the true weights into the module (validation, checkpoint, export). Exact and idempotent."""
@@ -367,6 +389,7 @@ class AIMFusedOptimizer(Modulated):
             p.copy_(master)
         distributed.reshard_all(p for p, _ in masters)
 
+    @compiled.outside_graphs
     @torch.no_grad()
     def train(self) -> None:
         """Puts the live weights back, to the bit. True weights that were changed meanwhile are kept as the new ones."""
@@ -408,10 +431,12 @@ class AIMFusedOptimizer(Modulated):
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
+    @compiled.outside_graphs
     def state_dict(self) -> dict[str, Any]:
         """torch.optim's, plus ``master`` states (the true weights) and each group's row, statistics and control."""
         return checkpoint.complete(super().state_dict(), self)
 
+    @compiled.outside_graphs
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint of this class, or of the same rule in torch.optim; values keep their bits and dtype.
@@ -436,6 +461,8 @@ class AIMFusedOptimizer(Modulated):
         self._leaving = set()
         for number in range(len(self.param_groups)):
             self._note_live_weights(number)
+        if self._inputs is not None:
+            self._inputs.gather()
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ["tables", "anchor", "backend", "_seed", "_holds_true_weights", "_step_supports_amp_scaling"]
@@ -450,4 +477,5 @@ class AIMFusedOptimizer(Modulated):
             for option, value in _SINCE_0_1.items():
                 group.setdefault(option, value)
         self._captured = []  # graphs are of the original
+        self._handle, self._inputs = compiled.register(self), None
         self._reset()

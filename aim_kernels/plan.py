@@ -6,7 +6,7 @@ under the kernel, and notices when a state was replaced.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -191,9 +191,10 @@ class StepPlan:
             records["grad"][index] = self._match(index, self.grads[index])
         return True
 
-    def take(self) -> None:
-        """The same without shortcuts: for a plan just built, whose gradients were checked."""
-        self.grads = [p.grad for p in self.owners]
+    def take(self, grads: Sequence[Tensor | None] | None = None) -> None:
+        """The same without shortcuts, for a plan just built, whose gradients were checked: ``grads``, one a parameter,
+        or those that the parameters hold."""
+        self.grads = [p.grad for p in self.owners] if grads is None else list(grads)
         self._take_local()
         self._matched = []
         for index, grad in enumerate(self.grads):
