@@ -14,11 +14,11 @@ BUILD_REQUIRES = $(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyp
 CXX_FILES = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.h csrc/*/*.cu csrc/*/*.cuh python/*.cpp python/*.h tests/native/*.cpp tests/native/*.h tests/native/*/*.h)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test build bench gpu gpu-build gpu-test gpu-bench format lint check-install clean
+.PHONY: help demo test mutants fuzz build bench gpu gpu-build gpu-test gpu-bench format lint check-install clean
 
 # Threads that spin while they wait take the cores from each other as soon as two processes share them: a small operation then
 # lasts a hundred times longer. `bench` keeps the default, as its users have it.
-demo test: export OMP_WAIT_POLICY := passive
+demo test mutants fuzz: export OMP_WAIT_POLICY := passive
 
 help:  ## list the targets
 	@awk -F ":.*## *" '/^[a-z-]+:.*##/ { printf "%-15s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +28,15 @@ demo: build  ## install, build and run the main job: joint training beside AIM, 
 
 test: build  ## install, build and run every test that needs no GPU, style checks included
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not gpu" $(PYTEST_ARGS)
+
+MUTANTS ?=
+mutants: build  ## plant the bugs of tests/mutant_list.py, one at a time: every one has to be caught
+	$(BIN)/python tests/mutants.py $(MUTANTS)
+
+# Times the examples of the suite, and others in every run.
+FUZZ ?= 20
+fuzz: build  ## hypothesis for as long as FUZZ says, over whole runs and over the binding's arguments
+	AIM_KERNELS_FUZZ=$(FUZZ) $(BIN)/python -m pytest -n $(WORKERS) tests/test_property.py tests/test_binding.py $(PYTEST_ARGS)
 
 # torch goes first and alone, exactly as pinned, so that no later requirement can choose another build of it.
 $(STAMP): pyproject.toml constraints-dev.txt

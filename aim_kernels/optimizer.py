@@ -32,6 +32,13 @@ _SINCE_0_1 = {
     "reference_lr": None,
 }
 
+#: Options that ``optimizer.defaults`` must not have under a rule: schedulers that cycle the momentum (OneCycleLR,
+#: CyclicLR) look for "betas" there, then for "momentum", and cycle what they find.
+_HIDDEN_DEFAULTS = {"sgd": ["betas"], "rmsprop": ["betas"], "adagrad": ["betas", "momentum"]}
+
+#: Options that are not of a group.
+_WHOLE = ("anchor", "backend", "max_grad_norm", "seed")
+
 #: What a block's param group says of itself (``block_param_groups``); plain groups keep these.
 _BLOCK_KEYS = {"modality": None, "depth": None, "modulated": False, "module": None}
 
@@ -181,14 +188,16 @@ class AIMFusedOptimizer(Modulated):
             **_BLOCK_KEYS,
         }
         checks.check_ordered(params)
+        self._hidden_defaults: dict[str, Any] = {}
         super().__init__(params, defaults)
+        self._hidden_defaults = {name: self.defaults.pop(name) for name in _HIDDEN_DEFAULTS.get(rule, ())}
         if backend != "auto":
             select(backend, self.tables.rows.device)
 
     @compiled.outside_graphs
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, at any time; its row starts neutral."""
-        group = dict(param_group)
+        group = {**self._hidden_defaults, **param_group}
         params = group["params"]
         checks.check_ordered(params)
         group["params"] = [params] if isinstance(params, Tensor) else list(params)
@@ -434,7 +443,17 @@ class AIMFusedOptimizer(Modulated):
     @compiled.outside_graphs
     def state_dict(self) -> dict[str, Any]:
         """torch.optim's, plus ``master`` states (the true weights) and each group's row, statistics and control."""
-        return checkpoint.complete(super().state_dict(), self)
+        # The hooks see it complete, so they wait until the tables are there.
+        hooks = self._optimizer_state_dict_post_hooks
+        self._optimizer_state_dict_post_hooks = type(hooks)()
+        try:
+            made = checkpoint.complete(super().state_dict(), self)
+        finally:
+            self._optimizer_state_dict_post_hooks = hooks
+        for hook in hooks.values():
+            changed = hook(self, made)
+            made = made if changed is None else changed
+        return made
 
     @compiled.outside_graphs
     @torch.no_grad()
@@ -464,9 +483,13 @@ class AIMFusedOptimizer(Modulated):
         if self._inputs is not None:
             self._inputs.gather()
 
+    def __repr__(self) -> str:
+        whole = "".join(f"{name}: {getattr(self, '_seed' if name == 'seed' else name)}\n" for name in _WHOLE)
+        return f"{super().__repr__().removesuffix(')')}{whole})"
+
     def __getstate__(self) -> dict[str, Any]:
         kept = ["tables", "anchor", "backend", "_seed", "_holds_true_weights", "_step_supports_amp_scaling"]
-        kept += ["sync_every", "keep_masters", "max_grad_norm", "_anchors"]
+        kept += ["sync_every", "keep_masters", "max_grad_norm", "_anchors", "_hidden_defaults"]
         group = None if self.process_group is None else distributed.Absent.PROCESS_GROUP
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}, "process_group": group}
 
@@ -476,6 +499,7 @@ class AIMFusedOptimizer(Modulated):
         for group in (self.defaults, *self.param_groups):  # pickled by an earlier release
             for option, value in _SINCE_0_1.items():
                 group.setdefault(option, value)
+        self.__dict__.setdefault("_hidden_defaults", {})
         self._captured = []  # graphs are of the original
         self._handle, self._inputs = compiled.register(self), None
         self._reset()

@@ -231,6 +231,15 @@ class StepPlan:
         ``on_device``: learning rates and gradient scales in a device's memory are left for its kernels to read;
         otherwise they are read here, which waits for the device.
         """
+        try:
+            self._read_hyperparameters(on_device)
+        except Exception:
+            # What is no number at all fails before it is checked; the check names the option and the group.
+            for number, group in enumerate(self.param_groups):
+                check_hyperparameters(group, number)
+            raise
+
+    def _read_hyperparameters(self, on_device: bool) -> None:
         scale = 1.0 if on_device or self.grad_scale is None else 1.0 / float(self.grad_scale)
         self.lr_tensors = {}
         for number, group in enumerate(self.param_groups):

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from aim_kernels.philox import draw_phase
 from aim_kernels.rows import CONTROL, PHASE_COLUMNS, PHASES, ROW, ROW_COLUMNS, STATISTICS_COLUMNS, neutral_row
@@ -30,6 +32,7 @@ class Tables:
         # What the rows' live columns hold, as far as the host knows: looking at a device's rows would wait for it.
         self._live: list[dict[str, float]] = []
         self._always_live: list[bool] = []
+        self._arrays: Any = None
 
     def add_group(self, tau: float, always_live: bool = False) -> None:
         """Appends a neutral row. ``always_live``: as if its live columns always degraded."""
@@ -59,6 +62,17 @@ class Tables:
         """Whether a phase of this group degrades its live weights, or may: numbers in a device's memory are not looked
         at, and count as degrading."""
         return self._always_live[group] or any(value != 1.0 for value in self._live[group].values())
+
+    def arrays(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+        """Rows, statistics and control as numpy sees their memory; on a CPU."""
+        # Kept for as long as the tensors are the same: making them takes some microseconds.
+        current = (self.rows, self.statistics, self.control)
+        if self._arrays is None or any(a is not b for a, b in zip(current, self._arrays[0], strict=True)):
+            self._arrays = (current, (self.rows.numpy(), self.statistics.numpy(), self.control.numpy()))
+        return self._arrays[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_arrays": None}  # a copy's arrays would be of no tensor
 
     def to(self, device: torch.device) -> None:
         """Moves the tables."""

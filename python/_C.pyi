@@ -11,25 +11,37 @@ CHUNK: int
 def step(
     tensors: NDArray[np.void],
     groups: NDArray[np.void],
-    rows: int,
-    statistics: int,
-    control: int,
+    rows: NDArray[np.float64],
+    statistics: NDArray[np.float64],
+    control: NDArray[np.int64],
     threads: int,
-    team: int = 0,
+    team: object = None,
 ) -> None: ...
 def update(
     tensors: NDArray[np.void],
     groups: NDArray[np.void],
-    rows: int,
-    statistics: int,
-    control: int,
-    sums: int,
+    rows: NDArray[np.float64],
+    statistics: NDArray[np.float64],
+    control: NDArray[np.int64],
+    sums: NDArray[np.float64],
     threads: int,
-    team: int = 0,
+    team: object = None,
 ) -> None: ...
-def finish(groups: NDArray[np.void], sums: int, rows: int, statistics: int, control: int) -> None: ...
-def emit(tensors: NDArray[np.void], groups: NDArray[np.void], rows: int, threads: int, team: int = 0) -> None: ...
-def squares(tensors: NDArray[np.void], threads: int, team: int = 0) -> float: ...
+def finish(
+    groups: NDArray[np.void],
+    sums: NDArray[np.float64],
+    rows: NDArray[np.float64],
+    statistics: NDArray[np.float64],
+    control: NDArray[np.int64],
+) -> None: ...
+def emit(
+    tensors: NDArray[np.void],
+    groups: NDArray[np.void],
+    rows: NDArray[np.float64],
+    threads: int,
+    team: object = None,
+) -> None: ...
+def squares(tensors: NDArray[np.void], threads: int, team: object = None) -> float: ...
 def check(tensors: NDArray[np.void], groups: NDArray[np.void]) -> None: ...
 
 class Watch:
@@ -55,7 +67,7 @@ def stream(
     chunk: int,
     factor: float,
     threads: int,
-    team: int = 0,
+    team: object = None,
 ) -> None: ...
 def isas() -> list[tuple[str, bool, bool]]: ...
 def active_isa() -> str: ...

@@ -20,7 +20,8 @@ namespace {
 // A one-dimensional contiguous array whose records are Ts.
 template <class T>
 T* records(py::array& array, const char* name) {
-  if (array.ndim() != 1 || array.itemsize() != static_cast<py::ssize_t>(sizeof(T)) ||
+  if (array.ndim() != 1 || array.dtype().kind() != 'V' ||
+      array.itemsize() != static_cast<py::ssize_t>(sizeof(T)) ||
       (array.size() > 1 && array.strides(0) != array.itemsize())) {
     throw std::invalid_argument(std::string(name) + ": expected a contiguous array of " +
                                 std::to_string(sizeof(T)) + "-byte records");
@@ -28,10 +29,16 @@ T* records(py::array& array, const char* name) {
   return static_cast<T*>(array.mutable_data());
 }
 
-// A contiguous float64 or int64 table of Ts, given by address.
-template <class T>
-T* table(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
+// A contiguous table of float64 or int64 numbers as `count` Ts. Not by address: a table of another
+// size would be written past its end.
+template <class T, class Number>
+T* table(py::array& array, int64_t count, const char* name) {
+  const auto wanted = count * static_cast<int64_t>(sizeof(T) / sizeof(Number));
+  if (!py::isinstance<py::array_t<Number, py::array::c_style>>(array) || array.size() != wanted) {
+    throw std::invalid_argument(std::string(name) + ": expected a contiguous array of " +
+                                std::to_string(wanted) + " 64-bit numbers");
+  }
+  return static_cast<T*>(array.mutable_data());
 }
 
 void raise(aim::Status status, const char* isa) {
@@ -45,48 +52,62 @@ void raise(aim::Status status, const char* isa) {
 
 const char* requested_isa() { return std::getenv("AIM_KERNELS_ISA"); }
 
-aim::Execution execution(int threads, uintptr_t team) {
+// `team` is None or a capsule, which nobody makes by accident, of that name.
+aim::Execution execution(int threads, const py::object& team) {
   if (threads < 1) throw std::invalid_argument("threads must be at least 1");
-  return {reinterpret_cast<aim::Team>(team), threads, requested_isa()};
+  void* lent = nullptr;
+  if (!team.is_none()) {
+    lent = PyCapsule_GetPointer(team.ptr(), "aim.team");
+    if (!lent) throw py::error_already_set();
+  }
+  return {reinterpret_cast<aim::Team>(lent), threads, requested_isa()};
 }
 
-void step(py::array tensors, py::array groups, uintptr_t rows, uintptr_t statistics,
-          uintptr_t control, int threads, uintptr_t team) {
+void step(py::array tensors, py::array groups, py::array rows, py::array statistics,
+          py::array control, int threads, const py::object& team) {
   const aim::Execution how = execution(threads, team);
   const auto* tensor_table = records<aim::Tensor>(tensors, "tensors");
   const auto* group_table = records<aim::Group>(groups, "groups");
   const int64_t tensor_count = tensors.size(), group_count = groups.size();
+  auto* const row_table = table<aim::Row, double>(rows, group_count, "rows");
+  auto* const sums = table<aim::Statistics, double>(statistics, group_count, "statistics");
+  auto* const control_table = table<aim::Control, int64_t>(control, 1, "control");
   aim::Status status;
   {
     py::gil_scoped_release release;
-    status = aim::step(tensor_table, tensor_count, group_table, table<aim::Row>(rows),
-                       table<aim::Statistics>(statistics), group_count,
-                       table<aim::Control>(control), how);
+    status = aim::step(tensor_table, tensor_count, group_table, row_table, sums, group_count,
+                       control_table, how);
   }
   raise(status, how.isa);
 }
 
-void update(py::array tensors, py::array groups, uintptr_t rows, uintptr_t statistics,
-            uintptr_t control, uintptr_t sums, int threads, uintptr_t team) {
+void update(py::array tensors, py::array groups, py::array rows, py::array statistics,
+            py::array control, py::array sums, int threads, const py::object& team) {
   const aim::Execution how = execution(threads, team);
   const auto* tensor_table = records<aim::Tensor>(tensors, "tensors");
   const auto* group_table = records<aim::Group>(groups, "groups");
   const int64_t tensor_count = tensors.size(), group_count = groups.size();
+  const auto* row_table = table<aim::Row, double>(rows, group_count, "rows");
+  const auto* before = table<aim::Statistics, double>(statistics, group_count, "statistics");
+  const auto* control_table = table<aim::Control, int64_t>(control, 1, "control");
+  auto* const after = table<aim::Statistics, double>(sums, group_count, "sums");
   aim::Status status;
   {
     py::gil_scoped_release release;
-    status = aim::update(tensor_table, tensor_count, group_table, table<aim::Row>(rows),
-                         table<aim::Statistics>(statistics), group_count,
-                         table<aim::Control>(control), how, table<aim::Statistics>(sums));
+    status = aim::update(tensor_table, tensor_count, group_table, row_table, before, group_count,
+                         control_table, how, after);
   }
   raise(status, how.isa);
 }
 
-void finish(py::array groups, uintptr_t sums, uintptr_t rows, uintptr_t statistics,
-            uintptr_t control) {
-  raise(aim::finish(records<aim::Group>(groups, "groups"), table<aim::Statistics>(sums),
-                    table<aim::Row>(rows), table<aim::Statistics>(statistics), groups.size(),
-                    table<aim::Control>(control)),
+void finish(py::array groups, py::array sums, py::array rows, py::array statistics,
+            py::array control) {
+  const int64_t group_count = groups.size();
+  raise(aim::finish(records<aim::Group>(groups, "groups"),
+                    table<aim::Statistics, double>(sums, group_count, "sums"),
+                    table<aim::Row, double>(rows, group_count, "rows"),
+                    table<aim::Statistics, double>(statistics, group_count, "statistics"),
+                    group_count, table<aim::Control, int64_t>(control, 1, "control")),
         nullptr);
 }
 
@@ -96,21 +117,22 @@ void check(py::array tensors, py::array groups) {
         nullptr);
 }
 
-void emit(py::array tensors, py::array groups, uintptr_t rows, int threads, uintptr_t team) {
+void emit(py::array tensors, py::array groups, py::array rows, int threads,
+          const py::object& team) {
   const aim::Execution how = execution(threads, team);
   const auto* tensor_table = records<aim::Tensor>(tensors, "tensors");
   const auto* group_table = records<aim::Group>(groups, "groups");
   const int64_t tensor_count = tensors.size(), group_count = groups.size();
+  const auto* row_table = table<aim::Row, double>(rows, group_count, "rows");
   aim::Status status;
   {
     py::gil_scoped_release release;
-    status =
-        aim::emit(tensor_table, tensor_count, group_table, table<aim::Row>(rows), group_count, how);
+    status = aim::emit(tensor_table, tensor_count, group_table, row_table, group_count, how);
   }
   raise(status, how.isa);
 }
 
-double squares(py::array tensors, int threads, uintptr_t team) {
+double squares(py::array tensors, int threads, const py::object& team) {
   const aim::Execution how = execution(threads, team);
   const auto* tensor_table = records<aim::Tensor>(tensors, "tensors");
   const int64_t tensor_count = tensors.size();
@@ -179,8 +201,8 @@ class Watch {
   // tensor, or the kind of a gradient changed.
   bool read(py::array_t<uint64_t, py::array::c_style> addresses,
             py::array_t<bool, py::array::c_style> odd, py::list grads) {
-    const size_t count = params_.size();
-    if (static_cast<size_t>(addresses.size()) != count ||
+    const size_t count = addresses_.size();
+    if (params_.size() != count || static_cast<size_t>(addresses.size()) != count ||
         static_cast<size_t>(odd.size()) != count || grads.size() != count) {
       throw std::invalid_argument("addresses, odd, grads: expected one entry a parameter");
     }
@@ -188,7 +210,7 @@ class Watch {
     uint64_t* address = addresses.mutable_data();
     bool* is_odd = odd.mutable_data();
     for (size_t i = 0; i < count; ++i) {
-      PyObject* p = PyList_GET_ITEM(params_.ptr(), static_cast<py::ssize_t>(i));
+      PyObject* p = item(params_, i);
       if (address_of(p) != addresses_[i]) return false;
       if ((call(is_contiguous_, p).ptr() == Py_True) != flat_[i]) return false;
       py::object grad = attribute(p, grad_name_);
@@ -204,6 +226,7 @@ class Watch {
         // moved since.
         if (address[i] != grad_addresses_[i]) {
           PyObject* kind = item(kinds_, i);
+          if (!PyTuple_Check(kind) || PyTuple_GET_SIZE(kind) != 2) return false;
           if (!equal(attribute(grad.ptr(), shape_name_), PyTuple_GET_ITEM(kind, 0)) ||
               attribute(grad.ptr(), dtype_name_).ptr() != PyTuple_GET_ITEM(kind, 1)) {
             return false;
@@ -217,8 +240,11 @@ class Watch {
   }
 
  private:
+  // The lists are the plan's own, but anybody may have shortened them.
   static PyObject* item(const py::list& list, size_t i) {
-    return PyList_GET_ITEM(list.ptr(), static_cast<py::ssize_t>(i));
+    PyObject* found = PyList_GetItem(list.ptr(), static_cast<py::ssize_t>(i));
+    if (!found) throw py::error_already_set();
+    return found;
   }
 
   uint64_t address_of(PyObject* tensor) const { return call(data_ptr_, tensor).cast<uint64_t>(); }
@@ -227,7 +253,8 @@ class Watch {
   bool same_parameters() const {
     size_t at = 0;
     for (const py::handle& group : param_groups_) {
-      PyObject* list = PyDict_GetItem(group.ptr(), params_name_.ptr());
+      PyObject* list =
+          PyDict_Check(group.ptr()) ? PyDict_GetItem(group.ptr(), params_name_.ptr()) : nullptr;
       if (!list || !PyList_Check(list)) return false;
       for (py::ssize_t i = 0; i < PyList_GET_SIZE(list); ++i, ++at) {
         if (at >= params_.size() || PyList_GET_ITEM(list, i) != item(params_, at)) return false;
@@ -265,7 +292,7 @@ class Watch {
 };
 
 void stream(py::array tensors, bool live, bool nontemporal, int64_t chunk, float factor,
-            int threads, uintptr_t team) {
+            int threads, const py::object& team) {
   const aim::Execution how = execution(threads, team);
   const auto* tensor_table = records<aim::Tensor>(tensors, "tensors");
   const int64_t tensor_count = tensors.size();
@@ -374,19 +401,21 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "Native kernels of aim_kernels; docs/design.md describes the tables.";
   module.attr("CHUNK") = aim::kChunk;
   module.def("step", &step, py::arg("tensors"), py::arg("groups"), py::arg("rows"),
-             py::arg("statistics"), py::arg("control"), py::arg("threads"), py::arg("team") = 0,
-             "One optimizer step over all tensors; `rows`, `statistics`, `control` and `team` are "
-             "addresses.");
+             py::arg("statistics"), py::arg("control"), py::arg("threads"),
+             py::arg("team") = py::none(),
+             "One optimizer step over all tensors; `team` is None or a capsule \"aim.team\" of a "
+             "function like GOMP_parallel.");
   module.def("update", &update, py::arg("tensors"), py::arg("groups"), py::arg("rows"),
              py::arg("statistics"), py::arg("control"), py::arg("sums"), py::arg("threads"),
-             py::arg("team") = 0, "A step up to its sums, which it writes.");
+             py::arg("team") = py::none(), "A step up to its sums, which it writes.");
   module.def("finish", &finish, py::arg("groups"), py::arg("sums"), py::arg("rows"),
              py::arg("statistics"), py::arg("control"),
              "The rest of a step, for the sums over all processes.");
   module.def("emit", &emit, py::arg("tensors"), py::arg("groups"), py::arg("rows"),
-             py::arg("threads"), py::arg("team") = 0,
+             py::arg("threads"), py::arg("team") = py::none(),
              "Writes the live weights of all tensors that have a master.");
-  module.def("squares", &squares, py::arg("tensors"), py::arg("threads"), py::arg("team"),
+  module.def("squares", &squares, py::arg("tensors"), py::arg("threads"),
+             py::arg("team") = py::none(),
              "The sum of squares of all gradients but the uncounted ones'.");
   module.def("check", &check, py::arg("tensors"), py::arg("groups"),
              "Raises on tables that no step could work with; rows are not looked at.");
@@ -400,7 +429,7 @@ PYBIND11_MODULE(_C, module) {
            "Takes the gradients; False where something changed that the plan must be built anew "
            "for.");
   module.def("stream", &stream, py::arg("tensors"), py::arg("live"), py::arg("nontemporal"),
-             py::arg("chunk"), py::arg("factor"), py::arg("threads"), py::arg("team") = 0,
+             py::arg("chunk"), py::arg("factor"), py::arg("threads"), py::arg("team") = py::none(),
              "Moves the bytes of a step and computes next to nothing: the memory floor.");
   module.def("isas", &isas, "(name, compiled, supported) of every instruction set.");
   module.def("active_isa", &active_isa,

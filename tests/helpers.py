@@ -224,7 +224,9 @@ def same_bits(a: Any, b: Any, where: str = "") -> None:
             same_bits(x, y, f"{where}[{index}]")
     elif isinstance(a, torch.Tensor):
         assert a.dtype == b.dtype and a.shape == b.shape, f"{where}: {a.dtype} {a.shape}, {b.dtype} {b.shape}"
-        x, y = (t.detach().cpu().contiguous().view(-1).view(torch.uint8) for t in (a, b))
+        x, y = (
+            t.detach().cpu().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8) for t in (a, b)
+        )
         unequal = int((x != y).sum())
         assert not unequal, f"{where}: {unequal} bytes differ: {a.flatten()[:8]} and {b.flatten()[:8]}"
     else:

@@ -175,6 +175,7 @@ def test_state_dtypes_are_kept_on_load(dtype: str) -> None:
         state = second.state[p]
         assert state["step"].dtype == torch.float32
         assert {state[name].dtype for name in state if name != "step"} == {wide}
+    same_bits(frozen(first)["state"], frozen(second)["state"])  # nor were they rounded on the way
 
 
 @pytest.mark.parametrize("peer", PEERS)

@@ -25,6 +25,13 @@ def test_core_under_address_and_undefined_behaviour_sanitizers() -> None:
     assert failures == 0
 
 
+def test_core_under_the_thread_sanitizer() -> None:
+    """tests/native/test_threads.cpp: new threads, a lent pool, two steps at once; the bits of one thread."""
+    ran = subprocess.run([str(make("test_threads"))], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-4000:]
+    assert re.fullmatch(r"\d{2} cases, 0 failures\n", ran.stdout), ran.stdout
+
+
 def _objects(pattern: str) -> list[Path]:
     """Object files of the installed build; `pip install -e .` and `setup.py build_ext` leave them under build/."""
     return sorted((ROOT / "build").glob(f"objects-*/{pattern}"))

@@ -273,6 +273,19 @@ def test_tensors_in_several_places_are_one_optimizer(
     agree(one, two)
 
 
+def test_groups_without_gradients_keep_their_statistics(backend: str) -> None:
+    """They measure nothing in that step, and the deviation of their noise is that of their last one."""
+    optimizer = build("adamw", (((9,),), ((7,), (3,))), backend=backend)
+    set_row(optimizer, 1, "noise")
+    params = parameters_of(optimizer)
+    made, gradients = Twin(optimizer, "adamw"), Gradients(params)
+    made.step(gradients())
+    kept = optimizer.tables.statistics[1].clone()
+    made.step([gradients()[0], None, None])
+    assert torch.equal(kept, optimizer.tables.statistics[1])
+    made.step(gradients())
+
+
 def test_reruns_give_the_same_bits(backend: str) -> None:
     """Statistics too, though blocks run in another order every time."""
     made = []

@@ -58,6 +58,19 @@ AK = ak.AIMFusedOptimizer
         ({"under_optimized": ("absolute", -0.5)}, "0.5"),
         ({"threshold_rate": -0.1}, "threshold_rate"),
         ({"unknown": 1}, "unknown"),
+        *(
+            ({"rule": "sgd", name: float("nan")}, name)
+            for name in ("lr", "eps", "weight_decay", "momentum", "dampening", "threshold_rate")
+        ),
+        ({"betas": (float("nan"), 0.9)}, r"betas\[0\]"),
+        ({"betas": (0.9, float("nan"))}, r"betas\[1\]"),
+        ({"betas": 0.9}, "betas"),
+        ({"lr": "fast"}, "lr"),
+        ({"under_optimized": ("fraction", float("nan"))}, "under_optimized"),
+        ({"under_optimized": 0.1}, "under_optimized"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**63}, "seed"),
+        ({"seed": 1.5}, "seed"),
     ],
     ids=str,
 )
@@ -106,11 +119,17 @@ def test_options_of_a_group(bad: dict[str, Any]) -> None:
 
 
 def test_repeated_parameters() -> None:
-    p = parameter((3,))
-    with pytest.raises(ValueError, match=r"(?i)duplicate|repeated|more than on|twice"):
+    p, q = parameter((3,)), parameter((2,))
+    with pytest.raises(ValueError, match=r"parameter 1 of group 0.*more than once"):
         AK([p, p])
-    with pytest.raises(ValueError, match=r"(?i)duplicate|repeated|more than on|twice"):
-        AK([{"params": [p]}, {"params": [p]}])
+    with pytest.raises(ValueError, match=r"'w' .parameter 0 of group 1.*group 0"):
+        AK([{"params": [("v", p), ("b", q)]}, {"params": [("w", p)]}])
+    optimizer = AK([p])
+    before = optimizer.tables.rows.clone()
+    with pytest.raises(ValueError, match=r"parameter 1 of group 1.*group 0"):
+        optimizer.add_param_group({"params": [q, p]})
+    assert len(optimizer.param_groups) == 1
+    same_bits(before, optimizer.tables.rows)
 
 
 def test_parameters_that_cannot_be_stepped() -> None:
@@ -243,6 +262,43 @@ def test_groups_without_classes_refuse_rows_that_split() -> None:
                 optimizer.set_modulation(0, **columns)
         same_bits(before, optimizer.tables.rows)
         optimizer.set_modulation(0, grad_under=0.5, grad_well=0.5)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("lr", float("nan")),
+        ("lr", "fast"),
+        ("lr", None),
+        ("eps", float("nan")),
+        ("betas", 0.9),
+        ("betas", (0.9,)),
+        ("betas", ("a", "b")),
+        ("weight_decay", None),
+        ("momentum", float("nan")),
+        ("rule", "lamb"),
+        ("under_optimized", None),
+        ("threshold_rate", -1.0),
+    ],
+    ids=str,
+)
+def test_options_spoiled_in_mid_run_are_named(option: str, value: Any) -> None:
+    """By whatever writes to param_groups, in the second of two groups: nothing of the first was stepped."""
+    optimizer = build("sgd-momentum", (((4,),), ((3,),)))
+    set_row(optimizer, 0, "all")
+    params = parameters_of(optimizer)
+    gradients = Gradients(params)
+    for _ in range(2):
+        assign(params, gradients())
+        optimizer.step()
+    good = optimizer.param_groups[1][option]
+    optimizer.param_groups[1][option] = value
+    before = frozen(optimizer)
+    with pytest.raises(ValueError, match=rf"{option}.*\(group 1\)"):
+        optimizer.step()
+    same_bits(before, frozen(optimizer))
+    optimizer.param_groups[1][option] = good
+    optimizer.step()
 
 
 @pytest.mark.parametrize("rule", ["adam", "amsgrad", "rmsprop-centered", "rmsprop-momentum"])

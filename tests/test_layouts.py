@@ -182,3 +182,11 @@ def test_aliased_gradient_storage() -> None:
             optimizer.step()
         results.append(frozen(optimizer))
     same_bits(*results)
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 3, 3), (2, 3, 0, 3), (3, 2, 2, 0), (0, 3, 2, 2)])
+def test_empty_tensors_in_channels_last(shape: tuple[int, ...]) -> None:
+    """Some strides of theirs are zero, as those of expanded tensors are."""
+    optimizer = build("adamw", (((4,), shape),), kinds=("contiguous", "channels_last"))
+    set_row(optimizer, 0, "all")
+    run_twin(Twin(optimizer, "adamw"), Gradients(parameters_of(optimizer), kinds=("contiguous", "channels_last")), 2)

@@ -133,7 +133,7 @@ def test_a_forked_child_steps_on_its_own() -> None:
     child = os.fork()
     if child == 0:
         try:
-            signal.alarm(60)  # a child that waits for threads it does not have must not hang the tests
+            signal.alarm(20)  # a child that waits for threads it does not have must not hang the tests
             os.close(read)
             optimizer.step()
             # Converting through numpy: torch's own parallel operations are not ours to test after a fork.
@@ -190,8 +190,7 @@ class Call:
         self.control = np.array([2**40 + 3, 5, 0, 0], np.int64)
 
     def __call__(self, threads: int = 1) -> None:
-        tables = (self.rows.ctypes.data, self.statistics.ctypes.data, self.control.ctypes.data)
-        _C.step(self.tensors, self.groups, *tables, threads)
+        _C.step(self.tensors, self.groups, self.rows, self.statistics, self.control, threads)
 
     def bytes(self) -> bytes:
         written = (self.param, self.exp_avg, self.exp_avg_sq, self.step, self.rows, self.statistics, self.control)
@@ -244,6 +243,41 @@ def test_bad_tables_are_refused_before_anything_is_written(act) -> None:
     assert call.bytes() == before
 
 
+@pytest.mark.parametrize("field", ["param", "grad", "exp_avg", "exp_avg_sq", "step"])
+def test_addresses_between_two_numbers_are_refused(field: str) -> None:
+    call = Call(rule="adamw")
+    call.tensors[field] += 2
+    before = call.bytes()
+    with pytest.raises(ValueError, match="multiple"):
+        call()
+    assert call.bytes() == before
+
+
+@pytest.mark.parametrize("name", ["rows", "statistics", "control"])
+def test_tables_of_another_size_or_type_are_refused(name: str) -> None:
+    """One row, one number less; other numbers; numbers that do not lie side by side; memory that nobody may write."""
+    call = Call()
+    table = getattr(call, name)
+    frozen = table.copy()
+    frozen.setflags(write=False)
+    wrong = [table[:0], table.ravel()[:-1], table.astype(np.float32), np.repeat(table, 2, -1)[..., ::2], frozen]
+    for bad in [*wrong, np.concatenate([table, table]), table.tolist(), 64, None]:
+        setattr(call, name, bad)
+        others = [getattr(call, other).tobytes() for other in ("param", "exp_avg", "step")]
+        with pytest.raises((ValueError, TypeError)):
+            call()
+        assert others == [getattr(call, other).tobytes() for other in ("param", "exp_avg", "step")]
+
+
+def test_a_team_is_a_capsule_of_its_name() -> None:
+    call = Call()
+    before = call.bytes()
+    for team in (64, object(), "aim.team", _C.step):
+        with pytest.raises((ValueError, TypeError)):
+            _C.step(call.tensors, call.groups, call.rows, call.statistics, call.control, 2, team)
+    assert call.bytes() == before
+
+
 def test_rows_that_split_a_stateless_group_are_refused_by_the_kernel() -> None:
     call = Call(rule="sgd")
     call.tensors["exp_avg_sq"] = 0
@@ -256,10 +290,11 @@ def test_rows_that_split_a_stateless_group_are_refused_by_the_kernel() -> None:
 
 def test_arrays_of_other_records_are_refused() -> None:
     call = Call()
+    tables = (call.rows, call.statistics, call.control)
     with pytest.raises((ValueError, TypeError), match="tensors"):
-        _C.step(np.zeros(3), call.groups, 0, 0, 0, 1)
+        _C.step(np.zeros(3), call.groups, *tables, 1)
     with pytest.raises((ValueError, TypeError), match="tensors"):
-        _C.step(np.zeros(4, rows.TENSOR_RECORD)[::2], call.groups, 0, 0, 0, 1)
+        _C.step(np.zeros(4, rows.TENSOR_RECORD)[::2], call.groups, *tables, 1)
     with pytest.raises((ValueError, TypeError), match="threads"):
         call(threads=0)
 

@@ -20,6 +20,7 @@ except ImportError as error:  # pragma: no cover - a source tree that was not bu
     _IMPORT_ERROR = f"the extension aim_kernels._C was not built or does not load ({error}); run `pip install .`"
 
 _PROCESS = os.getpid()
+_TEAM = b"aim.team"  # of the capsule, which keeps this very pointer
 
 ON_DEVICE, DEVICE, DESCRIPTION = False, "cpu", "compiled kernels"
 
@@ -35,8 +36,8 @@ def runs_on(device: torch.device) -> bool:
 
 
 @functools.cache
-def _torch_team() -> int:
-    """Address of ``GOMP_parallel`` in the OpenMP runtime that torch itself uses; 0 if there is none.
+def _torch_team() -> object:
+    """``GOMP_parallel`` of the OpenMP runtime that torch itself uses, in a capsule; None if there is none.
 
     Steps run on torch's own pool: a second one would fight it for the cores, as torch's workers spin for a while
     after each of its operations.
@@ -45,36 +46,28 @@ def _torch_team() -> int:
     try:
         parallel = ctypes.CDLL(str(library)).GOMP_parallel
     except (OSError, AttributeError):
-        return 0
-    return ctypes.cast(parallel, ctypes.c_void_p).value or 0
+        return None
+    make = ctypes.pythonapi.PyCapsule_New
+    make.restype, make.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+    return make(ctypes.cast(parallel, ctypes.c_void_p), _TEAM, None)
 
 
-def _team() -> int:
-    # An OpenMP pool does not survive a fork; a child process starts threads of its own (address 0).
-    return _torch_team() if os.getpid() == _PROCESS else 0
+def _team() -> object:
+    # An OpenMP pool does not survive a fork; a child process starts threads of its own (None).
+    return _torch_team() if os.getpid() == _PROCESS else None
 
 
 def step(plan: StepPlan) -> None:
     """One step over all tensors of the plan."""
-    tables = plan.tables
     plan.load_staged()
     if plan.exchange is not None:
-        sums = torch.empty_like(tables.statistics)
-        addresses = (tables.rows.data_ptr(), tables.statistics.data_ptr(), tables.control.data_ptr())
-        _C.update(plan.records, plan.groups, *addresses, sums.data_ptr(), torch.get_num_threads(), _team())
+        sums = torch.empty_like(plan.tables.statistics)
+        _C.update(plan.records, plan.groups, *plan.tables.arrays(), sums.numpy(), torch.get_num_threads(), _team())
         plan.store_staged()
         plan.exchange(sums)
-        _C.finish(plan.groups, sums.data_ptr(), *addresses)
+        _C.finish(plan.groups, sums.numpy(), *plan.tables.arrays())
         return
-    _C.step(
-        plan.records,
-        plan.groups,
-        tables.rows.data_ptr(),
-        tables.statistics.data_ptr(),
-        tables.control.data_ptr(),
-        torch.get_num_threads(),
-        _team(),
-    )
+    _C.step(plan.records, plan.groups, *plan.tables.arrays(), torch.get_num_threads(), _team())
     plan.store_staged()
 
 
@@ -86,5 +79,6 @@ def squares(plan: StepPlan) -> float:
 def emit(plan: StepPlan) -> None:
     """Writes the live weights of all parameters that have a master."""
     plan.load_staged()
-    _C.emit(plan.records, plan.groups, plan.tables.rows.data_ptr(), torch.get_num_threads(), _team())
+    rows = plan.tables.arrays()[0]
+    _C.emit(plan.records, plan.groups, rows, torch.get_num_threads(), _team())
     plan.store_staged()

@@ -95,6 +95,20 @@ void reduce(const Tensor* tensors, const Group* groups, const Work& work,
   }
 }
 
+bool aligned(const void* address, size_t size) {
+  return reinterpret_cast<uintptr_t>(address) % size == 0;
+}
+
+// Whether every address is a multiple of its type's size; absent ones are.
+bool all_aligned(const Tensor& t) {
+  const DType dtype = static_cast<DType>(t.dtype);
+  const size_t wide = dtype == DType::kFloat64 ? 8 : 4;
+  const size_t stored = dtype == DType::kFloat64 || dtype == DType::kFloat32 ? wide : 2;
+  return aligned(t.param, stored) && aligned(t.grad, stored) && aligned(t.exp_avg, wide) &&
+         aligned(t.exp_avg_sq, wide) && aligned(t.extra, wide) && aligned(t.master, wide) &&
+         aligned(t.anchor, wide) && aligned(t.step, sizeof(float));
+}
+
 }  // namespace
 
 Status check(const Tensor* tensors, int64_t tensor_count, const Group* groups,
@@ -119,6 +133,7 @@ Status check(const Tensor* tensors, int64_t tensor_count, const Group* groups,
     if (!t.grad && !t.master) continue;
     const Kind kind = kind_of(t, groups[t.group]);
     if (!t.step) return Status::kNullPointer;
+    if (!all_aligned(t)) return Status::kMisaligned;
     if (t.numel == 0) continue;
     const Group& group = groups[t.group];
     const bool rms = kind == Kind::kRms,
@@ -292,6 +307,8 @@ const char* describe(Status status) {
       return "a pointer that the rule or the state needs is absent";
     case Status::kBadSize:
       return "a count is negative or too large";
+    case Status::kMisaligned:
+      return "an address is no multiple of its type's size";
     case Status::kBadGroup:
       return "a tensor names a group that does not exist";
     case Status::kBadDType:

@@ -15,6 +15,7 @@ enum class Status : int32_t {
   kOk = 0,
   kNullPointer,    // a pointer that the rule or the state needs is absent
   kBadSize,        // a negative count or a total that overflows 64 bits
+  kMisaligned,     // an address is no multiple of its type's size
   kBadGroup,       // a tensor names a group that does not exist
   kBadDType,       // not a DType
   kBadRule,        // not a Rule

@@ -1,0 +1,23 @@
+"""The binding under arguments of every kind."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+def test_any_arguments_work_or_raise() -> None:
+    """tests/fuzz_binding.py, in a process of its own: nothing crashes, and what raises has written nothing."""
+    ran = subprocess.run(
+        [sys.executable, "-X", "faulthandler", str(HERE / "fuzz_binding.py")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, f"exit status {ran.returncode}\n{ran.stdout[-3000:]}{ran.stderr[-6000:]}"
+    worked, raised = map(int, re.fullmatch(r"(\d+) worked, (\d+) raised\n", ran.stdout).groups())  # type: ignore[union-attr]
+    assert worked > 200 and raised > 200, "arguments all of one kind test little"

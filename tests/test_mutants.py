@@ -1,0 +1,25 @@
+"""The list of planted bugs fits the sources: it could not rot unseen. `make mutants` plants them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from mutant_list import MUTANTS, Mutant
+
+TESTS = Path(__file__).resolve().parent
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name.replace(" ", "-"))
+def test_it_can_be_planted(mutant: Mutant) -> None:
+    assert (TESTS.parent / mutant.file).read_text().count(mutant.old) == 1, "its text must stand there exactly once"
+    assert mutant.new != mutant.old
+    for test in mutant.tests:
+        name, _, function = test.partition("::")
+        text = (TESTS / name).read_text()
+        assert not function or re.search(rf"^def {function.partition('[')[0]}\(", text, re.MULTILINE), f"no test {test}"
+
+
+def test_names_are_unique_and_there_are_many() -> None:
+    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS) >= 40
