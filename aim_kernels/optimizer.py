@@ -279,13 +279,22 @@ class AIMFusedOptimizer(Modulated):
 
     @torch.no_grad()
     def train(self) -> None:
-        """Puts the live weights back, to the bit. True weights that were changed meanwhile are kept as the new ones."""
-        masters = self._masters()
-        for p, master in masters:
+        """Puts the live weights back, to the bit. True weights that were changed meanwhile are kept as the new ones.
+
+        Does nothing where they are there already: training loops call it before every batch.
+        """
+        if not self._holds_true_weights:
+            return
+        for p, master in self._masters():
             # By value, since writes through .data leave no trace.
-            if self._holds_true_weights and not torch.equal(p, master.to(p.dtype)):
+            if not torch.equal(p, master.to(p.dtype)):
                 master.copy_(p)
         self._holds_true_weights = False
+        self._emit()
+
+    def _emit(self) -> None:
+        """Writes the live weights of the masters into the module."""
+        masters = self._masters()
         if not masters:
             return
         self._check_before_building()
@@ -294,6 +303,11 @@ class AIMFusedOptimizer(Modulated):
         plan.read_hyperparameters(on_device=backend.ON_DEVICE)
         backend.emit(plan)
         torch.autograd.graph.increment_version([p for p, _ in masters])
+
+    @property
+    def holds_true_weights(self) -> bool:
+        """Whether the module holds the true weights on request: after ``eval()``, until ``train()``."""
+        return self._holds_true_weights
 
     @contextmanager
     def true_parameters(self) -> Iterator[None]:
@@ -336,7 +350,7 @@ class AIMFusedOptimizer(Modulated):
             self._holds_true_weights = False
             self.eval()
         else:
-            self.train()
+            self._emit()
 
     def _reset(self) -> None:
         """Forgets what is derived from states and tables."""
