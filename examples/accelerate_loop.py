@@ -44,7 +44,7 @@ class Run:
             self.optimizer.eval()  # the true weights: validate, save, export
 
 
-def main() -> None:
+if __name__ == "__main__":
     through = Run()
     with tempfile.TemporaryDirectory() as folder:
         through.train(EPOCHS // 2)
@@ -57,7 +57,3 @@ def main() -> None:
     accuracy = (resumed.model(*test).argmax(1) == labels).float().mean()
     same = all(map(torch.equal, through.model.parameters(), resumed.model.parameters()))
     print(f"with AIM: {accuracy:.1%} of the test samples; resumed and uninterrupted run equal: {same}")
-
-
-if __name__ == "__main__":
-    main()

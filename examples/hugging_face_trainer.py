@@ -8,7 +8,6 @@ import tempfile
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput
 from two_modalities import BATCH, CLASSES, EPOCHS, TwoModalities, samples
@@ -25,15 +24,9 @@ class Classifier(TwoModalities):
         return SequenceClassifierOutput(loss=None if labels is None else cross_entropy(logits, labels), logits=logits)
 
 
-class Samples(Dataset[dict[str, Tensor]]):
-    def __init__(self, count: int, shortcut: bool, seed: int) -> None:
-        self.columns = dict(zip(("shape", "colour", "labels"), samples(count, shortcut, seed), strict=True))
-
-    def __len__(self) -> int:
-        return len(self.columns["labels"])
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {name: column[index] for name, column in self.columns.items()}
+def rows(count: int, shortcut: bool, seed: int) -> list[dict[str, Tensor]]:
+    columns = zip(*samples(count, shortcut, seed), strict=True)
+    return [{"shape": shape, "colour": colour, "labels": label} for shape, colour, label in columns]
 
 
 def train(balanced: bool, folder: str) -> float:
@@ -43,16 +36,17 @@ def train(balanced: bool, folder: str) -> float:
     groups = ak.block_param_groups(model, {"shape": list(model.shape), "colour": list(model.colour)})
     optimizer = ak.AIMFusedOptimizer(groups, lr=3e-3)
     aim = ak.AIM(model, optimizer, CLASSES, loss=lambda output, labels: cross_entropy(output.logits, labels))
-    train_set = Samples(1024, shortcut=True, seed=2)
-    seen, held_out = (list(Samples(256, shortcut, 3).columns.values()) for shortcut in (True, False))
-    callback = AIMCallback(aim, lambda: (seen[:2], seen[2], (held_out[:2], held_out[2])))
-    arguments = TrainingArguments(
-        folder, num_train_epochs=EPOCHS, per_device_train_batch_size=BATCH, lr_scheduler_type="constant", use_cpu=True
-    )
+    *seen, seen_labels = samples(256, shortcut=True, seed=3)
+    *held_out, held_out_labels = samples(256, shortcut=False, seed=3)
+    callback = AIMCallback(aim, lambda: (seen, seen_labels, (held_out, held_out_labels)))
+    options = {"num_train_epochs": EPOCHS, "lr_scheduler_type": "constant", "disable_tqdm": True, "report_to": "none"}
+    arguments = TrainingArguments(folder, per_device_train_batch_size=BATCH, use_cpu=True, **options)
     callbacks = [callback] if balanced else []
-    trainer = Trainer(model, arguments, train_dataset=train_set, optimizers=(optimizer, None), callbacks=callbacks)
+    trainer = Trainer(
+        model, arguments, train_dataset=rows(1024, True, 2), optimizers=(optimizer, None), callbacks=callbacks
+    )
     trainer.train()
-    result = trainer.predict(Samples(2048, shortcut=False, seed=4))
+    result = trainer.predict(rows(2048, False, 4))
     return float((result.predictions.argmax(1) == result.label_ids).mean())
 
 
