@@ -103,14 +103,22 @@ def test_checkpoints_hold_true_weights(tmp_path: Path) -> None:
 
 
 def test_best_model_is_what_training_leaves(tmp_path: Path) -> None:
-    """Loaded before on_train_end, it must not be overwritten by the last true weights. Steps follow the evaluation."""
+    """Loaded before on_train_end, it must not be overwritten by the last true weights.
+
+    The Trainer evaluates after the last step, unless a callback ends training elsewhere.
+    """
+
+    class Stop(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop = state.global_step == 5
+
     options = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 4, "eval_steps": 4}
     trainer, model, _ = made(
         tmp_path, 0.5, load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True, **options
     )
+    trainer.add_callback(Stop())
     trainer.train()
-    assert trainer.state.best_global_step == 4
-    assert trainer.state.global_step == 6
+    assert (trainer.state.best_global_step, trainer.state.global_step) == (4, 5)
     saved = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
     same_bits({name: p.detach() for name, p in model.named_parameters()}, saved)
     trainer.evaluate()
