@@ -89,6 +89,8 @@ check-install: $(STAMP)  ## prove `pip install`: sdist, then an isolated build i
 WHEEL_TORCHES ?= $(shell sed -n 's/^dependencies = .*torch>=\([0-9.]*\)".*/\1.0/p' pyproject.toml) $(lastword $(subst ==, ,$(TORCH)))
 WHEELS := build/check-wheel
 
+# Found without PATH, an installed toolkit would go into the wheel; a machine without one decides by itself.
+check-wheel: export AIM_KERNELS_CUDA := $(if $(wildcard /usr/local/cuda/bin/nvcc),0,auto)
 check-wheel:  ## prove the wheel: built without torch and nvcc, looked through, then run with every torch of WHEEL_TORCHES (gigabytes)
 	rm -rf $(WHEELS)
 	$(PYTHON) -m venv $(WHEELS)/builder
