@@ -143,6 +143,7 @@ print({{name: (b["available"] if isinstance(b, dict) else b.available) for name,
 """
 
 EXTRAS = ["matplotlib", "sklearn", "rich", "seglearn", "triton", "pytest", "scipy"]
+EXTRAS += ["lightning", "transformers", "accelerate", "tensorboard"]
 
 
 def test_imports_and_steps_without_any_extra():
