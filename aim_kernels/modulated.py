@@ -15,11 +15,26 @@ from aim_kernels.states import has_classes
 from aim_kernels.tables import Tables
 
 
+def unwrapped(optimizer: Any) -> Any:
+    """The optimizer inside the wrappers of training frameworks (Accelerate, Lightning), which keep it as
+    ``optimizer``."""
+    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
 class Modulated(torch.optim.Optimizer):
     """An optimizer with a row, and statistics, for each param group."""
 
     tables: Tables
     process_group: Any
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Lightning's wrapper imitates the class, so that our methods run with the wrapper as self: reading falls
+        # through to the wrapped optimizer, and what they write has to get there as well.
+        wrapped = self.__dict__.get("_optimizer")
+        target = wrapped if isinstance(wrapped, Modulated) and name in wrapped.__dict__ else self
+        object.__setattr__(target, name, value)
 
     def _note_live_weights(self, number: int) -> None:
         """Called after the live columns of a group were written."""

@@ -401,14 +401,23 @@ class AIMFusedOptimizer(Modulated):
     @compiled.outside_graphs
     @torch.no_grad()
     def train(self) -> None:
-        """Puts the live weights back, to the bit. True weights that were changed meanwhile are kept as the new ones."""
-        masters = self._masters()
-        for p, master in masters:
+        """Puts the live weights back, to the bit. True weights that were changed meanwhile are kept as the new ones.
+
+        Does nothing where they are there already: training loops call it before every batch.
+        """
+        if not self._holds_true_weights:
+            return
+        for p, master in self._masters():
             # By value, since writes through .data leave no trace.
             here, kept = distributed.local_of(p), distributed.local_of(master)
-            if self._holds_true_weights and not torch.equal(here, kept.to(p.dtype)):
+            if not torch.equal(here, kept.to(p.dtype)):
                 kept.copy_(here)
         self._holds_true_weights = False
+        self._emit()
+
+    def _emit(self) -> None:
+        """Writes the live weights of the masters into the module."""
+        masters = self._masters()
         if not masters:
             return
         self._check_before_building()
@@ -418,6 +427,11 @@ class AIMFusedOptimizer(Modulated):
         backend.emit(plan)
         torch.autograd.graph.increment_version([p for p, _ in masters])
         distributed.reshard_all(p for p, _ in masters)
+
+    @property
+    def holds_true_weights(self) -> bool:
+        """Whether the module holds the true weights on request: after ``eval()``, until ``train()``."""
+        return self._holds_true_weights
 
     @contextmanager
     def true_parameters(self) -> Iterator[None]:
@@ -472,7 +486,7 @@ class AIMFusedOptimizer(Modulated):
             self._holds_true_weights = False
             self.eval()
         else:
-            self.train()
+            self._emit()
 
     def _reset(self) -> None:
         """Forgets what is derived from states and tables."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aim_kernels.modulated import unwrapped
 from aim_kernels.modulation.prototypes import (
     POOLS,
     Pool,
@@ -149,6 +150,7 @@ class AIM:
         ):
             if count < least:
                 raise ValueError(f"{name} must be at least {least}, got {count}")
+        optimizer = unwrapped(optimizer)
         if not hasattr(optimizer, "set_phase_rows"):
             raise TypeError(f"AIM writes rows of an AIMFusedOptimizer; {type(optimizer).__name__} has none")
         if isinstance(model, nn.parallel.DistributedDataParallel):
