@@ -14,7 +14,7 @@ BUILD_REQUIRES = $(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyp
 CXX_FILES = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.h csrc/*/*.cu csrc/*/*.cuh python/*.cpp python/*.h tests/native/*.cpp tests/native/*.h tests/native/*/*.h)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test mutants fuzz build bench gpu gpu-build gpu-test gpu-bench format lint check-install clean
+.PHONY: help demo test mutants fuzz build bench gpu gpu-build gpu-test gpu-bench format lint check-install check-wheel clean
 
 # Threads that spin while they wait take the cores from each other as soon as two processes share them: a small operation then
 # lasts a hundred times longer. `bench` keeps the default, as its users have it.
@@ -93,6 +93,29 @@ check-install: $(STAMP)  ## prove `pip install`: sdist, then an isolated build i
 	build/check-install/venv/bin/python -m pip install build/check-install/*.tar.gz
 	cd build/check-install && venv/bin/python -m aim_kernels && venv/bin/python ../../examples/drop_in.py
 	rm -rf build/check-install
+
+# The oldest PyTorch that pyproject.toml promises, and the one that development is pinned to.
+WHEEL_TORCHES ?= $(shell sed -n 's/^dependencies = .*torch>=\([0-9.]*\)".*/\1.0/p' pyproject.toml) $(lastword $(subst ==, ,$(TORCH)))
+WHEELS := build/check-wheel
+
+# Found without PATH, an installed toolkit would go into the wheel; a machine without one decides by itself.
+check-wheel: export AIM_KERNELS_CUDA := $(if $(wildcard /usr/local/cuda/bin/nvcc),0,auto)
+check-wheel:  ## prove the wheel: built without torch and nvcc, looked through, then run with every torch of WHEEL_TORCHES (gigabytes)
+	rm -rf $(WHEELS)
+	$(PYTHON) -m venv $(WHEELS)/builder
+	$(WHEELS)/builder/bin/python -m pip install build
+	! $(WHEELS)/builder/bin/python -c 'import torch' 2> /dev/null
+	! PATH=/usr/bin:/bin command -v nvcc
+	env -u PYTHONPATH -u NVCC -u CUDA_HOME PATH=/usr/bin:/bin $(WHEELS)/builder/bin/python -m build --outdir $(WHEELS) .
+	$(WHEELS)/builder/bin/python tests/wheel_contents.py $(WHEELS)/*.whl
+	set -e; for torch in $(WHEEL_TORCHES); do \
+	  $(PYTHON) -m venv $(WHEELS)/with-torch; \
+	  $(WHEELS)/with-torch/bin/python -m pip install --quiet torch==$$torch; \
+	  $(WHEELS)/with-torch/bin/python -m pip install --quiet $(WHEELS)/*.whl; \
+	  env -u PYTHONPATH $(WHEELS)/with-torch/bin/python tests/wheel_smoke.py; \
+	  rm -rf $(WHEELS)/with-torch; \
+	done
+	rm -rf $(WHEELS)
 
 clean:  ## remove what was built, but not .venv
 	rm -rf build dist *.egg-info aim_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

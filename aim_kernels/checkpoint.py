@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from aim_kernels import checks
+from aim_kernels import checks, distributed
 from aim_kernels.rows import ROW
-from aim_kernels.states import arithmetic_dtype, moments_of, state_layout, step_count
-from aim_kernels.tables import Tables
+from aim_kernels.states import arithmetic_dtype, moments_of, state_layout, step_count, zeros_like_all
 
 if TYPE_CHECKING:
     from aim_kernels.optimizer import AIMFusedOptimizer
@@ -32,10 +31,14 @@ _TABLE_KEYS = ("modulation_row", "statistics_row", "control")
 _UNSUPPORTED = {"differentiable": False}
 
 
-def with_tables(state_dict: dict[str, Any], tables: Tables) -> dict[str, Any]:
-    """Adds each group's row, statistics and the control table to torch's state dict, as plain numbers."""
+def complete(state_dict: dict[str, Any], optimizer: AIMFusedOptimizer) -> dict[str, Any]:
+    """Adds each group's row, statistics and the control table to torch's state dict, as plain numbers, and anchors of
+    parameters that have no state yet."""
     for number, group in enumerate(state_dict["param_groups"]):
-        group.update(tables.to_lists(number))
+        group.update(optimizer.tables.to_lists(number))
+        for key, p in zip(group["params"], optimizer.param_groups[number]["params"], strict=True):
+            if p in optimizer._anchors:
+                state_dict["state"][key] = {**state_dict["state"].get(key, {}), "anchor": optimizer._anchors[p]}
     return state_dict
 
 
@@ -54,6 +57,7 @@ def load(optimizer: AIMFusedOptimizer, state_dict: dict[str, Any]) -> None:
     saved_groups = state_dict["param_groups"]
     groups = _merged_groups(optimizer, saved_groups)
     _check_masters(groups, saved_groups, state_dict)
+    _check_tables(saved_groups, state_dict)
     state = {p: _checked_state(groups, place, p, saved) for place, p, saved in _pairs(groups, saved_groups, state_dict)}
     tables_saved = [{key: group.pop(key) for key in _TABLE_KEYS if key in group} for group in groups]
     for number, saved in enumerate(tables_saved):
@@ -63,6 +67,8 @@ def load(optimizer: AIMFusedOptimizer, state_dict: dict[str, Any]) -> None:
         optimizer.tables.from_lists(number, saved)
     kept = {p: {"anchor": s["anchor"]} for p, s in optimizer.state.items() if "anchor" in s}
     optimizer.state.clear()
+    for p in [p for p in optimizer._anchors if p in state]:
+        kept[p] = {"anchor": optimizer._anchors.pop(p)}
     for p, values in state.items():
         merged = {**kept.get(p, {}), **values}
         if merged:
@@ -140,6 +146,18 @@ def _check_masters(
             )
 
 
+def _check_tables(saved_groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> None:
+    """Raises where states of ours come without thresholds and rows."""
+    for number, group in enumerate(saved_groups):
+        if "under_optimized" not in group or "modulation_row" in group:
+            continue
+        if any(float(state_dict["state"].get(key, {}).get("step", 0)) for key in group["params"]):
+            raise ValueError(
+                f"group {number}: the checkpoint has states but neither thresholds nor rows "
+                "(torch.distributed.checkpoint drops them with flatten_optimizer_state_dict=True); save it without"
+            )
+
+
 def _pairs(
     groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]], state_dict: dict[str, Any]
 ) -> Iterator[tuple[tuple[int, int], Tensor, dict[str, Any]]]:
@@ -149,7 +167,9 @@ def _pairs(
 
 
 def _empty_state(p: Tensor) -> Tensor:
-    return torch.empty_like(p, dtype=arithmetic_dtype(p.dtype), memory_format=state_layout(p), requires_grad=False)
+    local = distributed.local_of(p)
+    made = torch.empty_like(local, dtype=arithmetic_dtype(p.dtype), memory_format=state_layout(p), requires_grad=False)
+    return distributed.like(p, made)
 
 
 def _checked_state(
@@ -171,11 +191,13 @@ def _checked_state(
             state[key] = step_count(p, float(count))
         elif isinstance(value, Tensor):
             name = checks.name_of(groups, *place)
+            value = distributed.in_place_of(p, value, f"{name}: its {key}")
             if value.shape != p.shape:
                 raise ValueError(
                     f"{name}: its {key} has shape {tuple(value.shape)} in the checkpoint, {tuple(p.shape)} here"
                 )
-            state[key] = _empty_state(p).copy_(value)
+            state[key] = _empty_state(p)
+            distributed.local_of(state[key]).copy_(distributed.local_of(value))
         else:
             state[key] = value
     if not state.keys() - {"anchor"}:  # not stepped yet
@@ -187,5 +209,5 @@ def _checked_state(
         if key not in state and key in needed:
             raise ValueError(f"{checks.name_of(groups, *place)}: the checkpoint has no {key}; it is of another rule")
         if key not in state:
-            state[key] = _empty_state(p).zero_()
+            state[key] = zeros_like_all([p])[0]
     return state

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from aim_kernels import distributed
 from aim_kernels.rows import DTYPES, PUBLIC_COLUMNS, RULES
 
 Group = dict[str, Any]
@@ -32,6 +34,11 @@ def name_of(groups: list[Group], number: int, index: int) -> str:
 
 def _on_device(value: Any) -> bool:
     return isinstance(value, Tensor) and value.device.type != "cpu"
+
+
+def may_differ(value: Any, number: float) -> bool:
+    """Whether a value is another number; one in a device's memory is not looked at, and may be."""
+    return _on_device(value) or float(value) != number
 
 
 def check_number(name: str, value: Any, low: float, high: float = float("inf"), *, high_open: bool = False) -> None:
@@ -136,6 +143,35 @@ def check_parameters(groups: list[Group], number: int, params: list[Any], device
             raise ValueError(f"{name}: is expanded (several elements share memory); pass a contiguous parameter")
 
 
+def check_meshes(groups: list[Group], process_group: Any) -> None:
+    """Raises ValueError on DTensors that a step cannot work with, by name."""
+    sharded = [
+        (number, index, p)
+        for number, group in enumerate(groups)
+        for index, p in enumerate(group["params"])
+        if distributed.is_dtensor(p)
+    ]
+    if not sharded:
+        return
+    for number, index, p in sharded:
+        name = name_of(groups, number, index)
+        if process_group is not None:
+            raise ValueError(
+                f"{name}: is a DTensor, whose processes are those of its mesh; process_group is for plain parameters"
+            )
+        if any(placement.is_partial() for placement in p.placements):
+            raise ValueError(f"{name}: is placed {p.placements}; a partial sum cannot be stepped, redistribute it")
+        if p.device_mesh.get_coordinate() is None:
+            raise ValueError(f"{name}: this process is not in its mesh {p.device_mesh}")
+    widest = distributed.widest_of([p.device_mesh for _, _, p in sharded])
+    for number, index, p in sharded:
+        if not distributed.is_within(p.device_mesh, widest):
+            raise ValueError(
+                f"{name_of(groups, number, index)}: its mesh {p.device_mesh} is no part of {widest}, on which other "
+                "parameters are; use slices of one mesh, or one optimizer for each mesh"
+            )
+
+
 def check_states(groups: list[Group], state: dict[Tensor, dict[str, Any]]) -> None:
     """Raises on the first state that does not fit its parameter."""
     for number, group in enumerate(groups):
@@ -143,6 +179,11 @@ def check_states(groups: list[Group], state: dict[Tensor, dict[str, Any]]) -> No
             for key, value in state.get(p, {}).items():
                 if key == "step" or not isinstance(value, Tensor):
                     continue
+                if not distributed.placed_alike(value, p):
+                    raise RuntimeError(
+                        f"{name_of(groups, number, index)}: its state {key} is {_placement(value)}, the parameter "
+                        f"{_placement(p)}; delete optimizer.state[parameter] to start it anew"
+                    )
                 if value.shape != p.shape or value.device != p.device:
                     raise RuntimeError(
                         f"{name_of(groups, number, index)}: its state {key} has shape {tuple(value.shape)} on "
@@ -151,14 +192,19 @@ def check_states(groups: list[Group], state: dict[Tensor, dict[str, Any]]) -> No
                     )
 
 
-def check_gradients(groups: list[Group]) -> None:
-    """Raises on the first gradient that a step cannot read."""
+def check_gradients(groups: list[Group], grads: Sequence[Tensor | None] | None = None) -> None:
+    """Raises on the first gradient that a step cannot read: of ``grads``, in the order of the groups, or ``p.grad``."""
+    given = None if grads is None else iter(grads)
     for number, group in enumerate(groups):
         for index, p in enumerate(group["params"]):
-            g = p.grad
+            g = p.grad if given is None else next(given)
             if g is None:
                 continue
             name = name_of(groups, number, index)
+            if not distributed.placed_alike(g, p):
+                raise RuntimeError(
+                    f"{name}: its gradient is {_placement(g)}, the parameter {_placement(p)}; redistribute one of them"
+                )
             if g.layout != torch.strided:
                 raise RuntimeError(
                     f"{name}: its gradient is sparse, which AIMFusedOptimizer does not support; "
@@ -177,6 +223,28 @@ def check_gradients(groups: list[Group]) -> None:
                 )
             if g.dtype != p.dtype:
                 raise RuntimeError(f"{name}: its gradient is {g.dtype}, the parameter {p.dtype}; cast one of them")
+
+
+def _placement(tensor: Tensor) -> str:
+    if not distributed.is_dtensor(tensor):
+        return "a plain tensor"
+    return f"a DTensor placed {tensor.placements} on {tensor.device_mesh}"  # type: ignore[attr-defined]
+
+
+def check_noise(groups: list[Group], process_group: Any, noisy: set[int]) -> None:
+    """Raises ValueError where noise cannot go by global element index, for groups that are to have noise."""
+    if not noisy:
+        return
+    places = [(number, index) for number, group in enumerate(groups) for index in range(len(group["params"]))]
+    for (number, index), first in zip(places, distributed.first_indices(groups, process_group), strict=True):
+        if first is None and number in noisy:
+            why = (
+                "its place among all parameters is not known; use aim_kernels.zero.AIMZeroRedundancyOptimizer"
+                if process_group is not None
+                else f"its elements here are not consecutive in the whole ({groups[number]['params'][index].placements}"
+                "); shard its first dimension"
+            )
+            raise ValueError(f"{name_of(groups, number, index)}: noise goes by global element index, but {why}")
 
 
 def check_columns(columns: dict[str, Any]) -> None:

@@ -27,18 +27,26 @@ def clip(plan: StepPlan, backend: ModuleType, max_norm: float) -> Tensor:
     """
     if not backend.ON_DEVICE:
         scale = 1.0 if plan.grad_scale is None else float(plan.grad_scale)
-        total = backend.squares(plan) ** 0.5 / scale
+        total = _of_all_processes(plan, torch.tensor(backend.squares(plan), dtype=torch.float64)).item() ** 0.5 / scale
         plan.clip_factor = clipped_to(max_norm, total)
         kind = torch.float64 if any(p.dtype == torch.float64 for p in plan.params) else torch.float32
         return torch.tensor(total, dtype=kind, device=plan.tables.rows.device)
-    norm: Tensor = torch.nn.utils.get_total_norm([g for g in plan.grads if g is not None])
+    counted = [g for g, not_here in zip(plan.grads, plan.records["uncounted"], strict=True) if not not_here]
+    norm: Tensor = torch.nn.utils.get_total_norm([g for g in counted if g is not None])
     norm = norm.to(plan.tables.rows.device)
-    norm = norm.to(torch.promote_types(norm.dtype, torch.float32))
+    kind = torch.promote_types(norm.dtype, torch.float32)
+    norm = _of_all_processes(plan, norm.double().square()).sqrt().to(kind)
     scaled = norm if plan.grad_scale is None else norm / plan.grad_scale.to(norm.device)
     # What a device divides by. A factor of 0 (an infinite norm) is a scale of infinity, NaN stays NaN.
     stretch = ((scaled + _EPS) / max_norm).clamp(min=1.0)
     plan.grad_scale = stretch if plan.grad_scale is None else stretch * plan.grad_scale.to(norm.device)
     return scaled
+
+
+def _of_all_processes(plan: StepPlan, squares: Tensor) -> Tensor:
+    if plan.exchange is not None:
+        plan.exchange.add_up(squares)
+    return squares
 
 
 def clipped_to(max_norm: float, norm: float) -> float:

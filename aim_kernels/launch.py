@@ -55,6 +55,9 @@ def step(plan: StepPlan, kernels: Kernels) -> None:
             if share is not launch.home:
                 kernels.finish(share)
     launch.fetch_sums()
+    if plan.exchange is not None:
+        with launch.home.current():
+            plan.exchange(launch.add_up())
     with launch.home.current():
         kernels.finish(launch.home)
     plan.store_staged()
@@ -111,7 +114,11 @@ def families_of(groups: NDArray[np.void]) -> tuple[int, ...]:
 
 class Launch:
     """A plan as shares, one a place. A place is a device and the parameters there, by their numbers in the plan; the
-    first is home."""
+    first is home.
+
+    Where sums are exchanged between processes, none of the shares is home: all are finished up to their sums, and home
+    is a share without parameters, which takes what the processes have together.
+    """
 
     def __init__(
         self, plan: StepPlan, chunk_size: int, places: Sequence[tuple[torch.device, NDArray[np.int64]]]
@@ -121,26 +128,42 @@ class Launch:
         self.plan: StepPlan = weakref.proxy(plan)
         self.chunk_size = chunk_size
         (device, indices), *others = places
-        self.home = Share(plan, device, indices, chunk_size, others=len(others))
-        self.shares = [self.home, *(Share(plan, *place, chunk_size, home=False) for place in others)]
+        if plan.exchange is None:
+            self.home = Share(plan, device, indices, chunk_size, others=len(others))
+            self.shares = [self.home, *(Share(plan, *place, chunk_size, home=False) for place in others)]
+        else:
+            self.shares = [Share(plan, *place, chunk_size, home=False) for place in places]
+            self.home = Share(plan, device, indices[:0], chunk_size, others=len(places))
+            self.home.next = self.shares[0].next
 
     def send(self) -> None:
-        for share in self.shares:
+        for share in self.shares if self.home in self.shares else (*self.shares, self.home):
             with share.current():
                 share.send()
 
     def send_tables_away(self) -> None:
         """Rows, statistics and control as they are at home."""
         tables = self.plan.tables
-        for share in self.shares[1:]:
+        for share in self.shares:
+            if share is self.home:
+                continue
             for name in ("rows", "statistics", "control"):
                 getattr(share, name).copy_(getattr(tables, name), non_blocking=True)
 
     def fetch_sums(self) -> None:
         """Home learns what the other devices measured."""
-        for number, share in enumerate(self.shares[1:]):
+        for number, share in enumerate(share for share in self.shares if share is not self.home):
             assert self.home.others is not None and share.sums is not None
             self.home.others[number].copy_(share.sums, non_blocking=True)
+
+    def add_up(self) -> Tensor:
+        """The sums of all devices, [G, 7], where home finds them: in the place of the first, and the rest zero."""
+        assert self.home.others is not None
+        total, rest = self.home.others[0], self.home.others[1:]
+        if len(rest):
+            total.add_(rest.sum(0))
+            rest.zero_()
+        return total
 
 
 class Share:
@@ -159,6 +182,7 @@ class Share:
 
     tensors: Tensor
     groups: Tensor
+    next: Tensor
     call: Any = None
 
     def __init__(

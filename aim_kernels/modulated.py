@@ -9,20 +9,38 @@ import torch
 from torch import Tensor
 
 from aim_kernels import checks
+from aim_kernels.compiled import outside_graphs
 from aim_kernels.rows import PHASE_COLUMNS, PHASES, ROW, STATISTIC
 from aim_kernels.states import has_classes
 from aim_kernels.tables import Tables
+
+
+def unwrapped(optimizer: Any) -> Any:
+    """The optimizer inside the wrappers of training frameworks (Accelerate, Lightning), which keep it as
+    ``optimizer``."""
+    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 class Modulated(torch.optim.Optimizer):
     """An optimizer with a row, and statistics, for each param group."""
 
     tables: Tables
+    process_group: Any
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Lightning's wrapper imitates the class, so that our methods run with the wrapper as self: reading falls
+        # through to the wrapped optimizer, and what they write has to get there as well.
+        wrapped = self.__dict__.get("_optimizer")
+        target = wrapped if isinstance(wrapped, Modulated) and name in wrapped.__dict__ else self
+        object.__setattr__(target, name, value)
 
     def _note_live_weights(self, number: int) -> None:
         """Called after the live columns of a group were written."""
         raise NotImplementedError
 
+    @outside_graphs
     def set_strength(self, modality: str, depth: int, kappa: float | Tensor, coefficients: str = "chain") -> None:
         """Turns a block into its Auxiliary Block of strength ``kappa``, in both phases (spec section 4).
 
@@ -49,6 +67,7 @@ class Modulated(torch.optim.Optimizer):
         for number in self._block(modality, depth):
             self.set_phase_rows(number, true=row, aux=row)
 
+    @outside_graphs
     def set_modulation(self, group: int | tuple[str, int], **columns: float | Tensor) -> None:
         """Writes columns of a row by hand; they hold in both phases, from the next step on.
 
@@ -57,11 +76,14 @@ class Modulated(torch.optim.Optimizer):
             columns: any of grad_under, grad_well, step_under, step_well, live_under, live_well, tau_prev, tau, noise.
 
         Raises:
-            ValueError: no such group, an unknown column, or a value that it cannot hold.
+            ValueError: no such group, an unknown column, a value that it cannot hold, or noise for a DTensor whose
+                part here is not a run of consecutive elements.
         """
         checks.check_columns(columns)
         for number in self._block(*group) if isinstance(group, tuple) else [self._group_number(group)]:
             self._check_state_suffices(number, columns)
+            if checks.may_differ(columns.get("noise", 0.0), 0.0):
+                checks.check_noise(self.param_groups, self.process_group, {number})
             written: dict[str, Any] = {}
             for column, value in columns.items():
                 if column in PHASE_COLUMNS:
@@ -71,6 +93,7 @@ class Modulated(torch.optim.Optimizer):
             self.tables.set_columns(number, **written)
             self._note_live_weights(number)
 
+    @outside_graphs
     def set_phase_rows(
         self, group: int, *, true: dict[str, Any] | None = None, aux: dict[str, Any] | None = None
     ) -> None:
@@ -87,6 +110,7 @@ class Modulated(torch.optim.Optimizer):
         self.tables.set_phase_row(number, "aux", aux or {})
         self._note_live_weights(number)
 
+    @outside_graphs
     def set_phases(self, probability: float) -> None:
         """Probability of drawing the auxiliary phase for the next forward pass; 0: always the true one."""
         checks.check_number("probability", probability, 0.0, 1.0)
@@ -97,6 +121,7 @@ class Modulated(torch.optim.Optimizer):
         """Phase of the live weights that the module holds: "true" or "auxiliary"."""
         return ("true", "auxiliary")[self.tables.phase()]
 
+    @outside_graphs
     def modulation(self) -> list[dict[str, Any]]:
         """The rows as the next step will apply them, one dict a group."""
         return [
@@ -104,6 +129,7 @@ class Modulated(torch.optim.Optimizer):
             for number, group in enumerate(self.param_groups)
         ]
 
+    @outside_graphs
     def statistics(self) -> list[dict[str, Any]]:
         """What the latest step measured, one dict a group. The only call that waits for the device.
 

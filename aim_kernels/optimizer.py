@@ -9,7 +9,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from aim_kernels import checkpoint, checks
+from aim_kernels import checkpoint, checks, compiled, distributed
 from aim_kernels.backends import check_name, select
 from aim_kernels.clipping import clip
 from aim_kernels.launch import capturing
@@ -41,6 +41,10 @@ _WHOLE = ("anchor", "backend", "max_grad_norm", "seed")
 
 #: What a block's param group says of itself (``block_param_groups``); plain groups keep these.
 _BLOCK_KEYS = {"modality": None, "depth": None, "modulated": False, "module": None}
+
+
+def _has_gradient(p: Tensor) -> bool:
+    return p.grad is not None
 
 
 class AIMFusedOptimizer(Modulated):
@@ -82,6 +86,15 @@ class AIMFusedOptimizer(Modulated):
         backend: "auto", "cpu", "cuda", "triton" or "reference"; "auto" lets the parameters' device decide, and reads
             the environment variable AIM_KERNELS_BACKEND.
         seed: of the noise and of the phase draws.
+        process_group: where every process of it has a part of the parameters only, each another one
+            (``ZeroRedundancyOptimizer``); thresholds and statistics then are those of all. DTensor parameters find
+            their mesh by themselves, and equal copies (DDP) need nothing. Left behind by pickle and deepcopy: assign
+            ``optimizer.process_group`` before the next step.
+        sync_every: thresholds and statistics move in every n-th step only, the first among them, and hold in between;
+            with DTensors or a process group, so many steps share one all-reduce.
+        keep_masters: keeps ``master`` states of all ``modulated`` parameters at all times, so that a checkpoint has
+            the same states whether or not something is degraded when it is taken, as
+            ``torch.distributed.checkpoint.load`` wants it.
         fused_scaling: lets ``GradScaler.step`` hand over its scale and its finding of infinities, so that gradients are
             divided, and a step skipped whole, inside the kernel. ``grad`` itself then stays scaled.
         max_grad_norm: clips all gradients together by their L2 norm, as ``torch.nn.utils.clip_grad_norm_`` does, but
@@ -124,14 +137,20 @@ class AIMFusedOptimizer(Modulated):
         seed: int = 0,
         fused_scaling: bool = False,
         max_grad_norm: float | None = None,
+        process_group: Any = None,
+        sync_every: int = 1,
+        keep_masters: bool = False,
     ) -> None:
         if anchor not in ("zero", "init"):
             raise ValueError(f"anchor: expected 'zero' or 'init', got {anchor!r}")
         if not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise ValueError(f"seed: expected an integer in [0, 2^63), got {seed!r}")
+        if not isinstance(sync_every, int) or sync_every < 1:
+            raise ValueError(f"sync_every: expected a whole number of steps, at least 1, got {sync_every!r}")
         if max_grad_norm is not None:
             checks.check_number("max_grad_norm", max_grad_norm, 0.0)
         check_name(backend)
+        self.process_group, self.sync_every, self.keep_masters = process_group, sync_every, bool(keep_masters)
         self.max_grad_norm = max_grad_norm
         self.grad_norm: Tensor | None = None
         self.anchor = anchor
@@ -141,8 +160,12 @@ class AIMFusedOptimizer(Modulated):
         self._plan: StepPlan | None = None
         self._holds_true_weights = False
         self._leaving: set[int] = set()  # groups whose masters the next step makes superfluous
+        # Of parameters that have no state yet: torch.distributed.checkpoint makes states only where there are none.
+        self._anchors: dict[Tensor, Tensor] = {}
         # Whose states and tables graphs will read and write as long as they live.
         self._captured: list[tuple[StepPlan, Any]] = []
+        self._handle = compiled.register(self)
+        self._inputs: compiled.GraphInputs | None = None
         defaults = {
             "lr": lr,
             "rule": rule,
@@ -171,6 +194,7 @@ class AIMFusedOptimizer(Modulated):
         if backend != "auto":
             select(backend, self.tables.rows.device)
 
+    @compiled.outside_graphs
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, at any time; its row starts neutral."""
         group = {**self._hidden_defaults, **param_group}
@@ -189,18 +213,22 @@ class AIMFusedOptimizer(Modulated):
             full["reference_lr"] = group["reference_lr"] = float(full["lr"])
         checks.check_hyperparameters(full, number)
         first = next((t for t in tensors if isinstance(t, Tensor)), None)
-        device = self.tables.rows.device if number else first.device if first is not None else None
+        held = any(group["params"] for group in self.param_groups)
+        device = self.tables.rows.device if held else first.device if first is not None else None
         checks.check_parameters(preview, number, tensors, device)
+        checks.check_meshes(preview, self.process_group)
         super().add_param_group(group)
 
         if not hasattr(self, "tables"):
             self.tables = Tables(tensors[0].device if tensors else torch.device("cpu"), self._seed)
+        elif not held and tensors:
+            self.tables.to(tensors[0].device)
         kind, value = full["under_optimized"]
-        self.tables.add_group(float(value) if kind == "absolute" else 0.0)
+        self.tables.add_group(float(value) if kind == "absolute" else 0.0, self.keep_masters and full["modulated"])
         if self.anchor == "init" and full["modulated"]:
             for p in tensors:
-                self.state[p]["anchor"] = master_of(p)
-        self._plan = None
+                self._anchors[p] = master_of(p)
+        self._plan = self._inputs = None
 
     # -- the step ----------------------------------------------------------------------------------------------------
 
@@ -223,16 +251,25 @@ class AIMFusedOptimizer(Modulated):
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
-            self._step()
+            if torch.compiler.is_compiling():
+                compiled.trace_step(self)
+            else:
+                self._opt_called = True
+                self._step()
         return loss
+
+    # LR schedulers wrap step() to see whether it was called, which no graph can trace; this one tells them by itself.
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
     def _step(self) -> None:
         plan = self._ready_plan()
-        if plan is None:
-            return
+        if plan is not None:
+            # GradScaler sets both for the time of a step.
+            self._run(plan, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+
+    def _run(self, plan: StepPlan, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         backend = select(self.backend, self.tables.rows.device)
-        # GradScaler sets both for the time of a step.
-        plan.grad_scale, plan.found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        plan.grad_scale, plan.found_inf = grad_scale, found_inf
         if not backend.ON_DEVICE and plan.found_inf is not None and float(plan.found_inf):
             return
         plan.clip_factor = 1.0
@@ -248,13 +285,11 @@ class AIMFusedOptimizer(Modulated):
 
     def _ready_plan(self) -> StepPlan | None:
         """A plan that has read this step's gradients; None where there are none."""
-        if self._holds_true_weights and self._trains_on_live_weights():
-            raise RuntimeError(
-                "the module holds the true weights (after optimizer.eval()); call optimizer.train() before step()"
-            )
+        self._refuse_true_weights()
         plan = self._plan
         if plan is None or not plan.is_of(self) or not plan.read():
-            if all(p.grad is None for group in self.param_groups for p in group["params"]):
+            none = all(p.grad is None for group in self.param_groups for p in group["params"])
+            if none and self.process_group is None:  # of which others may have gradients, and wait for this process
                 return None
             if capturing(self.tables.rows.device):
                 raise RuntimeError(
@@ -263,16 +298,19 @@ class AIMFusedOptimizer(Modulated):
                 )
             self._check_before_building()
             checks.check_gradients(self.param_groups)
+            only_states = distributed.makes_states_only(self)
             self._make_state()
+            if only_states:
+                return None
             plan = self._plan = StepPlan(self)
             plan.take()
-        return plan if plan.has_gradients() else None
+        return plan if plan.has_gradients() or self.process_group is not None else None
 
-    def _make_state(self) -> None:
+    def _make_state(self, is_stepped: Callable[[Tensor], bool] = _has_gradient, *, masters: bool = True) -> None:
         """States of parameters that meet their first gradient, and masters where live weights are to exist."""
         for number, group in enumerate(self.param_groups):
             live = self.tables.has_live_weights(number)
-            stepped = [p for p in group["params"] if live or p.grad is not None]
+            stepped = [p for p in group["params"] if live or is_stepped(p)]
             fresh = [p for p in stepped if "step" not in self.state[p]]
             for device in {p.device for p in fresh}:
                 there = [p for p in fresh if p.device == device]
@@ -285,17 +323,33 @@ class AIMFusedOptimizer(Modulated):
                     if name == "sum" and group["initial_accumulator_value"]:
                         moment.fill_(group["initial_accumulator_value"])
             for p in group["params"]:
-                if live and "master" not in self.state[p]:
+                if live and masters and "master" not in self.state[p]:
                     self.state[p]["master"] = master_of(p)
+            for p in stepped:
+                if p in self._anchors:
+                    self.state[p]["anchor"] = self._anchors.pop(p)
 
     def _check_before_building(self) -> None:
         """What may have changed behind the optimizer's back since it was last looked at."""
         first = next((p for group in self.param_groups for p in group["params"]), None)
         if first is not None and first.device != self.tables.rows.device:  # the module was moved
             self.tables.to(first.device)
+        if self.process_group is distributed.Absent.PROCESS_GROUP:
+            raise RuntimeError(
+                "a process group is neither pickled nor copied: assign optimizer.process_group before the next step"
+            )
         for number, group in enumerate(self.param_groups):
             checks.check_parameters(self.param_groups, number, group["params"], self.tables.rows.device)
+        checks.check_meshes(self.param_groups, self.process_group)
+        if self.process_group is not None or distributed.any_dtensor(self.param_groups):
+            checks.check_noise(self.param_groups, self.process_group, distributed.noisy_groups(self.tables))
         checks.check_states(self.param_groups, self.state)
+
+    def _refuse_true_weights(self) -> None:
+        if self._holds_true_weights and self._trains_on_live_weights():
+            raise RuntimeError(
+                "the module holds the true weights (after optimizer.eval()); call optimizer.train() before step()"
+            )
 
     def _trains_on_live_weights(self) -> bool:
         groups = range(len(self.param_groups))
@@ -327,27 +381,43 @@ class AIMFusedOptimizer(Modulated):
             self._leaving.add(number)
         else:
             self._leaving.discard(number)
+        if self._inputs is not None:
+            self._inputs.note_live_weights(number)
 
     # -- live and true weights ---------------------------------------------------------------------------------------
 
+    @compiled.outside_graphs
     @torch.no_grad()
     def eval(self) -> None:
         """Puts the true weights into the module (validation, checkpoint, export). Exact and idempotent."""
         if self._holds_true_weights:
             return
         self._holds_true_weights = True
-        for p, master in self._masters():
-            p.copy_(master)
-
-    @torch.no_grad()
-    def train(self) -> None:
-        """Puts the live weights back, to the bit. True weights that were changed meanwhile are kept as the new ones."""
         masters = self._masters()
         for p, master in masters:
+            p.copy_(master)
+        distributed.reshard_all(p for p, _ in masters)
+
+    @compiled.outside_graphs
+    @torch.no_grad()
+    def train(self) -> None:
+        """Puts the live weights back, to the bit. True weights that were changed meanwhile are kept as the new ones.
+
+        Does nothing where they are there already: training loops call it before every batch.
+        """
+        if not self._holds_true_weights:
+            return
+        for p, master in self._masters():
             # By value, since writes through .data leave no trace.
-            if self._holds_true_weights and not torch.equal(p, master.to(p.dtype)):
-                master.copy_(p)
+            here, kept = distributed.local_of(p), distributed.local_of(master)
+            if not torch.equal(here, kept.to(p.dtype)):
+                kept.copy_(here)
         self._holds_true_weights = False
+        self._emit()
+
+    def _emit(self) -> None:
+        """Writes the live weights of the masters into the module."""
+        masters = self._masters()
         if not masters:
             return
         self._check_before_building()
@@ -356,6 +426,12 @@ class AIMFusedOptimizer(Modulated):
         plan.read_hyperparameters(on_device=backend.ON_DEVICE)
         backend.emit(plan)
         torch.autograd.graph.increment_version([p for p, _ in masters])
+        distributed.reshard_all(p for p, _ in masters)
+
+    @property
+    def holds_true_weights(self) -> bool:
+        """Whether the module holds the true weights on request: after ``eval()``, until ``train()``."""
+        return self._holds_true_weights
 
     @contextmanager
     def true_parameters(self) -> Iterator[None]:
@@ -378,13 +454,14 @@ class AIMFusedOptimizer(Modulated):
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
+    @compiled.outside_graphs
     def state_dict(self) -> dict[str, Any]:
         """torch.optim's, plus ``master`` states (the true weights) and each group's row, statistics and control."""
         # The hooks see it complete, so they wait until the tables are there.
         hooks = self._optimizer_state_dict_post_hooks
         self._optimizer_state_dict_post_hooks = type(hooks)()
         try:
-            made = checkpoint.with_tables(super().state_dict(), self.tables)
+            made = checkpoint.complete(super().state_dict(), self)
         finally:
             self._optimizer_state_dict_post_hooks = hooks
         for hook in hooks.values():
@@ -392,6 +469,7 @@ class AIMFusedOptimizer(Modulated):
             made = made if changed is None else changed
         return made
 
+    @compiled.outside_graphs
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint of this class, or of the same rule in torch.optim; values keep their bits and dtype.
@@ -408,7 +486,7 @@ class AIMFusedOptimizer(Modulated):
             self._holds_true_weights = False
             self.eval()
         else:
-            self.train()
+            self._emit()
 
     def _reset(self) -> None:
         """Forgets what is derived from states and tables."""
@@ -416,15 +494,18 @@ class AIMFusedOptimizer(Modulated):
         self._leaving = set()
         for number in range(len(self.param_groups)):
             self._note_live_weights(number)
+        if self._inputs is not None:
+            self._inputs.gather()
 
     def __repr__(self) -> str:
         whole = "".join(f"{name}: {getattr(self, '_seed' if name == 'seed' else name)}\n" for name in _WHOLE)
         return f"{super().__repr__().removesuffix(')')}{whole})"
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ["tables", "anchor", "backend", "max_grad_norm", "_seed", "_hidden_defaults"]
-        kept += ["_holds_true_weights", "_step_supports_amp_scaling"]
-        return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
+        kept = ["tables", "anchor", "backend", "_seed", "_holds_true_weights", "_step_supports_amp_scaling"]
+        kept += ["sync_every", "keep_masters", "max_grad_norm", "_anchors", "_hidden_defaults"]
+        group = None if self.process_group is None else distributed.Absent.PROCESS_GROUP
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}, "process_group": group}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.max_grad_norm = self.grad_norm = None
@@ -434,4 +515,5 @@ class AIMFusedOptimizer(Modulated):
                 group.setdefault(option, value)
         self.__dict__.setdefault("_hidden_defaults", {})
         self._captured = []  # graphs are of the original
+        self._handle, self._inputs = compiled.register(self), None
         self._reset()

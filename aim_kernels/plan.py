@@ -6,7 +6,7 @@ under the kernel, and notices when a state was replaced.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aim_kernels import distributed
 from aim_kernels.checks import DTYPE_NUMBER, check_hyperparameters
 from aim_kernels.rows import FLAGS, GROUP_RECORD, RULES, TENSOR_RECORD
 from aim_kernels.states import arithmetic_dtype, is_dense, moments_of, step_count
@@ -33,12 +34,14 @@ class StepPlan:
     """All parameters of an optimizer, in group order, as the kernel's tables.
 
     Attributes:
-        params, group_of: parameters and their group numbers.
+        owners, group_of: the parameters as the groups hold them, by which states are kept, and their group numbers.
+        params: what is stepped of them here: a DTensor's local part, others as they are.
         grads: this step's gradients as the user's tensors; None where there is none.
         records: ``rows.TENSOR_RECORD``, one a parameter; groups: ``rows.GROUP_RECORD``, one a group.
         grad_scale, found_inf: what GradScaler handed over for this step; None where it did not.
         clip_factor: what clipping multiplies gradients by, where the host knows it.
         lr_tensors: learning rates that a device reads by itself, by group.
+        exchange: how the sums of a step become those of all processes; None where this process has everything.
         launch: the same tables on devices; made by those backends that need them.
     """
 
@@ -51,7 +54,13 @@ class StepPlan:
         self.tables = optimizer.tables
         self.state = optimizer.state
         self.param_groups = optimizer.param_groups
-        self.params: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
+        self.owners: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
+        self._sharded = [index for index, p in enumerate(self.owners) if distributed.is_dtensor(p)]
+        self.params = [distributed.local_of(p) for p in self.owners] if self._sharded else self.owners
+        self.exchange = distributed.exchange_of(
+            self.owners, optimizer.process_group, optimizer.sync_every, optimizer.tables
+        )
+        self._process_group = optimizer.process_group
         self.group_of = [number for number, group in enumerate(self.param_groups) for _ in group["params"]]
         self.grads: list[Tensor | None] = [None] * len(self.params)
         self.records = np.zeros(len(self.params), TENSOR_RECORD)
@@ -76,7 +85,12 @@ class StepPlan:
     def _build(self) -> None:
         records, params = self.records, self.params
         records["numel"] = [p.numel() for p in params]
-        records["first"] = np.cumsum(records["numel"]) - records["numel"]
+        if self._sharded or self._process_group is not None:
+            first = distributed.first_indices(self.param_groups, self._process_group)
+            records["first"] = [index or 0 for index in first]  # None: there is no noise
+            records["uncounted"] = distributed.uncounted(self.owners)
+        else:
+            records["first"] = np.cumsum(records["numel"]) - records["numel"]
         records["group"] = self.group_of
         records["dtype"] = [DTYPE_NUMBER[p.dtype] for p in params]
         self._itemsize = np.array([p.element_size() for p in params], np.uint64)
@@ -89,13 +103,15 @@ class StepPlan:
             self._read_state(index)
         # The strides of a gradient that can be read as it is. None: contiguous, which is the cheapest to ask for.
         strides = [None if p.is_contiguous() or index in self._staged else p.stride() for index, p in enumerate(params)]
-        kinds = [(p.shape, p.dtype) for p in params]
+        kinds = [(p.shape, p.dtype) for p in self.owners]
         held = list(chain.from_iterable(state.values() for state in self.state.values()))
-        methods = (Tensor.data_ptr, Tensor.is_contiguous, Tensor.stride)
+        methods: tuple[Any, ...] = (Tensor.data_ptr, Tensor.is_contiguous, Tensor.stride)
+        if self._sharded:
+            methods = tuple(map(_of_local, methods))
         self._watch = (
             None
             if _C is None
-            else _C.Watch(self.param_groups, params, *methods, strides, kinds, self.state, held, self._moments)
+            else _C.Watch(self.param_groups, self.owners, *methods, strides, kinds, self.state, held, self._moments)
         )
         self._kept = list(map(moments_of, self.param_groups))
         # A tensor can be given other memory and stay the same object (tensor.data = ...); the old one must not go.
@@ -103,9 +119,11 @@ class StepPlan:
         # Views of one buffer share its version counter, so the buffer stands for them all.
         bases = (t if t._base is None else t._base for t in self._states)
         self._written = list({id(t): t for t in bases}.values())
+        # A DTensor's version is its own, not that of its local part.
+        self._written += [self.owners[index] for index in self._sharded]
 
     def _read_state(self, index: int) -> None:
-        state = self.state.get(self.params[index])
+        state = self.state.get(self.owners[index])
         if not state:
             return
         moments = moments_of(self.param_groups[self.group_of[index]])
@@ -114,11 +132,15 @@ class StepPlan:
             tensor = state.get(name)
             if tensor is not None:
                 if name != "step":
-                    tensor = state[name] = self._in_order(index, tensor)
+                    local = distributed.local_of(tensor)
+                    ordered = self._in_order(index, local)
+                    if ordered is not local:
+                        state[name] = distributed.like(self.owners[index], ordered)
+                    tensor = ordered
                 elif tensor.dtype != torch.float32 or tensor.device != self.params[index].device:
                     tensor = state[name] = step_count(self.params[index], float(tensor))
                 if field == seen:
-                    self._moments.append(tensor)
+                    self._moments.append(state[name])
                 self.records[field][index] = tensor.data_ptr()
                 # An anchor is only read: held, but its version stays.
                 (self._anchors if name == "anchor" else self._states).append(tensor)
@@ -133,6 +155,11 @@ class StepPlan:
         strides = torch.empty(p.shape, device="meta").stride() if flat else p.stride()
         return torch.empty_strided(p.shape, strides, dtype=kind, device=p.device).copy_(tensor)
 
+    def state_of(self, index: int) -> dict[str, Any]:
+        """The states of a parameter, of DTensors their local parts."""
+        state = self.state.get(self.owners[index], {})
+        return {name: distributed.local_of(value) for name, value in state.items()} if self._sharded else state
+
     # -- before a step -----------------------------------------------------------------------------------------------
 
     def is_of(self, optimizer: AIMFusedOptimizer) -> bool:
@@ -141,6 +168,7 @@ class StepPlan:
             self.param_groups is optimizer.param_groups
             and self.state is optimizer.state
             and self.tables is optimizer.tables
+            and self._process_group is optimizer.process_group
         )
 
     def read(self) -> bool:
@@ -150,6 +178,8 @@ class StepPlan:
             if self._watch is None or not self._watch.read(addresses, self._odd, self.grads):
                 return False
         except RuntimeError:  # a gradient without plain memory (sparse, meta, ...)
+            return False
+        if self._sharded and not self._take_local():
             return False
         records = self.records
         if (records["step"][addresses != 0] == 0).any() or self._kept != list(map(moments_of, self.param_groups)):
@@ -161,12 +191,24 @@ class StepPlan:
             records["grad"][index] = self._match(index, self.grads[index])
         return True
 
-    def take(self) -> None:
-        """The same without shortcuts: for a plan just built, whose gradients were checked."""
-        self.grads = [p.grad for p in self.params]
+    def take(self, grads: Sequence[Tensor | None] | None = None) -> None:
+        """The same without shortcuts, for a plan just built, whose gradients were checked: ``grads``, one a parameter,
+        or those that the parameters hold."""
+        self.grads = [p.grad for p in self.owners] if grads is None else list(grads)
+        self._take_local()
         self._matched = []
         for index, grad in enumerate(self.grads):
             self.records["grad"][index] = 0 if grad is None else self._match(index, grad)
+
+    def _take_local(self) -> bool:
+        """Makes gradients local. False where one is placed in another way than its parameter."""
+        for index in self._sharded:
+            grad = self.grads[index]
+            if grad is not None:
+                if not distributed.placed_alike(grad, self.owners[index]):
+                    return False
+                self.grads[index] = distributed.local_of(grad)
+        return True
 
     def _match(self, index: int, grad: Tensor) -> int:
         """Address of the gradient's values in the memory order of its parameter."""
@@ -259,3 +301,7 @@ class StepPlan:
         """Lets zero_grad() free them: a plan that held on would double their memory during the next backward."""
         self.grads = [None] * len(self.params)
         self._matched = []
+
+
+def _of_local(method: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    return lambda tensor: method(distributed.local_of(tensor))

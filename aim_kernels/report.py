@@ -60,7 +60,8 @@ def _told(error: BaseException) -> str:
 
 def _versions() -> Section:
     section = {"aim_kernels": _version("aim-kernels"), "Python": platform.python_version()}
-    packages = ("torch", "numpy", "triton", "matplotlib", "scikit-learn", "seglearn")
+    packages = ["torch", "numpy", "triton", "matplotlib", "scikit-learn", "seglearn"]
+    packages += ["lightning", "transformers", "accelerate", "tensorboard"]
     section.update((package, _version(package)) for package in packages)
     return section
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aim_kernels.distributed import is_dtensor, like, local_of
+
 #: States of parameters up to this many elements share a buffer: fewer allocations, and one version counter to bump.
 _SMALL = 1 << 16
 _ALIGN = 16  # elements, so that every state in a buffer starts on a cache line
@@ -55,7 +57,7 @@ def step_count(p: Tensor, steps: float = 0.0) -> Tensor:
 
 def state_layout(p: Tensor) -> torch.memory_format:
     """Memory order of a parameter's states: its own, or contiguous where it fills no block of memory."""
-    return torch.preserve_format if is_dense(p) else torch.contiguous_format
+    return torch.preserve_format if is_dense(local_of(p)) else torch.contiguous_format
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -65,7 +67,7 @@ def is_dense(tensor: Tensor) -> bool:
 
 def master_of(p: Tensor) -> Tensor:
     """A copy in the arithmetic type, in the memory order of ``p`` (contiguous where ``p`` fills no block of memory)."""
-    return p.detach().to(dtype=arithmetic_dtype(p.dtype), memory_format=state_layout(p), copy=True)
+    return like(p, local_of(p).detach().to(dtype=arithmetic_dtype(p.dtype), memory_format=state_layout(p), copy=True))
 
 
 def zeros_like_all(params: list[Tensor]) -> list[Tensor]:
@@ -74,10 +76,12 @@ def zeros_like_all(params: list[Tensor]) -> list[Tensor]:
     buffers: dict[tuple[torch.dtype, torch.device], list[int]] = {}
     for index, p in enumerate(params):
         dtype = arithmetic_dtype(p.dtype)
-        if p.is_contiguous() and 0 < p.numel() <= _SMALL:
+        if not is_dtensor(p) and p.is_contiguous() and 0 < p.numel() <= _SMALL:
             buffers.setdefault((dtype, p.device), []).append(index)
         else:
-            result[index] = torch.zeros_like(p, dtype=dtype, memory_format=state_layout(p), requires_grad=False)
+            local = local_of(p)
+            zeros = torch.zeros_like(local, dtype=dtype, memory_format=state_layout(p), requires_grad=False)
+            result[index] = like(p, zeros)
     for (dtype, device), members in buffers.items():
         sizes = [-(-params[i].numel() // _ALIGN) * _ALIGN for i in members]
         buffer = torch.zeros(sum(sizes), dtype=dtype, device=device)

@@ -18,8 +18,12 @@ _LIVE_COLUMNS = tuple(f"{phase}_live_{kind}" for phase in PHASES for kind in ("u
 class Tables:
     """Rows ``[G, 19]`` and statistics ``[G, 7]`` (float64), control ``[4]`` (int64), on one device.
 
+    ``steps`` counts on the host, for what happens every so many steps only.
+
     Writers assign tensor elements, so a value may be a number or a 0-dim tensor on the device: no synchronization.
     """
+
+    steps: int = 0
 
     def __init__(self, device: torch.device, seed: int) -> None:
         self.rows = torch.empty(0, len(ROW_COLUMNS), dtype=torch.float64, device=device)
@@ -27,10 +31,12 @@ class Tables:
         self.control = torch.tensor([seed, 0, 0, 0], dtype=torch.int64, device=device)
         # What the rows' live columns hold, as far as the host knows: looking at a device's rows would wait for it.
         self._live: list[dict[str, float]] = []
+        self._always_live: list[bool] = []
         self._arrays: Any = None
 
-    def add_group(self, tau: float) -> None:
-        """Appends a neutral row."""
+    def add_group(self, tau: float, always_live: bool = False) -> None:
+        """Appends a neutral row. ``always_live``: as if its live columns always degraded."""
+        self._always_live.append(always_live)
         row = torch.tensor([neutral_row(tau)], dtype=torch.float64, device=self.rows.device)
         self._live.append(dict.fromkeys(_LIVE_COLUMNS, 1.0))
         self.rows = torch.cat([self.rows, row])
@@ -55,7 +61,7 @@ class Tables:
     def has_live_weights(self, group: int) -> bool:
         """Whether a phase of this group degrades its live weights, or may: numbers in a device's memory are not looked
         at, and count as degrading."""
-        return any(value != 1.0 for value in self._live[group].values())
+        return self._always_live[group] or any(value != 1.0 for value in self._live[group].values())
 
     def arrays(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
         """Rows, statistics and control as numpy sees their memory; on a CPU."""
@@ -128,3 +134,4 @@ class Tables:
             self.statistics[group] = torch.tensor(saved["statistics_row"], dtype=torch.float64)
         if "control" in saved:
             self.control.copy_(torch.tensor(saved["control"], dtype=torch.int64))
+            self.steps = int(saved["control"][CONTROL["counter"]])

@@ -17,6 +17,23 @@ def step(
     threads: int,
     team: object = None,
 ) -> None: ...
+def update(
+    tensors: NDArray[np.void],
+    groups: NDArray[np.void],
+    rows: NDArray[np.float64],
+    statistics: NDArray[np.float64],
+    control: NDArray[np.int64],
+    sums: NDArray[np.float64],
+    threads: int,
+    team: object = None,
+) -> None: ...
+def finish(
+    groups: NDArray[np.void],
+    sums: NDArray[np.float64],
+    rows: NDArray[np.float64],
+    statistics: NDArray[np.float64],
+    control: NDArray[np.int64],
+) -> None: ...
 def emit(
     tensors: NDArray[np.void],
     groups: NDArray[np.void],

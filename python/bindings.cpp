@@ -81,6 +81,36 @@ void step(py::array tensors, py::array groups, py::array rows, py::array statist
   raise(status, how.isa);
 }
 
+void update(py::array tensors, py::array groups, py::array rows, py::array statistics,
+            py::array control, py::array sums, int threads, const py::object& team) {
+  const aim::Execution how = execution(threads, team);
+  const auto* tensor_table = records<aim::Tensor>(tensors, "tensors");
+  const auto* group_table = records<aim::Group>(groups, "groups");
+  const int64_t tensor_count = tensors.size(), group_count = groups.size();
+  const auto* row_table = table<aim::Row, double>(rows, group_count, "rows");
+  const auto* before = table<aim::Statistics, double>(statistics, group_count, "statistics");
+  const auto* control_table = table<aim::Control, int64_t>(control, 1, "control");
+  auto* const after = table<aim::Statistics, double>(sums, group_count, "sums");
+  aim::Status status;
+  {
+    py::gil_scoped_release release;
+    status = aim::update(tensor_table, tensor_count, group_table, row_table, before, group_count,
+                         control_table, how, after);
+  }
+  raise(status, how.isa);
+}
+
+void finish(py::array groups, py::array sums, py::array rows, py::array statistics,
+            py::array control) {
+  const int64_t group_count = groups.size();
+  raise(aim::finish(records<aim::Group>(groups, "groups"),
+                    table<aim::Statistics, double>(sums, group_count, "sums"),
+                    table<aim::Row, double>(rows, group_count, "rows"),
+                    table<aim::Statistics, double>(statistics, group_count, "statistics"),
+                    group_count, table<aim::Control, int64_t>(control, 1, "control")),
+        nullptr);
+}
+
 void check(py::array tensors, py::array groups) {
   raise(aim::check(records<aim::Tensor>(tensors, "tensors"), tensors.size(),
                    records<aim::Group>(groups, "groups"), groups.size()),
@@ -375,6 +405,12 @@ PYBIND11_MODULE(_C, module) {
              py::arg("team") = py::none(),
              "One optimizer step over all tensors; `team` is None or a capsule \"aim.team\" of a "
              "function like GOMP_parallel.");
+  module.def("update", &update, py::arg("tensors"), py::arg("groups"), py::arg("rows"),
+             py::arg("statistics"), py::arg("control"), py::arg("sums"), py::arg("threads"),
+             py::arg("team") = py::none(), "A step up to its sums, which it writes.");
+  module.def("finish", &finish, py::arg("groups"), py::arg("sums"), py::arg("rows"),
+             py::arg("statistics"), py::arg("control"),
+             "The rest of a step, for the sums over all processes.");
   module.def("emit", &emit, py::arg("tensors"), py::arg("groups"), py::arg("rows"),
              py::arg("threads"), py::arg("team") = py::none(),
              "Writes the live weights of all tensors that have a master.");

@@ -238,6 +238,23 @@ def test_version_counters_of_what_eval_and_train_write() -> None:
         assert p._version > version
 
 
+def test_train_is_free_where_live_weights_are_in_place() -> None:
+    """Training loops call it before every batch: nothing may be written then."""
+    optimizer, gradients = running()
+    p = parameters_of(optimizer)[0]
+    version = p._version
+    optimizer.train()
+    assert p._version == version
+    advance(optimizer, gradients)
+    optimizer.eval()
+    assert optimizer.holds_true_weights
+    optimizer.train()
+    assert not optimizer.holds_true_weights
+    version = p._version
+    optimizer.train()
+    assert p._version == version
+
+
 def test_strength_set_while_the_module_was_evaluated_without_masters() -> None:
     """Nothing degraded at eval(), then a strength: the next step must not leave eval() believing in true weights."""
     optimizer, gradients = running("ones")

@@ -305,3 +305,49 @@ def test_no_tensors_is_no_step() -> None:
     call.tensors = call.tensors[:0]
     call()
     assert call.bytes() == before
+
+
+def in_two_parts(call: Call, sums: np.ndarray) -> None:
+    tables = (call.rows.ctypes.data, call.statistics.ctypes.data, call.control.ctypes.data)
+    _C.update(call.tensors, call.groups, *tables, sums.ctypes.data, 1)
+    _C.finish(call.groups, sums.ctypes.data, *tables)
+
+
+def test_a_step_in_two_parts_is_a_step() -> None:
+    one, two = Call(rule="adamw", noise=0.5), Call(rule="adamw", noise=0.5)
+    sums = np.full((1, 7), 9.0)
+    for _ in range(3):
+        one()
+        in_two_parts(two, sums)
+        assert one.bytes() == two.bytes()
+    assert sums[0, 0] == 40
+
+
+def test_what_another_process_counts_is_stepped_but_not_counted() -> None:
+    one, two = Call(rule="adamw"), Call(rule="adamw")
+    two.tensors["uncounted"] = 1
+    two.statistics[:] = 3.0
+    one()
+    two()
+    for name in ("param", "exp_avg", "exp_avg_sq", "step"):
+        assert getattr(one, name).tobytes() == getattr(two, name).tobytes()
+    assert one.statistics[0, 0] == 40
+    assert (two.statistics == 3.0).all(), "a step that counted nothing leaves statistics alone"
+
+
+def test_parts_of_a_step_refuse_absent_tables() -> None:
+    call = Call(rule="adamw")
+    before = call.bytes()
+    sums = np.zeros((1, 7))
+    tables = (call.rows.ctypes.data, call.statistics.ctypes.data, call.control.ctypes.data)
+    for spoilt in range(3):
+        absent = [0 if index == spoilt else address for index, address in enumerate(tables)]
+        with pytest.raises(ValueError, match="pointer"):
+            _C.update(call.tensors, call.groups, *absent, sums.ctypes.data, 1)
+        with pytest.raises(ValueError, match="pointer"):
+            _C.finish(call.groups, sums.ctypes.data, *absent)
+    with pytest.raises(ValueError, match="pointer"):
+        _C.update(call.tensors, call.groups, *tables, 0, 1)
+    with pytest.raises(ValueError, match="pointer"):
+        _C.finish(call.groups, 0, *tables)
+    assert call.bytes() == before

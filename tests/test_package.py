@@ -3,6 +3,7 @@
 import ast
 import importlib.metadata
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import wheel_contents
 from packaging.requirements import Requirement
 
 import aim_kernels
@@ -52,6 +54,49 @@ def test_version_stands_in_one_place():
     assert PROJECT["dynamic"] == ["version"]
     assert importlib.metadata.version("aim-kernels") == aim_kernels.__version__
     assert f"## [{aim_kernels.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_no_other_file_tells_the_version():
+    """A copy would be forgotten at the next release."""
+    told = re.compile(rf"(?<![\d.]){re.escape(aim_kernels.__version__)}(?![\d.])")
+    own = {ROOT / "aim_kernels" / "__init__.py", ROOT / "CHANGELOG.md"}
+    files = [*NATIVE, *PYTHON, *ROOT.glob("*.toml"), *ROOT.glob("*.py"), *ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+    ours = re.compile(r"aim[-_. ]kernels|version", re.IGNORECASE)
+    found = [
+        f"{relative(path)}: {line}"
+        for path in files
+        if path not in own
+        for line in path.read_text().splitlines()
+        if told.search(line) and ours.search(line)
+    ]
+    assert found == []
+    assert len(re.findall(r"^__version__ = ", (ROOT / "aim_kernels" / "__init__.py").read_text(), re.MULTILINE)) == 1
+
+
+def test_changelog_keeps_its_form():
+    """Keep a Changelog: an unreleased section or a dated release a heading, newest first, known kinds of change."""
+    text = (ROOT / "CHANGELOG.md").read_text()
+    headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    assert headings
+    form = re.compile(r"\[(\d+\.\d+\.\d+)\] - (unreleased|\d{4}-\d\d-\d\d)")
+    versions = [form.fullmatch(heading) for heading in headings]
+    assert all(versions), headings
+    numbers = [tuple(map(int, version.group(1).split("."))) for version in versions]
+    assert numbers == sorted(numbers, reverse=True)
+    kinds = set(re.findall(r"^### (.*)$", text, re.MULTILINE))
+    assert kinds <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+
+
+def test_wheels_are_built_for_every_python_that_is_promised():
+    """cibuildwheel's selection starts at requires-python; the smoke test is what it runs."""
+    settings = PYPROJECT["tool"]["cibuildwheel"]
+    first = int(PROJECT["requires-python"].removeprefix(">=3."))
+    assert settings["build"].split() == [f"cp3{minor}-*" for minor in range(first, first + 4)]
+    assert settings["linux"]["archs"] == ["x86_64", "aarch64"]
+    assert "tests/wheel_smoke.py" in settings["test-command"]
+    assert settings["environment"] == {"AIM_KERNELS_CUDA": "0"}
+    workflow = (ROOT / ".github" / "workflows" / "wheels.yml").read_text()
+    assert "pypa/cibuildwheel@" in workflow
 
 
 def test_torch_has_a_lower_bound_only():
@@ -98,6 +143,7 @@ print({{name: (b["available"] if isinstance(b, dict) else b.available) for name,
 """
 
 EXTRAS = ["matplotlib", "sklearn", "rich", "seglearn", "triton", "pytest", "scipy"]
+EXTRAS += ["lightning", "transformers", "accelerate", "tensorboard"]
 
 
 def test_imports_and_steps_without_any_extra():
@@ -181,7 +227,8 @@ def test_sdist_holds_everything_that_a_build_and_the_tests_need(sdist):
 def test_wheel_from_the_sdist(sdist, tmp_path):
     """Built from the archive alone: extension, stub and marker inside; sources and tests not."""
     options = ("--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", tmp_path)
-    unoptimized = {**os.environ, "AIM_KERNELS_CXXFLAGS": "-O0"}  # only its contents matter here
+    # Only its contents matter here.
+    unoptimized = {**os.environ, "AIM_KERNELS_CXXFLAGS": "-O0", "AIM_KERNELS_CUDA": "0"}
     result = run(sys.executable, "-m", "pip", "wheel", *options, sdist, env=unoptimized)
     assert result.returncode == 0, result.stdout
     (wheel,) = tmp_path.glob("*.whl")
@@ -193,6 +240,8 @@ def test_wheel_from_the_sdist(sdist, tmp_path):
     assert {f"aim_kernels/_C{suffix}", "aim_kernels/_C.pyi", "aim_kernels/py.typed", *modules} - set(inside) == set()
     assert {name.split("/")[0] for name in inside} == {"aim_kernels", wheel.name.split("-cp")[0] + ".dist-info"}
     assert "License-Expression: MIT" in metadata
+    assert f"Version: {aim_kernels.__version__}" in metadata
+    assert wheel_contents.defects(wheel) == []
     # The wheel of a stranger's machine must run on another one.
     archive_folder = tmp_path / "unpacked"
     with zipfile.ZipFile(wheel) as archive:
@@ -201,6 +250,66 @@ def test_wheel_from_the_sdist(sdist, tmp_path):
     result = run(sys.executable, "-c", code, cwd=archive_folder)
     assert result.returncode == 0, result.stdout
     assert str(archive_folder) in result.stdout
+
+
+def spoilt_wheel(folder, *, tag="cp311-cp311-manylinux_2_28_x86_64", needs="libm", without=(), more=()):
+    """A wheel made by hand around a library that is linked to what is named."""
+    python, _, platform = tag.split("-")
+    library = folder / "library.so"
+    (folder / "source.c").write_text("double cos(double); double f(double x) { return cos(x); }\n")
+    run("gcc", "-shared", "-fPIC", folder / "source.c", "-o", library, "-Wl,--no-as-needed", f"-l{needs[3:]}", "-lm")
+    info = "aim_kernels-1.0.dist-info"
+    files = {
+        "aim_kernels/py.typed": b"",
+        "aim_kernels/_C.pyi": b"",
+        f"aim_kernels/_C.cpython-{python[2:]}-x86_64-linux-gnu.so": library.read_bytes(),
+        f"{info}/licenses/LICENSE": b"",
+        f"{info}/METADATA": b"Version: 1.0\nLicense-Expression: MIT\nLicense-File: LICENSE\n",
+        f"{info}/WHEEL": f"Root-Is-Purelib: false\nTag: cp311-cp311-{platform}\n".encode(),
+        **{name: library.read_bytes() if name.endswith(".so") else b"" for name in more},
+    }
+    wheel = folder / f"aim_kernels-1.0-{tag}.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, data in files.items():
+            if name not in without:
+                archive.writestr(name, data)
+    return wheel
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, []),
+        ({"without": ["aim_kernels/py.typed"]}, ["aim_kernels/py.typed is missing"]),
+        ({"without": ["aim_kernels-1.0.dist-info/licenses/LICENSE"]}, ["licenses/LICENSE is missing"]),
+        ({"more": ["aim_kernels/update.cu"]}, ["update.cu does not belong"]),
+        ({"more": ["aim_kernels/_cuda.cpython-311-x86_64-linux-gnu.so"]}, ["expected _C alone"]),
+        ({"more": ["tests/test_x.py"]}, ["tests/test_x.py lies outside"]),
+        ({"more": ["aim_kernels.libs/libgomp.so.1"]}, ["libgomp.so.1 lies outside"]),
+        ({"tag": "cp312-cp312-manylinux_2_28_x86_64"}, ["WHEEL says"]),
+        ({"needs": "libgomp"}, ["needs libgomp.so.1"]),
+        ({"tag": "cp311-cp311-manylinux_2_1_x86_64"}, ["newer than its tag"]),
+        ({"tag": "cp311-cp311-linux_x86_64"}, []),
+    ],
+    ids=[
+        "sound",
+        "py.typed",
+        "licence",
+        "cuda-source",
+        "cuda-module",
+        "tests",
+        "vendored",
+        "tag",
+        "libgomp",
+        "glibc",
+        "plain-tag",
+    ],
+)
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="makes a wheel of x86-64")
+def test_defects_of_a_wheel_are_named(options, expected, tmp_path):
+    found = wheel_contents.defects(spoilt_wheel(tmp_path, **options))
+    assert len(found) == len(expected)
+    assert all(part in what for part, what in zip(expected, found, strict=True)), found
 
 
 # -- style ---------------------------------------------------------------------------------------------------------

@@ -78,7 +78,10 @@ def test_ci_runs_what_the_readme_says():
 
 
 def run_example(name, tmp_path):
-    return subprocess.run([sys.executable, ROOT / "examples" / name], cwd=tmp_path, text=True, capture_output=True)
+    # One thread: beside other processes the waiting of small operations for each other's threads takes minutes.
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, ROOT / "examples" / name]
+    return subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, env=one_thread)
 
 
 def test_drop_in_example_follows_torch(tmp_path):
@@ -97,6 +100,54 @@ def test_two_modalities_example_gains_where_dominance_is_a_shortcut(tmp_path):
     assert balanced > joint + 5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp.py", "fsdp2.py"])
+def test_distributed_examples(name, tmp_path):
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=localhost:0",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, ROOT / "examples" / name]
+    result = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=120, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    epochs = re.findall(r"epoch (\d): strength", result.stdout)
+    assert epochs == list("0123"), "one process prints, once an epoch"
+    (share,) = re.findall(r"([\d.]+)% of the test samples", result.stdout)
+    assert float(share) > 70, "joint training gets about half of them"
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("lightning_trainer.py", "lightning"), ("hugging_face_trainer.py", "transformers")]
+)
+def test_trainer_examples_gain_as_the_plain_loop_does(name, package, tmp_path):
+    pytest.importorskip(package)
+    result = run_example(name, tmp_path)
+    assert result.returncode == 0, result.stderr
+    joint, balanced = (float(value) for value in re.findall(r"([\d.]+)% of the test samples", result.stdout))
+    assert balanced > joint + 5
+
+
+def test_accelerate_example_resumes_bit_for_bit(tmp_path):
+    pytest.importorskip("accelerate")
+    result = run_example("accelerate_loop.py", tmp_path)
+    assert result.returncode == 0, result.stderr
+    ((accuracy, same),) = re.findall(r"([\d.]+)% of the test samples.*equal: (\w+)", result.stdout)
+    assert same == "True"
+    # Joint training reaches less than 70, see the other examples.
+    assert float(accuracy) > 75
+
+
+def test_integration_examples_are_short():
+    names = ["lightning_trainer.py", "hugging_face_trainer.py", "accelerate_loop.py"]
+    lengths = {name: len((ROOT / "examples" / name).read_text().splitlines()) for name in names}
+    assert [name for name, lines in lengths.items() if lines >= 60] == []
+
+
 def test_every_example_is_run_here():
     names = {path.name for path in (ROOT / "examples").glob("*.py")}
-    assert names == {"drop_in.py", "two_modalities.py"}
+    trainers = {"lightning_trainer.py", "hugging_face_trainer.py", "accelerate_loop.py"}
+    assert names == {"drop_in.py", "two_modalities.py", "ddp.py", "fsdp2.py", *trainers}

@@ -7,7 +7,21 @@ from typing import Any
 import pytest
 import tolerances as tol
 import torch
-from helpers import DTYPES, ROWS, RULES, Gradients, Twin, build, parameter, parameters_of, run_twin, set_row
+from helpers import (
+    DTYPES,
+    ROWS,
+    RULES,
+    Gradients,
+    Twin,
+    assign,
+    build,
+    frozen,
+    parameter,
+    parameters_of,
+    run_twin,
+    same_bits,
+    set_row,
+)
 
 SHAPES = (((5, 7), (33,), (0,), ()), ((3, 4, 2), (16,)))
 KINDS = ("contiguous", "transposed", "offset")
@@ -238,10 +252,15 @@ def test_learning_rate_zero_and_zero_gradients_are_harmless() -> None:
     """What frameworks do to create the state of an empty optimizer."""
     optimizer = build("adamw", SHAPES, lr=0.0)
     params = parameters_of(optimizer)
-    before = [p.detach().clone() for p in params]
+    before = frozen(optimizer)
+    assign(params, [torch.zeros_like(p) for p in params])
+    optimizer.step()
+    after = frozen(optimizer)
+    assert all(set(state) == {"step", "exp_avg", "exp_avg_sq"} for state in after["state"])
+    assert not any(value.any() for state in after.pop("state") for value in state.values())
+    before.pop("state")
+    same_bits(before, after)
     made = Twin(optimizer, "adamw")
-    made.step([torch.zeros_like(p) for p in params])
-    assert all(torch.equal(a, b) for a, b in zip(before, params, strict=True))
     for group in optimizer.param_groups:
         group["lr"] = 0.01
     run_twin(made, Gradients(params), 5)

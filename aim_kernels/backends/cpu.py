@@ -60,6 +60,13 @@ def _team() -> object:
 def step(plan: StepPlan) -> None:
     """One step over all tensors of the plan."""
     plan.load_staged()
+    if plan.exchange is not None:
+        sums = torch.empty_like(plan.tables.statistics)
+        _C.update(plan.records, plan.groups, *plan.tables.arrays(), sums.numpy(), torch.get_num_threads(), _team())
+        plan.store_staged()
+        plan.exchange(sums)
+        _C.finish(plan.groups, sums.numpy(), *plan.tables.arrays())
+        return
     _C.step(plan.records, plan.groups, *plan.tables.arrays(), torch.get_num_threads(), _team())
     plan.store_staged()
 

@@ -14,6 +14,7 @@ from aim_kernels.rows import CONTROL, PHASES, ROW, STATISTIC
 from aim_kernels.states import arithmetic_dtype, is_dense, moments_of
 
 if TYPE_CHECKING:
+    from aim_kernels.distributed import Exchange
     from aim_kernels.plan import StepPlan
 
 ON_DEVICE, DEVICE, DESCRIPTION = False, "any", "eager PyTorch"
@@ -33,7 +34,7 @@ def runs_on(device: torch.device) -> bool:
 class Sums:
     """The statistics of one group, as they grow."""
 
-    numel: int = 0
+    numel: float = 0.0
     under: float = 0.0
     grad_sum: float = 0.0
     grad_sq: float = 0.0
@@ -51,7 +52,7 @@ def step(plan: StepPlan) -> None:
     sums = [Sums() for _ in plan.param_groups]
     for index, p in enumerate(plan.params):
         number = plan.group_of[index]
-        group, row, state = plan.param_groups[number], rows[number], plan.state.get(p, {})
+        group, row, state = plan.param_groups[number], rows[number], plan.state_of(index)
         live = (row[ROW[f"{following}_live_under"]], row[ROW[f"{following}_live_well"]])
         grad = plan.grads[index]
         if grad is None:
@@ -60,8 +61,9 @@ def step(plan: StepPlan) -> None:
             continue
         steps = (row[ROW[f"{now}_step_under"]], row[ROW[f"{now}_step_well"]])
         noise = _noise(plan, index, row[ROW["noise"]])
-        _update(p, grad, group, state, row, steps, live, noise, float(plan.groups["scale"][number]), sums[number])
-    _finish(plan, following, sums)
+        into = Sums() if plan.records["uncounted"][index] else sums[number]
+        _update(p, grad, group, state, row, steps, live, noise, float(plan.groups["scale"][number]), into)
+    _finish(plan, following, sums if plan.exchange is None else _exchanged(plan.exchange, sums, tables.rows.device))
 
 
 def squares(plan: StepPlan) -> float:
@@ -74,7 +76,7 @@ def emit(plan: StepPlan) -> None:
     """Writes the live weights of all parameters that have a master."""
     rows = plan.tables.rows.tolist()
     for index, p in enumerate(plan.params):
-        state = plan.state.get(p, {})
+        state = plan.state_of(index)
         if "master" in state:
             row = rows[plan.group_of[index]]
             live = (row[ROW["emitted_under"]], row[ROW["emitted_well"]])
@@ -241,6 +243,13 @@ def _noise(plan: StepPlan, index: int, level: float) -> Tensor | None:
     z = torch.from_numpy(normals(control[CONTROL["seed"]], control[CONTROL["counter"]], first, p.numel())).to(p.device)
     z = torch.as_strided(z, p.shape, p.stride()) if is_dense(p) else z.view(p.shape)
     return z.to(arithmetic_dtype(p.dtype)) * sigma
+
+
+def _exchanged(exchange: Exchange, sums: list[Sums], device: torch.device) -> list[Sums]:
+    table = torch.tensor([[float(getattr(s, name)) for name in STATISTIC] for s in sums], dtype=torch.float64)
+    table = table.view(len(sums), len(STATISTIC)).to(device)
+    exchange(table)
+    return [Sums(*row) for row in table.tolist()]
 
 
 def _finish(plan: StepPlan, following: str, sums: list[Sums]) -> None:

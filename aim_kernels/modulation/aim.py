@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aim_kernels.modulated import unwrapped
 from aim_kernels.modulation.prototypes import (
     POOLS,
     Pool,
@@ -85,7 +86,9 @@ class AIM:
     batch_size
         Scoring runs in pieces of this many samples.
 
-    Scores are averaged over the ranks of an initialized process group. Everything but S1-S5 of the specification (what
+    Scores are averaged over the ranks of an initialized process group, so that all set the same rows: each rank calls
+    :meth:`update`, with samples of its own, of which every rank has equally many where the model is sharded (FSDP2).
+    Everything but S1-S5 of the specification (what
     the abstracts say) is this library's reading.
 
     Raises ValueError for fewer than two modalities, unknown choices and numbers out of range; TypeError for another
@@ -147,6 +150,7 @@ class AIM:
         ):
             if count < least:
                 raise ValueError(f"{name} must be at least {least}, got {count}")
+        optimizer = unwrapped(optimizer)
         if not hasattr(optimizer, "set_phase_rows"):
             raise TypeError(f"AIM writes rows of an AIMFusedOptimizer; {type(optimizer).__name__} has none")
         if isinstance(model, nn.parallel.DistributedDataParallel):

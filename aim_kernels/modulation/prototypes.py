@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aim_kernels.distributed import reshard
+
 #: Makes ``[B, C]`` features of what a block returns.
 Pool = Callable[[Tensor], Tensor]
 
@@ -38,6 +40,8 @@ def probing(model: nn.Module) -> Iterator[None]:
     Flags are set one by one: ``model.train()`` would undo a block that its owner keeps in evaluation mode.
     """
     modes = [(module, module.training) for module in model.modules()]
+    # The weights may have been written since these gathered them, and are written again before the next forward pass.
+    reshard(model.modules())
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     # cuDNN's recurrent layers cannot go backward in evaluation mode
     recurrent = any(isinstance(module, nn.RNNBase) for module, _ in modes)
@@ -50,6 +54,7 @@ def probing(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+        reshard(module for module, _ in modes)
 
 
 def block_features(

@@ -77,12 +77,12 @@ class Work {
 
 // Adds chunk sums in the order of the chunks, whichever thread made them.
 void reduce(const Tensor* tensors, const Group* groups, const Work& work,
-            const std::vector<Partial>& partials, std::vector<Statistics>& into) {
+            const std::vector<Partial>& partials, Statistics* into) {
   for (size_t i = 0; i < work.chunks.size(); ++i) {
     const Chunk& chunk = work.chunks[i];
     const Tensor& tensor = tensors[chunk.tensor];
-    if (!tensor.grad) continue;
-    Statistics& s = into[static_cast<size_t>(tensor.group)];
+    if (!tensor.grad || tensor.uncounted) continue;
+    Statistics& s = into[tensor.group];
     const Partial& p = partials[i];
     s.numel += static_cast<double>(chunk.end - chunk.begin);
     const bool classed = has_classes(tensor, kind_of(tensor, groups[tensor.group]));
@@ -147,13 +147,16 @@ Status check(const Tensor* tensors, int64_t tensor_count, const Group* groups,
   return Status::kOk;
 }
 
-Status step(const Tensor* tensors, int64_t tensor_count, const Group* groups, Row* rows,
-            Statistics* statistics, int64_t group_count, Control* control,
-            const Execution& execution) {
+namespace {
+
+// update(), which is not to be done where `any` is given and no tensor has a gradient.
+Status move(const Tensor* tensors, int64_t tensor_count, const Group* groups, const Row* rows,
+            const Statistics* statistics, int64_t group_count, const Control* control,
+            const Execution& execution, Statistics* sums, bool* any) {
   Status status = check(tensors, tensor_count, groups, group_count);
   if (status == Status::kOk) status = check_rows(tensors, tensor_count, groups, rows, group_count);
   if (status != Status::kOk) return status;
-  if (!control || (group_count && !statistics)) return Status::kNullPointer;
+  if (!control || (group_count && (!statistics || !sums))) return Status::kNullPointer;
   const char* isa;
   status = choose_isa(execution.isa, &isa);
   if (status != Status::kOk) return status;
@@ -168,11 +171,11 @@ Status step(const Tensor* tensors, int64_t tensor_count, const Group* groups, Ro
   double last_steps = -1;
   bool last_stepped = false, last_classed = false;
   Kind last_kind = Kind::kAdam;
-  bool any = false;
+  bool stepped_any = false;
   for (int64_t i = 0; i < tensor_count; ++i) {
     const Tensor& t = tensors[i];
     if (!t.grad && !t.master) continue;
-    any |= t.grad != nullptr;
+    stepped_any |= t.grad != nullptr;
     const Group& group = groups[t.group];
     const Row& row = rows[t.group];
     const Kind kind = kind_of(t, group);
@@ -195,11 +198,12 @@ Status step(const Tensor* tensors, int64_t tensor_count, const Group* groups, Ro
     work.add(i, static_cast<int64_t>(shared.size()) - 1, t.numel);
   }
   work.close();
-  if (!any) return Status::kOk;
+  if (any) *any = stepped_any;
+  if (any && !stepped_any) return Status::kOk;
 
   // The last allocations: from here on nothing can fail.
   std::vector<Partial> partials(work.chunks.size());
-  std::vector<Statistics> sums(static_cast<size_t>(group_count), Statistics{});
+  for (int64_t g = 0; g < group_count; ++g) sums[g] = Statistics{};
   const KernelTable& kernels = kernels_of(isa);
   for_each_task(execution, static_cast<int64_t>(work.tasks.size()), [&](int64_t task) {
     const Task& range = work.tasks[static_cast<size_t>(task)];
@@ -219,14 +223,41 @@ Status step(const Tensor* tensors, int64_t tensor_count, const Group* groups, Ro
   for (int64_t i = 0; i < tensor_count; ++i) {
     if (tensors[i].grad) *tensors[i].step += 1;
   }
+  return Status::kOk;
+}
+
+}  // namespace
+
+Status update(const Tensor* tensors, int64_t tensor_count, const Group* groups, const Row* rows,
+              const Statistics* statistics, int64_t group_count, const Control* control,
+              const Execution& execution, Statistics* sums) {
+  return move(tensors, tensor_count, groups, rows, statistics, group_count, control, execution,
+              sums, nullptr);
+}
+
+Status finish(const Group* groups, const Statistics* sums, Row* rows, Statistics* statistics,
+              int64_t group_count, Control* control) {
+  if (!control || group_count < 0) return control ? Status::kBadSize : Status::kNullPointer;
+  if (group_count && (!groups || !sums || !rows || !statistics)) return Status::kNullPointer;
+  const int64_t next = draw_phase(*control);
   for (int64_t g = 0; g < group_count; ++g) {
-    const Statistics& s = sums[static_cast<size_t>(g)];
-    finish_row(groups[g], s, next, &rows[g]);
-    if (s.numel > 0) statistics[g] = s;
+    finish_row(groups[g], sums[g], next, &rows[g]);
+    if (sums[g].numel > 0) statistics[g] = sums[g];
   }
   control->phase = next;
   control->counter += 1;
   return Status::kOk;
+}
+
+Status step(const Tensor* tensors, int64_t tensor_count, const Group* groups, Row* rows,
+            Statistics* statistics, int64_t group_count, Control* control,
+            const Execution& execution) {
+  std::vector<Statistics> sums(static_cast<size_t>(group_count > 0 ? group_count : 0));
+  bool any = false;
+  const Status status = move(tensors, tensor_count, groups, rows, statistics, group_count, control,
+                             execution, sums.data(), &any);
+  if (status != Status::kOk || !any) return status;
+  return finish(groups, sums.data(), rows, statistics, group_count, control);
 }
 
 Status emit(const Tensor* tensors, int64_t tensor_count, const Group* groups, const Row* rows,

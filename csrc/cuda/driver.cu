@@ -56,16 +56,18 @@ bool valid(const Work& work) {
 
 using Update = void (*)(Work);
 
-Update update_of(const Work& work) {
-  // By storage type, then family.
-  static constexpr Update kKernels[4][3] = {
-      {device::update_adam_float32, device::update_sgd_float32, device::update_other_float32},
-      {device::update_adam_float64, device::update_sgd_float64, device::update_other_float64},
-      {device::update_adam_bfloat16, device::update_sgd_bfloat16, device::update_other_bfloat16},
-      {device::update_adam_float16, device::update_sgd_float16, device::update_other_float16}};
+// By storage type, then family.
+constexpr Update kUpdates[4][3] = {
+    {device::update_adam_float32, device::update_sgd_float32, device::update_other_float32},
+    {device::update_adam_float64, device::update_sgd_float64, device::update_other_float64},
+    {device::update_adam_bfloat16, device::update_sgd_bfloat16, device::update_other_bfloat16},
+    {device::update_adam_float16, device::update_sgd_float16, device::update_other_float16}};
+
+// The kernel that knows all families of Adam and SGD, and all storage types, among the tensors.
+Update update_of(const Work& work, int32_t families) {
   for (int32_t dtype = 0; dtype < 4; ++dtype) {
-    for (int32_t family = 0; family < 3; ++family) {
-      if (work.dtypes == 1 << dtype && work.families == 1 << family) return kKernels[dtype][family];
+    for (int32_t family : {kAdamFamily, kSgdFamily}) {
+      if (work.dtypes == 1 << dtype && families == 1 << family) return kUpdates[dtype][family];
     }
   }
   return device::update_mixed;
@@ -73,11 +75,24 @@ Update update_of(const Work& work) {
 
 }  // namespace
 
+// One launch; where there are rules of the other family, one more for each storage type.
 Result update(const Work& work, int32_t device, void* stream) {
   constexpr const char* kCall = "launch of update";
   if (!valid(work)) return failed(cudaErrorInvalidValue, kCall);
   const int64_t blocks = work.chunk_count ? work.chunk_count : 1;  // somebody has to draw the phase
-  return launch(update_of(work), kCall, blocks, work.threads, work, device, stream);
+  const int32_t other = 1 << kOtherFamily, families = work.families & ~other;
+  if (families || !(work.families & other)) {
+    const Update kernel = update_of(work, families);
+    const Result result = launch(kernel, kCall, blocks, work.threads, work, device, stream);
+    if (result.error) return result;
+  }
+  for (int32_t dtype = 0; dtype < 4; ++dtype) {
+    if (!(work.families & other) || !(work.dtypes >> dtype & 1)) continue;
+    const Update kernel = kUpdates[dtype][kOtherFamily];
+    const Result result = launch(kernel, kCall, blocks, work.threads, work, device, stream);
+    if (result.error) return result;
+  }
+  return kFine;
 }
 
 Result finish(const Work& work, int32_t device, void* stream) {

@@ -286,23 +286,36 @@ __device__ __forceinline__ void update_kinds(const Tensor& tensor, const Shared&
 #undef AIM_UPDATE
 }
 
-// `Dispatch::run` steps a chunk; it knows which storage types and rules there are.
+__device__ __forceinline__ constexpr cuda::Family family_of(Kind kind) {
+  if (kind == Kind::kAdam) return cuda::kAdamFamily;
+  return kind == Kind::kAmsgrad || may_lack(kind) ? cuda::kOtherFamily : cuda::kSgdFamily;
+}
+
+// `Dispatch::takes` says which storage types and kinds a kernel knows; a launch leaves chunks of
+// others to another. `Dispatch::run` steps a chunk.
 template <class Dispatch>
 __device__ __forceinline__ void update_block(const cuda::Work& work) {
   __shared__ Shared shared;
+  __shared__ Statistics unread;
   if (skipped(work)) return;
   if (blockIdx.x == 0 && threadIdx.x == 0) *work.next = draw_phase(*work.control);
   if (blockIdx.x >= work.chunk_count) return;
   const cuda::Chunk chunk = work.chunks[blockIdx.x];
   const Tensor tensor = in_global(work.tensors[chunk.tensor]);
+  const Kind kind = kind_of(tensor, work.groups[tensor.group]);
+  if (!Dispatch::takes(static_cast<DType>(tensor.dtype), family_of(kind))) return;
   const int64_t begin = static_cast<int64_t>(chunk.index) * work.chunk_size;
   const int64_t end = begin + elements(begin, tensor.numel, work.chunk_size);
-  Statistics* const partial = work.partials + blockIdx.x;
+  Statistics* partial = work.partials + blockIdx.x;
+  if (tensor.uncounted) {
+    if (threadIdx.x == 0) *partial = Statistics{};
+    partial = &unread;
+  }
   if (tensor.grad || tensor.master) {
     if (threadIdx.x == 0) shared = uniforms_of(work, tensor);
   }
   if (tensor.grad) {
-    Dispatch::run(tensor, shared, kind_of(tensor, work.groups[tensor.group]), begin, end, partial);
+    Dispatch::run(tensor, shared, kind, begin, end, partial);
     return;
   }
   if (threadIdx.x == 0) *partial = Statistics{};

@@ -1,6 +1,7 @@
 // The update kernels of float16 parameters.
 #define AIM_ISA device
 #define AIM_NAME float16
+#define AIM_DTYPE kFloat16
 #define AIM_STORAGE Float16
 #define AIM_ARITHMETIC float
 #include "cuda/update_storage.h"

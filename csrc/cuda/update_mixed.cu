@@ -1,5 +1,5 @@
-// The update kernel of optimizers whose parameters are of several storage types or rules: still one
-// launch, at the price of the registers of the neediest of them.
+// The update kernel of optimizers whose parameters are of several storage types, or some stepped by
+// Adam and some by SGD: still one launch, at the price of the registers of the neediest of them.
 #define AIM_ISA device
 #include "cuda/kernels.h"
 #include "cuda/update.h"
@@ -9,22 +9,23 @@ namespace device {
 
 namespace {
 
+constexpr int kBoth = 1 << cuda::kAdamFamily | 1 << cuda::kSgdFamily;
+
 struct AnyDispatch {
+  static __device__ __forceinline__ bool takes(DType, cuda::Family family) {
+    return family != cuda::kOtherFamily;
+  }
   static __device__ __forceinline__ void run(const Tensor& tensor, const Shared& shared, Kind kind,
                                              int64_t begin, int64_t end, Statistics* partial) {
     switch (static_cast<DType>(tensor.dtype)) {
       case DType::kFloat32:
-        return update_kinds<float, float, cuda::kAllFamilies>(tensor, shared, kind, begin, end,
-                                                              partial);
+        return update_kinds<float, float, kBoth>(tensor, shared, kind, begin, end, partial);
       case DType::kFloat64:
-        return update_kinds<double, double, cuda::kAllFamilies>(tensor, shared, kind, begin, end,
-                                                                partial);
+        return update_kinds<double, double, kBoth>(tensor, shared, kind, begin, end, partial);
       case DType::kBFloat16:
-        return update_kinds<BFloat16, float, cuda::kAllFamilies>(tensor, shared, kind, begin, end,
-                                                                 partial);
+        return update_kinds<BFloat16, float, kBoth>(tensor, shared, kind, begin, end, partial);
       case DType::kFloat16:
-        return update_kinds<Float16, float, cuda::kAllFamilies>(tensor, shared, kind, begin, end,
-                                                                partial);
+        return update_kinds<Float16, float, kBoth>(tensor, shared, kind, begin, end, partial);
     }
   }
 };

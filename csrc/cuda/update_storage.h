@@ -1,4 +1,5 @@
-// The update kernels of one storage type: AIM_STORAGE, computed in AIM_ARITHMETIC, called AIM_NAME.
+// The update kernels of one storage type: AIM_STORAGE, the DType AIM_DTYPE, computed in
+// AIM_ARITHMETIC, called AIM_NAME.
 // Included by update_<name>.cu, a translation unit each, so that they compile side by side.
 #pragma once
 
@@ -15,6 +16,9 @@ namespace {  // every unit has another
 
 template <cuda::Family kFamily>
 struct Dispatch {
+  static __device__ __forceinline__ bool takes(DType dtype, cuda::Family family) {
+    return dtype == DType::AIM_DTYPE && family == kFamily;
+  }
   static __device__ __forceinline__ void run(const Tensor& tensor, const Shared& shared, Kind kind,
                                              int64_t begin, int64_t end, Statistics* partial) {
     update_kinds<AIM_STORAGE, AIM_ARITHMETIC, 1 << kFamily>(tensor, shared, kind, begin, end,

@@ -124,6 +124,8 @@ struct Device {
     partials.resize(chunks.size());
     sums.resize(home ? 0 : count);
     work.tensors = tensors.data();
+    work.families = aim::cuda::kAllFamilies;
+    work.dtypes = 15;
     work.groups = model.groups.data();
     work.rows = home ? model.rows.data() : rows.data();
     work.statistics = home ? model.statistics.data() : statistics.data();

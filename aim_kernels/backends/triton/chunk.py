@@ -34,6 +34,7 @@ from aim_kernels.backends.triton.layout import (
     RMSPROP,
     SEED,
     STEP,
+    UNCOUNTED,
     UNDER,
     UPDATE_SQ,
 )
@@ -307,10 +308,14 @@ def step_chunk(
     squares = tl.sum(grad_sq.to(tl.float64), 0)
     if (squares - squares != 0) | ((squares == 0) & (sum_of_grads != 0)):
         squares = _squares(grads, scale, size, ARITHMETIC, BLOCK)
-    tl.store(partial + COUNT, size.to(tl.float64))
-    tl.store(partial + UNDER, tl.where(state, tl.sum(counts & 0xFFFF, 0).to(tl.float64), NAN))
-    tl.store(partial + GRAD_SUM, sum_of_grads)
-    tl.store(partial + GRAD_SQ, squares)
-    tl.store(partial + UPDATE_SQ, tl.sum(update_sq.to(tl.float64), 0))
-    tl.store(partial + PARAM_SQ, tl.sum(param_sq.to(tl.float64), 0))
-    tl.store(partial + NONFINITE, tl.sum(counts >> 16, 0).to(tl.float64))
+    # Where another process counts the tensor, its sums are zero: by a choice, since a zero stored over them might come
+    # from another thread, and first.
+    counted = tl.load(tensor.to(tl.pointer_type(tl.int32)) + UNCOUNTED) == 0
+    under = tl.where(state, tl.sum(counts & 0xFFFF, 0).to(tl.float64), NAN)
+    tl.store(partial + COUNT, tl.where(counted, size.to(tl.float64), 0.0))
+    tl.store(partial + UNDER, tl.where(counted, under, 0.0))
+    tl.store(partial + GRAD_SUM, tl.where(counted, sum_of_grads, 0.0))
+    tl.store(partial + GRAD_SQ, tl.where(counted, squares, 0.0))
+    tl.store(partial + UPDATE_SQ, tl.where(counted, tl.sum(update_sq.to(tl.float64), 0), 0.0))
+    tl.store(partial + PARAM_SQ, tl.where(counted, tl.sum(param_sq.to(tl.float64), 0), 0.0))
+    tl.store(partial + NONFINITE, tl.where(counted, tl.sum(counts >> 16, 0).to(tl.float64), 0.0))

@@ -57,8 +57,9 @@ def specialization(dtype: int, chunk: int) -> dict[str, Any]:
 def update(share: Share) -> None:
     """Steps every tensor that has a gradient, emits those that have only a master, and fills ``share.partials``."""
     cuda = share.device.type == "cuda" and torch.version.hip is None
-    others = sorted({FAMILIES[family] == "other" for family in share.families})
-    for dtype, other in itertools.product(share.dtypes, others):
+    others = sorted({FAMILIES[family] == "other" for family in share.families}) or [False]
+    # Without parameters, the phase is drawn all the same.
+    for dtype, other in itertools.product(share.dtypes or (0,), others):
         constants = specialization(dtype, share.chunk_size)
         registers = (OTHER_REGISTERS if other else REGISTERS[DTYPES[dtype]]) if cuda else None
         # One program where all tensors are empty: the phase is drawn all the same.

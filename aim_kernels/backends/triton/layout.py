@@ -45,6 +45,7 @@ NUMEL = _at(TENSOR_RECORD, "numel")
 FIRST = _at(TENSOR_RECORD, "first")
 GROUP = _at(TENSOR_RECORD, "group")
 DTYPE = _at(TENSOR_RECORD, "dtype")
+UNCOUNTED = _at(TENSOR_RECORD, "uncounted")
 
 GROUP_WORDS = _words(GROUP_RECORD)
 LR = _at(GROUP_RECORD, "lr")

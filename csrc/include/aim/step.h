@@ -107,6 +107,16 @@ Status step(const Tensor* tensors, int64_t tensor_count, const Group* groups, Ro
             Statistics* statistics, int64_t group_count, Control* control,
             const Execution& execution);
 
+// The same in two parts, for tensors that several processes hold: update() moves the tensors and
+// their step counts and overwrites `sums` ([group_count]) with what it measured; finish() takes the
+// sums over all processes and moves thresholds, latched columns, statistics and control. A group
+// whose numel is 0 there keeps threshold and statistics.
+Status update(const Tensor* tensors, int64_t tensor_count, const Group* groups, const Row* rows,
+              const Statistics* statistics, int64_t group_count, const Control* control,
+              const Execution& execution, Statistics* sums);
+Status finish(const Group* groups, const Statistics* sums, Row* rows, Statistics* statistics,
+              int64_t group_count, Control* control);
+
 // Writes the live weights of all tensors that have a master, from stored state, `tau_prev` and the
 // emitted columns.
 Status emit(const Tensor* tensors, int64_t tensor_count, const Group* groups, const Row* rows,

@@ -1,0 +1,84 @@
+"""What the callbacks share: which optimizer, which weights a state dict holds, when strengths are updated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from aim_kernels.modulated import unwrapped
+from aim_kernels.modulation.aim import AIM
+from aim_kernels.optimizer import AIMFusedOptimizer
+
+#: What :meth:`AIM.update` takes: inputs, labels and, or None, held-out inputs and labels.
+Batch = tuple[Sequence[Tensor], Tensor | None]
+Samples = Callable[[], tuple[Sequence[Tensor], Tensor | None, Batch | None]]
+
+
+def aim_optimizer(optimizers: Any) -> AIMFusedOptimizer:
+    """The one AIMFusedOptimizer among an optimizer or a list of them, wrapped or not.
+
+    Raises TypeError where there is none, or more than one.
+    """
+    candidates = optimizers if isinstance(optimizers, (list, tuple)) else [optimizers]
+    found = [inner for inner in map(unwrapped, candidates) if isinstance(inner, AIMFusedOptimizer)]
+    if len(found) != 1:
+        names = ", ".join(type(candidate).__name__ for candidate in candidates) or "none"
+        raise TypeError(f"expected exactly one AIMFusedOptimizer, got {len(found)} among: {names}")
+    return found[0]
+
+
+def true_state_dict(model: nn.Module, optimizer: AIMFusedOptimizer) -> RemovableHandle:
+    """Makes ``model.state_dict()`` return the true weights, also while the module trains on live ones.
+
+    Checkpoint writers of training frameworks ask the module in the midst of training and have no hook before it. The
+    entries are the optimizer's masters, in the dtype of the parameters: no copy where the two agree. What the module
+    holds after ``optimizer.eval()`` is left as it is. Remove the handle when training ends.
+    """
+
+    def replace(module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
+        if optimizer.holds_true_weights:
+            return
+        for name, p in module.named_parameters(remove_duplicate=False):
+            master = optimizer.state.get(p, {}).get("master")
+            if master is not None and prefix + name in state_dict:
+                state_dict[prefix + name] = master.detach().to(p.dtype)
+
+    return model.register_state_dict_post_hook(replace)
+
+
+class Updates:
+    """Calls ``aim.update(*samples())`` every so many epochs, also in a run that is resumed in mid-epoch."""
+
+    def __init__(self, samples: Samples | None, every_n_epochs: int) -> None:
+        if every_n_epochs < 1:
+            raise ValueError(f"every_n_epochs must be at least 1, got {every_n_epochs}")
+        self.samples, self.every_n_epochs = samples, every_n_epochs
+        self.latest = -1  # epoch of the latest update
+
+    def at(self, epoch: int, aim: AIM | None) -> bool:
+        """Whether this epoch's start brought an update."""
+        if aim is None or self.samples is None or epoch % self.every_n_epochs or epoch == self.latest:
+            return False
+        inputs, labels, held_out = self.samples()
+        device = next(aim.model.parameters()).device
+        if held_out is not None:
+            held_out = _moved(held_out[0], device), None if held_out[1] is None else held_out[1].to(device)
+        aim.update(_moved(inputs, device), None if labels is None else labels.to(device), held_out=held_out)
+        self.latest = epoch
+        return True
+
+    def state_dict(self, aim: AIM | None) -> dict[str, Any]:
+        return {"latest": self.latest, "aim": None if aim is None else aim.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any], aim: AIM | None) -> None:
+        self.latest = int(state["latest"])
+        if aim is not None and state["aim"] is not None:
+            aim.load_state_dict(state["aim"])
+
+
+def _moved(inputs: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    return [x.to(device) for x in inputs]

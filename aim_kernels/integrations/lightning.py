@@ -1,0 +1,119 @@
+"""``AIMCallback`` for Lightning's ``Trainer``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.utils.hooks import RemovableHandle
+
+from aim_kernels.integrations.common import Samples, Updates, aim_optimizer, true_state_dict
+from aim_kernels.integrations.tensorboard import statistics_scalars, update_scalars
+from aim_kernels.modulation.aim import AIM
+from aim_kernels.optimizer import AIMFusedOptimizer
+
+
+class AIMCallback(Callback):
+    """Updates AIM, keeps live and true weights apart, and logs, under ``lightning.pytorch.Trainer``.
+
+    The module's ``configure_optimizers`` returns an :class:`AIMFusedOptimizer`. Validation, test, prediction,
+    checkpoints and the end of training then see the true weights, training the live ones; a run resumed with
+    ``fit(ckpt_path=...)`` goes on bit for bit, AIM's own state included.
+
+    Args:
+        make_aim: ``make_aim(module, optimizer)`` returns the :class:`AIM`; None where strengths are set by hand.
+        samples: ``samples()`` returns ``(inputs, labels, held_out)`` as ``aim.update`` takes them, ``held_out`` being
+            ``(inputs, labels)`` or None; tensors are moved to the module's device.
+        every_n_epochs: ``aim.update`` runs at the start of the epochs 0, n, 2n, ...
+        log: sends statistics and AIM's tables (``statistics_scalars``, ``update_scalars``) to the trainer's loggers,
+            every ``log_every_n_steps`` of the trainer, which waits for the device that often.
+
+    Raises:
+        ValueError: ``every_n_epochs`` below 1, or only one of ``make_aim`` and ``samples``.
+        TypeError: at the start of training, where not exactly one of the module's optimizers is an AIMFusedOptimizer.
+    """
+
+    def __init__(
+        self,
+        make_aim: Callable[[Any, AIMFusedOptimizer], AIM] | None = None,
+        samples: Samples | None = None,
+        *,
+        every_n_epochs: int = 1,
+        log: bool = True,
+    ) -> None:
+        if (make_aim is None) != (samples is None):
+            raise ValueError("give both make_aim and samples, or neither")
+        self.make_aim, self.log = make_aim, log
+        self.aim: AIM | None = None
+        self._updates = Updates(samples, every_n_epochs)
+        self._loaded: dict[str, Any] | None = None
+        self._optimizer: AIMFusedOptimizer | None = None
+        self._hook: RemovableHandle | None = None
+        self._visiting = False  # whether the weights of this evaluation were put there by us
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Before the sanity check and before the optimizer's state is restored.
+        self._optimizer = aim_optimizer(trainer.optimizers)
+        self._hook = true_state_dict(pl_module, self._optimizer)
+        self.aim = None if self.make_aim is None else self.make_aim(pl_module, self._optimizer)
+        self._updates.latest = -1
+        if self._loaded is not None:
+            self._updates.load_state_dict(self._loaded, self.aim)
+            self._loaded = None
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._updates.at(trainer.current_epoch, self.aim) and self.log and self.aim is not None:
+            self._send(trainer, update_scalars(self.aim.history[-1]))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        last_of_a_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if self.log and last_of_a_step and trainer.global_step % trainer.log_every_n_steps == 0:
+            self._send(trainer, statistics_scalars(self._optimizer))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._finish()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._finish()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._finish()
+
+    def _finish(self) -> None:
+        """The true weights are what training leaves in the module."""
+        if self._optimizer is not None:
+            self._optimizer.eval()
+        if self._hook is not None:
+            self._hook.remove()
+        self._optimizer = self._hook = None
+
+    @staticmethod
+    def _send(trainer: Trainer, scalars: dict[str, float]) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars, step=trainer.global_step)
+
+    # -- evaluation during training; otherwise the module holds the true weights anyway ------------------------
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._optimizer is not None and not self._optimizer.holds_true_weights:
+            self._optimizer.eval()
+            self._visiting = True
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._optimizer is not None and self._visiting:
+            self._optimizer.train()
+        self._visiting = False
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._updates.state_dict(self.aim)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._loaded = state_dict  # AIM does not exist yet

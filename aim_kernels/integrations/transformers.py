@@ -1,0 +1,100 @@
+"""``AIMCallback`` for the ``Trainer`` of Hugging Face's transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.hooks import RemovableHandle
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from aim_kernels.integrations.common import Samples, Updates, aim_optimizer, true_state_dict
+from aim_kernels.integrations.tensorboard import Writer, write_statistics, write_update
+from aim_kernels.modulation.aim import AIM
+
+#: Where AIM's state lies in trainer_state.json.
+STATE_KEY = "aim_kernels.AIM"
+
+
+class AIMCallback(TrainerCallback):
+    """Updates AIM, keeps live and true weights apart, and logs, under ``transformers.Trainer(optimizers=(optimizer,
+    scheduler), callbacks=[AIMCallback(aim, samples)])``.
+
+    The Trainer itself calls ``optimizer.train()`` before every batch and ``optimizer.eval()`` before it evaluates. It
+    does neither before it saves: under this callback every checkpoint's model, and the module after training (that of
+    ``load_best_model_at_end`` too), holds the true weights. ``train(resume_from_checkpoint=...)`` goes on bit for bit,
+    AIM's own state included.
+
+    Args:
+        aim: an :class:`AIM` of the model and the optimizer; None where strengths are set by hand. A model that returns
+            a ``ModelOutput`` needs ``AIM(loss=lambda output, labels: cross_entropy(output.logits, labels))``, and takes
+            the modalities as its first positional arguments.
+        samples: ``samples()`` returns ``(inputs, labels, held_out)`` as ``aim.update`` takes them, ``held_out`` being
+            ``(inputs, labels)`` or None; tensors are moved to the model's device.
+        every_n_epochs: ``aim.update`` runs at the start of the epochs 0, n, 2n, ...
+        writer: a ``SummaryWriter``, or None; gets statistics whenever the Trainer logs, and AIM's tables.
+
+    Raises:
+        ValueError: ``every_n_epochs`` below 1, or only one of ``aim`` and ``samples``.
+        TypeError: at the start of training, where the Trainer's optimizer is not an AIMFusedOptimizer.
+    """
+
+    def __init__(
+        self,
+        aim: AIM | None = None,
+        samples: Samples | None = None,
+        *,
+        every_n_epochs: int = 1,
+        writer: Writer | None = None,
+    ) -> None:
+        if (aim is None) != (samples is None):
+            raise ValueError("give both aim and samples, or neither")
+        self.aim, self.writer = aim, writer
+        self._updates = Updates(samples, every_n_epochs)
+        self._hook: RemovableHandle | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._hook is not None:  # of a training that was interrupted
+            self._hook.remove()
+        self._hook = true_state_dict(kwargs["model"], aim_optimizer(kwargs["optimizer"]))
+        self._updates.latest = -1
+        saved = state.stateful_callbacks.get(STATE_KEY)
+        if saved is not None:
+            found = dict(saved)
+            if found["aim"] is not None:  # JSON has no tensors
+                generator = torch.tensor(found["aim"]["generator"], dtype=torch.uint8)
+                found["aim"] = {**found["aim"], "generator": generator}
+            self._updates.load_state_dict(found, self.aim)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # A resumed run begins the epoch that it was stopped in once more.
+        if not self._updates.at(int((state.epoch or 0.0) + 1e-6), self.aim):
+            return
+        assert self.aim is not None
+        saved = self._updates.state_dict(self.aim)
+        saved["aim"]["generator"] = saved["aim"]["generator"].tolist()
+        state.stateful_callbacks[STATE_KEY] = saved
+        if self.writer is not None:
+            write_update(self.writer, self.aim.history[-1], state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.writer is not None and control.should_log:
+            write_statistics(self.writer, kwargs["optimizer"], state.global_step)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Before the best model is loaded, which eval() would overwrite afterwards. The next batch undoes it.
+        aim_optimizer(kwargs["optimizer"]).eval()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        aim_optimizer(kwargs["optimizer"]).eval()
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None

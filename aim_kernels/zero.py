@@ -1,0 +1,154 @@
+"""``AIMZeroRedundancyOptimizer``: torch's ``ZeroRedundancyOptimizer`` around ``AIMFusedOptimizer``.
+
+Every process keeps the states of some parameters, steps those, and sends them to the others. What torch's class knows
+nothing of is added: thresholds and statistics of whole groups, live and true weights, and a checkpoint that has them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+from aim_kernels.distributed import number_parameters
+from aim_kernels.optimizer import AIMFusedOptimizer
+
+#: Options of the optimizer as a whole, which no param group has.
+_OWN = ("anchor", "backend", "seed", "fused_scaling", "sync_every", "keep_masters")
+
+_TABLES = ("modulation_row", "statistics_row", "control")
+
+
+class AIMZeroRedundancyOptimizer(ZeroRedundancyOptimizer):
+    """``AIMFusedOptimizer`` with its states spread over the processes of a group, whose modules are equal (DDP).
+
+    Args:
+        params: as of :class:`AIMFusedOptimizer`.
+        process_group: None means all processes.
+        parameters_as_bucket_view: as of ``ZeroRedundancyOptimizer``.
+        options: those of :class:`AIMFusedOptimizer`.
+
+    It is used as one: strengths, rows, ``eval``, ``train``, ``statistics`` and :class:`~aim_kernels.AIM` are there. All
+    processes make the same calls. A checkpoint is what ``state_dict()`` returns after ``consolidate_state_dict(to)``,
+    on rank ``to``; every rank loads it. ``overlap_with_ddp`` is not supported.
+    """
+
+    optim: AIMFusedOptimizer
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        process_group: Any = None,
+        parameters_as_bucket_view: bool = False,
+        **options: Any,
+    ) -> None:
+        group = torch.distributed.group.WORLD if process_group is None else process_group
+        own = {name: options.pop(name) for name in _OWN if name in options}
+        make: Any = functools.partial(AIMFusedOptimizer, process_group=group, **own)
+        members = list(params)
+        grouped = chain.from_iterable(entry["params"] if isinstance(entry, dict) else [entry] for entry in members)
+        number_parameters(grouped)
+        super().__init__(members, make, group, parameters_as_bucket_view, **options)
+        # Also where this process has no parameters: what it exchanges must be where the others' is.
+        self.optim.tables.to(self._default_device)  # type: ignore[attr-defined]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, on all processes."""
+        super().add_param_group(param_group)
+        if self.initialized:
+            number_parameters(chain.from_iterable(group["params"] for group in self.param_groups))
+
+    # -- what AIMFusedOptimizer has ----------------------------------------------------------------------------------
+
+    def set_strength(self, modality: str, depth: int, kappa: float | Tensor, coefficients: str = "chain") -> None:
+        """:meth:`AIMFusedOptimizer.set_strength`."""
+        self.optim.set_strength(modality, depth, kappa, coefficients)
+
+    def set_modulation(self, group: int | tuple[str, int], **columns: float | Tensor) -> None:
+        """:meth:`AIMFusedOptimizer.set_modulation`."""
+        self.optim.set_modulation(group, **columns)
+
+    def set_phase_rows(
+        self, group: int, *, true: dict[str, Any] | None = None, aux: dict[str, Any] | None = None
+    ) -> None:
+        """:meth:`AIMFusedOptimizer.set_phase_rows`."""
+        self.optim.set_phase_rows(group, true=true, aux=aux)
+
+    def set_phases(self, probability: float) -> None:
+        """:meth:`AIMFusedOptimizer.set_phases`."""
+        self.optim.set_phases(probability)
+
+    @property
+    def phase(self) -> str:
+        """:attr:`AIMFusedOptimizer.phase`."""
+        return self.optim.phase
+
+    def modulation(self) -> list[dict[str, Any]]:
+        """:meth:`AIMFusedOptimizer.modulation`."""
+        return self.optim.modulation()
+
+    def statistics(self) -> list[dict[str, Any]]:
+        """:meth:`AIMFusedOptimizer.statistics`, of whole groups."""
+        rows = self.optim.statistics()
+        for row, group in zip(rows, self.param_groups, strict=True):
+            row["numel"] = sum(p.numel() for p in group["params"])
+        return rows
+
+    def eval(self) -> None:
+        """Puts the true weights into the module, on all processes."""
+        self.optim.eval()
+        self._sync_params()  # type: ignore[attr-defined]
+
+    def train(self) -> None:
+        """Puts the live weights back, on all processes."""
+        self.optim.train()
+        self._sync_params()  # type: ignore[attr-defined]
+
+    @contextmanager
+    def true_parameters(self) -> Iterator[None]:
+        """The true weights inside, what was there before after."""
+        held = self.optim._holds_true_weights
+        self.eval()
+        try:
+            yield
+        finally:
+            if not held:
+                self.train()
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The consolidated states, with rows, statistics and control as :meth:`AIMFusedOptimizer.state_dict` has them.
+
+        Raises:
+            RuntimeError: nothing was consolidated to this rank.
+        """
+        state_dict: dict[str, Any] = super().state_dict()
+        local: dict[str, Any] = self._all_state_dicts[0]  # type: ignore[attr-defined]
+        # Tables are equal on all ranks.
+        for group, saved in zip(state_dict["param_groups"], local["param_groups"], strict=True):
+            group.update({name: saved[name] for name in _TABLES})
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a checkpoint of this class or of :class:`AIMFusedOptimizer`; every rank takes what is its own."""
+        saved_groups = state_dict["param_groups"]
+        if [len(group["params"]) for group in saved_groups] != [len(group["params"]) for group in self.param_groups]:
+            raise ValueError("the checkpoint has other param groups, or groups of other sizes, than the optimizer")
+        pairs = zip(self.param_groups, saved_groups, strict=True)
+        key_of = {p: key for group, saved in pairs for p, key in zip(group["params"], saved["params"], strict=True)}
+        groups = [
+            {**saved, "params": [key_of[p] for p in local["params"]]}
+            for saved, local in zip(saved_groups, self.optim.param_groups, strict=True)
+        ]
+        mine = {key for group in groups for key in group["params"]}
+        state = {key: value for key, value in state_dict["state"].items() if key in mine}
+        self.optim.load_state_dict({"state": state, "param_groups": groups})
+        self._sync_param_groups(self.optim.param_groups, self.param_groups)  # type: ignore[attr-defined]
+        self._sync_params()  # type: ignore[attr-defined]
