@@ -61,10 +61,11 @@ class Arena:
         self.tensors["numel"], self.groups["scale"], self.groups["lr"] = SIZE, 1.0, 0.1
         self.rows = np.array([rows.neutral_row()] * group_count).reshape(group_count, len(rows.ROW_COLUMNS))
         self.statistics = np.zeros((group_count, len(rows.STATISTICS_COLUMNS)))
+        self.sums = np.zeros_like(self.statistics)
         self.control = np.zeros(4, np.int64)
 
     def snapshot(self) -> list[bytes]:
-        tables = (self.bytes, self.tensors, self.groups, self.rows, self.statistics, self.control)
+        tables = (self.bytes, self.tensors, self.groups, self.rows, self.statistics, self.sums, self.control)
         return [table.tobytes() for table in tables]
 
     def guards(self) -> bytes:
@@ -86,7 +87,7 @@ def reordered(table: np.ndarray, how: str) -> Any:
         "list": table.tolist(),
         "other bytes": table.view(np.uint8),
         "swapped": table.astype(table.dtype.newbyteorder()) if table.dtype.names is None else doubled,
-        "floats": table.astype(np.float32) if table.dtype.names is None else table.view(np.uint8),
+        "floats": np.zeros(table.shape, np.float32) if table.dtype.names is None else table.view(np.uint8),
     }[how]
 
 
@@ -166,21 +167,23 @@ def fuzz_tables(arena: Arena, data: st.DataObject) -> None:
         "check": ("tensors", "groups"),
         "stream": ("tensors",),
         "squares": ("tensors",),
+        "update": ("tensors", "groups", "rows", "statistics", "control", "sums"),
+        "finish": ("groups", "sums", "rows", "statistics", "control"),
     }
-    name = data.draw(st.sampled_from(["step", "step", "emit", "check", "stream", "squares"]))
+    name = data.draw(st.sampled_from(["step", "step", "emit", "check", "stream", "squares", "update", "finish"]))
     arguments: list[Any] = [getattr(arena, table) for table in tables[name]]
     if name == "stream":
         arena.tensors["dtype"] = data.draw(st.sampled_from([0, 0, 1]))
         chunk = data.draw(st.sampled_from([0, 1, 16, -1, 2**62, 2**63 - 1]))
         arguments += [data.draw(st.booleans()), data.draw(st.booleans()), chunk, data.draw(st.floats(width=32))]
-    if name != "check":
+    if name not in ("check", "finish"):
         arguments.append(data.draw(st.sampled_from([1, 2, 3, 300, 2**31 - 1, 0, -1])))
     refused = False
     if data.draw(st.booleans()):
         place = data.draw(st.integers(0, len(arguments)))
         if place < len(tables[name]) and data.draw(st.booleans()):
             how = data.draw(HOW)
-            refused = place > 1 and arguments[place].size > 0 and how in REFUSED
+            refused = tables[name][place] not in ("tensors", "groups") and arguments[place].size > 0 and how in REFUSED
             arguments[place] = reordered(arguments[place], how)
         else:
             arguments[place : place + 1] = [data.draw(JUNK)]
@@ -261,7 +264,9 @@ def fuzz_others(data: st.DataObject) -> None:
 
 if __name__ == "__main__":
     public = {name for name in dir(_C) if not name.startswith("_")}
-    covered = set("CHUNK Watch active_isa build_info check emit isas layout philox squares step stream".split())
+    covered = set(
+        "CHUNK Watch active_isa build_info check emit finish isas layout philox squares step stream update".split()
+    )
     assert public == covered, f"nobody fuzzes {sorted(public ^ covered)}"
     for fuzz in (fuzz_tables, fuzz_watch, fuzz_others):
         fuzz()

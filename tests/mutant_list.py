@@ -167,15 +167,15 @@ MUTANTS = (
     Mutant(
         "state cast on load",
         CHECKPOINT,
-        "torch.empty_like(p, dtype=arithmetic_dtype(p.dtype),",
-        "torch.empty_like(p, dtype=p.dtype,",
+        "torch.empty_like(local, dtype=arithmetic_dtype(p.dtype),",
+        "torch.empty_like(local, dtype=p.dtype,",
         "pytorch#43706: float32 moments of 16-bit parameters rounded by load_state_dict",
         ("test_checkpoint.py::test_state_dtypes_are_kept_on_load[bfloat16]",),
     ),
     Mutant(
         "loading aliases",
         CHECKPOINT,
-        "state[key] = _empty_state(p).copy_(value)",
+        "state[key] = _empty_state(p)\n            distributed.local_of(state[key]).copy_(distributed.local_of(value))",
         "state[key] = value",
         "pytorch#196083: two optimizers step one tensor",
         ("test_checkpoint.py::test_loading_does_not_alias",),
@@ -192,7 +192,7 @@ MUTANTS = (
     Mutant(
         "tables not saved",
         CHECKPOINT,
-        "group.update(tables.to_lists(number))",
+        "group.update(optimizer.tables.to_lists(number))",
         "pass",
         "thresholds, phases and noise start anew in a resumed run",
         ("test_checkpoint.py::test_resume_is_bit_for_bit[adamw-all-float32]",),

@@ -308,9 +308,9 @@ def test_no_tensors_is_no_step() -> None:
 
 
 def in_two_parts(call: Call, sums: np.ndarray) -> None:
-    tables = (call.rows.ctypes.data, call.statistics.ctypes.data, call.control.ctypes.data)
-    _C.update(call.tensors, call.groups, *tables, sums.ctypes.data, 1)
-    _C.finish(call.groups, sums.ctypes.data, *tables)
+    tables = (call.rows, call.statistics, call.control)
+    _C.update(call.tensors, call.groups, *tables, sums, 1)
+    _C.finish(call.groups, sums, *tables)
 
 
 def test_a_step_in_two_parts_is_a_step() -> None:
@@ -339,15 +339,15 @@ def test_parts_of_a_step_refuse_absent_tables() -> None:
     call = Call(rule="adamw")
     before = call.bytes()
     sums = np.zeros((1, 7))
-    tables = (call.rows.ctypes.data, call.statistics.ctypes.data, call.control.ctypes.data)
+    tables = (call.rows, call.statistics, call.control)
     for spoilt in range(3):
-        absent = [0 if index == spoilt else address for index, address in enumerate(tables)]
-        with pytest.raises(ValueError, match="pointer"):
-            _C.update(call.tensors, call.groups, *absent, sums.ctypes.data, 1)
-        with pytest.raises(ValueError, match="pointer"):
-            _C.finish(call.groups, sums.ctypes.data, *absent)
-    with pytest.raises(ValueError, match="pointer"):
-        _C.update(call.tensors, call.groups, *tables, 0, 1)
-    with pytest.raises(ValueError, match="pointer"):
-        _C.finish(call.groups, 0, *tables)
+        absent = [table[:0] if index == spoilt else table for index, table in enumerate(tables)]
+        with pytest.raises(ValueError, match="contiguous"):
+            _C.update(call.tensors, call.groups, *absent, sums, 1)
+        with pytest.raises(ValueError, match="contiguous"):
+            _C.finish(call.groups, sums, *absent)
+    with pytest.raises(ValueError, match="contiguous"):
+        _C.update(call.tensors, call.groups, *tables, sums[:0], 1)
+    with pytest.raises(ValueError, match="contiguous"):
+        _C.finish(call.groups, sums[:0], *tables)
     assert call.bytes() == before
