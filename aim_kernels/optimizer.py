@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any, overload
 
 import torch
@@ -13,7 +12,7 @@ from aim_kernels import checkpoint, checks, compiled, distributed
 from aim_kernels.backends import check_name, select
 from aim_kernels.clipping import clip
 from aim_kernels.launch import capturing
-from aim_kernels.modulated import Modulated
+from aim_kernels.live import LiveWeights
 from aim_kernels.plan import StepPlan
 from aim_kernels.states import master_of, moments_of, zeros_like_all
 from aim_kernels.tables import Tables
@@ -47,7 +46,7 @@ def _has_gradient(p: Tensor) -> bool:
     return p.grad is not None
 
 
-class AIMFusedOptimizer(Modulated):
+class AIMFusedOptimizer(LiveWeights):
     r"""AdamW, Adam, SGD, Adagrad, RMSprop or Lion with adaptive intra-network modulation, in one pass over memory.
 
     With no strength set it is its base rule (torch.optim's formulae, within a few ulp). Per element and step, with
@@ -159,7 +158,7 @@ class AIMFusedOptimizer(Modulated):
         self._step_supports_amp_scaling = bool(fused_scaling)  # GradScaler's question
         self._plan: StepPlan | None = None
         self._holds_true_weights = False
-        self._leaving: set[int] = set()  # groups whose masters the next step makes superfluous
+        self._leaving = set()
         # Of parameters that have no state yet: torch.distributed.checkpoint makes states only where there are none.
         self._anchors: dict[Tensor, Tensor] = {}
         # Whose states and tables graphs will read and write as long as they live.
@@ -329,6 +328,19 @@ class AIMFusedOptimizer(Modulated):
                 if p in self._anchors:
                     self.state[p]["anchor"] = self._anchors.pop(p)
 
+    def _emit(self) -> None:
+        """Writes the live weights of the masters into the module."""
+        masters = self._masters()
+        if not masters:
+            return
+        self._check_before_building()
+        plan = StepPlan(self)
+        backend = select(self.backend, self.tables.rows.device)
+        plan.read_hyperparameters(on_device=backend.ON_DEVICE)
+        backend.emit(plan)
+        torch.autograd.graph.increment_version([p for p, _ in masters])
+        distributed.reshard_all(p for p, _ in masters)
+
     def _check_before_building(self) -> None:
         """What may have changed behind the optimizer's back since it was last looked at."""
         first = next((p for group in self.param_groups for p in group["params"]), None)
@@ -344,113 +356,6 @@ class AIMFusedOptimizer(Modulated):
         if self.process_group is not None or distributed.any_dtensor(self.param_groups):
             checks.check_noise(self.param_groups, self.process_group, distributed.noisy_groups(self.tables))
         checks.check_states(self.param_groups, self.state)
-
-    def _refuse_true_weights(self) -> None:
-        if self._holds_true_weights and self._trains_on_live_weights():
-            raise RuntimeError(
-                "the module holds the true weights (after optimizer.eval()); call optimizer.train() before step()"
-            )
-
-    def _trains_on_live_weights(self) -> bool:
-        groups = range(len(self.param_groups))
-        return bool(self._masters()) or any(self.tables.has_live_weights(number) for number in groups)
-
-    def _drop_masters(self, plan: StepPlan) -> None:
-        """Where no phase degrades weights any more, the live weights just written are the true ones."""
-        if self._leaving and capturing(self.tables.rows.device):
-            return  # the graph goes on writing masters
-        # A device may have skipped the step. Masters leave rarely enough to wait for its answer.
-        if self._leaving and plan.found_inf is not None and float(plan.found_inf):
-            return
-        for number in self._leaving:
-            for p in self.param_groups[number]["params"]:
-                master = self.state[p].pop("master", None)
-                if master is not None and master.is_cuda:  # the step may still be under way, on any stream
-                    master.record_stream(torch.cuda.current_stream(master.device))
-        if self._leaving:
-            self._leaving.clear()
-            self._plan = None
-
-    def _note_live_weights(self, number: int) -> None:
-        """After a change of rows: masters are to be made, or dropped once the next step has written true weights."""
-        live = self.tables.has_live_weights(number)
-        has_masters = any("master" in self.state.get(p, ()) for p in self.param_groups[number]["params"])
-        if live != has_masters:
-            self._plan = None
-        if has_masters and not live:
-            self._leaving.add(number)
-        else:
-            self._leaving.discard(number)
-        if self._inputs is not None:
-            self._inputs.note_live_weights(number)
-
-    # -- live and true weights ---------------------------------------------------------------------------------------
-
-    @compiled.outside_graphs
-    @torch.no_grad()
-    def eval(self) -> None:
-        """Puts the true weights into the module (validation, checkpoint, export). Exact and idempotent."""
-        if self._holds_true_weights:
-            return
-        self._holds_true_weights = True
-        masters = self._masters()
-        for p, master in masters:
-            p.copy_(master)
-        distributed.reshard_all(p for p, _ in masters)
-
-    @compiled.outside_graphs
-    @torch.no_grad()
-    def train(self) -> None:
-        """Puts the live weights back, to the bit. True weights that were changed meanwhile are kept as the new ones.
-
-        Does nothing where they are there already: training loops call it before every batch.
-        """
-        if not self._holds_true_weights:
-            return
-        for p, master in self._masters():
-            # By value, since writes through .data leave no trace.
-            here, kept = distributed.local_of(p), distributed.local_of(master)
-            if not torch.equal(here, kept.to(p.dtype)):
-                kept.copy_(here)
-        self._holds_true_weights = False
-        self._emit()
-
-    def _emit(self) -> None:
-        """Writes the live weights of the masters into the module."""
-        masters = self._masters()
-        if not masters:
-            return
-        self._check_before_building()
-        plan = StepPlan(self)
-        backend = select(self.backend, self.tables.rows.device)
-        plan.read_hyperparameters(on_device=backend.ON_DEVICE)
-        backend.emit(plan)
-        torch.autograd.graph.increment_version([p for p, _ in masters])
-        distributed.reshard_all(p for p, _ in masters)
-
-    @property
-    def holds_true_weights(self) -> bool:
-        """Whether the module holds the true weights on request: after ``eval()``, until ``train()``."""
-        return self._holds_true_weights
-
-    @contextmanager
-    def true_parameters(self) -> Iterator[None]:
-        """The true weights inside, what was there before after."""
-        held = self._holds_true_weights
-        self.eval()
-        try:
-            yield
-        finally:
-            if not held:
-                self.train()
-
-    def _masters(self) -> list[tuple[Tensor, Tensor]]:
-        return [
-            (p, self.state[p]["master"])
-            for group in self.param_groups
-            for p in group["params"]
-            if "master" in self.state.get(p, ())
-        ]
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
