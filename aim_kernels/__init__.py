@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from aim_kernels.backends import backends
 from aim_kernels.optimizer import AIMFusedOptimizer
+from aim_kernels.saving import save
 
 if TYPE_CHECKING:
     from aim_kernels.modulation.aim import AIM
@@ -27,6 +28,7 @@ __all__ = [
     "backends",
     "block_param_groups",
     "plot_modulation",
+    "save",
 ]
 
 _LAZY = {

@@ -213,6 +213,24 @@ def mixed_with_whole_parameters(_: Path) -> None:
     pair.run(4)
 
 
+@scenario(2, 4, backend=["cpu", "reference", "cuda"])
+def clipping_by_the_norm_of_all(_: Path, backend: str) -> None:
+    """Of gradients cut, replicated and whole: every element once, whoever has it."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        enter(backend, monkeypatch)
+        pair = Pair("sgd", ((Shard(0),), None, (Replicate(),)), backend=backend, max_grad_norm=0.05, weight_decay=0.0)
+        for _ in range(3):
+            pair.step()
+            grads = [p.grad for p in parameters_of(pair.alone)]
+            exact = torch.cat([g.double().flatten() for g in grads if g is not None]).norm()
+            for optimizer in (pair.alone, pair.together):
+                assert optimizer.grad_norm is not None
+                torch.testing.assert_close(optimizer.grad_norm.double(), exact, rtol=SUMS_RTOL, atol=0)
+            # The norm's last bits, and with them the factor's, differ by the order of its sum.
+            for one, other in zip(parameters_of(pair.alone), parameters_of(pair.together), strict=True):
+                torch.testing.assert_close(one.detach(), whole(other).detach(), rtol=SUMS_RTOL, atol=SUMS_RTOL)
+
+
 @scenario(2)
 def sixteen_bits(_: Path) -> None:
     pair = Pair("adam", ((Shard(0),), None), dtype="bfloat16")
