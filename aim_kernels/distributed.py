@@ -292,7 +292,9 @@ def makes_states_only(optimizer: AIMFusedOptimizer) -> bool:
     for group in groups:
         lr = group["lr"]
         # A number in a device's memory is not looked at: torch puts one on the host in its place.
-        if (isinstance(lr, Tensor) and lr.device.type != "cpu") or float(lr) != 0.0:
+        if isinstance(lr, Tensor) and (lr.device.type != "cpu" or lr.numel() != 1):
+            return False
+        if float(lr) != 0.0:
             return False
     params = [p for group in groups for p in group["params"]]
     found = sum(int(torch.count_nonzero(local_of(p.grad))) for p in params if p.grad is not None)

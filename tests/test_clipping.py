@@ -12,7 +12,7 @@ from places import DEVICE_PLACES, enter
 
 import aim_kernels as ak
 
-SHAPES = (((5, 7), (33,), (), (0,)), ((20000,), (1,)))
+SHAPES = (((5, 7), (33,), (), (0,)), ((5000,), (1,)))
 
 
 def pair(backend: str, dtype: str = "float32", **options: Any) -> tuple[ak.AIMFusedOptimizer, ak.AIMFusedOptimizer]:
@@ -31,9 +31,12 @@ def test_equals_clip_grad_norm(place: str, dtype: str, largest: float, monkeypat
     ours, usual = pair(backend, dtype)
     ours.max_grad_norm = largest
     gradients = Gradients(parameters_of(ours))
-    # The usual way rounds the clipped gradients to their type, and, on a device, the norm as well.
+    # The usual way rounds the clipped gradients to their type, and, on a device, the norm as well. A device is handed
+    # the factor in float32.
     rtol = {"float32": 2e-6, "float64": 1e-12, "bfloat16": 2e-2, "float16": 2e-3}[dtype]
-    for _ in range(4):
+    if dtype == "float64" and place not in ("cpu", "reference"):
+        rtol = 2e-7
+    for _ in range(3):
         grads = gradients()
         assign(parameters_of(ours), [g.clone() for g in grads])
         assign(parameters_of(usual), [g.clone() for g in grads])
@@ -47,7 +50,7 @@ def test_equals_clip_grad_norm(place: str, dtype: str, largest: float, monkeypat
         usual.step()
         for p, g in zip(parameters_of(ours), grads, strict=True):
             assert torch.equal(p.grad, g), "the gradients themselves stay as they are"
-        norms = [torch.tensor([row["grad_norm"] for row in o.statistics()]) for o in (ours, usual)]
+        norms = [torch.tensor([row["grad_norm"] for row in o.statistics()], dtype=torch.float64) for o in (ours, usual)]
         torch.testing.assert_close(*norms, rtol=rtol, atol=0)
     if dtype in ("float32", "float64"):
         for p, q in zip(parameters_of(ours), parameters_of(usual), strict=True):

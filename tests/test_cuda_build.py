@@ -23,7 +23,7 @@ from aim_kernels import _C, rows
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("sm_80", "sm_90")
 STORAGE = ("float32", "float64", "bfloat16", "float16")
-UPDATES = [*(f"update_{rule}_{storage}" for rule in ("adam", "sgd") for storage in STORAGE), "update_mixed"]
+UPDATES = [*(f"update_{rule}_{storage}" for rule in ("adam", "sgd", "other") for storage in STORAGE), "update_mixed"]
 KERNELS = [*UPDATES, "finish", "emit", "copy_bytes"]
 
 

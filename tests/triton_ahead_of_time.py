@@ -61,7 +61,7 @@ def main(capability: int) -> dict[str, Any]:
         absent = ("grad_scale", "found_inf") if dtype == "float32" else ()
         main = constants | {"OTHER": False}
         made[f"update {dtype}"] = compiled(kernels.update_kernel, main, options, capability, absent)
-        options = driver.options(constants["BLOCK"], driver.OTHER_REGISTERS)
+        options = driver.options(constants["BLOCK"], driver.OTHER_REGISTERS[dtype])
         other = constants | {"OTHER": True}
         made[f"update other {dtype}"] = compiled(kernels.update_kernel, other, options, capability, absent)
         options = driver.options(constants["BLOCK"])
