@@ -157,7 +157,7 @@ MUTANTS = (
     ),
     Mutant(
         "masters outlive their rows",
-        OPTIMIZER,
+        "aim_kernels/live.py",
         "self._leaving.add(number)",
         "pass",
         "memory that grows with every block that was degraded once",

@@ -163,14 +163,14 @@ def test_a_whole_training_step_of_inductor() -> None:
 
 ONE_GRAPH = """
 import torch
-import test_compile
+import test_compile_use
 from helpers import frozen, same_bits
 from torch._dynamo.utils import counters
 import aim_kernels as ak
 
 results = []
 for backend in (None, "aot_eager"):
-    net = test_compile.Net()
+    net = test_compile_use.Net()
     params = list(net.parameters())
     optimizer = ak.AIMFusedOptimizer(ak.block_param_groups(net, {"x": [net.first, net.second]}), lr=1e-2, backend="cpu")
 

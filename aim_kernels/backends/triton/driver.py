@@ -28,7 +28,7 @@ BLOCKS = {"float32": 512, "float64": 512, "bfloat16": 1024, "float16": 1024}
 
 #: Registers a thread of ``update_kernel`` on CUDA: what holds its values without spilling. Left alone, the assembler
 #: takes half as many again, and fewer programs fit on a multiprocessor.
-OTHER_REGISTERS = {"float32": 168, "float64": 255, "bfloat16": 168, "float16": 168}
+OTHER_REGISTERS = {"float32": 168, "float64": 255, "bfloat16": 200, "float16": 200}
 REGISTERS = {"float32": 128, "float64": 168, "bfloat16": 168, "float16": 168}
 
 #: Groups have few chunks or very many; lanes that find nothing cost little.
