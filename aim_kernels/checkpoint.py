@@ -65,14 +65,15 @@ def load(optimizer: AIMFusedOptimizer, state_dict: dict[str, Any]) -> None:
 
     for number, saved in enumerate(tables_saved):
         optimizer.tables.from_lists(number, saved)
-    kept = {p: {"anchor": s["anchor"]} for p, s in optimizer.state.items() if "anchor" in s}
+    anchors = {p: s["anchor"] for p, s in optimizer.state.items() if "anchor" in s} | optimizer._anchors
+    anchors |= {p: values["anchor"] for p, values in state.items() if "anchor" in values}
     optimizer.state.clear()
-    for p in [p for p in optimizer._anchors if p in state]:
-        kept[p] = {"anchor": optimizer._anchors.pop(p)}
+    optimizer._anchors.clear()
     for p, values in state.items():
-        merged = {**kept.get(p, {}), **values}
-        if merged:
-            optimizer.state[p] = merged
+        if "step" in values:
+            optimizer.state[p] = values | ({"anchor": anchors[p]} if p in anchors else {})
+        elif p in anchors:  # torch.distributed.checkpoint makes states only where there are none
+            optimizer._anchors[p] = anchors[p]
     optimizer.param_groups[:] = groups
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)

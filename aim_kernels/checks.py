@@ -106,6 +106,17 @@ def check_hyperparameters(group: Group, number: int) -> None:
     check_number(f"under_optimized{where}: {kind}", value, 0.0, 1.0)
 
 
+#: Options of the optimizer as a whole.
+_WHOLE = ("anchor", "backend", "seed", "fused_scaling", "max_grad_norm", "process_group", "sync_every", "keep_masters")
+
+
+def check_belongs_to_group(group: Group, number: int) -> None:
+    """Raises ValueError on an option that would be ignored, since no group has it."""
+    for option in _WHOLE:
+        if option in group:
+            raise ValueError(f"{option} (group {number}): is of the optimizer as a whole; pass it to its constructor")
+
+
 def check_ordered(params: Any) -> None:
     """Raises on a set of parameters."""
     if isinstance(params, (set, frozenset)):
@@ -247,11 +258,11 @@ def check_noise(groups: list[Group], process_group: Any, noisy: set[int]) -> Non
             raise ValueError(f"{name_of(groups, number, index)}: noise goes by global element index, but {why}")
 
 
-def check_columns(columns: dict[str, Any]) -> None:
+def check_columns(columns: dict[str, Any], known: tuple[str, ...] = PUBLIC_COLUMNS) -> None:
     """Raises on column names and values that a row cannot hold."""
     for column, value in columns.items():
-        if column not in PUBLIC_COLUMNS:
-            raise ValueError(f"unknown column {column!r}; the columns are {', '.join(PUBLIC_COLUMNS)}")
+        if column not in known:
+            raise ValueError(f"unknown column {column!r}; the columns are {', '.join(known)}")
         if _on_device(value):
             continue  # looking at it would wait for the device
         if column in ("tau", "tau_prev"):

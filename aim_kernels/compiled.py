@@ -270,7 +270,7 @@ def trace_step(optimizer: AIMFusedOptimizer) -> None:
             kinds += _EMITTED
         else:
             kinds += _NOTHING
-    if not grads:
+    if not grads and optimizer.process_group is None:  # of which others may have gradients, and wait for this process
         return
     _prepare_states(handle, kinds)
     torch.ops.aim_kernels.step(

@@ -37,10 +37,10 @@ class LiveWeights(Modulated):
         """Puts the true weights into the module (validation, checkpoint, export). Exact and idempotent."""
         if self._holds_true_weights:
             return
-        self._holds_true_weights = True
         masters = self._masters()
         for p, master in masters:
             p.copy_(master)
+        self._holds_true_weights = True
         distributed.reshard_all(p for p, _ in masters)
 
     @compiled.outside_graphs
@@ -52,13 +52,14 @@ class LiveWeights(Modulated):
         """
         if not self._holds_true_weights:
             return
+        self._check_before_building()
         for p, master in self._masters():
             # By value, since writes through .data leave no trace.
             here, kept = distributed.local_of(p), distributed.local_of(master)
             if not torch.equal(here, kept.to(p.dtype)):
                 kept.copy_(here)
-        self._holds_true_weights = False
         self._emit()
+        self._holds_true_weights = False
 
     @property
     def holds_true_weights(self) -> bool:

@@ -80,10 +80,12 @@ class Modulated(torch.optim.Optimizer):
                 part here is not a run of consecutive elements.
         """
         checks.check_columns(columns)
-        for number in self._block(*group) if isinstance(group, tuple) else [self._group_number(group)]:
+        numbers = self._block(*group) if isinstance(group, tuple) else [self._group_number(group)]
+        for number in numbers:
             self._check_state_suffices(number, columns)
             if checks.may_differ(columns.get("noise", 0.0), 0.0):
                 checks.check_noise(self.param_groups, self.process_group, {number})
+        for number in numbers:
             written: dict[str, Any] = {}
             for column, value in columns.items():
                 if column in PHASE_COLUMNS:
@@ -104,7 +106,7 @@ class Modulated(torch.optim.Optimizer):
         """
         number = self._group_number(group)
         for row in (true or {}, aux or {}):
-            checks.check_columns(row)
+            checks.check_columns(row, PHASE_COLUMNS)
             self._check_state_suffices(number, row)
         self.tables.set_phase_row(number, "true", true or {})
         self.tables.set_phase_row(number, "aux", aux or {})
@@ -134,9 +136,9 @@ class Modulated(torch.optim.Optimizer):
         """What the latest step measured, one dict a group. The only call that waits for the device.
 
         Keys: modality, depth, numel, under_fraction (share of under-optimized elements; NaN where the group keeps no
-        optimization state or has not been stepped), threshold (tau), grad_norm (of the gradients as given),
-        update_norm (of what the step subtracted), param_norm (of the true weights), nonfinite (NaN and infinite
-        gradient elements). Norms are L2.
+        optimization state or has not been stepped), threshold (tau), grad_norm (of the gradients as given; unscaled and
+        clipped where the step does that), update_norm (of what the step subtracted), param_norm (of the true weights),
+        nonfinite (NaN and infinite gradient elements). Norms are L2.
         """
         rows, sums = self.tables.rows.tolist(), self.tables.statistics.tolist()
         result = []

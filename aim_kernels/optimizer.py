@@ -61,7 +61,7 @@ class AIMFusedOptimizer(LiveWeights):
 
     Args:
         params: tensors, ``(name, tensor)`` pairs, or groups (``block_param_groups`` makes those of blocks). Any
-            option below, but ``anchor``, ``backend`` and ``seed``, may be set per group.
+            option below, but those from ``anchor`` on, may be set per group.
         lr: learning rate, a number or a one-element tensor.
         rule: "adamw", "adam", "sgd", "adagrad", "rmsprop" (torch.optim's) or "lion" (arXiv 2302.06675, Algorithm 2).
             All take the defaults of this signature, also where torch.optim has others for the rule.
@@ -90,7 +90,7 @@ class AIMFusedOptimizer(LiveWeights):
             their mesh by themselves, and equal copies (DDP) need nothing. Left behind by pickle and deepcopy: assign
             ``optimizer.process_group`` before the next step.
         sync_every: thresholds and statistics move in every n-th step only, the first among them, and hold in between;
-            with DTensors or a process group, so many steps share one all-reduce.
+            with DTensors or a process group, so many steps share one all-reduce (``max_grad_norm`` needs one in each).
         keep_masters: keeps ``master`` states of all ``modulated`` parameters at all times, so that a checkpoint has
             the same states whether or not something is degraded when it is taken, as
             ``torch.distributed.checkpoint.load`` wants it.
@@ -102,7 +102,7 @@ class AIMFusedOptimizer(LiveWeights):
 
     Attributes:
         grad_norm: norm of the gradients in the latest step, before clipping, as a 0-dim tensor; None without
-            ``max_grad_norm``.
+            ``max_grad_norm``. Inside of a function that is compiled it is that of the step before.
 
     Raises:
         ValueError, TypeError: options or parameters that a step cannot work with, by name.
@@ -199,8 +199,8 @@ class AIMFusedOptimizer(LiveWeights):
         group = {**self._hidden_defaults, **param_group}
         params = group["params"]
         checks.check_ordered(params)
+        checks.check_belongs_to_group(group, number := len(self.param_groups))
         group["params"] = [params] if isinstance(params, Tensor) else list(params)
-        number = len(self.param_groups)
         tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]]
         names = [entry[0] if isinstance(entry, tuple) else None for entry in group["params"]]
         preview = [*self.param_groups, {"params": tensors, "param_names": names}]
@@ -271,8 +271,9 @@ class AIMFusedOptimizer(LiveWeights):
         plan.grad_scale, plan.found_inf = grad_scale, found_inf
         if not backend.ON_DEVICE and plan.found_inf is not None and float(plan.found_inf):
             return
-        plan.clip_factor = 1.0
+        plan.clip_factor, self.grad_norm = 1.0, None
         if self.max_grad_norm is not None:
+            checks.check_number("max_grad_norm", self.max_grad_norm, 0.0)
             self.grad_norm = clip(plan, backend, self.max_grad_norm)
         plan.read_hyperparameters(on_device=backend.ON_DEVICE)
         backend.step(plan)
@@ -351,11 +352,16 @@ class AIMFusedOptimizer(LiveWeights):
                 "a process group is neither pickled nor copied: assign optimizer.process_group before the next step"
             )
         for number, group in enumerate(self.param_groups):
+            checks.check_hyperparameters(group, number)
             checks.check_parameters(self.param_groups, number, group["params"], self.tables.rows.device)
         checks.check_meshes(self.param_groups, self.process_group)
         if self.process_group is not None or distributed.any_dtensor(self.param_groups):
             checks.check_noise(self.param_groups, self.process_group, distributed.noisy_groups(self.tables))
         checks.check_states(self.param_groups, self.state)
+        for p, anchor in self._anchors.items():
+            if anchor.device != p.device and anchor.shape == p.shape:
+                self._anchors[p] = anchor.to(p.device)
+        checks.check_states(self.param_groups, {p: {"anchor": anchor} for p, anchor in self._anchors.items()})
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -413,12 +419,14 @@ class AIMFusedOptimizer(LiveWeights):
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}, "process_group": group}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        # What an earlier release did not pickle.
+        self.process_group, self.sync_every, self.keep_masters = None, 1, False
         self.max_grad_norm = self.grad_norm = None
+        self._anchors, self._hidden_defaults = {}, {}
         super().__setstate__(state)
-        for group in (self.defaults, *self.param_groups):  # pickled by an earlier release
+        for group in (self.defaults, *self.param_groups):
             for option, value in _SINCE_0_1.items():
                 group.setdefault(option, value)
-        self.__dict__.setdefault("_hidden_defaults", {})
         self._captured = []  # graphs are of the original
         self._handle, self._inputs = compiled.register(self), None
         self._reset()

@@ -74,6 +74,10 @@ class Tables:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_arrays": None}  # a copy's arrays would be of no tensor
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._always_live = [False] * len(state["_live"])  # an earlier release has none
+        self.__dict__.update(state)
+
     def to(self, device: torch.device) -> None:
         """Moves the tables."""
         self.rows, self.statistics, self.control = (t.to(device) for t in (self.rows, self.statistics, self.control))
@@ -119,6 +123,8 @@ class Tables:
         """Raises ValueError where a saved table has another number of columns than this version's."""
         tables = {"modulation_row": self.rows[group], "statistics_row": self.statistics[group], "control": self.control}
         for key, values in saved.items():
+            if not all(isinstance(value, (int, float)) for value in values):
+                raise ValueError(f"group {group}: the checkpoint's {key} is not a list of numbers")
             if len(values) != len(tables[key]):
                 raise ValueError(
                     f"group {group}: the checkpoint's {key} has {len(values)} columns, this version's "

@@ -18,9 +18,10 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from aim_kernels.distributed import number_parameters
 from aim_kernels.optimizer import AIMFusedOptimizer
+from aim_kernels.tables import Tables
 
 #: Options of the optimizer as a whole, which no param group has.
-_OWN = ("anchor", "backend", "seed", "fused_scaling", "sync_every", "keep_masters")
+_OWN = ("anchor", "backend", "seed", "fused_scaling", "max_grad_norm", "sync_every", "keep_masters")
 
 _TABLES = ("modulation_row", "statistics_row", "control")
 
@@ -88,6 +89,30 @@ class AIMZeroRedundancyOptimizer(ZeroRedundancyOptimizer):
     def phase(self) -> str:
         """:attr:`AIMFusedOptimizer.phase`."""
         return self.optim.phase
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """``max_grad_norm`` of :class:`AIMFusedOptimizer`; may be set between steps."""
+        return self.optim.max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        self.optim.max_grad_norm = value
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """:attr:`AIMFusedOptimizer.grad_norm`, of the gradients of all processes' parameters."""
+        return self.optim.grad_norm
+
+    @property
+    def holds_true_weights(self) -> bool:
+        """:attr:`AIMFusedOptimizer.holds_true_weights`."""
+        return self.optim.holds_true_weights
+
+    @property
+    def tables(self) -> Tables:
+        """Rows, statistics and control, which are equal on all processes."""
+        return self.optim.tables
 
     def modulation(self) -> list[dict[str, Any]]:
         """:meth:`AIMFusedOptimizer.modulation`."""

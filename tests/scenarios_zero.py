@@ -123,6 +123,31 @@ def processes_without_parameters(_: Path, backend: str) -> None:
             alike(alone, zero, f"step {number}")
 
 
+@scenario(4, backend=["cpu", "reference", "cuda"])
+def zero_redundancy_clips_by_the_norm_of_all(_: Path, backend: str) -> None:
+    """Also on processes that have no parameters."""
+    with pytest.MonkeyPatch.context() as patch:
+        name = enter(backend, patch)
+        params = [[torch.arange(n, dtype=torch.float32).requires_grad_() for n in (3, 5)] for _ in range(2)]
+        zero = AIMZeroRedundancyOptimizer(params[0], rule="sgd", lr=0.1, backend=name, max_grad_norm=0.5)
+        alone = ak.AIMFusedOptimizer(params[1], rule="sgd", lr=0.1, backend="cpu", max_grad_norm=0.5)
+        assert "max_grad_norm" not in zero.param_groups[0]
+        for largest in (0.5, None, 0.25):
+            zero.max_grad_norm = alone.max_grad_norm = largest
+            for p, q in zip(*params, strict=True):
+                p.grad = torch.linspace(-1, 1, p.numel())
+                q.grad = p.grad.clone()
+            zero.step()
+            alone.step()
+            for norm in (zero.grad_norm, alone.grad_norm):
+                assert (norm is None) == (largest is None)
+                if norm is not None:
+                    torch.testing.assert_close(norm, torch.tensor(4.5**0.5))
+            for p, q in zip(*params, strict=True):
+                torch.testing.assert_close(p, q)
+        assert not zero.holds_true_weights and len(zero.tables.rows) == 1
+
+
 @scenario(2)
 def zero_redundancy_is_not_for_distributed_checkpoints(_: Path) -> None:
     """torch has no way from one to the other; that it asks must not step the optimizer."""

@@ -317,7 +317,7 @@ const char* describe(Status status) {
       return "unknown rule";
     case Status::kStatelessRow:
       return "under and well columns differ in a group that keeps no optimization state "
-             "(modulated=False under rule 'sgd')";
+             "(modulated=False)";
     case Status::kUnknownIsa:
       return "unknown instruction set; the names are scalar, avx2, avx512, neon";
     case Status::kUnsupportedIsa:
