@@ -253,7 +253,8 @@ class AIMFusedOptimizer(LiveWeights):
             if torch.compiler.is_compiling():
                 compiled.trace_step(self)
             else:
-                self._opt_called = True
+                if "_opt_called" not in self.__dict__:
+                    self._opt_called = True
                 self._step()
         return loss
 
@@ -271,7 +272,9 @@ class AIMFusedOptimizer(LiveWeights):
         plan.grad_scale, plan.found_inf = grad_scale, found_inf
         if not backend.ON_DEVICE and plan.found_inf is not None and float(plan.found_inf):
             return
-        plan.clip_factor, self.grad_norm = 1.0, None
+        plan.clip_factor = 1.0
+        if self.grad_norm is not None:
+            self.grad_norm = None
         if self.max_grad_norm is not None:
             checks.check_number("max_grad_norm", self.max_grad_norm, 0.0)
             self.grad_norm = clip(plan, backend, self.max_grad_norm)

@@ -25,6 +25,8 @@ try:
 except ImportError:  # the reference backend works without the extension; its plans are built anew for every step
     _C = None
 
+_AMSGRAD, _CENTERED = FLAGS["amsgrad"], FLAGS["centered"]
+
 if TYPE_CHECKING:
     from aim_kernels.launch import Launch
     from aim_kernels.optimizer import AIMFusedOptimizer
@@ -67,7 +69,9 @@ class StepPlan:
         self.groups = np.zeros(len(self.param_groups), GROUP_RECORD)
         self.lr_tensors: dict[int, Tensor] = {}
         self._hyperparameters: list[Any] = [None] * len(self.param_groups)
+        # What gradients are multiplied by: the sign of each group, and a scale of all. None: not yet.
         self._signs = np.ones(len(self.param_groups))
+        self._scale: float | None = None
         self._states: list[Tensor] = []
         self._anchors: list[Tensor] = []
         # One state a parameter, by whose address a move of the states is seen.
@@ -113,7 +117,7 @@ class StepPlan:
             if _C is None
             else _C.Watch(self.param_groups, self.owners, *methods, strides, kinds, self.state, held, self._moments)
         )
-        self._kept = list(map(moments_of, self.param_groups))
+        self._decisive = list(map(_decisive, self.param_groups))
         # A tensor can be given other memory and stay the same object (tensor.data = ...); the old one must not go.
         self._storages = [tensor.untyped_storage() for tensor in (*self._states, *self._anchors)]
         # Views of one buffer share its version counter, so the buffer stands for them all.
@@ -182,7 +186,7 @@ class StepPlan:
         if self._sharded and not self._take_local():
             return False
         records = self.records
-        if (records["step"][addresses != 0] == 0).any() or self._kept != list(map(moments_of, self.param_groups)):
+        if (records["step"][addresses != 0] == 0).any() or not self._keeps_the_same_moments():
             return False
         records["grad"] = addresses
         self._matched = []
@@ -190,6 +194,9 @@ class StepPlan:
         for index in odd.nonzero()[0] if odd.any() else ():
             records["grad"][index] = self._match(index, self.grads[index])
         return True
+
+    def _keeps_the_same_moments(self) -> bool:
+        return self._decisive == list(map(_decisive, self.param_groups))
 
     def take(self, grads: Sequence[Tensor | None] | None = None) -> None:
         """The same without shortcuts, for a plan just built, whose gradients were checked: ``grads``, one a parameter,
@@ -244,7 +251,8 @@ class StepPlan:
         self.lr_tensors = {}
         for number, group in enumerate(self.param_groups):
             rule, decay = group["rule"], group["weight_decay"]
-            beta1, beta2 = map(float, group["betas"])
+            beta1, beta2 = group["betas"]
+            beta1, beta2 = float(beta1), float(beta2)
             if rule == "rmsprop":
                 beta2 = float(group["alpha"])
                 beta1 = beta2 if group["centered"] else beta1
@@ -271,13 +279,17 @@ class StepPlan:
                 RULES.index(rule),
                 bool(group["nesterov"]),
                 0,
-                sum(flag for name, flag in FLAGS.items() if group[name]),
+                (_AMSGRAD if group["amsgrad"] else 0) | (_CENTERED if group["centered"] else 0),
             )
             if values != self._hyperparameters[number]:
                 check_hyperparameters(group, number)
                 self.groups[number] = self._hyperparameters[number] = values
                 self._signs[number] = self.groups["scale"][number]
-        self.groups["scale"] = self._signs * (scale * self.clip_factor)
+                self._scale = None
+        scale *= self.clip_factor
+        if scale != self._scale:  # NaN too
+            self.groups["scale"] = self._signs * scale
+            self._scale = scale
 
     # -- around the kernel -------------------------------------------------------------------------------------------
 
@@ -301,6 +313,11 @@ class StepPlan:
         """Lets zero_grad() free them: a plan that held on would double their memory during the next backward."""
         self.grads = [None] * len(self.params)
         self._matched = []
+
+
+def _decisive(group: dict[str, Any]) -> tuple[Any, ...]:
+    """The options that decide which moments a group keeps (``states.moments_of``), cheaper to compare than those."""
+    return group["rule"], group["modulated"], not group["momentum"], group["amsgrad"], group["centered"]
 
 
 def _of_local(method: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
