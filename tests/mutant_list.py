@@ -200,8 +200,8 @@ MUTANTS = (
     Mutant(
         "anchors lost on load",
         CHECKPOINT,
-        "{**kept.get(p, {}), **values}",
-        "{**values}",
+        'values | ({"anchor": anchors[p]} if p in anchors else {})',
+        "values",
         "a checkpoint of torch.optim has no anchors; those of the construction must stay",
         ("test_hooks.py::test_anchors_stay_where_a_checkpoint_has_none",),
     ),

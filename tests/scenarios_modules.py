@@ -192,7 +192,7 @@ def strengths(optimizer: ak.AIMFusedOptimizer) -> None:
     optimizer.set_phases(0.5)
     for number, group in enumerate(optimizer.param_groups):
         if group["modality"] == "right" and group["modulated"]:
-            optimizer.set_phase_rows(number, aux={"live_well": 0.25, "grad_well": 0.5}, true={"noise": 0.1})
+            optimizer.set_phase_rows(number, aux={"live_well": 0.25, "grad_well": 0.5})
 
 
 @scenario(2, 4, kind=["plain", "ddp", "fsdp2", "fsdp2-mixed"])
