@@ -339,6 +339,37 @@ def test_true_weights_in_the_module_are_an_error() -> None:
     pair.step()
 
 
+ONE_PROCESS = """
+import sys
+import torch
+import torch.distributed as dist
+import aim_kernels as ak
+
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
+results = []
+for backend in (None, "aot_eager"):
+    p = torch.ones(5, requires_grad=True)
+    optimizer = ak.AIMFusedOptimizer([p], lr=0.1, process_group=dist.group.WORLD, sync_every=2, backend="cpu")
+    step = optimizer.step
+    if backend is not None:
+        step = torch.compile(lambda: optimizer.step(), fullgraph=True, backend=backend)
+    for grad in (None, torch.ones(5), None, torch.ones(5)):
+        p.grad = None if grad is None else grad.clone()
+        step()
+    results.append((p.tolist(), optimizer.tables.steps, optimizer.tables.control.tolist()))
+dist.destroy_process_group()
+assert results[0] == results[1], results
+assert results[1][1] == 4, results
+"""
+
+
+def test_a_process_without_gradients_takes_its_step(tmp_path: Path) -> None:
+    """Others of its group may have some, and wait for it."""
+    command = [sys.executable, "-W", "ignore", "-c", ONE_PROCESS, str(tmp_path / "rendezvous")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_distributed_parameters_are_refused() -> None:
     optimizer = build("adamw", SHAPES)
     p = parameters_of(optimizer)[0]
