@@ -107,12 +107,21 @@ def check_hyperparameters(group: Group, number: int) -> None:
 
 
 #: Options of the optimizer as a whole.
-_WHOLE = ("anchor", "backend", "seed", "fused_scaling", "max_grad_norm", "process_group", "sync_every", "keep_masters")
+OF_THE_WHOLE = (
+    "anchor",
+    "backend",
+    "seed",
+    "fused_scaling",
+    "max_grad_norm",
+    "process_group",
+    "sync_every",
+    "keep_masters",
+)
 
 
 def check_belongs_to_group(group: Group, number: int) -> None:
     """Raises ValueError on an option that would be ignored, since no group has it."""
-    for option in _WHOLE:
+    for option in OF_THE_WHOLE:
         if option in group:
             raise ValueError(f"{option} (group {number}): is of the optimizer as a whole; pass it to its constructor")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,13 +24,10 @@ class LiveWeights(Modulated):
     _holds_true_weights: bool
     _leaving: set[int]  # groups whose masters the next step makes superfluous
 
-    def _check_before_building(self) -> None:
-        """What may have changed behind the optimizer's back since it was last looked at."""
-        raise NotImplementedError
+    if TYPE_CHECKING:  # optimizer.py has them
 
-    def _emit(self) -> None:
-        """Writes the live weights of the masters into the module."""
-        raise NotImplementedError
+        def _check_before_building(self) -> None: ...
+        def _emit(self) -> None: ...
 
     @compiled.outside_graphs
     @torch.no_grad()

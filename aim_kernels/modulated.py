@@ -3,7 +3,7 @@ step runs through."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -36,9 +36,9 @@ class Modulated(torch.optim.Optimizer):
         target = wrapped if isinstance(wrapped, Modulated) and name in wrapped.__dict__ else self
         object.__setattr__(target, name, value)
 
-    def _note_live_weights(self, number: int) -> None:
-        """Called after the live columns of a group were written."""
-        raise NotImplementedError
+    if TYPE_CHECKING:  # live.py has it: called after the live columns of a group were written
+
+        def _note_live_weights(self, number: int) -> None: ...
 
     @outside_graphs
     def set_strength(self, modality: str, depth: int, kappa: float | Tensor, coefficients: str = "chain") -> None:

@@ -16,12 +16,10 @@ import torch
 from torch import Tensor
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
+from aim_kernels.checks import OF_THE_WHOLE
 from aim_kernels.distributed import number_parameters
 from aim_kernels.optimizer import AIMFusedOptimizer
 from aim_kernels.tables import Tables
-
-#: Options of the optimizer as a whole, which no param group has.
-_OWN = ("anchor", "backend", "seed", "fused_scaling", "max_grad_norm", "sync_every", "keep_masters")
 
 _TABLES = ("modulation_row", "statistics_row", "control")
 
@@ -50,7 +48,7 @@ class AIMZeroRedundancyOptimizer(ZeroRedundancyOptimizer):
         **options: Any,
     ) -> None:
         group = torch.distributed.group.WORLD if process_group is None else process_group
-        own = {name: options.pop(name) for name in _OWN if name in options}
+        own = {name: options.pop(name) for name in OF_THE_WHOLE if name in options}
         make: Any = functools.partial(AIMFusedOptimizer, process_group=group, **own)
         members = list(params)
         grouped = chain.from_iterable(entry["params"] if isinstance(entry, dict) else [entry] for entry in members)

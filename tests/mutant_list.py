@@ -244,7 +244,7 @@ MUTANTS = (
         "if (!PyTuple_Check(kind) || PyTuple_GET_SIZE(kind) != 2) return false;",
         "",
         "the fast macros of CPython look at nothing",
-        ("test_binding.py",),
+        ("test_binding.py::test_a_watch_reads_no_gradient_of_an_unknown_kind",),
     ),
     Mutant(
         "copies with the arrays of the original",

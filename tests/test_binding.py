@@ -6,8 +6,28 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from aim_kernels import _C
 
 HERE = Path(__file__).resolve().parent
+
+
+def test_a_watch_reads_no_gradient_of_an_unknown_kind() -> None:
+    p = torch.ones(3, requires_grad=True)
+    p.grad = torch.ones(3)
+
+    def read(kind: Any) -> bool:
+        methods = (torch.Tensor.data_ptr, torch.Tensor.is_contiguous, torch.Tensor.stride)
+        watch = _C.Watch([{"params": [p]}], [p], *methods, [None], [kind], {}, [], [])
+        return watch.read(np.zeros(1, np.uint64), np.zeros(1, bool), [None])
+
+    assert read((p.shape, p.dtype))
+    assert not read((p.shape, torch.float64))
+    assert not read((p.shape, p.dtype, None))
 
 
 def test_any_arguments_work_or_raise() -> None:
