@@ -9,14 +9,24 @@ import torch
 from torch import Tensor
 
 from aim_kernels import checks, distributed
+from aim_kernels.packing import blocks_of
 from aim_kernels.rows import ROW
-from aim_kernels.states import arithmetic_dtype, moments_of, state_layout, step_count, zeros_like_all
+from aim_kernels.states import (
+    arithmetic_dtype,
+    conform,
+    moments_of,
+    read_moment,
+    scale_of,
+    state_layout,
+    step_count,
+    zeros_like_all,
+)
 
 if TYPE_CHECKING:
     from aim_kernels.optimizer import AIMFusedOptimizer
 
 #: The states of every rule, and the moments of each in all its variants.
-_STATES = {"step", "master", "anchor"}
+_STATES = {"step", "master", "anchor", "ema", "remainder", "compensation"}
 _MOMENTS = {
     "adamw": {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"},
     "adam": {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"},
@@ -26,6 +36,9 @@ _MOMENTS = {
     "lion": {"exp_avg", "exp_avg_sq"},
 }
 _TABLE_KEYS = ("modulation_row", "statistics_row", "control")
+
+#: Options that say how states are stored.
+_STORAGE = ("state_dtype", "rounding", "master")
 
 #: Options of torch.optim that change the rule and are not supported here, with the value that leaves it as it is.
 _UNSUPPORTED = {"differentiable": False}
@@ -37,9 +50,21 @@ def complete(state_dict: dict[str, Any], optimizer: AIMFusedOptimizer) -> dict[s
     for number, group in enumerate(state_dict["param_groups"]):
         group.update(optimizer.tables.to_lists(number))
         for key, p in zip(group["params"], optimizer.param_groups[number]["params"], strict=True):
+            if key in state_dict["state"] and distributed.is_dtensor(p):
+                state_dict["state"][key] = _shardable(p, state_dict["state"][key])
             if p in optimizer._anchors:
                 state_dict["state"][key] = {**state_dict["state"].get(key, {}), "anchor": optimizer._anchors[p]}
     return state_dict
+
+
+def _shardable(p: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+    """A DTensor's states as they can be saved and cut in another way: moments in 8 bits as bfloat16, which has all
+    their values, since exponents belong to the blocks of one process."""
+    packed = [name for name in state if scale_of(name) in state]
+    kept = {name: value for name, value in state.items() if name not in map(scale_of, packed)}
+    for name in packed:
+        kept[name] = distributed.like(p, read_moment(state, name).to(torch.bfloat16))
+    return kept
 
 
 def load(optimizer: AIMFusedOptimizer, state_dict: dict[str, Any]) -> None:
@@ -75,6 +100,10 @@ def load(optimizer: AIMFusedOptimizer, state_dict: dict[str, Any]) -> None:
         elif p in anchors:  # torch.distributed.checkpoint makes states only where there are none
             optimizer._anchors[p] = anchors[p]
     optimizer.param_groups[:] = groups
+    for number, group in enumerate(groups):
+        for p in group["params"]:
+            if "step" in optimizer.state.get(p, ()):
+                conform(group, p, optimizer.state[p], optimizer.tables.has_live_weights(number))
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)
 
@@ -104,6 +133,10 @@ def _merged_groups(optimizer: AIMFusedOptimizer, saved_groups: list[dict[str, An
         if isinstance(options.get("lr"), Tensor):
             options["lr"] = options["lr"].clone()
         result = {**group, **options, "params": group["params"]}
+        # How states are stored is this optimizer's business: those of the checkpoint are converted.
+        result |= {key: group[key] for key in _STORAGE}
+        if result["ema_decay"] is None:
+            result["ema_decay"] = group["ema_decay"]
         if "param_names" in group:
             result["param_names"] = group["param_names"]
         # JSON-like formats return lists; the options are tuples.
@@ -167,9 +200,16 @@ def _pairs(
             yield (number, index), p, state_dict["state"].get(key, {})
 
 
-def _empty_state(p: Tensor) -> Tensor:
+def _empty_state(p: Tensor, key: str, dtype: torch.dtype) -> Tensor:
+    """For a saved state of that type. Moments in fewer bits stay so until :func:`states.conform` makes of them what the
+    group's options ask for."""
     local = distributed.local_of(p)
-    made = torch.empty_like(local, dtype=arithmetic_dtype(p.dtype), memory_format=state_layout(p), requires_grad=False)
+    kind = arithmetic_dtype(p.dtype)
+    if key in ("compensation", "remainder"):
+        kind = p.dtype if key == "compensation" else torch.int16
+    elif key not in _STATES and dtype in (torch.bfloat16, torch.uint8):
+        kind = dtype
+    made = torch.empty_like(local, dtype=kind, memory_format=state_layout(p), requires_grad=False)
     return distributed.like(p, made)
 
 
@@ -179,7 +219,8 @@ def _checked_state(
     """The state of one parameter: own copies, in the arithmetic dtype and the parameter's memory order."""
     group = groups[place[0]]
     state: dict[str, Any] = {}
-    if foreign := saved.keys() - _STATES - _MOMENTS[group["rule"]]:
+    moments = _MOMENTS[group["rule"]]
+    if foreign := saved.keys() - _STATES - moments - set(map(scale_of, moments)):
         raise ValueError(
             f"{checks.name_of(groups, *place)}: the checkpoint has the states {sorted(map(str, foreign))}, which rule "
             f"{group['rule']!r} does not know; it is of another rule"
@@ -190,6 +231,14 @@ def _checked_state(
         if key == "step":
             count = value.item() if isinstance(value, Tensor) else value
             state[key] = step_count(p, float(count))
+        elif isinstance(value, Tensor) and key.endswith("_scale"):
+            blocks = blocks_of(distributed.local_of(p).numel())
+            if value.shape != (blocks,):
+                raise ValueError(
+                    f"{checks.name_of(groups, *place)}: its {key} has shape {tuple(value.shape)} in the checkpoint, "
+                    f"{(blocks,)} here"
+                )
+            state[key] = value.to(p.device, torch.uint8, copy=True)
         elif isinstance(value, Tensor):
             name = checks.name_of(groups, *place)
             value = distributed.in_place_of(p, value, f"{name}: its {key}")
@@ -197,7 +246,9 @@ def _checked_state(
                 raise ValueError(
                     f"{name}: its {key} has shape {tuple(value.shape)} in the checkpoint, {tuple(p.shape)} here"
                 )
-            state[key] = _empty_state(p)
+            if value.dtype == torch.uint8 and scale_of(key) not in saved:
+                raise ValueError(f"{name}: the checkpoint has its {key} in 8 bits without {scale_of(key)}")
+            state[key] = _empty_state(p, key, value.dtype)
             distributed.local_of(state[key]).copy_(distributed.local_of(value))
         else:
             state[key] = value

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from aim_kernels import distributed
+from aim_kernels.packing import blocks_of
 from aim_kernels.rows import DTYPES, PUBLIC_COLUMNS, RULES
 
 Group = dict[str, Any]
@@ -20,6 +21,13 @@ _ONLY_FOR = {
     "centered": ("rmsprop",),
     "decouple_lr": ("adamw", "lion"),
     "nesterov": ("sgd",),
+}
+
+#: What options that are words may be.
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "state_dtype": (None, "float32", "bfloat16", "int8"),
+    "rounding": ("stochastic", "nearest"),
+    "master": (None, "stochastic", "kahan", "split", "float32"),
 }
 
 DTYPE_NUMBER = {getattr(torch, name): number for number, name in enumerate(DTYPES)}
@@ -95,6 +103,11 @@ def check_hyperparameters(group: Group, number: int) -> None:
         raise ValueError(f"dampening{where}: the momentum of rule 'rmsprop' has none; leave it 0")
     if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
         raise ValueError(f"nesterov{where}: Nesterov momentum needs a momentum and zero dampening")
+    for option, known in _CHOICES.items():
+        if group[option] not in known:
+            raise ValueError(f"{option}{where}: expected one of {', '.join(map(repr, known))}, got {group[option]!r}")
+    if group["ema_decay"] is not None:
+        check_number(f"ema_decay{where}", group["ema_decay"], 0.0, 1.0, high_open=True)
     try:
         kind, value = group["under_optimized"]
     except (TypeError, ValueError) as error:
@@ -116,6 +129,7 @@ OF_THE_WHOLE = (
     "process_group",
     "sync_every",
     "keep_masters",
+    "zero_grad_in_step",
 )
 
 
@@ -152,6 +166,16 @@ def check_parameters(groups: list[Group], number: int, params: list[Any], device
         if p.dtype not in DTYPE_NUMBER:
             kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPE_NUMBER)
             raise ValueError(f"{name}: {p.dtype} is not supported; use one of {kinds}")
+        if p.dtype == torch.float64 and groups[number].get("state_dtype") in ("bfloat16", "int8"):
+            raise ValueError(
+                f"{name}: state_dtype={groups[number]['state_dtype']!r} is for float32 and 16-bit parameters, this one "
+                "is float64; give it a group of its own with state_dtype=None"
+            )
+        if p.dtype == torch.float16 and groups[number].get("master") in ("split", "stochastic"):
+            raise ValueError(
+                f"{name}: master={groups[number]['master']!r} is for bfloat16 parameters, this one is float16; "
+                "use 'kahan' or 'float32'"
+            )
         if p.device.type == "meta":
             raise ValueError(f"{name}: is on the meta device; give it memory first (module.to_empty)")
         if device is not None and (p.device.type != device.type or (p.device != device and device.type == "cpu")):
@@ -199,6 +223,14 @@ def check_states(groups: list[Group], state: dict[Tensor, dict[str, Any]]) -> No
             for key, value in state.get(p, {}).items():
                 if key == "step" or not isinstance(value, Tensor):
                     continue
+                if key.endswith("_scale"):
+                    if value.device == p.device and len(value) == blocks_of(distributed.local_of(p).numel()):
+                        continue
+                    raise RuntimeError(
+                        f"{name_of(groups, number, index)}: its state {key} has {len(value)} exponents on "
+                        f"{value.device}, which do not fit its elements; delete optimizer.state[parameter] to start "
+                        "it anew"
+                    )
                 if not distributed.placed_alike(value, p):
                     raise RuntimeError(
                         f"{name_of(groups, number, index)}: its state {key} is {_placement(value)}, the parameter "

@@ -13,6 +13,7 @@ from aim_kernels import compiled, distributed
 from aim_kernels.launch import capturing
 from aim_kernels.modulated import Modulated
 from aim_kernels.plan import StepPlan
+from aim_kernels.states import always_has_master, place_weights, weights_of
 
 
 class LiveWeights(Modulated):
@@ -22,6 +23,7 @@ class LiveWeights(Modulated):
     _plan: StepPlan | None
     _inputs: compiled.GraphInputs | None
     _holds_true_weights: bool
+    _holds_averages: bool
     _leaving: set[int]  # groups whose masters the next step makes superfluous
 
     if TYPE_CHECKING:  # optimizer.py has them
@@ -75,6 +77,30 @@ class LiveWeights(Modulated):
             if not held:
                 self.train()
 
+    @contextmanager
+    def ema_parameters(self) -> Iterator[None]:
+        """The moving averages of the weights inside (``ema_decay``), to the bit what was there before after.
+
+        Parameters that have none, of groups without ``ema_decay`` or before their first step, have their true weights.
+        """
+        if self._holds_averages:
+            raise RuntimeError("the module holds the averages already: ema_parameters() cannot be nested")
+        with self.true_parameters(), torch.no_grad():
+            # Written through a copy in the parameter's type, and bits back: a compensated parameter is not its average.
+            averaged = [(p, state["ema"]) for p, state in self.state.items() if "ema" in state]
+            before = [distributed.local_of(p).detach().clone() for p, _ in averaged]
+            for p, ema in averaged:
+                p.copy_(ema)
+            distributed.reshard_all(p for p, _ in averaged)
+            self._holds_averages = True
+            try:
+                yield
+            finally:
+                self._holds_averages = False
+                for (p, _), values in zip(averaged, before, strict=True):
+                    distributed.local_of(p).copy_(values)
+                distributed.reshard_all(p for p, _ in averaged)
+
     def _masters(self) -> list[tuple[Tensor, Tensor]]:
         return [
             (p, self.state[p]["master"])
@@ -86,6 +112,8 @@ class LiveWeights(Modulated):
     # -- masters ------------------------------------------------------------------------------------------------------
 
     def _refuse_true_weights(self) -> None:
+        if self._holds_averages:
+            raise RuntimeError("the module holds averages (inside optimizer.ema_parameters()); step outside of it")
         if self._holds_true_weights and self._trains_on_live_weights():
             raise RuntimeError(
                 "the module holds the true weights (after optimizer.eval()); call optimizer.train() before step()"
@@ -103,9 +131,14 @@ class LiveWeights(Modulated):
         if self._leaving and plan.found_inf is not None and float(plan.found_inf):
             return
         for number in self._leaving:
-            for p in self.param_groups[number]["params"]:
-                master = self.state[p].pop("master", None)
-                if master is not None and master.is_cuda:  # the step may still be under way, on any stream
+            group = self.param_groups[number]
+            for p in group["params"]:
+                if always_has_master(group, p) or "master" not in self.state[p]:
+                    continue
+                master = self.state[p].pop("master")
+                if (kind := weights_of(group, p)) not in (None, "stochastic"):
+                    place_weights(p, self.state[p], master, kind)
+                if master.is_cuda:  # the step may still be under way, on any stream
                     master.record_stream(torch.cuda.current_stream(master.device))
         if self._leaving:
             self._leaving.clear()
@@ -113,9 +146,10 @@ class LiveWeights(Modulated):
 
     def _note_live_weights(self, number: int) -> None:
         """After a change of rows: masters are to be made, or dropped once the next step has written true weights."""
-        live = self.tables.has_live_weights(number)
-        has_masters = any("master" in self.state.get(p, ()) for p in self.param_groups[number]["params"])
-        if live != has_masters:
+        live, group = self.tables.has_live_weights(number), self.param_groups[number]
+        kept = ["master" in self.state.get(p, ()) for p in group["params"] if live or not always_has_master(group, p)]
+        has_masters = any(kept)
+        if live != has_masters or (live and not all(kept)):
             self._plan = None
         if has_masters and not live:
             self._leaving.add(number)

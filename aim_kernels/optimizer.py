@@ -14,7 +14,18 @@ from aim_kernels.clipping import clip
 from aim_kernels.launch import capturing
 from aim_kernels.live import LiveWeights
 from aim_kernels.plan import StepPlan
-from aim_kernels.states import master_of, moments_of, zeros_like_all
+from aim_kernels.states import (
+    always_has_master,
+    arithmetic_dtype,
+    conform,
+    exponents_of,
+    keep_moment,
+    master_of,
+    scale_of,
+    states_of,
+    true_weights,
+    zeros_like_all,
+)
 from aim_kernels.tables import Tables
 
 #: Weight decay of torch.optim where the user gives none.
@@ -29,6 +40,10 @@ _SINCE_0_1 = {
     "initial_accumulator_value": 0.0,
     "decouple_lr": False,
     "reference_lr": None,
+    "state_dtype": None,
+    "rounding": "stochastic",
+    "master": None,
+    "ema_decay": None,
 }
 
 #: Options that ``optimizer.defaults`` must not have under a rule: schedulers that cycle the momentum (OneCycleLR,
@@ -36,7 +51,7 @@ _SINCE_0_1 = {
 _HIDDEN_DEFAULTS = {"sgd": ["betas"], "rmsprop": ["betas"], "adagrad": ["betas", "momentum"]}
 
 #: Options that are not of a group.
-_WHOLE = ("anchor", "backend", "max_grad_norm", "seed")
+_WHOLE = ("anchor", "backend", "max_grad_norm", "seed", "zero_grad_in_step")
 
 #: What a block's param group says of itself (``block_param_groups``); plain groups keep these.
 _BLOCK_KEYS = {"modality": None, "depth": None, "modulated": False, "module": None}
@@ -77,6 +92,16 @@ class AIMFusedOptimizer(LiveWeights):
             ``reference_lr`` is the group's learning rate when the group was made, so that the decay follows a schedule
             but not the size of the learning rate (Loshchilov and Hutter, arXiv 1711.05101, Algorithm 2: eta_t).
         maximize: ascend instead of descending.
+        state_dtype: how moments are stored: None (float32; float64 for float64 parameters), "bfloat16" (2 bytes an
+            element) or "int8" (1 byte, and 1 for every 128 elements: docs/design.md, "Fewer bytes"; parameters of
+            fewer than 4096 elements keep float32). The arithmetic is float32 all the same.
+        rounding: of stored moments in fewer bits: "stochastic" (up or down by chance, right on average) or "nearest".
+        master: what 16-bit parameters do for their true weights: None (rounded to nearest in every step), "stochastic"
+            (rounded up or down by chance; bfloat16), "kahan" (what rounding took is kept in 16 bits more), "split" (16
+            bits that with a bfloat16 parameter are the float32 weights, exactly), "float32" (those in full beside it).
+            While a group's live weights are degraded its parameters have float32 ones whatever is chosen.
+        ema_decay: keeps a moving average of the true weights, ``ema = ema_decay * ema + (1 - ema_decay) * theta``
+            (state "ema", float32, begun with the first weights); ``ema_parameters()`` puts it into the module.
         under_optimized: ("fraction", q) steers ``tau`` until a share q of the group is under-optimized;
             ("absolute", tau) holds it.
         threshold_rate: step size of that controller.
@@ -99,6 +124,9 @@ class AIMFusedOptimizer(LiveWeights):
         max_grad_norm: clips all gradients together by their L2 norm, as ``torch.nn.utils.clip_grad_norm_`` does, but
             inside the step: one read of the gradients for the norm, none more for the factor. ``grad`` itself stays as
             it is; statistics are of clipped gradients. May be set between steps.
+        zero_grad_in_step: leaves gradients as zeros, in the pass that reads them, so that ``zero_grad()`` is not
+            needed. Also where ``fused_scaling`` skips a step; without it, ``GradScaler`` skips it by itself, and the
+            gradients with it.
 
     Attributes:
         grad_norm: norm of the gradients in the latest step, before clipping, as a 0-dim tensor; None without
@@ -129,6 +157,10 @@ class AIMFusedOptimizer(LiveWeights):
         initial_accumulator_value: float = 0.0,
         decouple_lr: bool = False,
         maximize: bool = False,
+        state_dtype: str | None = None,
+        rounding: str = "stochastic",
+        master: str | None = None,
+        ema_decay: float | None = None,
         under_optimized: tuple[str, float] = ("fraction", 0.1),
         threshold_rate: float = 0.1,
         anchor: str = "zero",
@@ -139,6 +171,7 @@ class AIMFusedOptimizer(LiveWeights):
         process_group: Any = None,
         sync_every: int = 1,
         keep_masters: bool = False,
+        zero_grad_in_step: bool = False,
     ) -> None:
         if anchor not in ("zero", "init"):
             raise ValueError(f"anchor: expected 'zero' or 'init', got {anchor!r}")
@@ -150,14 +183,14 @@ class AIMFusedOptimizer(LiveWeights):
             checks.check_number("max_grad_norm", max_grad_norm, 0.0)
         check_name(backend)
         self.process_group, self.sync_every, self.keep_masters = process_group, sync_every, bool(keep_masters)
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm, self.zero_grad_in_step = max_grad_norm, bool(zero_grad_in_step)
         self.grad_norm: Tensor | None = None
         self.anchor = anchor
         self.backend = backend
         self._seed = seed
         self._step_supports_amp_scaling = bool(fused_scaling)  # GradScaler's question
         self._plan: StepPlan | None = None
-        self._holds_true_weights = False
+        self._holds_true_weights = self._holds_averages = False
         self._leaving = set()
         # Of parameters that have no state yet: torch.distributed.checkpoint makes states only where there are none.
         self._anchors: dict[Tensor, Tensor] = {}
@@ -182,6 +215,10 @@ class AIMFusedOptimizer(LiveWeights):
             "decouple_lr": decouple_lr,
             "reference_lr": None,
             "maximize": maximize,
+            "state_dtype": state_dtype,
+            "rounding": rounding,
+            "master": master,
+            "ema_decay": ema_decay,
             "under_optimized": under_optimized,
             "threshold_rate": threshold_rate,
             **_BLOCK_KEYS,
@@ -203,8 +240,8 @@ class AIMFusedOptimizer(LiveWeights):
         group["params"] = [params] if isinstance(params, Tensor) else list(params)
         tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]]
         names = [entry[0] if isinstance(entry, tuple) else None for entry in group["params"]]
-        preview = [*self.param_groups, {"params": tensors, "param_names": names}]
         full = {**self.defaults, **group}
+        preview = [*self.param_groups, {**full, "params": tensors, "param_names": names}]
         if full["weight_decay"] is None:
             full["weight_decay"] = group["weight_decay"] = _DEFAULT_DECAY.get(full["rule"], 0.0)
         if full["decouple_lr"] and full["reference_lr"] is None:
@@ -271,6 +308,8 @@ class AIMFusedOptimizer(LiveWeights):
         backend = select(self.backend, self.tables.rows.device)
         plan.grad_scale, plan.found_inf = grad_scale, found_inf
         if not backend.ON_DEVICE and plan.found_inf is not None and float(plan.found_inf):
+            plan.clear_gradients(of_step=False)
+            plan.forget_gradients()
             return
         plan.clip_factor = 1.0
         if self.grad_norm is not None:
@@ -283,6 +322,7 @@ class AIMFusedOptimizer(LiveWeights):
         if capturing(self.tables.rows.device):
             self._captured.append((plan, plan.launch))
         plan.bump_versions()
+        plan.clear_gradients(of_step=backend.ZEROES)
         plan.forget_gradients()
         self._drop_masters(plan)
 
@@ -319,18 +359,37 @@ class AIMFusedOptimizer(LiveWeights):
                 there = [p for p in fresh if p.device == device]
                 for p, step in zip(there, torch.zeros(len(there), dtype=torch.float32, device=device), strict=True):
                     self.state[p]["step"] = step
-            for name in moments_of(group).values():
-                missing = [p for p in stepped if name not in self.state[p]]
-                for p, moment in zip(missing, zeros_like_all(missing), strict=True):
-                    self.state[p][name] = moment
-                    if name == "sum" and group["initial_accumulator_value"]:
-                        moment.fill_(group["initial_accumulator_value"])
             for p in group["params"]:
-                if live and masters and "master" not in self.state[p]:
-                    self.state[p]["master"] = master_of(p)
+                if p in self.state:
+                    conform(group, p, self.state[p], live)
+            if masters:
+                for p in stepped:
+                    if "master" not in self.state[p] and (live or always_has_master(group, p)):
+                        self.state[p]["master"] = true_weights(p, self.state[p])
+            self._make_kept(group, stepped)
             for p in stepped:
                 if p in self._anchors:
                     self.state[p]["anchor"] = self._anchors.pop(p)
+
+    def _make_kept(self, group: dict[str, Any], stepped: list[Tensor]) -> None:
+        """The states of one number an element, as they begin."""
+        missing = [
+            (p, kept)
+            for p in stepped
+            for kept in states_of(group, p, "master" in self.state[p] or always_has_master(group, p)).values()
+            if kept.name not in self.state[p]
+        ]
+        made = zeros_like_all([p for p, _ in missing], [kept.dtype for _, kept in missing])
+        for (p, (name, dtype)), value in zip(missing, made, strict=True):
+            state = self.state[p]
+            state[name] = value
+            if name == "ema":
+                distributed.local_of(value).copy_(distributed.local_of(true_weights(p, state)))
+            if dtype == torch.uint8:
+                state[scale_of(name)] = exponents_of(p)
+            if name == "sum" and group["initial_accumulator_value"]:
+                begin = torch.full_like(distributed.local_of(value), 0, dtype=arithmetic_dtype(p.dtype))
+                keep_moment(p, state, name, begin.fill_(group["initial_accumulator_value"]), dtype)
 
     def _emit(self) -> None:
         """Writes the live weights of the masters into the module."""
@@ -417,7 +476,7 @@ class AIMFusedOptimizer(LiveWeights):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ["tables", "anchor", "backend", "_seed", "_holds_true_weights", "_step_supports_amp_scaling"]
-        kept += ["sync_every", "keep_masters", "max_grad_norm", "_anchors", "_hidden_defaults"]
+        kept += ["sync_every", "keep_masters", "max_grad_norm", "zero_grad_in_step", "_anchors", "_hidden_defaults"]
         group = None if self.process_group is None else distributed.Absent.PROCESS_GROUP
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}, "process_group": group}
 
@@ -425,6 +484,7 @@ class AIMFusedOptimizer(LiveWeights):
         # What an earlier release did not pickle.
         self.process_group, self.sync_every, self.keep_masters = None, 1, False
         self.max_grad_norm = self.grad_norm = None
+        self.zero_grad_in_step = self._holds_averages = False
         self._anchors, self._hidden_defaults = {}, {}
         super().__setstate__(state)
         for group in (self.defaults, *self.param_groups):

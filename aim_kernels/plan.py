@@ -16,8 +16,17 @@ from torch import Tensor
 
 from aim_kernels import distributed
 from aim_kernels.checks import DTYPE_NUMBER, check_hyperparameters
-from aim_kernels.rows import FLAGS, GROUP_RECORD, RULES, TENSOR_RECORD
-from aim_kernels.states import arithmetic_dtype, is_dense, moments_of, step_count
+from aim_kernels.rows import FLAGS, GROUP_RECORD, MOMENTS, RULES, TENSOR_RECORD, WEIGHTS
+from aim_kernels.states import (
+    arithmetic_dtype,
+    is_dense,
+    moments_dtype,
+    moments_of,
+    scale_of,
+    states_of,
+    step_count,
+    weights_of,
+)
 
 _C: Any
 try:
@@ -26,6 +35,7 @@ except ImportError:  # the reference backend works without the extension; its pl
     _C = None
 
 _AMSGRAD, _CENTERED = FLAGS["amsgrad"], FLAGS["centered"]
+_MOMENTS = {torch.bfloat16: MOMENTS.index("bfloat16"), torch.uint8: MOMENTS.index("int8")}
 
 if TYPE_CHECKING:
     from aim_kernels.launch import Launch
@@ -63,6 +73,7 @@ class StepPlan:
             self.owners, optimizer.process_group, optimizer.sync_every, optimizer.tables
         )
         self._process_group = optimizer.process_group
+        self._zero_grad = bool(optimizer.zero_grad_in_step)
         self.group_of = [number for number, group in enumerate(self.param_groups) for _ in group["params"]]
         self.grads: list[Tensor | None] = [None] * len(self.params)
         self.records = np.zeros(len(self.params), TENSOR_RECORD)
@@ -95,6 +106,10 @@ class StepPlan:
             records["uncounted"] = distributed.uncounted(self.owners)
         else:
             records["first"] = np.cumsum(records["numel"]) - records["numel"]
+        if self._sharded:
+            # Where elements here are not consecutive in the whole, they are rounded as if they were.
+            offsets = [distributed.offset_of(p) or 0 for p in self.owners]
+            records["offset"] = np.minimum(offsets, records["first"])
         records["group"] = self.group_of
         records["dtype"] = [DTYPE_NUMBER[p.dtype] for p in params]
         self._itemsize = np.array([p.element_size() for p in params], np.uint64)
@@ -127,32 +142,53 @@ class StepPlan:
         self._written += [self.owners[index] for index in self._sharded]
 
     def _read_state(self, index: int) -> None:
+        group, record = self.param_groups[self.group_of[index]], self.records[index]
+        record["moments"] = _MOMENTS.get(moments_dtype(group, self.owners[index]), 0)
+        record["stochastic"] = record["moments"] and group["rounding"] == "stochastic"
+        record["zero_grad"] = self._zero_grad
         state = self.state.get(self.owners[index])
         if not state:
             return
-        moments = moments_of(self.param_groups[self.group_of[index]])
-        seen = next(iter(moments), None)
-        for field, name in {**moments, "master": "master", "anchor": "anchor", "step": "step"}.items():
-            tensor = state.get(name)
-            if tensor is not None:
-                if name != "step":
-                    local = distributed.local_of(tensor)
-                    ordered = self._in_order(index, local)
-                    if ordered is not local:
-                        state[name] = distributed.like(self.owners[index], ordered)
-                    tensor = ordered
-                elif tensor.dtype != torch.float32 or tensor.device != self.params[index].device:
-                    tensor = state[name] = step_count(self.params[index], float(tensor))
+        has_master = "master" in state
+        kept = states_of(group, self.owners[index], has_master)
+        how = weights_of(group, self.owners[index])
+        record["weights"] = WEIGHTS.index(how) if how in WEIGHTS and not has_master else 0
+        seen = next(iter(moments_of(group)), None)
+        for field, (name, dtype) in kept.items():
+            if name in state:
+                self._hold(index, field, name, dtype)
                 if field == seen:
                     self._moments.append(state[name])
-                self.records[field][index] = tensor.data_ptr()
-                # An anchor is only read: held, but its version stays.
-                (self._anchors if name == "anchor" else self._states).append(tensor)
+            if dtype == torch.uint8 and scale_of(name) in state:
+                scale = state[scale_of(name)]
+                record[f"{field}_scale"] = scale.data_ptr()
+                self._states.append(scale)
+        wide = arithmetic_dtype(self.params[index].dtype)
+        for name in ("master", "anchor"):
+            if name in state:
+                self._hold(index, name, name, wide)
+        step = state.get("step")
+        if step is not None:
+            if step.dtype != torch.float32 or step.device != self.params[index].device:
+                step = state["step"] = step_count(self.params[index], float(step))
+            record["step"] = step.data_ptr()
+            self._states.append(step)
 
-    def _in_order(self, index: int, tensor: Tensor) -> Tensor:
+    def _hold(self, index: int, field: str, name: str, dtype: torch.dtype) -> None:
+        """Takes a state of one number an element into the record."""
+        state = self.state[self.owners[index]]
+        local = distributed.local_of(state[name])
+        ordered = self._in_order(index, local, dtype)
+        if ordered is not local:
+            state[name] = distributed.like(self.owners[index], ordered)
+        self.records[field][index] = ordered.data_ptr()
+        # An anchor is only read: held, but its version stays.
+        (self._anchors if name == "anchor" else self._states).append(ordered)
+
+    def _in_order(self, index: int, tensor: Tensor, kind: torch.dtype) -> Tensor:
         """A state in the type and memory order that the kernel reads: itself, or a copy where the parameter was laid
         out anew."""
-        p, kind = self.params[index], arithmetic_dtype(self.params[index].dtype)
+        p = self.params[index]
         flat = index in self._staged or p.is_contiguous()
         if tensor.dtype == kind and (tensor.is_contiguous() if flat else tensor.stride() == p.stride()):
             return tensor
@@ -173,6 +209,7 @@ class StepPlan:
             and self.state is optimizer.state
             and self.tables is optimizer.tables
             and self._process_group is optimizer.process_group
+            and self._zero_grad == optimizer.zero_grad_in_step
         )
 
     def read(self) -> bool:
@@ -275,6 +312,7 @@ class StepPlan:
                 target,
                 group["threshold_rate"] if kind == "fraction" else 0.0,
                 group["lr_decay"] if rule == "adagrad" else 0.0,
+                group["ema_decay"] or 0.0,
                 0,  # lr_tensor, by launch.py
                 RULES.index(rule),
                 bool(group["nesterov"]),
@@ -309,6 +347,20 @@ class StepPlan:
             changed = [self.params[i] for i in touched.nonzero()[0]]
         torch.autograd.graph.increment_version([*changed, *self._written])
 
+    def clear_gradients(self, *, of_step: bool) -> None:
+        """What is left to do for gradients that a step leaves as zeros. ``of_step``: its kernel has cleared those that
+        it read where they lie."""
+        given = [grad for grad in self.grads if grad is not None]
+        if not self._zero_grad or not given:
+            return
+        if not of_step:
+            torch._foreach_zero_(given)
+            return
+        for index, grad in enumerate(self.grads):
+            if grad is not None and self.records["grad"][index] != (grad.data_ptr() or 8):
+                grad.zero_()  # the kernel has read a copy in another order
+        torch.autograd.graph.increment_version(given)
+
     def forget_gradients(self) -> None:
         """Lets zero_grad() free them: a plan that held on would double their memory during the next backward."""
         self.grads = [None] * len(self.params)
@@ -317,7 +369,17 @@ class StepPlan:
 
 def _decisive(group: dict[str, Any]) -> tuple[Any, ...]:
     """The options that decide which moments a group keeps (``states.moments_of``), cheaper to compare than those."""
-    return group["rule"], group["modulated"], not group["momentum"], group["amsgrad"], group["centered"]
+    return (
+        group["rule"],
+        group["modulated"],
+        not group["momentum"],
+        group["amsgrad"],
+        group["centered"],
+        group["state_dtype"],
+        group["rounding"],
+        group["master"],
+        group["ema_decay"] is None,
+    )
 
 
 def _of_local(method: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:

@@ -41,6 +41,15 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 #: Base rules, as numbered in ``aim::Rule``.
 RULES = ("adamw", "adam", "sgd", "adagrad", "rmsprop", "lion")
 
+#: How moments are stored, as numbered in ``aim::Moments``.
+MOMENTS = ("wide", "bfloat16", "int8")
+
+#: What a 16-bit parameter without a master keeps of its true weights, as numbered in ``aim::Weights``.
+WEIGHTS = ("nearest", "stochastic", "split", "kahan")
+
+#: Elements that share an exponent where moments have 8 bits (``aim::kPackedBlock``).
+PACKED_BLOCK = 128
+
 #: One parameter of a step (``aim::Tensor``). Pointers are addresses; 0 means absent.
 TENSOR_RECORD = np.dtype(
     [
@@ -52,11 +61,21 @@ TENSOR_RECORD = np.dtype(
         ("master", np.uint64),  # true weights, where live weights exist
         ("anchor", np.uint64),  # initial weights, for anchor="init"
         ("step", np.uint64),  # float32 step count
+        ("exp_avg_scale", np.uint64),  # moments of 8 bits: exponents of the blocks
+        ("exp_avg_sq_scale", np.uint64),
+        ("extra_scale", np.uint64),
+        ("rest", np.uint64),  # 16 bits an element: what a parameter lacks of its true weights
+        ("ema", np.uint64),  # moving average of the true weights
         ("numel", np.int64),
         ("first", np.int64),  # global index of the first element (noise)
+        ("offset", np.int64),  # its index in the whole parameter (rounding)
         ("group", np.int32),
         ("dtype", np.int32),
         ("uncounted", np.int32),  # another process adds it to the statistics
+        ("moments", np.int32),  # as numbered in MOMENTS
+        ("weights", np.int32),  # as numbered in WEIGHTS
+        ("stochastic", np.int32),  # stored moments are rounded at random
+        ("zero_grad", np.int32),  # the gradient is left as zeros
         ("unused", np.int32),
     ],
     align=True,
@@ -76,6 +95,7 @@ GROUP_RECORD = np.dtype(
         ("target", np.float64),  # q of the threshold controller
         ("rate", np.float64),  # its step size; 0 holds the threshold
         ("lr_decay", np.float64),  # Adagrad's
+        ("ema_decay", np.float64),
         ("lr_tensor", np.uint64),  # devices: address of the number that is read instead of lr; 0: lr
         ("rule", np.int32),
         ("nesterov", np.int32),

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from aim_kernels import packing
 from aim_kernels.distributed import is_dtensor, like, local_of
 
 #: States of parameters up to this many elements share a buffer: fewer allocations, and one version counter to bump.
 _SMALL = 1 << 16
-_ALIGN = 16  # elements, so that every state in a buffer starts on a cache line
+_LINE = 64  # bytes, so that every state in a buffer starts on a cache line
 
 
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -45,6 +47,178 @@ def moments_of(group: dict[str, Any]) -> dict[str, str]:
     return {field: name for field, name in names.items() if name}
 
 
+#: Moments that are never negative.
+_SECOND = ("exp_avg_sq", "max_exp_avg_sq", "sum", "square_avg")
+
+#: Parameters of fewer elements keep float32 moments where 8 bits are asked for: they are biases and norms, whose
+#: bytes nobody counts.
+SMALLEST_PACKED = 4096
+
+#: What a 16-bit parameter keeps beside its weights, by the group's ``master``: state key and type (None: its own).
+_RESTS: dict[str, tuple[str, torch.dtype | None]] = {
+    "split": ("remainder", torch.int16),
+    "kahan": ("compensation", None),
+}
+
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def format_of(name: str) -> packing.Format:
+    """How a moment is stored in 8 bits, by its state key."""
+    return packing.SECOND if name in _SECOND else packing.FIRST
+
+
+def moments_dtype(group: dict[str, Any], p: Tensor) -> torch.dtype:
+    """The type in which a parameter's moments are stored; uint8 means codes, with exponents beside them."""
+    wide = arithmetic_dtype(p.dtype)
+    if wide == torch.float64 or group["state_dtype"] in (None, "float32"):
+        return wide
+    if group["state_dtype"] == "bfloat16":
+        return torch.bfloat16
+    return torch.uint8 if p.numel() >= SMALLEST_PACKED else wide
+
+
+def weights_of(group: dict[str, Any], p: Tensor) -> str | None:
+    """What a parameter without live weights does for its true weights: the group's ``master``, where it is of 16
+    bits."""
+    kind: str | None = group["master"] if p.dtype in _HALVES else None
+    return kind
+
+
+def always_has_master(group: dict[str, Any], p: Tensor) -> bool:
+    """Whether a parameter has float32 weights beside it, degraded or not."""
+    return weights_of(group, p) == "float32"
+
+
+class Kept(NamedTuple):
+    """A state of one number an element: its key and its type."""
+
+    name: str
+    dtype: torch.dtype
+
+
+def states_of(group: dict[str, Any], p: Tensor, master: bool = False) -> dict[str, Kept]:
+    """The states of a parameter that a step reads and writes, but for master, anchor and step: field of
+    ``rows.TENSOR_RECORD`` -> state. ``master``: whether it has one. Exponents (:func:`scale_of`) are not listed."""
+    dtype = moments_dtype(group, p)
+    found = {field: Kept(name, dtype) for field, name in moments_of(group).items()}
+    kind = weights_of(group, p)
+    if kind in _RESTS and not master:
+        name, rest = _RESTS[kind]
+        found["rest"] = Kept(name, rest or p.dtype)
+    if group["ema_decay"] is not None:
+        found["ema"] = Kept("ema", arithmetic_dtype(p.dtype))
+    return found
+
+
+def scale_of(name: str) -> str:
+    """State key of the exponents of a moment in 8 bits."""
+    return f"{name}_scale"
+
+
+def in_memory_order(t: Tensor) -> Tensor:
+    """The elements as one line, as they lie in memory; of a tensor that fills one block of it."""
+    return t.as_strided((t.numel(),), (1,)) if is_dense(t) else t.contiguous().view(-1)
+
+
+def read_moment(state: dict[str, Any], name: str) -> Tensor:
+    """A moment in the arithmetic type; itself where that is how it is stored."""
+    value: Tensor = local_of(state[name])
+    if value.dtype == torch.uint8:
+        flat = packing.unpacked(in_memory_order(value), state[scale_of(name)], format_of(name))
+        return torch.empty_like(value, dtype=torch.float32).copy_(flat.as_strided(value.shape, value.stride()))
+    return value.float() if value.dtype == torch.bfloat16 else value
+
+
+def keep_moment(
+    p: Tensor, state: dict[str, Any], name: str, value: Tensor, dtype: torch.dtype, random: Tensor | None = None
+) -> None:
+    """Stores a moment (local values in the arithmetic type) as ``dtype``, in place where it is so already.
+
+    Args:
+        random: 16 bits for every element, in memory order; None rounds to nearest.
+    """
+    old = state.get(name)
+    if old is None or old.dtype != dtype:
+        kept = torch.empty_like(value, dtype=dtype)
+        state[name] = old = like(p, kept)
+    kept = local_of(old)
+    if dtype == torch.uint8:
+        codes, exponents = packing.packed(in_memory_order(value), format_of(name), random)
+        in_memory_order(kept).copy_(codes)
+        scale = scale_of(name)
+        if scale in state and state[scale].shape == exponents.shape:
+            state[scale].copy_(exponents)
+        else:
+            state[scale] = exponents
+        return
+    state.pop(scale_of(name), None)
+    if dtype == torch.bfloat16 and random is not None:
+        in_memory_order(kept).copy_(packing.to_bfloat16(in_memory_order(value), random))
+    elif kept is not value:
+        kept.copy_(value)
+
+
+def true_weights(p: Tensor, state: dict[str, Any]) -> Tensor:
+    """A parameter's true weights in the arithmetic type: its master, or itself with what it lacks. A copy, but for the
+    master."""
+    if "master" in state:
+        master: Tensor = state["master"]
+        return master
+    here = local_of(p).detach()
+    if "remainder" in state:
+        rest = local_of(state["remainder"])
+        made = torch.empty_like(rest, dtype=torch.float32)
+        flat = packing.joined(in_memory_order(here), in_memory_order(rest))
+        made.copy_(flat.as_strided(rest.shape, rest.stride()))
+        return like(p, made)
+    theta = master_of(p)
+    if "compensation" in state:
+        local_of(theta).add_(local_of(state["compensation"]))
+    return theta
+
+
+@torch.no_grad()
+def place_weights(p: Tensor, state: dict[str, Any], theta: Tensor, kind: str | None) -> None:
+    """Puts true weights into a parameter that is to have no master, with what it keeps of them beside it."""
+    here, values = local_of(p), local_of(theta)
+    for name, _ in _RESTS.values():
+        state.pop(name, None)
+    if kind in _RESTS:
+        flat = in_memory_order(values)
+        upper, rest = packing.split(flat) if kind == "split" else packing.compensated(flat, p.dtype)
+        here.copy_(upper.as_strided(values.shape, values.stride()))
+        kept = torch.empty_like(values, dtype=rest.dtype).copy_(rest.as_strided(values.shape, values.stride()))
+        state[_RESTS[kind][0]] = like(p, kept)
+    else:
+        here.copy_(values)
+
+
+def conform(group: dict[str, Any], p: Tensor, state: dict[str, Any], live: bool) -> None:
+    """Makes the states of a parameter those that its group's options ask for, from whatever there is: after options
+    changed, or a checkpoint of other ones was loaded. Rounds to nearest.
+
+    Args:
+        live: whether the group has live weights, which need a master.
+    """
+    dtype = moments_dtype(group, p)
+    for name in moments_of(group).values():
+        if name in state and state[name].dtype != dtype:
+            keep_moment(p, state, name, read_moment(state, name), dtype)
+    kind = weights_of(group, p)
+    has = next((other for other, (name, _) in _RESTS.items() if name in state), None)
+    if live or kind == "float32":
+        if has is not None:
+            theta = true_weights(p, state)
+            state.setdefault("master", theta)
+            for name, _ in _RESTS.values():
+                state.pop(name, None)
+    elif has is not None and has != kind and "master" not in state:
+        place_weights(p, state, true_weights(p, state), kind)
+    if group["ema_decay"] is None:
+        state.pop("ema", None)
+
+
 def has_classes(group: dict[str, Any]) -> bool:
     """Whether a group's moments tell under-optimized elements from others."""
     return moments_of(group).keys() >= {"exp_avg", "exp_avg_sq"}
@@ -70,12 +244,13 @@ def master_of(p: Tensor) -> Tensor:
     return like(p, local_of(p).detach().to(dtype=arithmetic_dtype(p.dtype), memory_format=state_layout(p), copy=True))
 
 
-def zeros_like_all(params: list[Tensor]) -> list[Tensor]:
-    """A zero moment for every parameter, small ones as views of shared buffers."""
+def zeros_like_all(params: Sequence[Tensor], dtypes: Sequence[torch.dtype] | None = None) -> list[Tensor]:
+    """A zero state for every parameter (by default a moment in the arithmetic type), small ones as views of shared
+    buffers."""
+    wanted = [arithmetic_dtype(p.dtype) for p in params] if dtypes is None else dtypes
     result: dict[int, Tensor] = {}
     buffers: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-    for index, p in enumerate(params):
-        dtype = arithmetic_dtype(p.dtype)
+    for index, (p, dtype) in enumerate(zip(params, wanted, strict=True)):
         if not is_dtensor(p) and p.is_contiguous() and 0 < p.numel() <= _SMALL:
             buffers.setdefault((dtype, p.device), []).append(index)
         else:
@@ -83,7 +258,8 @@ def zeros_like_all(params: list[Tensor]) -> list[Tensor]:
             zeros = torch.zeros_like(local, dtype=dtype, memory_format=state_layout(p), requires_grad=False)
             result[index] = like(p, zeros)
     for (dtype, device), members in buffers.items():
-        sizes = [-(-params[i].numel() // _ALIGN) * _ALIGN for i in members]
+        align = _LINE // dtype.itemsize
+        sizes = [-(-params[i].numel() // align) * align for i in members]
         buffer = torch.zeros(sum(sizes), dtype=dtype, device=device)
         offset = 0
         for index, size in zip(members, sizes, strict=True):
@@ -91,3 +267,9 @@ def zeros_like_all(params: list[Tensor]) -> list[Tensor]:
             result[index] = buffer[offset : offset + p.numel()].view(p.shape)
             offset += size
     return [result[index] for index in range(len(params))]
+
+
+def exponents_of(p: Tensor) -> Tensor:
+    """Exponents of moments in 8 bits that are all zero; of what is here of a parameter."""
+    here = local_of(p)
+    return torch.zeros(packing.blocks_of(here.numel()), dtype=torch.uint8, device=here.device)

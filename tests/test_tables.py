@@ -72,10 +72,10 @@ def test_header_names_the_columns_in_order() -> None:
 def test_sizes_and_indices_are_64_bit_everywhere() -> None:
     """More than 2^31 elements do not fit into a test, so the types are looked at."""
     kinds = {name: kind for kind, name in fields("Tensor")}
-    assert kinds["numel"] == kinds["first"] == "int64_t"
+    assert kinds["numel"] == kinds["first"] == kinds["offset"] == "int64_t"
     assert {kind for kind, _ in fields("Control")} == {"int64_t"}
     for field in rows.TENSOR_RECORD.names:
-        if field not in ("group", "dtype", "uncounted", "unused"):
+        if kinds[field] != "int32_t":
             assert rows.TENSOR_RECORD[field].itemsize == 8
     sources = [*HEADER.parents[2].glob("cpu/*.h"), *HEADER.parents[2].glob("cpu/*.cpp")]
     assert sources

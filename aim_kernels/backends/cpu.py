@@ -22,7 +22,7 @@ except ImportError as error:  # pragma: no cover - a source tree that was not bu
 _PROCESS = os.getpid()
 _TEAM = b"aim.team"  # of the capsule, which keeps this very pointer
 
-ON_DEVICE, DEVICE, DESCRIPTION = False, "cpu", "compiled kernels"
+ON_DEVICE, ZEROES, DEVICE, DESCRIPTION = False, True, "cpu", "compiled kernels"
 
 
 def unavailable() -> str:

@@ -23,7 +23,7 @@ try:
 except ImportError as error:
     _IMPORT_ERROR = str(error)
 
-ON_DEVICE, DEVICE, DESCRIPTION = True, "cuda", "compiled kernels"
+ON_DEVICE, ZEROES, DEVICE, DESCRIPTION = True, True, "cuda", "compiled kernels"
 
 #: Elements of a block's chunk and threads of a block. Two such blocks fit on a multiprocessor, with 64 KiB of loads
 #: under way: more than its share of memory needs to be kept busy. Before its first element a block computes what all

@@ -9,15 +9,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from aim_kernels.philox import normals
+from aim_kernels import packing
+from aim_kernels.philox import MOMENT_STREAM, WEIGHT_STREAM, normals, rounding_bits
 from aim_kernels.rows import CONTROL, PHASES, ROW, STATISTIC
-from aim_kernels.states import arithmetic_dtype, is_dense, moments_of
+from aim_kernels.states import (
+    arithmetic_dtype,
+    in_memory_order,
+    is_dense,
+    keep_moment,
+    moments_dtype,
+    moments_of,
+    read_moment,
+    true_weights,
+    weights_of,
+)
 
 if TYPE_CHECKING:
     from aim_kernels.distributed import Exchange
     from aim_kernels.plan import StepPlan
 
-ON_DEVICE, DEVICE, DESCRIPTION = False, "any", "eager PyTorch"
+ON_DEVICE, ZEROES, DEVICE, DESCRIPTION = False, False, "any", "eager PyTorch"
 
 
 def unavailable() -> str:
@@ -28,6 +39,9 @@ def unavailable() -> str:
 def runs_on(device: torch.device) -> bool:
     """Whether tensors on ``device`` are this backend's: all are."""
     return device.type != "meta"
+
+
+_MOMENTS = ("exp_avg", "exp_avg_sq", "extra")
 
 
 @dataclass
@@ -62,8 +76,26 @@ def step(plan: StepPlan) -> None:
         steps = (row[ROW[f"{now}_step_under"]], row[ROW[f"{now}_step_well"]])
         noise = _noise(plan, index, row[ROW["noise"]])
         into = Sums() if plan.records["uncounted"][index] else sums[number]
-        _update(p, grad, group, state, row, steps, live, noise, float(plan.groups["scale"][number]), into)
+        rounding = Rounding(plan, index)
+        _update(p, grad, group, state, row, steps, live, noise, float(plan.groups["scale"][number]), into, rounding)
+    plan.clear_gradients(of_step=False)
     _finish(plan, following, sums if plan.exchange is None else _exchanged(plan.exchange, sums, tables.rows.device))
+
+
+class Rounding:
+    """The random bits of one parameter in this step."""
+
+    def __init__(self, plan: StepPlan, index: int) -> None:
+        control, record = plan.tables.control.tolist(), plan.records[index]
+        self.offset, self.count = int(record["offset"]), int(record["numel"])
+        self.place = control[CONTROL["seed"]], control[CONTROL["counter"]], int(record["first"]) - self.offset
+        self.device = plan.params[index].device
+
+    def bits(self, stream: int) -> Tensor:
+        """16 for every element, in memory order."""
+        seed, counter, base = self.place
+        drawn = rounding_bits(seed, counter, stream, base, self.offset, self.count)
+        return torch.from_numpy(drawn).to(self.device)
 
 
 def squares(plan: StepPlan) -> float:
@@ -95,9 +127,10 @@ def _update(
     noise: Tensor | None,
     scale: float,
     sums: Sums,
+    rounding: Rounding,
 ) -> None:
     kind = arithmetic_dtype(p.dtype)
-    theta = state["master"] if "master" in state else p.detach().to(kind, copy=True)
+    theta = true_weights(p, state)
     taken = float(state["step"])
     t = taken + 1
     rule, lr, decay = group["rule"], float(group["lr"]), group["weight_decay"]
@@ -130,8 +163,7 @@ def _update(
     elif v is not None:
         v.mul_(beta2).add_((g * g) * (1 - beta2))
 
-    # 4 and 5: decoupled decay, update, by the class that the new moments give
-    under = None if m is None or v is None else _under(m, v, group, t, row[ROW["tau"]])
+    # 4 and 5: decoupled decay, update, by the class that the new moments give as they are stored
     rate, direction = lr, lead
     if rule in ("adamw", "adam"):
         # m_hat / (sqrt(v_hat) + eps) = m / (sqrt(v) + eps * root) * root / (1 - beta1^t)
@@ -148,6 +180,8 @@ def _update(
         direction = g / (spread.sqrt() + group["eps"])
         if w is not None:
             direction = w.mul_(group["momentum"]).add_(direction)
+    kept = _keep_moments(p, group, state, (m, v, w), rounding)
+    under = None if m is None or v is None else _under(*kept, group, t, row[ROW["tau"]])
     if under is None:
         delta = direction * (rate * steps[0])
     else:
@@ -158,7 +192,10 @@ def _update(
     if "master" in state:
         p.copy_(_live(theta, state.get("anchor"), under, live))
     else:
-        p.copy_(theta)
+        _keep_weights(p, group, state, theta, rounding)
+    if "ema" in state:
+        decay = group["ema_decay"]
+        state["ema"].mul_(decay).add_(theta * (1 - decay))
     state["step"] += 1
 
     sums.numel += p.numel()
@@ -180,10 +217,43 @@ def _emit(
 
 
 def _moments(group: dict[str, Any], state: dict[str, Any]) -> tuple[Any, Any, Any]:
-    """First, second and extra moment; None where the group keeps none."""
+    """First, second and extra moment in the arithmetic type, themselves where they are stored so; None where the group
+    keeps none."""
     names = moments_of(group)
-    first, second, extra = (state.get(names.get(field, "")) for field in ("exp_avg", "exp_avg_sq", "extra"))
+    there = [names.get(field, "") for field in _MOMENTS]
+    first, second, extra = (read_moment(state, name) if name in state else None for name in there)
     return first, second, extra
+
+
+def _keep_moments(
+    p: Tensor, group: dict[str, Any], state: dict[str, Any], values: tuple[Any, Any, Any], rounding: Rounding
+) -> tuple[Any, Any]:
+    """Stores the moments; returns what was stored of the first and the second."""
+    dtype = moments_dtype(group, p)
+    if dtype == arithmetic_dtype(p.dtype):
+        return values[:2]
+    random = rounding.bits(MOMENT_STREAM) if group["rounding"] == "stochastic" else None
+    for field, name in moments_of(group).items():
+        value = values[_MOMENTS.index(field)]
+        keep_moment(p, state, name, value, dtype, random)
+    first, second, _ = _moments(group, state)
+    return first, second
+
+
+def _keep_weights(p: Tensor, group: dict[str, Any], state: dict[str, Any], theta: Tensor, rounding: Rounding) -> None:
+    """The true weights of a parameter without a master, as its group keeps them."""
+    flat, how = in_memory_order(theta), weights_of(group, p)
+    if how == "stochastic":
+        stored, rest = packing.to_bfloat16(flat, rounding.bits(WEIGHT_STREAM)), None
+    elif how == "split":
+        stored, rest = packing.split(flat)
+    elif how == "kahan":
+        stored, rest = packing.compensated(flat, p.dtype)
+    else:
+        stored, rest = flat, None
+    p.copy_(stored.as_strided(theta.shape, theta.stride()))
+    if rest is not None:
+        in_memory_order(state["remainder" if how == "split" else "compensation"]).copy_(rest)
 
 
 def _betas(group: dict[str, Any]) -> tuple[float, float]:

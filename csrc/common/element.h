@@ -12,16 +12,6 @@
 namespace aim {
 namespace AIM_ISA {
 
-template <class M, class V>
-AIM_INLINE V select(M mask, V yes, V no) {
-  return mask ? yes : no;
-}
-
-template <class V, class T>
-AIM_INLINE V splat(T x) {
-  return x - V{};
-}
-
 template <class V>
 AIM_INLINE auto is_under(V m, V v, V slope, V offset) {
   return m * m >= v * slope + offset;
@@ -48,11 +38,10 @@ struct Between {
   V step, live;  // coefficients of the new class; live only where live weights are written
 };
 
-// Steps 1 to 3 and the new class. `grad` becomes g0, the gradient that the statistics see; returns
-// the mask of the under-optimized (no meaning where no state is kept). kPlain promises u.plain.
-// `w` is the extra moment; only AMSGrad's moves here.
-template <Kind kKind, bool kPlain, bool kNoise, bool kLive, class V>
-AIM_INLINE auto accumulate(const Uniforms<V>& u, V theta, V& grad, V& m, V& v, V& w, V noise,
+// Steps 1 to 3 and the update direction. `grad` becomes g0, the gradient that the statistics see.
+// kPlain promises u.plain. `w` is the extra moment; only AMSGrad's moves here.
+template <Kind kKind, bool kPlain, bool kNoise, class V>
+AIM_INLINE void accumulate(const Uniforms<V>& u, V theta, V& grad, V& m, V& v, V& w, V noise,
                            Between<V>& out) {
   if constexpr (!kPlain) grad = grad * u.scale;
   V g = grad;
@@ -72,9 +61,6 @@ AIM_INLINE auto accumulate(const Uniforms<V>& u, V theta, V& grad, V& m, V& v, V
   if constexpr (has_first(kKind)) m = m * u.first_keep + g * u.first_add;
   if constexpr (has_second(kKind)) v = v * u.second_keep + (g * g) * u.second_add;
 
-  auto under = grad == grad;  // any mask: without state both classes have equal coefficients
-  if constexpr (has_second(kKind)) under = is_under(m, v, u.new_v, u.new_0);
-
   if constexpr (kKind == Kind::kAmsgrad) w = select(w > v, w, v);
   if constexpr (has_root(kKind)) {
     V below = kKind == Kind::kAmsgrad ? w : v;
@@ -91,6 +77,14 @@ AIM_INLINE auto accumulate(const Uniforms<V>& u, V theta, V& grad, V& m, V& v, V
   } else if constexpr (!is_adam(kKind) && kKind != Kind::kLion) {
     out.numerator = g;
   }
+}
+
+// The new class, of moments as they are stored, and what goes by it. Returns the mask of the
+// under-optimized (no meaning where no state is kept).
+template <Kind kKind, bool kLive, class V>
+AIM_INLINE auto classify(const Uniforms<V>& u, V m, V v, Between<V>& out) {
+  auto under = m == m;  // any mask: without state both classes have equal coefficients
+  if constexpr (has_second(kKind)) under = is_under(m, v, u.new_v, u.new_0);
   out.step = select(under, u.step[0], u.step[1]);
   if constexpr (kLive) out.live = select(under, u.live[0], u.live[1]);
   return under;

@@ -8,15 +8,20 @@
 namespace aim {
 namespace AIM_ISA {
 
-enum Stream : uint32_t { kNoiseStream = 0, kPhaseStream = 1 };
+enum Stream : uint32_t { kNoiseStream = 0, kPhaseStream = 1, kMomentStream = 2, kWeightStream = 3 };
+
+// Of noise and phases; and of rounding, which asks for less: seven are the fewest with which the
+// authors found no statistical defect.
+inline constexpr int kRounds = 10, kRoundingRounds = 7;
 
 struct Philox4 {
   uint32_t x[4];
 };
 
+template <int kCount = kRounds>
 AIM_INLINE Philox4 philox4x32(uint64_t seed, Philox4 c) {
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
+  for (int round = 0; round < kCount; ++round) {
     const uint64_t p0 = uint64_t{0xD2511F53} * c.x[0];
     const uint64_t p1 = uint64_t{0xCD9E8D57} * c.x[2];
     c = {{static_cast<uint32_t>(p1 >> 32) ^ c.x[1] ^ k0, static_cast<uint32_t>(p1),
@@ -83,6 +88,37 @@ AIM_INLINE void normal4(uint64_t seed, uint32_t counter, uint64_t k, float z[4])
       seed, {{static_cast<uint32_t>(k), static_cast<uint32_t>(k >> 32), counter, kNoiseStream}});
   normal_pair(r.x[0], r.x[1], &z[0], &z[1]);
   normal_pair(r.x[2], r.x[3], &z[2], &z[3]);
+}
+
+// Where the 16 bits lie that round an element, by its index in the whole parameter. Of 128
+// neighbours, lane i of 16 belongs to draw i, and each of the eight that a lane has takes one half
+// of one of its four words: a vector of draws is a vector of neighbours.
+struct RoundingPlace {
+  uint32_t draw;
+  int word, shift;
+};
+
+AIM_INLINE RoundingPlace rounding_place(int64_t index) {
+  const int within = static_cast<int>(index % 128), row = within / 16;
+  return {static_cast<uint32_t>(index / 128) * 16 + static_cast<uint32_t>(within % 16), row % 4,
+          row / 4 * 16};
+}
+
+// `base`: the global index of the whole parameter's first element, which tells parameters apart.
+AIM_INLINE Philox4 rounding_counter(uint32_t draw, int64_t base, uint32_t counter, Stream stream) {
+  const uint64_t place = static_cast<uint64_t>(base);
+  return {{draw, static_cast<uint32_t>(place), counter,
+           static_cast<uint32_t>(stream) | static_cast<uint32_t>(place >> 32) << 8}};
+}
+
+// 16 random bits, for the rounding of element `index` of that parameter in step `counter`.
+AIM_INLINE uint32_t rounding_bits(uint64_t seed, uint32_t counter, Stream stream, int64_t base,
+                                  int64_t index) {
+  const RoundingPlace place = rounding_place(index);
+  const Philox4 r =
+      philox4x32<kRoundingRounds>(seed, rounding_counter(place.draw, base, counter, stream));
+  const uint32_t low = place.word & 1 ? r.x[1] : r.x[0], high = place.word & 1 ? r.x[3] : r.x[2];
+  return ((place.word & 2 ? high : low) >> place.shift) & 0xFFFF;
 }
 
 }  // namespace AIM_ISA

@@ -34,5 +34,19 @@ AIM_INLINE float bits_float(uint32_t bits) {
   return x;
 }
 
+AIM_INLINE uint32_t as_int(float x) { return float_bits(x); }
+AIM_INLINE float as_float(uint32_t x) { return bits_float(x); }
+
+// The same for numbers and vectors of them.
+template <class M, class V>
+AIM_INLINE V select(M mask, V yes, V no) {
+  return mask ? yes : no;
+}
+
+template <class V, class T>
+AIM_INLINE V splat(T x) {
+  return x - V{};
+}
+
 }  // namespace AIM_ISA
 }  // namespace aim

@@ -148,6 +148,8 @@ AIM_INLINE Shared shared_of(const Group& group, const Row& row, const PhaseRow& 
   u.lead_keep = group.beta1;
   u.lead_add = 1 - group.beta1;
   u.extra_keep = group.momentum;
+  u.ema_keep = group.ema_decay;
+  u.ema_add = 1 - group.ema_decay;
   u.eps = group.eps;
   double rate = rule == Rule::kAdagrad ? lr / (1 + steps_taken * group.lr_decay) : lr;
   if (classed) {

@@ -23,6 +23,7 @@ struct Uniforms {
   T nesterov;                    // direction: g + nesterov * m
   T lead_keep, lead_add;         // Lion's direction: sign of lead_keep * m + lead_add * g
   T extra_keep;                  // RMSprop's momentum: w = extra_keep * w + direction
+  T ema_keep, ema_add;           // average = ema_keep * average + ema_add * theta
   bool coupled, routed;          // whether coupled_decay, and grad, change anything
   bool is_nesterov, centered;
   bool buffered;  // whether RMSprop has momentum
@@ -74,6 +75,8 @@ AIM_INLINE Uniforms<To> mapped(const Uniforms<From>& u, const Map& map) {
           map(u.lead_keep),
           map(u.lead_add),
           map(u.extra_keep),
+          map(u.ema_keep),
+          map(u.ema_add),
           u.coupled,
           u.routed,
           u.is_nesterov,

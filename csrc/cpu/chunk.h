@@ -6,6 +6,7 @@
 // lanes are added in a fixed order: every instruction set gives the same bits.
 #pragma once
 
+#include "cpu/codec.h"
 #include "cpu/kernels.h"
 #include "cpu/stream_chunk.h"
 #include "cpu/vector.h"
@@ -94,8 +95,8 @@ void run_variant(const Uniforms<T>& uniforms, const Tile<T>& tile, int64_t count
         if constexpr (kEarly) w = load<V>(t.w + at);
         const V noise = kNoise ? load<V>(t.noise + at) : V{};
         Between<V> out;
-        const auto mask =
-            accumulate<kKind, kPlain, kNoise, kLive>(u, theta, g, m, v, w, noise, out);
+        accumulate<kKind, kPlain, kNoise>(u, theta, g, m, v, w, noise, out);
+        const auto mask = classify<kKind, kLive>(u, m, v, out);
         if (keeps_m) store(t.m + at, m);
         if (keeps_v) store(t.v + at, v);
         if constexpr (kEarly) store(t.w + at, w);
@@ -159,6 +160,15 @@ AIM_INLINE void add(const Sums<T>& sums, int lanes, Partial& into) {
   }
 }
 
+AIM_INLINE void add(const Partial& more, Partial& into) {
+  into.under += more.under;
+  into.grad_sum += more.grad_sum;
+  into.grad_sq += more.grad_sq;
+  into.update_sq += more.update_sq;
+  into.param_sq += more.param_sq;
+  into.nonfinite += more.nonfinite;
+}
+
 // The last elements of a tensor: padded to 16 in buffers, run by the same code, the padding's lanes
 // left out of the sums.
 template <Kind kKind, bool kNoise, bool kLive, class T>
@@ -200,13 +210,6 @@ AIM_INLINE const T* widened(const S* from, int64_t count, T* buffer) {
   }
 }
 
-template <class T, class S>
-AIM_INLINE void narrowed(const T* from, int64_t count, S* to) {
-  if constexpr (sizeof(S) != sizeof(T)) {
-    for (int64_t i = 0; i < count; ++i) to[i] = narrow(from[i], S{});
-  }
-}
-
 template <class T>
 void draw_noise(const Shared& shared, int64_t first, int64_t count, T* into) {
   float z[4];
@@ -226,6 +229,11 @@ void rescan(const T* grad, T scale, int64_t count, Partial& into) {
     into.nonfinite += g - g != T{0};
     into.grad_sq += static_cast<double>(g) * g;
   }
+}
+
+// Whether a tile needs rescan().
+AIM_INLINE bool out_of_range(const Partial& tile) {
+  return tile.grad_sq - tile.grad_sq != 0 || (tile.grad_sq == 0 && tile.grad_sum != 0);
 }
 
 // A moment from element `at` on; null where there is none, or the kind does not know it.
@@ -261,8 +269,8 @@ void update_chunk(const Tensor& tensor, const Shared& shared, int64_t begin, int
       t.theta_in = t.theta_out = master + at;
       t.live = stored;
     } else {
-      t.theta_in = widened(param + at, count, theta_buffer);
-      t.theta_out = stored;
+      t.theta_in = t.theta_out = stored;
+      if constexpr (kConvert) read_weights<S>(tensor, at, count, theta_buffer);
       t.live = nullptr;
     }
     t.noise = noise_buffer;
@@ -280,77 +288,29 @@ void update_chunk(const Tensor& tensor, const Shared& shared, int64_t begin, int
       run_tail<kKind, kNoise, kLive>(u, t.advanced(body), rest, sums);
       add(sums, rest, tile);
     }
-    narrowed(stored, count, param + at);
-    if (tile.grad_sq - tile.grad_sq != 0 || (tile.grad_sq == 0 && tile.grad_sum != 0)) {
+    if constexpr (kConvert) {
+      if (kLive) {
+        for (int64_t i = 0; i < count; ++i) param[at + i] = narrow(stored[i], S{});
+      } else {
+        keep_weights<S>(tensor, shared, stored, at, count);
+      }
+    }
+    if (tensor.ema) move_average(u, t.theta_out, count, static_cast<T*>(tensor.ema) + at);
+    if (out_of_range(tile)) {
       tile.grad_sq = 0;
       rescan(t.grad, u.scale, count, tile);
     }
-    total.under += tile.under;
-    total.grad_sum += tile.grad_sum;
-    total.grad_sq += tile.grad_sq;
-    total.update_sq += tile.update_sq;
-    total.param_sq += tile.param_sq;
-    total.nonfinite += tile.nonfinite;
+    if (tensor.zero_grad) {
+      __builtin_memset(static_cast<S*>(tensor.grad) + at, 0,
+                       static_cast<size_t>(count) * sizeof(S));
+    }
+    add(tile, total);
   }
   *partial = total;
 }
 
-template <Kind kKind, class S, class T>
-void update_kind(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t end,
-                 Partial* partial) {
-  const bool live = tensor.master != nullptr;
-  const auto kernel =
-      shared.has_noise
-          ? (live ? update_chunk<kKind, true, true, S, T> : update_chunk<kKind, true, false, S, T>)
-          : (live ? update_chunk<kKind, false, true, S, T>
-                  : update_chunk<kKind, false, false, S, T>);
-  kernel(tensor, shared, begin, end, partial);
-}
-
 template <class S, class T>
-void update_type(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t end,
-                 Partial* partial) {
-  switch (shared.kind) {
-    case Kind::kAdam:
-      return update_kind<Kind::kAdam, S, T>(tensor, shared, begin, end, partial);
-    case Kind::kAmsgrad:
-      return update_kind<Kind::kAmsgrad, S, T>(tensor, shared, begin, end, partial);
-    case Kind::kSgd:
-      return update_kind<Kind::kSgd, S, T>(tensor, shared, begin, end, partial);
-    case Kind::kSgdMomentum:
-      return update_kind<Kind::kSgdMomentum, S, T>(tensor, shared, begin, end, partial);
-    case Kind::kSgdState:
-      return update_kind<Kind::kSgdState, S, T>(tensor, shared, begin, end, partial);
-    case Kind::kSgdMomentumState:
-      return update_kind<Kind::kSgdMomentumState, S, T>(tensor, shared, begin, end, partial);
-    case Kind::kRms:
-      return update_kind<Kind::kRms, S, T>(tensor, shared, begin, end, partial);
-    case Kind::kLion:
-      return update_kind<Kind::kLion, S, T>(tensor, shared, begin, end, partial);
-  }
-}
-
-void update_any(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t end,
-                Partial* partial) {
-  switch (static_cast<DType>(tensor.dtype)) {
-    case DType::kFloat32:
-      return update_type<float, float>(tensor, shared, begin, end, partial);
-    case DType::kFloat64:
-      return update_type<double, double>(tensor, shared, begin, end, partial);
-    case DType::kBFloat16:
-      return update_type<BFloat16, float>(tensor, shared, begin, end, partial);
-    case DType::kFloat16:
-      return update_type<Float16, float>(tensor, shared, begin, end, partial);
-  }
-}
-
-AIM_INLINE float narrowed_to(float x, float) { return x; }
-AIM_INLINE double narrowed_to(double x, double) { return x; }
-AIM_INLINE BFloat16 narrowed_to(float x, BFloat16 s) { return narrow(x, s); }
-AIM_INLINE Float16 narrowed_to(float x, Float16 s) { return narrow(x, s); }
-
-template <class S, class T>
-void emit_type(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t end) {
+void emit_chunk(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t end) {
   const Uniforms<T> u = rounded<T>(shared.u);
   const T* const theta = static_cast<const T*>(tensor.master);
   const T* const m = static_cast<const T*>(tensor.exp_avg);
@@ -361,19 +321,6 @@ void emit_type(const Tensor& tensor, const Shared& shared, int64_t begin, int64_
     const bool under = !(m && v) || is_under(m[i], v[i], u.old_v, u.old_0);
     live[i] = narrowed_to(
         live_weight(theta[i], anchor ? anchor[i] : T{0}, u.live[under ? kUnder : kWell]), S{});
-  }
-}
-
-void emit_any(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t end) {
-  switch (static_cast<DType>(tensor.dtype)) {
-    case DType::kFloat32:
-      return emit_type<float, float>(tensor, shared, begin, end);
-    case DType::kFloat64:
-      return emit_type<double, double>(tensor, shared, begin, end);
-    case DType::kBFloat16:
-      return emit_type<BFloat16, float>(tensor, shared, begin, end);
-    case DType::kFloat16:
-      return emit_type<Float16, float>(tensor, shared, begin, end);
   }
 }
 

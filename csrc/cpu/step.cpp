@@ -104,9 +104,40 @@ bool all_aligned(const Tensor& t) {
   const DType dtype = static_cast<DType>(t.dtype);
   const size_t wide = dtype == DType::kFloat64 ? 8 : 4;
   const size_t stored = dtype == DType::kFloat64 || dtype == DType::kFloat32 ? wide : 2;
-  return aligned(t.param, stored) && aligned(t.grad, stored) && aligned(t.exp_avg, wide) &&
-         aligned(t.exp_avg_sq, wide) && aligned(t.extra, wide) && aligned(t.master, wide) &&
-         aligned(t.anchor, wide) && aligned(t.step, sizeof(float));
+  const size_t moment = t.moments == static_cast<int32_t>(Moments::kWide)       ? wide
+                        : t.moments == static_cast<int32_t>(Moments::kBFloat16) ? 2
+                                                                                : 1;
+  return aligned(t.param, stored) && aligned(t.grad, stored) && aligned(t.exp_avg, moment) &&
+         aligned(t.exp_avg_sq, moment) && aligned(t.extra, moment) && aligned(t.master, wide) &&
+         aligned(t.anchor, wide) && aligned(t.ema, wide) && aligned(t.rest, 2) &&
+         aligned(t.step, sizeof(float));
+}
+
+// Whether a tensor's ways of saving bytes exist, for its type.
+bool packs(const Tensor& t) {
+  const DType dtype = static_cast<DType>(t.dtype);
+  if (t.moments < 0 || t.moments > static_cast<int32_t>(Moments::kInt8)) return false;
+  if (t.moments != 0 && dtype == DType::kFloat64) return false;
+  switch (static_cast<Weights>(t.weights)) {
+    case Weights::kNearest:
+      return true;
+    case Weights::kStochastic:
+    case Weights::kSplit:
+      return dtype == DType::kBFloat16;
+    case Weights::kKahan:
+      return dtype == DType::kBFloat16 || dtype == DType::kFloat16;
+  }
+  return false;
+}
+
+// Whether there is all that those ways need.
+bool has_all_parts(const Tensor& t) {
+  const Weights weights = static_cast<Weights>(t.weights);
+  if ((weights == Weights::kSplit || weights == Weights::kKahan) && !t.master && !t.rest)
+    return false;
+  if (static_cast<Moments>(t.moments) != Moments::kInt8) return true;
+  return (!t.exp_avg || t.exp_avg_scale) && (!t.exp_avg_sq || t.exp_avg_sq_scale) &&
+         (!t.extra || t.extra_scale);
 }
 
 }  // namespace
@@ -128,8 +159,10 @@ Status check(const Tensor* tensors, int64_t tensor_count, const Group* groups,
     const Tensor& t = tensors[i];
     if (t.group < 0 || t.group >= group_count) return Status::kBadGroup;
     if (t.dtype < 0 || t.dtype > static_cast<int32_t>(DType::kFloat16)) return Status::kBadDType;
+    if (!packs(t)) return Status::kBadPacking;
     if (t.numel < 0 || t.first < 0 || t.first > std::numeric_limits<int64_t>::max() - t.numel)
       return Status::kBadSize;
+    if (t.offset < 0 || t.offset > t.first) return Status::kBadSize;
     if (!t.grad && !t.master) continue;
     const Kind kind = kind_of(t, groups[t.group]);
     if (!t.step) return Status::kNullPointer;
@@ -141,7 +174,8 @@ Status check(const Tensor* tensors, int64_t tensor_count, const Group* groups,
     const bool first = rms ? rmsprop && (group.flags & kCentered) : has_first(kind);
     const bool second = kind != Kind::kLion && has_second(kind);
     const bool extra = rms ? rmsprop && group.momentum != 0 : has_extra(kind);
-    if (!t.param || (first && !t.exp_avg) || (second && !t.exp_avg_sq) || (extra && !t.extra))
+    if (!t.param || (first && !t.exp_avg) || (second && !t.exp_avg_sq) || (extra && !t.extra) ||
+        !has_all_parts(t))
       return Status::kNullPointer;
   }
   return Status::kOk;
@@ -315,6 +349,8 @@ const char* describe(Status status) {
       return "unknown dtype";
     case Status::kBadRule:
       return "unknown rule";
+    case Status::kBadPacking:
+      return "unknown storage of moments or weights, or none that this dtype has";
     case Status::kStatelessRow:
       return "under and well columns differ in a group that keeps no optimization state "
              "(modulated=False)";

@@ -75,6 +75,15 @@ AIM_INLINE V square_root(V x) {
 #endif
 #endif
 
+#ifdef AIM_VECTOR_BYTES
+using IntVector = Lanes<float>::Count;
+AIM_INLINE IntVector as_int(FloatVector x) { return (IntVector)x; }
+AIM_INLINE FloatVector as_float(IntVector x) { return (FloatVector)x; }
+#else
+using FloatVector = float;
+using IntVector = uint32_t;
+#endif
+
 // Adds one to the counters of the lanes that are set (a set lane of a vector mask is -1).
 template <class Count, class Mask>
 AIM_INLINE void add_mask(Count& count, Mask mask) {

@@ -113,8 +113,9 @@ __device__ __forceinline__ void step_vector(const Uniforms<T>& u, const Tensor& 
 #pragma unroll
   for (int k = 0; k < kCount; ++k) {
     Between<T> between;
-    const bool under = accumulate<kKind, false, kNoise, true>(u, x.theta[k], x.grad[k], x.m[k],
-                                                              x.v[k], w[k], noise[k], between);
+    accumulate<kKind, false, kNoise>(u, x.theta[k], x.grad[k], x.m[k], x.v[k], w[k], noise[k],
+                                     between);
+    const bool under = classify<kKind, true>(u, x.m[k], x.v[k], between);
     if constexpr (is_adam(kKind)) between.numerator = x.m[k];
     const T delta = apply<kKind>(u, between, w[k], x.theta[k]);
     live[k] = between.live;

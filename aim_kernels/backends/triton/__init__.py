@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from aim_kernels.launch import Share
     from aim_kernels.plan import StepPlan
 
-ON_DEVICE, DEVICE, DESCRIPTION = True, "cuda, xpu", "Triton kernels"
+ON_DEVICE, ZEROES, DEVICE, DESCRIPTION = True, True, "cuda, xpu", "Triton kernels"
 
 #: Elements of a program's chunk: many times what a program computes before its first element, and few enough that
 #: programs fill every multiprocessor several times. Reasoned, not yet measured.

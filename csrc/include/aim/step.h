@@ -19,6 +19,7 @@ enum class Status : int32_t {
   kBadGroup,       // a tensor names a group that does not exist
   kBadDType,       // not a DType
   kBadRule,        // not a Rule
+  kBadPacking,     // not a Moments or Weights, or not one for this DType
   kStatelessRow,   // under and well columns differ in a group that keeps no optimization state
   kUnknownIsa,     // no instruction set has this name
   kUnsupportedIsa  // this build or this processor lacks it
@@ -34,21 +35,40 @@ enum Class : int { kUnder = 0, kWell = 1 };
 // Variants of a rule.
 enum Flag : int32_t { kAmsgrad = 1, kCentered = 2 };
 
-// One parameter. Moments, master and anchor are float32 (float64 for float64 parameters).
+// How moments are stored: in the arithmetic type, as bfloat16, or in 8 bits with one exponent for
+// every kPackedBlock elements.
+enum class Moments : int32_t { kWide, kBFloat16, kInt8 };
+
+// What a 16-bit parameter without a master keeps of its true weights: what the nearest number of
+// its type holds; the same, rounded to either neighbour at random; the float32 weights, as the
+// parameter and the 16 bits that it lacks; the parameter and what rounding took, in its own type.
+enum class Weights : int32_t { kNearest, kStochastic, kSplit, kKahan };
+
+// One parameter. Master, anchor and average are float32 (float64 for float64 parameters).
 struct Tensor {
-  void* param;         // live weights; the true weights where there is no master
-  const void* grad;    // in the parameter's dtype and memory order; null: not stepped
-  void* exp_avg;       // first moment, or SGD's momentum buffer
-  void* exp_avg_sq;    // second moment, or Adagrad's sum
-  void* extra;         // a third moment: AMSGrad's maximum, RMSprop's momentum buffer
-  void* master;        // true weights, where live weights exist
-  const void* anchor;  // null: zero
-  float* step;         // steps taken, incremented
+  void* param;                // live weights; the true weights where there is no master
+  void* grad;                 // in the parameter's dtype and memory order; null: not stepped
+  void* exp_avg;              // first moment, or SGD's momentum buffer
+  void* exp_avg_sq;           // second moment, or Adagrad's sum
+  void* extra;                // a third moment: AMSGrad's maximum, RMSprop's momentum buffer
+  void* master;               // true weights, where live weights exist
+  const void* anchor;         // null: zero
+  float* step;                // steps taken, incremented
+  uint8_t* exp_avg_scale;     // Moments::kInt8: a block's exponent, as float32 has it
+  uint8_t* exp_avg_sq_scale;  // the same of the second moment
+  uint8_t* extra_scale;       // and of the third
+  void* rest;                 // 16 bits an element: of Weights::kSplit and kKahan
+  void* ema;                  // moving average of the true weights; null: none
   int64_t numel;
-  int64_t first;  // global index of the first element
+  int64_t first;   // global index of the first element
+  int64_t offset;  // its index in the whole parameter, of which other processes may have parts
   int32_t group;
   int32_t dtype;
-  int32_t uncounted;  // not 0: another process adds it to the statistics
+  int32_t uncounted;   // not 0: another process adds it to the statistics
+  int32_t moments;     // a Moments
+  int32_t weights;     // a Weights
+  int32_t stochastic;  // not 0: stored moments are rounded to either neighbour at random
+  int32_t zero_grad;   // not 0: the gradient is left as zeros
   int32_t unused;
 };
 
@@ -59,6 +79,7 @@ struct Group {
   double target;    // q of the threshold controller
   double rate;      // its step size; 0 holds the threshold
   double lr_decay;  // Adagrad's
+  double ema_decay;
   // Devices: one number in the device's memory that is read instead of `lr`; null: `lr`.
   const void* lr_tensor;
   int32_t rule;
@@ -90,6 +111,9 @@ struct Control {
 
 // Elements of one unit of work; chunks start at multiples of it from the start of a tensor.
 inline constexpr int64_t kChunk = 16384;
+
+// Elements that share an exponent where moments have 8 bits, counted from the start of a tensor.
+inline constexpr int64_t kPackedBlock = 128;
 
 // Runs `body(data)` on up to `threads` threads, the caller's included, and returns when all have
 // finished. The signature is that of GOMP_parallel, so a caller may lend the OpenMP pool that its

@@ -1,0 +1,98 @@
+// The random bits that round moments and weights (common/philox.h), a block of 128 at a time: every
+// lane of a vector is a draw.
+#pragma once
+
+#include "common/shared.h"
+#include "cpu/vector.h"
+
+namespace aim {
+namespace AIM_ISA {
+
+// High and low halves of the products of 32-bit lanes with a number.
+#if defined(AIM_VECTOR_BYTES) && AIM_VECTOR_BYTES == 64 && defined(__AVX512F__)
+AIM_INLINE void multiply_lanes(IntVector x, uint32_t by, IntVector* high, IntVector* low) {
+  const __m512i a = (__m512i)x, b = _mm512_set1_epi32(static_cast<int>(by));
+  const __m512i even = _mm512_mul_epu32(a, b), odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), b);
+  *high = (IntVector)_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
+  *low = (IntVector)_mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
+}
+#elif defined(AIM_VECTOR_BYTES) && AIM_VECTOR_BYTES == 32 && defined(__AVX2__)
+AIM_INLINE void multiply_lanes(IntVector x, uint32_t by, IntVector* high, IntVector* low) {
+  const __m256i a = (__m256i)x, b = _mm256_set1_epi32(static_cast<int>(by));
+  const __m256i even = _mm256_mul_epu32(a, b), odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), b);
+  *high = (IntVector)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
+  *low = (IntVector)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+}
+#elif defined(AIM_VECTOR_BYTES)
+AIM_INLINE void multiply_lanes(IntVector x, uint32_t by, IntVector* high, IntVector* low) {
+  for (unsigned lane = 0; lane < sizeof x / sizeof x[0]; ++lane) {
+    const uint64_t product = uint64_t{static_cast<uint32_t>(x[lane])} * by;
+    (*high)[lane] = static_cast<int32_t>(product >> 32);
+    (*low)[lane] = static_cast<int32_t>(product);
+  }
+}
+#else
+AIM_INLINE void multiply_lanes(uint32_t x, uint32_t by, uint32_t* high, uint32_t* low) {
+  const uint64_t product = uint64_t{x} * by;
+  *high = static_cast<uint32_t>(product >> 32);
+  *low = static_cast<uint32_t>(product);
+}
+#endif
+
+// philox4x32<kRoundingRounds>() of the counters `c`, lane by lane.
+AIM_INLINE void rounding_lanes(uint64_t seed, IntVector (&c)[4]) {
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < kRoundingRounds; ++round) {
+    IntVector high0, low0, high1, low1;
+    multiply_lanes(c[0], 0xD2511F53, &high0, &low0);
+    multiply_lanes(c[2], 0xCD9E8D57, &high1, &low1);
+    c[0] = high1 ^ c[1] ^ splat<IntVector>(static_cast<int32_t>(k0));
+    c[1] = low1;
+    c[2] = high0 ^ c[3] ^ splat<IntVector>(static_cast<int32_t>(k1));
+    c[3] = low0;
+    k0 += 0x9E3779B9;
+    k1 += 0xBB67AE85;
+  }
+}
+
+// The bits of 128 elements from `index` on (an index in the whole parameter).
+struct RoundingBits {
+  static constexpr int kCount = 128;
+  uint32_t of[kCount];
+
+  __attribute__((noinline)) void draw(const Shared& shared, Stream stream, int64_t base,
+                                      int64_t index) {
+    if (index % kCount != 0) {
+      for (int i = 0; i < kCount; ++i) {
+        of[i] = rounding_bits(shared.seed, shared.counter, stream, base, index + i);
+      }
+      return;
+    }
+    constexpr int kWidth = Lanes<float>::kCount;
+    const Philox4 first =
+        rounding_counter(static_cast<uint32_t>(index / kCount) * 16, base, shared.counter, stream);
+    for (int lane = 0; lane < 16; lane += kWidth) {
+      IntVector c[4];
+      for (int word = 0; word < 4; ++word) {
+        c[word] = splat<IntVector>(static_cast<int32_t>(first.x[word]));
+      }
+      c[0] += lane_numbers() + lane;
+      rounding_lanes(shared.seed, c);
+      for (int row = 0; row < 8; ++row) {
+        store(of + row * 16 + lane, (c[row % 4] >> (row / 4 * 16)) & 0xFFFF);
+      }
+    }
+  }
+
+ private:
+  static AIM_INLINE IntVector lane_numbers() {
+    IntVector numbers{};
+#ifdef AIM_VECTOR_BYTES
+    for (int lane = 0; lane < Lanes<float>::kCount; ++lane) numbers[lane] = lane;
+#endif
+    return numbers;
+  }
+};
+
+}  // namespace AIM_ISA
+}  // namespace aim
