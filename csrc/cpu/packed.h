@@ -133,9 +133,9 @@ struct PackedStep {
   AIM_INLINE bool keeps_w() const { return has_extra(kKind) && (!may_lack(kKind) || tensor.extra); }
 };
 
-// Steps 1 to 3 for elements [first, last) of a block, a multiple of 16.
+// Steps 1 to 3 for elements [from, to) of a block, a multiple of 16.
 template <Kind kKind, bool kNoise, bool kLive, class W, class M>
-AIM_INLINE void accumulate_block(const PackedStep<kKind>& s, int first, int last, W& weights,
+AIM_INLINE void accumulate_block(const PackedStep<kKind>& s, int from, int to, W& weights,
                                  M& moments, PackedBlock& b, Sums<float>& sums) {
   using V = FloatVector;
   constexpr int kParts = kLanes / kStep;
@@ -143,26 +143,26 @@ AIM_INLINE void accumulate_block(const PackedStep<kKind>& s, int first, int last
   V grad[kParts], grad_sq[kParts];
   __builtin_memcpy(grad, sums.grad, sizeof grad);
   __builtin_memcpy(grad_sq, sums.grad_sq, sizeof grad_sq);
-  for (int i = first; i < last; i += kLanes) {
+  for (int i = from; i < to; i += kLanes) {
 #pragma GCC unroll 2
     for (int part = 0; part < kParts; ++part) {
-      const int at = i + part * kStep;
-      V g = weights.read_grad(at), m{}, v{}, w{}, theta{};
-      if (u.coupled) theta = weights.template read_theta<kLive>(at);
-      if (s.keeps_m()) m = moments.read(kFirstMoment, at);
-      if (s.keeps_v()) v = moments.read(kSecondMoment, at);
-      if (s.keeps_w()) w = moments.read(kExtraMoment, at);
-      const V noise = kNoise ? load<V>(b.noise + at) : V{};
+      const int lane = i + part * kStep;
+      V g = weights.read_grad(lane), m{}, v{}, w{}, theta{};
+      if (u.coupled) theta = weights.template read_theta<kLive>(lane);
+      if (s.keeps_m()) m = moments.read(kFirstMoment, lane);
+      if (s.keeps_v()) v = moments.read(kSecondMoment, lane);
+      if (s.keeps_w()) w = moments.read(kExtraMoment, lane);
+      const V noise = kNoise ? load<V>(b.noise + lane) : V{};
       Between<V> out;
       accumulate<kKind, false, kNoise>(u, theta, g, m, v, w, noise, out);
       if (s.keeps_m()) moments.gather(kFirstMoment, m);
       if (s.keeps_v()) moments.gather(kSecondMoment, v);
       if constexpr (kKind == Kind::kAmsgrad) moments.gather(kExtraMoment, w);
-      if constexpr (has_first(kKind)) store(b.m + at, m);
-      if constexpr (has_second(kKind)) store(b.v + at, v);
-      if constexpr (has_extra(kKind)) store(b.w + at, w);
-      if constexpr (!is_adam(kKind)) store(b.numerator + at, out.numerator);
-      if constexpr (has_root(kKind)) store(b.denominator + at, out.denominator);
+      if constexpr (has_first(kKind)) store(b.m + lane, m);
+      if constexpr (has_second(kKind)) store(b.v + lane, v);
+      if constexpr (has_extra(kKind)) store(b.w + lane, w);
+      if constexpr (!is_adam(kKind)) store(b.numerator + lane, out.numerator);
+      if constexpr (has_root(kKind)) store(b.denominator + lane, out.denominator);
       grad[part] += g;
       grad_sq[part] += g * g;
     }
@@ -173,7 +173,7 @@ AIM_INLINE void accumulate_block(const PackedStep<kKind>& s, int first, int last
 
 // Stores the moments; steps 4 to 6 by the class of what was stored.
 template <Kind kKind, bool kLive, class W, class M>
-AIM_INLINE void apply_block(const PackedStep<kKind>& s, int first, int last, W& weights, M& moments,
+AIM_INLINE void apply_block(const PackedStep<kKind>& s, int from, int to, W& weights, M& moments,
                             PackedBlock& b, const uint32_t* bits, const float* anchor, float* ema,
                             Sums<float>& sums) {
   using V = FloatVector;
@@ -184,32 +184,32 @@ AIM_INLINE void apply_block(const PackedStep<kKind>& s, int first, int last, W& 
   __builtin_memcpy(update_sq, sums.update_sq, sizeof update_sq);
   __builtin_memcpy(param_sq, sums.param_sq, sizeof param_sq);
   __builtin_memcpy(under, sums.under, sizeof under);
-  for (int i = first; i < last; i += kLanes) {
+  for (int i = from; i < to; i += kLanes) {
 #pragma GCC unroll 2
     for (int part = 0; part < kParts; ++part) {
-      const int at = i + part * kStep;
+      const int lane = i + part * kStep;
       Between<V> in;
       V m{}, v{}, w{};
-      if constexpr (has_first(kKind)) m = load<V>(b.m + at);
-      if constexpr (has_second(kKind)) v = load<V>(b.v + at);
-      if constexpr (has_extra(kKind)) w = load<V>(b.w + at);
+      if constexpr (has_first(kKind)) m = load<V>(b.m + lane);
+      if constexpr (has_second(kKind)) v = load<V>(b.v + lane);
+      if constexpr (has_extra(kKind)) w = load<V>(b.w + lane);
       if constexpr (is_adam(kKind)) in.numerator = m;
-      if constexpr (!is_adam(kKind)) in.numerator = load<V>(b.numerator + at);
-      if constexpr (has_root(kKind)) in.denominator = load<V>(b.denominator + at);
-      const IntVector drawn = moments.random() ? load<IntVector>(bits + at) : IntVector{};
-      if (s.keeps_m()) m = moments.keep(kFirstMoment, at, m, drawn);
-      if (s.keeps_v()) v = moments.keep(kSecondMoment, at, v, drawn);
-      if constexpr (kKind == Kind::kAmsgrad) moments.keep(kExtraMoment, at, w, drawn);
+      if constexpr (!is_adam(kKind)) in.numerator = load<V>(b.numerator + lane);
+      if constexpr (has_root(kKind)) in.denominator = load<V>(b.denominator + lane);
+      const IntVector drawn = moments.random() ? load<IntVector>(bits + lane) : IntVector{};
+      if (s.keeps_m()) m = moments.keep(kFirstMoment, lane, m, drawn);
+      if (s.keeps_v()) v = moments.keep(kSecondMoment, lane, v, drawn);
+      if constexpr (kKind == Kind::kAmsgrad) moments.keep(kExtraMoment, lane, w, drawn);
       add_mask(under[part], classify<kKind, kLive>(u, m, v, in));
-      V theta = weights.template read_theta<kLive>(at);
+      V theta = weights.template read_theta<kLive>(lane);
       const V delta = apply<kKind>(u, in, w, theta);
-      if constexpr (kKind == Kind::kRms) store(b.w + at, w);
-      weights.template keep_theta<kLive>(at, theta);
+      if constexpr (kKind == Kind::kRms) store(b.w + lane, w);
+      weights.template keep_theta<kLive>(lane, theta);
       if constexpr (kLive) {
-        const V to = anchor ? load<V>(anchor + at) : V{};
-        weights.write_live(at, live_weight(theta, to, in.live));
+        const V to = anchor ? load<V>(anchor + lane) : V{};
+        weights.write_live(lane, live_weight(theta, to, in.live));
       }
-      if (ema) store(ema + at, load<V>(ema + at) * u.ema_keep + theta * u.ema_add);
+      if (ema) store(ema + lane, load<V>(ema + lane) * u.ema_keep + theta * u.ema_add);
       update_sq[part] += delta * delta;
       param_sq[part] += theta * theta;
     }
@@ -219,10 +219,10 @@ AIM_INLINE void apply_block(const PackedStep<kKind>& s, int first, int last, W& 
   __builtin_memcpy(sums.under, under, sizeof under);
 }
 
-// The block of 128 elements from `at` on, of which `count` are there: sums go to `sums`, of the
+// The block of 128 elements from `at` on, of which `filled` are there: sums go to `sums`, of the
 // last 16, if some of them are not there, to `ends`. The others are computed and stored.
 template <Kind kKind, bool kNoise, bool kLive, class W, class M>
-AIM_INLINE void step_block(const PackedStep<kKind>& s, M moments, int64_t at, int count,
+AIM_INLINE void step_block(const PackedStep<kKind>& s, M moments, int64_t at, int filled,
                            PackedBlock& b, RoundingBits& bits, Sums<float>& sums,
                            Sums<float>& ends) {
   const Tensor& tensor = s.tensor;
@@ -230,13 +230,17 @@ AIM_INLINE void step_block(const PackedStep<kKind>& s, M moments, int64_t at, in
   if (s.keeps_m()) moments.enter(kFirstMoment, at);
   if (s.keeps_v()) moments.enter(kSecondMoment, at);
   if (s.keeps_w()) moments.enter(kExtraMoment, at);
-  if (kNoise) draw_noise(s.shared, tensor.first + at, kPackedBlock, b.noise);
+  if (kNoise) {
+    draw_noise(s.shared, tensor.first + at, filled, b.noise);
+    // What is behind the last element stays zero, or it might be the greatest.
+    for (int i = filled; i < kPackedBlock; ++i) b.noise[i] = 0;
+  }
   const uint32_t* drawn = nullptr;
   if (moments.random()) {
     drawn =
         bits.of_block(s.shared, kMomentStream, tensor.first - tensor.offset, tensor.offset + at);
   }
-  const int body = count / kLanes * kLanes, end = body < count ? body + kLanes : body;
+  const int body = filled / kLanes * kLanes, end = body < filled ? body + kLanes : body;
   accumulate_block<kKind, kNoise, kLive>(s, 0, body, weights, moments, b, sums);
   if (end > body) {
     accumulate_block<kKind, kNoise, kLive>(s, body, end, weights, moments, b, ends);
@@ -255,7 +259,7 @@ AIM_INLINE void step_block(const PackedStep<kKind>& s, M moments, int64_t at, in
   if (s.keeps_v()) moments.leave(kSecondMoment);
   if (kKind == Kind::kAmsgrad) moments.leave(kExtraMoment);
   if (kKind == Kind::kRms && s.keeps_w()) {
-    for (int i = count; i < end; ++i) b.w[i] = 0;  // 0 / 0, where eps is
+    for (int i = filled; i < end; ++i) b.w[i] = 0;  // 0 / 0, where eps is
     for (int i = 0; i < end; i += kStep) moments.gather(kExtraMoment, load<FloatVector>(b.w + i));
     moments.close(kExtraMoment, at);
     for (int i = 0; i < end; i += kStep) {
@@ -341,16 +345,16 @@ void update_packed(const Tensor& tensor, const Shared& shared, int64_t begin, in
     for (; at + kPackedBlock <= tile_end; at += kPackedBlock) {
       step_block<kKind, kNoise, kLive, W>(whole, moments, at, kPackedBlock, b, bits, sums, ends);
     }
-    const int count = static_cast<int>(tile_end - at);
-    if (count) {
-      PaddedBlock last(tensor, at, count);
+    const int filled = static_cast<int>(tile_end - at);
+    if (filled) {
+      PaddedBlock last(tensor, at, filled);
       const PackedStep<kKind> rest(last.padded, shared);
-      step_block<kKind, kNoise, kLive, W>(rest, M(last.padded), 0, count, b, bits, sums, ends);
+      step_block<kKind, kNoise, kLive, W>(rest, M(last.padded), 0, filled, b, bits, sums, ends);
       last.put_back();
     }
     Partial measured{};
     add(sums, kLanes, measured);
-    add(ends, count % kLanes, measured);
+    add(ends, filled % kLanes, measured);
     if (out_of_range(measured)) {
       measured.grad_sq = 0;
       float grads[kConvertedTile];
