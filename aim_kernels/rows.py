@@ -151,6 +151,11 @@ WORK_RECORD = np.dtype(
     align=True,
 )
 
+#: One run of memory that the memory floor goes over (``aim::StreamRun``).
+STREAM_RECORD = np.dtype(
+    [("address", np.uint64), ("size", np.int64), ("reads", np.int32), ("writes", np.int32)], align=True
+)
+
 
 def neutral_row(tau: float = 0.0) -> list[float]:
     """A row that leaves the base rule as it is, with threshold ``tau``."""

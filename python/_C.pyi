@@ -60,6 +60,9 @@ class Watch:
     ) -> None: ...
     def read(self, addresses: NDArray[np.uint64], odd: NDArray[np.bool_], grads: list[Any]) -> bool: ...
 
+def stream_runs(
+    runs: NDArray[np.void], numel: int, chunk: int, add: int, threads: int, team: object = None
+) -> None: ...
 def stream(
     tensors: NDArray[np.void],
     live: bool,

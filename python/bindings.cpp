@@ -291,6 +291,19 @@ class Watch {
   std::vector<bool> flat_;
 };
 
+void stream_runs(py::array runs, int64_t numel, int64_t chunk, int32_t add, int threads,
+                 const py::object& team) {
+  const aim::Execution how = execution(threads, team);
+  const auto* table = records<aim::StreamRun>(runs, "runs");
+  const int64_t count = runs.size();
+  aim::Status status;
+  {
+    py::gil_scoped_release release;
+    status = aim::stream_runs(table, count, numel, chunk, add, how);
+  }
+  raise(status, how.isa);
+}
+
 void stream(py::array tensors, bool live, bool nontemporal, int64_t chunk, float factor,
             int threads, const py::object& team) {
   const aim::Execution how = execution(threads, team);
@@ -439,6 +452,9 @@ PYBIND11_MODULE(_C, module) {
       .def("read", &Watch::read, py::arg("addresses"), py::arg("odd"), py::arg("grads"),
            "Takes the gradients; False where something changed that the plan must be built anew "
            "for.");
+  module.def("stream_runs", &stream_runs, py::arg("runs"), py::arg("numel"), py::arg("chunk"),
+             py::arg("add"), py::arg("threads"), py::arg("team") = py::none(),
+             "The memory floor of any arrays of `numel` elements.");
   module.def("stream", &stream, py::arg("tensors"), py::arg("live"), py::arg("nontemporal"),
              py::arg("chunk"), py::arg("factor"), py::arg("threads"), py::arg("team") = py::none(),
              "Moves the bytes of a step and computes next to nothing: the memory floor.");

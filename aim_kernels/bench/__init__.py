@@ -67,6 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return gpu.main(argv)
     arguments = parser().parse_args(argv)
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
+    if arguments.bytes:
+        from aim_kernels.bench import packed
+
+        return packed.main(arguments)
     candidates = [CANDIDATES[name] for name in arguments.candidates]
     try:
         verify(candidates)
@@ -109,6 +113,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=", ".join(f"{c.name} ({c.title})" for c in CANDIDATES.values()),
     )
+    p.add_argument("--bytes", action="store_true", help="time the configurations that keep fewer bytes instead")
+    p.add_argument("--numel", type=int, default=32, help="of --bytes: millions (2^20) of elements (default: 32)")
     p.add_argument("--rounds", type=int, help="samples of every candidate (default: by set)")
     p.add_argument("--threads", type=int, help="default: torch.get_num_threads()")
     p.add_argument("--gap", type=float, default=0.0, help="idle milliseconds before every sample (default: 0)")

@@ -27,6 +27,10 @@ struct KernelTable {
   // Moves the bytes of a step over [begin, end) (aim/stream.h).
   void (*stream)(const StreamArrays& arrays, bool live, bool nontemporal, float factor,
                  int64_t begin, int64_t end);
+  // Moves the bytes [begin, end) of a run of memory (aim/stream.h). Returns something of what it
+  // read.
+  int32_t (*stream_run)(char* run, bool reads, bool writes, int32_t add, int64_t begin,
+                        int64_t end);
   // The sum of squares of the gradients [begin, end) of `tensor`.
   double (*squares)(const Tensor& tensor, int64_t begin, int64_t end);
 };

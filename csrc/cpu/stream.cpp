@@ -57,4 +57,40 @@ Status stream(const Tensor* tensors, int64_t tensor_count, const StreamPlan& pla
   return Status::kOk;
 }
 
+Status stream_runs(const StreamRun* runs, int64_t run_count, int64_t numel, int64_t chunk,
+                   int32_t add, const Execution& execution) {
+  if (run_count < 0 || numel < 0 || chunk < 0) return Status::kBadSize;
+  if (run_count && !runs) return Status::kNullPointer;
+  for (int64_t i = 0; i < run_count; ++i) {
+    const int64_t size = runs[i].size;
+    if (size != 1 && size != 2 && size != 4 && size != 8) return Status::kBadSize;
+    if (!runs[i].address) return Status::kNullPointer;
+  }
+  const char* isa;
+  const Status status = choose_isa(execution.isa, &isa);
+  if (status != Status::kOk) return status;
+  const auto run = kernels_of(isa).stream_run;
+  const int64_t threads = std::max(execution.threads, 1), share = (numel + threads - 1) / threads;
+  // Side by side: a block of every run after the other, short enough to stay in the first-level
+  // cache.
+  constexpr int64_t kBlock = 512;
+  if (numel == 0) return Status::kOk;
+  const int64_t wanted = chunk ? std::min(chunk, numel) : share;
+  const int64_t length = (wanted - 1) / kBlock * kBlock + kBlock;
+  for_each_task(execution, (numel + length - 1) / length, [&](int64_t task) {
+    const int64_t last = std::min((task + 1) * length, numel);
+    int32_t seen = 0;
+    for (int64_t begin = task * length; begin < last; begin += kBlock) {
+      const int64_t end = std::min(begin + kBlock, last);
+      for (int64_t i = 0; i < run_count; ++i) {
+        const StreamRun& r = runs[i];
+        seen ^= run(static_cast<char*>(r.address), r.reads != 0, r.writes != 0, add, begin * r.size,
+                    end * r.size);
+      }
+    }
+    asm volatile("" ::"r"(seen));  // or nothing would have to be read
+  });
+  return Status::kOk;
+}
+
 }  // namespace aim

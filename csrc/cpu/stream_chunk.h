@@ -85,5 +85,21 @@ inline void stream_any(const StreamArrays& a, bool live, bool nontemporal, float
 #endif
 }
 
+inline int32_t stream_run(char* run, bool reads, bool writes, int32_t add, int64_t begin,
+                          int64_t end) {
+  IntVector seen{};
+  const auto added = splat<IntVector>(add);
+  constexpr int64_t kSize = sizeof(IntVector);
+  int64_t i = begin;
+  if (!writes) {
+    for (; i + kSize <= end; i += kSize) seen ^= load<IntVector>(run + i);
+  } else if (reads) {
+    for (; i + kSize <= end; i += kSize) store(run + i, load<IntVector>(run + i) + added);
+  } else {
+    for (; i + kSize <= end; i += kSize) store(run + i, added);
+  }
+  return first_lane(seen);
+}
+
 }  // namespace AIM_ISA
 }  // namespace aim

@@ -22,4 +22,18 @@ struct StreamPlan {
 Status stream(const Tensor* tensors, int64_t tensor_count, const StreamPlan& plan, float factor,
               const Execution& execution);
 
+// The same of any arrays, for steps that keep fewer bytes: one run of memory of each, all of as
+// many elements.
+struct StreamRun {
+  void* address;
+  int64_t size;  // bytes of an element: 1, 2, 4 or 8
+  int32_t reads, writes;
+};
+
+// Goes over all runs side by side, `chunk` elements a thread at a time (0: one share a thread):
+// reads what is read, adds `add`, byte by byte of an unknown 32-bit number, to what is read and
+// written, and fills with it what is only written.
+Status stream_runs(const StreamRun* runs, int64_t run_count, int64_t numel, int64_t chunk,
+                   int32_t add, const Execution& execution);
+
 }  // namespace aim
