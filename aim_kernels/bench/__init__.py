@@ -67,6 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return gpu.main(argv)
     arguments = parser().parse_args(argv)
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
+    if arguments.memory:
+        from aim_kernels.bench import memory
+
+        return memory.main(arguments)
     if arguments.bytes:
         from aim_kernels.bench import packed
 
@@ -114,6 +118,7 @@ def parser() -> argparse.ArgumentParser:
         help=", ".join(f"{c.name} ({c.title})" for c in CANDIDATES.values()),
     )
     p.add_argument("--bytes", action="store_true", help="time the configurations that keep fewer bytes instead")
+    p.add_argument("--memory", action="store_true", help="measure what optimizers keep, and peak at, instead")
     p.add_argument("--numel", type=int, default=32, help="of --bytes: millions (2^20) of elements (default: 32)")
     p.add_argument("--rounds", type=int, help="samples of every candidate (default: by set)")
     p.add_argument("--threads", type=int, help="default: torch.get_num_threads()")
