@@ -11,7 +11,7 @@ import json
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -86,7 +86,7 @@ PUBLISHED = {
 }
 
 
-def work(name: str) -> dict[str, float]:
+def work(name: str, shapes: Sequence[tuple[int, ...]] | None = None) -> dict[str, float]:
     """In a process of its own: bytes of weights, gradients and states, and the peak."""
     dtype, make = OPTIMIZERS[name]
     torch.set_num_threads(2)
@@ -94,7 +94,7 @@ def work(name: str) -> dict[str, float]:
     warm[0].grad = torch.zeros_like(warm[0])
     make(warm).step()  # what the first step of a process loads
     before = _resident()
-    params = [torch.zeros(shape, dtype=dtype).fill_(0.01).requires_grad_() for shape in vit_b16()]
+    params = [torch.zeros(shape, dtype=dtype).fill_(0.01).requires_grad_() for shape in shapes or vit_b16()]
     for p in params:
         p.grad = torch.full_like(p, 1e-3)
     optimizer = make(params)
