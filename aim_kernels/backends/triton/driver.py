@@ -1,16 +1,17 @@
-"""A share (``launch.Share``) as launches of the kernels: one for each storage type among its parameters, two where
-there are rules of the family "other" beside Adam and SGD."""
+"""A share (``launch.Share``) as launches of the kernels: one for each kind of tensor among its parameters, by storage
+type, by rule (of the family "other", or Adam and SGD), and by what is kept in fewer bytes."""
 
 from __future__ import annotations
 
-import itertools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 import triton.language as tl
+from numpy.typing import NDArray
 
 from aim_kernels.backends.triton.kernels import emit_kernel, finish_kernel, update_kernel
-from aim_kernels.rows import DTYPES, FAMILIES
+from aim_kernels.rows import DTYPES, FLAGS, MOMENTS, RULES
 
 if TYPE_CHECKING:
     from aim_kernels.launch import Share
@@ -54,12 +55,51 @@ def specialization(dtype: int, chunk: int) -> dict[str, Any]:
     return {"NUMBER": dtype, "STORAGE": storage, "ARITHMETIC": arithmetic, "CHUNK": chunk, "BLOCK": block}
 
 
+class Variant(NamedTuple):
+    """Tensors that one kernel steps.
+
+    Attributes:
+        dtype: of storage, as numbered in ``rows.DTYPES``.
+        other: whether the rule is of the family "other".
+        packed: whether something is kept in fewer bytes, or asked for beside the update.
+        moments: how they are stored, as numbered in ``rows.MOMENTS``.
+    """
+
+    dtype: int
+    other: bool
+    packed: bool
+    moments: int
+
+
+#: How many there are of each.
+_COUNTS = (len(DTYPES), 2, 2, len(MOMENTS))
+
+
+def variants_of(tensors: NDArray[np.void], groups: NDArray[np.void]) -> list[Variant]:
+    """What there is among some tensor records."""
+    rule, flags = groups["rule"], groups["flags"]
+    sgd = rule == RULES.index("sgd")
+    other = (rule > RULES.index("sgd")) | (~sgd & ((flags & FLAGS["amsgrad"]) != 0))
+    packed = tensors["moments"] | tensors["weights"] | tensors["zero_grad"] | (tensors["ema"] != 0)
+    kinds = (tensors["dtype"], other[tensors["group"]].astype(np.int64), (packed != 0).astype(np.int64))
+    found = np.unique(np.ravel_multi_index((*kinds, tensors["moments"]), _COUNTS))
+    columns = zip(*(column.tolist() for column in np.unravel_index(found, _COUNTS)), strict=True)
+    return [Variant(dtype, bool(other), bool(packed), moments) for dtype, other, packed, moments in columns]
+
+
+def _variants(share: Share) -> list[Variant]:
+    """Those of a share, which it holds until something moves."""
+    if share.call is None:
+        share.call = variants_of(share.plan.records[share.indices], share.plan.groups)
+    variants: list[Variant] = share.call
+    return variants
+
+
 def update(share: Share) -> None:
     """Steps every tensor that has a gradient, emits those that have only a master, and fills ``share.partials``."""
     cuda = share.device.type == "cuda" and torch.version.hip is None
-    others = sorted({FAMILIES[family] == "other" for family in share.families}) or [False]
     # Without parameters, the phase is drawn all the same.
-    for dtype, other in itertools.product(share.dtypes or (0,), others):
+    for dtype, other, packed, moments in _variants(share) or [Variant(0, False, False, 0)]:
         constants = specialization(dtype, share.chunk_size)
         registers = (OTHER_REGISTERS if other else REGISTERS)[DTYPES[dtype]] if cuda else None
         # One program where all tensors are empty: the phase is drawn all the same.
@@ -76,6 +116,8 @@ def update(share: Share) -> None:
             share.found_inf,
             len(share.chunks),
             OTHER=other,
+            PACKED=packed,
+            MOMENTS=moments,
             **constants,
             **options(constants["BLOCK"], registers),
         )
@@ -103,13 +145,15 @@ def finish(share: Share) -> None:
 
 def emit(share: Share) -> None:
     """Writes the live weights of all tensors that have a master."""
-    for dtype in share.dtypes if len(share.chunks) else ():
+    kinds = {(variant.dtype, variant.moments) for variant in _variants(share)}
+    for dtype, moments in sorted(kinds) if len(share.chunks) else ():
         constants = specialization(dtype, share.chunk_size)
         emit_kernel[(len(share.chunks),)](
             share.tensors,
             share.groups,
             share.rows,
             share.chunks,
+            MOMENTS=moments,
             **constants,
             **options(constants["BLOCK"]),
         )
