@@ -119,13 +119,14 @@ def emit_chunk(
     square_scale = _scales(tensor + EXP_AVG_SQ_SCALE, start)
     anchors = _pointer(tl.load(tensor + ANCHOR), ARITHMETIC, False) + start
     param = _pointer(tl.load(tensor + PARAM), STORAGE, False) + start
+    VECTOR: tl.constexpr = 128 // STORAGE.primitive_bitwidth
     lane = tl.arange(0, BLOCK)
     begin = size - size
     while begin < size:
         inside = begin + lane < size
         theta = tl.load(master + begin + lane, mask=inside, other=0)
-        m = read_moment(moment, moment_scale, begin, size, first, inside, True, ARITHMETIC)
-        v = read_moment(square, square_scale, begin, size, second, inside, False, ARITHMETIC)
+        m = read_moment(moment, moment_scale, begin, size, first, inside, True, ARITHMETIC, VECTOR)
+        v = read_moment(square, square_scale, begin, size, second, inside, False, ARITHMETIC, VECTOR)
         anchor = tl.load(anchors + begin + lane, mask=inside & anchored, other=0)
         under = (m * m >= v * slope + offset) | (state == 0)
         live = _live_weight(theta, anchor, tl.where(under, live_under, live_well))
@@ -300,8 +301,8 @@ def step_chunk(
         else:
             inside = begin + lane < size
             g0 = tl.load(grads + begin + lane, mask=inside, other=0)
-        m = read_moment(moment, moment_scale, begin, size, first, inside, True, ARITHMETIC)
-        v = read_moment(square, square_scale, begin, size, second, inside, False, ARITHMETIC)
+        m = read_moment(moment, moment_scale, begin, size, first, inside, True, ARITHMETIC, VECTOR)
+        v = read_moment(square, square_scale, begin, size, second, inside, False, ARITHMETIC, VECTOR)
         theta = tl.load(master + begin + lane, mask=inside & live, other=0)
         stored = tl.load(param + begin + lane, mask=inside & (live == 0), other=0)
         if PACKED and STORAGE.primitive_bitwidth == 16:
@@ -331,9 +332,9 @@ def step_chunk(
 
         if OTHER:
             if MOMENTS != INT8 or amsgrad:
-                w = read_moment(extras, extra_scale, begin, size, extra, inside, False, ARITHMETIC)
+                w = read_moment(extras, extra_scale, begin, size, extra, inside, False, ARITHMETIC, VECTOR)
             else:
-                w = read_moment(extras, extra_scale, begin, size, extra, inside, True, ARITHMETIC)
+                w = read_moment(extras, extra_scale, begin, size, extra, inside, True, ARITHMETIC, VECTOR)
             spread = v - m * m
             w = tl.where(amsgrad, tl.where(w > v, w, v), w)
             below = tl.where(amsgrad, w, tl.where(centered, tl.where(spread < 0, 0.0, spread), v))
@@ -381,11 +382,10 @@ def step_chunk(
     squares = tl.sum(grad_sq.to(tl.float64), 0)
     if (squares - squares != 0) | ((squares == 0) & (sum_of_grads != 0)):
         squares = _squares(grads, scale, size, ARITHMETIC, BLOCK)
-    if PACKED:
-        if tl.load(small + ZERO_GRAD) != 0:
-            # Other threads may have loaded what this one clears.
-            tl.debug_barrier()
-            clear_chunk(grads, size, STORAGE, CHUNK, BLOCK, FULL)
+    if PACKED and tl.load(small + ZERO_GRAD) != 0:
+        # Other threads may have loaded what this one clears.
+        tl.debug_barrier()
+        clear_chunk(grads, size, STORAGE, CHUNK, BLOCK, FULL)
     # Where another process counts the tensor, its sums are zero: by a choice, since a zero stored over them might come
     # from another thread, and first.
     counted = tl.load(tensor.to(tl.pointer_type(tl.int32)) + UNCOUNTED) == 0

@@ -125,9 +125,8 @@ def update_kernel(
     """Steps 0 to 6 for one chunk of the tensors whose storage type is NUMBER, whose rule is of the family "other"
     (OTHER) or not, and that keep something in fewer bytes, with moments stored as MOMENTS, or ask for something beside
     the update (PACKED), or neither. ``following`` gets the phase drawn."""
-    if not PACKED:
-        if found_inf is not None and tl.load(found_inf) != 0:
-            return
+    if not PACKED and found_inf is not None and tl.load(found_inf) != 0:
+        return
     program = tl.program_id(0).to(tl.int64)
     next_phase = draw_phase(
         tl.load(control + SEED), tl.load(control + COUNTER).to(tl.uint32), tl.load(control + THRESHOLD)
@@ -151,10 +150,9 @@ def update_kernel(
     partial = partials + program * STATISTICS
     start = tl.load(chunk + CHUNK_INDEX).to(tl.int64) * CHUNK
     size = tl.minimum(tl.load(tensor + NUMEL) - start, CHUNK).to(tl.int32)
-    if PACKED:
-        if found_inf is not None and tl.load(found_inf) != 0:
-            _clear_skipped(tensor, start, size, STORAGE, CHUNK, BLOCK)
-            return
+    if PACKED and found_inf is not None and tl.load(found_inf) != 0:
+        _clear_skipped(tensor, start, size, STORAGE, CHUNK, BLOCK)
+        return
     if tl.load(tensor + GRAD) != 0:
         now = tl.load(control + PHASE) & 1
         line = statistics + number * STATISTICS

@@ -111,32 +111,34 @@ def normals(seed, counter, first, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _rounding_draws(seed, counter, STREAM: tl.constexpr, base, draw):
-    high = (base >> 32).to(tl.uint32) << 8
-    zero = draw ^ draw
-    return philox(seed, draw, zero + base.to(tl.uint32), zero + counter, zero + (high | STREAM), ROUNDING_ROUNDS)
+def _rounding_block(seed, counter, STREAM: tl.constexpr, base, block, BLOCK: tl.constexpr):
+    """``rounding_bits`` from the element 128 * ``block`` on (``block``: uint32). Eight elements share a draw: of 128
+    neighbours, row h * 4 + w of 16 takes half h of word w."""
+    draw = block * 16 + tl.arange(0, BLOCK // 8).to(tl.uint32)
+    zero = tl.zeros((BLOCK // 8,), tl.uint32)
+    stream = ((base >> 32).to(tl.uint32) << 8) | STREAM
+    x0, x1, x2, x3 = philox(seed, draw, zero + base.to(tl.uint32), zero + counter, zero + stream, ROUNDING_ROUNDS)
+    words = tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), (BLOCK // 128, 16, 4))
+    halves = tl.join(words & 0xFFFF, words >> 16)
+    return tl.reshape(tl.permute(halves, (0, 3, 2, 1)), (BLOCK,))
 
 
 @triton.jit
 def rounding_bits(seed, counter, STREAM: tl.constexpr, base, index, BLOCK: tl.constexpr):
     """16 random bits (uint32) for each of the elements ``index .. index + BLOCK - 1`` of a parameter (int64), whose
     first element has the global index ``base``, in step ``counter``."""
-    draw = (index >> 7).to(tl.uint32) * 16
-    if (index & 127) == 0:
-        # Eight elements share a draw. Of 128 neighbours, row h * 4 + w of 16 takes half h of word w.
-        lane = tl.arange(0, BLOCK // 8).to(tl.uint32)
-        x0, x1, x2, x3 = _rounding_draws(seed, counter, STREAM, base, draw + lane)
-        words = tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), (BLOCK // 128, 16, 4))
-        halves = tl.join(words & 0xFFFF, words >> 16)
-        bits = tl.reshape(tl.permute(halves, (0, 3, 2, 1)), (BLOCK,))
-    else:
-        # Parts of a parameter that begin anywhere: a draw for each element.
-        element = (index & 127).to(tl.uint32) + tl.arange(0, BLOCK).to(tl.uint32)
-        x0, x1, x2, x3 = _rounding_draws(seed, counter, STREAM, base, draw + (element >> 7) * 16 + (element & 15))
-        row = (element & 127) >> 4
-        low = tl.where((row & 1) != 0, x1, x0)
-        high = tl.where((row & 1) != 0, x3, x2)
-        bits = (tl.where((row & 2) != 0, high, low) >> ((row >> 2) * 16)) & 0xFFFF
+    block = (index >> 7).to(tl.uint32)
+    bits = _rounding_block(seed, counter, STREAM, base, block, BLOCK)
+    shift = (index & 127).to(tl.int32)
+    if shift != 0:
+        # A part of a parameter that does not begin with such a block.
+        later = _rounding_block(seed, counter, STREAM, base, block + BLOCK // 128, BLOCK)
+        place = tl.arange(0, BLOCK) + shift
+        bits = tl.where(
+            place < BLOCK,
+            tl.gather(bits, tl.minimum(place, BLOCK - 1), 0),
+            tl.gather(later, tl.maximum(place - BLOCK, 0), 0),
+        )
     return bits
 
 

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from aim_kernels.backends.triton.layout import KAHAN, PACKED_BLOCK, SPLIT, STOCHASTIC_WEIGHTS
 
+
 @triton.jit
 def widen(x, ARITHMETIC: tl.constexpr):
     """int16 stands for bfloat16, as its bits."""
@@ -52,7 +53,7 @@ def _narrow_at_random(x, random):
 def _spread(x, BLOCK: tl.constexpr):
     """A number for each 128 elements as one for each element."""
     ROWS: tl.constexpr = BLOCK // PACKED_BLOCK
-    return tl.reshape(tl.broadcast_to(tl.reshape(x, (ROWS, 1)), (ROWS, PACKED_BLOCK)), (BLOCK,))
+    return tl.reshape(tl.broadcast_to(tl.expand_dims(x, 1), (ROWS, PACKED_BLOCK)), (BLOCK,))
 
 
 @triton.jit
@@ -108,22 +109,32 @@ def _code(x, exponent, random, stochastic, SIGNED: tl.constexpr):
 
 
 @triton.jit
-def _rows_below(begin, size, kept, BLOCK: tl.constexpr):
-    """Offsets of a block's exponents, and which of them there are."""
-    row = tl.arange(0, BLOCK // PACKED_BLOCK)
-    return begin // PACKED_BLOCK + row, kept & (begin + row * PACKED_BLOCK < size)
+def _read_exponents(scales, begin, size, kept, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+    """The exponents (int32) of a block's elements. VECTOR neighbours, which lie in one thread, share a load."""
+    LANES: tl.constexpr = BLOCK // VECTOR
+    first = begin + tl.arange(0, LANES) * VECTOR
+    exponent = tl.load(scales + first // PACKED_BLOCK, mask=kept & (first < size), other=0).to(tl.int32)
+    return tl.reshape(tl.broadcast_to(tl.expand_dims(exponent, 1), (LANES, VECTOR)), (BLOCK,))
 
 
 @triton.jit
-def read_moment(values, scales, begin, size, kept, inside, SIGNED: tl.constexpr, ARITHMETIC: tl.constexpr):
+def read_moment(
+    values,
+    scales,
+    begin,
+    size,
+    kept,
+    inside,
+    SIGNED: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
     """The elements [begin, begin + BLOCK) of a moment of ``size`` elements, in the arithmetic type; ``kept`` says
-    whether there is such a moment, ``inside`` which of the elements there are."""
+    whether there is such a moment, ``inside`` which of the elements there are. A thread has VECTOR neighbours."""
     BLOCK: tl.constexpr = inside.shape[0]
     stored = tl.load(values + begin + tl.arange(0, BLOCK), mask=inside & kept, other=0)
     if stored.dtype == tl.uint8:
-        at, there = _rows_below(begin, size, kept, BLOCK)
-        exponent = tl.load(scales + at, mask=there, other=0).to(tl.int32)
-        return _value(stored.to(tl.uint32), _spread(exponent, BLOCK), SIGNED)
+        return _value(stored.to(tl.uint32), _read_exponents(scales, begin, size, kept, BLOCK, VECTOR), SIGNED)
     else:
         return widen(stored, ARITHMETIC)
 
@@ -138,8 +149,9 @@ def keep_moment(x, values, scales, begin, size, kept, inside, random, stochastic
         # What is behind the last element must not be the greatest.
         x = tl.where(inside, x, 0.0)
         exponent = _exponent(x, SIGNED, BLOCK)
-        at, there = _rows_below(begin, size, kept, BLOCK)
-        tl.store(scales + at, exponent.to(tl.uint8), mask=there)
+        row = tl.arange(0, BLOCK // PACKED_BLOCK)
+        there = kept & (begin + row * PACKED_BLOCK < size)
+        tl.store(scales + begin // PACKED_BLOCK + row, exponent.to(tl.uint8), mask=there)
         spread = _spread(exponent, BLOCK)
         code = _code(x, spread, random, stochastic, SIGNED)
         tl.store(to, code.to(tl.uint8), mask=inside & kept)
