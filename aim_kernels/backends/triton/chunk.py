@@ -53,6 +53,7 @@ from aim_kernels.backends.triton.layout import (
     ZERO_GRAD,
 )
 from aim_kernels.backends.triton.normals import MOMENT_STREAM, WEIGHT_STREAM, normals, rounding_bits
+from aim_kernels.backends.triton.packing import VECTOR as PACKED_VECTOR
 from aim_kernels.backends.triton.packing import (
     has_rest,
     keep_moment,
@@ -119,14 +120,13 @@ def emit_chunk(
     square_scale = _scales(tensor + EXP_AVG_SQ_SCALE, start)
     anchors = _pointer(tl.load(tensor + ANCHOR), ARITHMETIC, False) + start
     param = _pointer(tl.load(tensor + PARAM), STORAGE, False) + start
-    VECTOR: tl.constexpr = 128 // STORAGE.primitive_bitwidth
     lane = tl.arange(0, BLOCK)
     begin = size - size
     while begin < size:
         inside = begin + lane < size
         theta = tl.load(master + begin + lane, mask=inside, other=0)
-        m = read_moment(moment, moment_scale, begin, size, first, inside, True, ARITHMETIC, VECTOR)
-        v = read_moment(square, square_scale, begin, size, second, inside, False, ARITHMETIC, VECTOR)
+        m = read_moment(moment, moment_scale, begin, size, first, inside, True, ARITHMETIC)
+        v = read_moment(square, square_scale, begin, size, second, inside, False, ARITHMETIC)
         anchor = tl.load(anchors + begin + lane, mask=inside & anchored, other=0)
         under = (m * m >= v * slope + offset) | (state == 0)
         live = _live_weight(theta, anchor, tl.where(under, live_under, live_well))
@@ -279,7 +279,7 @@ def step_chunk(
 
     # Neighbours that lie in one thread, then over the blocks: at most VECTOR + CHUNK / BLOCK additions before float64
     # takes over.
-    VECTOR: tl.constexpr = 128 // STORAGE.primitive_bitwidth
+    VECTOR: tl.constexpr = PACKED_VECTOR if PACKED else 128 // STORAGE.primitive_bitwidth
     LANES: tl.constexpr = BLOCK // VECTOR
     grad_sum = tl.zeros((LANES,), ARITHMETIC)
     grad_sq = tl.zeros((LANES,), ARITHMETIC)
@@ -301,8 +301,8 @@ def step_chunk(
         else:
             inside = begin + lane < size
             g0 = tl.load(grads + begin + lane, mask=inside, other=0)
-        m = read_moment(moment, moment_scale, begin, size, first, inside, True, ARITHMETIC, VECTOR)
-        v = read_moment(square, square_scale, begin, size, second, inside, False, ARITHMETIC, VECTOR)
+        m = read_moment(moment, moment_scale, begin, size, first, inside, True, ARITHMETIC)
+        v = read_moment(square, square_scale, begin, size, second, inside, False, ARITHMETIC)
         theta = tl.load(master + begin + lane, mask=inside & live, other=0)
         stored = tl.load(param + begin + lane, mask=inside & (live == 0), other=0)
         if PACKED and STORAGE.primitive_bitwidth == 16:
@@ -332,9 +332,9 @@ def step_chunk(
 
         if OTHER:
             if MOMENTS != INT8 or amsgrad:
-                w = read_moment(extras, extra_scale, begin, size, extra, inside, False, ARITHMETIC, VECTOR)
+                w = read_moment(extras, extra_scale, begin, size, extra, inside, False, ARITHMETIC)
             else:
-                w = read_moment(extras, extra_scale, begin, size, extra, inside, True, ARITHMETIC, VECTOR)
+                w = read_moment(extras, extra_scale, begin, size, extra, inside, True, ARITHMETIC)
             spread = v - m * m
             w = tl.where(amsgrad, tl.where(w > v, w, v), w)
             below = tl.where(amsgrad, w, tl.where(centered, tl.where(spread < 0, 0.0, spread), v))

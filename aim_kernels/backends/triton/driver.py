@@ -27,10 +27,15 @@ TYPES = {
 #: Elements that a program holds in registers at a time: with 128 threads, 16 bytes of storage a thread and array.
 BLOCKS = {"float32": 512, "float64": 512, "bfloat16": 1024, "float16": 1024}
 
+#: The same where something is kept in fewer bytes: four elements a thread (``packing.VECTOR``).
+PACKED_ELEMENTS = 512
+
 #: Registers a thread of ``update_kernel`` on CUDA: what holds its values without spilling. Left alone, the assembler
 #: takes half as many again, and fewer programs fit on a multiprocessor.
 OTHER_REGISTERS = {"float32": 168, "float64": 255, "bfloat16": 200, "float16": 200}
 REGISTERS = {"float32": 128, "float64": 168, "bfloat16": 168, "float16": 168}
+PACKED_REGISTERS = dict.fromkeys(DTYPES, 168)
+PACKED_OTHER_REGISTERS = dict.fromkeys(DTYPES, 200) | {"float64": 255}
 
 #: Groups have few chunks or very many; lanes that find nothing cost little.
 FINISH_BLOCK = 128
@@ -46,13 +51,19 @@ def options(block: int, registers: int | None = None) -> dict[str, Any]:
     return {"num_warps": max(1, min(4, block // 128)), "num_stages": 1, "enable_fp_fusion": False} | limit
 
 
-def specialization(dtype: int, chunk: int) -> dict[str, Any]:
+def specialization(dtype: int, chunk: int, packed: bool = False) -> dict[str, Any]:
     """The constants of a kernel over tensors of storage type ``dtype`` (numbered as in ``rows.DTYPES``)."""
     name = DTYPES[dtype]
     storage, arithmetic = TYPES[name]
     # A power of two that divides the chunk.
-    block = min(BLOCKS[name], chunk & -chunk)
+    block = min(BLOCKS[name], chunk & -chunk, *([PACKED_ELEMENTS] if packed else []))
     return {"NUMBER": dtype, "STORAGE": storage, "ARITHMETIC": arithmetic, "CHUNK": chunk, "BLOCK": block}
+
+
+def registers_of(dtype: int, other: bool, packed: bool) -> int:
+    """Registers a thread of ``update_kernel`` on CUDA."""
+    plain, less = (OTHER_REGISTERS, PACKED_OTHER_REGISTERS) if other else (REGISTERS, PACKED_REGISTERS)
+    return (less if packed else plain)[DTYPES[dtype]]
 
 
 class Variant(NamedTuple):
@@ -100,8 +111,8 @@ def update(share: Share) -> None:
     cuda = share.device.type == "cuda" and torch.version.hip is None
     # Without parameters, the phase is drawn all the same.
     for dtype, other, packed, moments in _variants(share) or [Variant(0, False, False, 0)]:
-        constants = specialization(dtype, share.chunk_size)
-        registers = (OTHER_REGISTERS if other else REGISTERS)[DTYPES[dtype]] if cuda else None
+        constants = specialization(dtype, share.chunk_size, packed)
+        registers = registers_of(dtype, other, packed) if cuda else None
         # One program where all tensors are empty: the phase is drawn all the same.
         update_kernel[(max(1, len(share.chunks)),)](
             share.tensors,
@@ -147,7 +158,7 @@ def emit(share: Share) -> None:
     """Writes the live weights of all tensors that have a master."""
     kinds = {(variant.dtype, variant.moments) for variant in _variants(share)}
     for dtype, moments in sorted(kinds) if len(share.chunks) else ():
-        constants = specialization(dtype, share.chunk_size)
+        constants = specialization(dtype, share.chunk_size, moments != 0)
         emit_kernel[(len(share.chunks),)](
             share.tensors,
             share.groups,

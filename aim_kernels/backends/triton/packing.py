@@ -14,6 +14,9 @@ import triton.language as tl
 
 from aim_kernels.backends.triton.layout import KAHAN, PACKED_BLOCK, SPLIT, STOCHASTIC_WEIGHTS
 
+# Elements that a thread holds of a block (``driver.PACKED_ELEMENTS``): more would not fit in its registers.
+VECTOR = tl.constexpr(4)
+
 
 @triton.jit
 def widen(x, ARITHMETIC: tl.constexpr):
@@ -109,8 +112,8 @@ def _code(x, exponent, random, stochastic, SIGNED: tl.constexpr):
 
 
 @triton.jit
-def _read_exponents(scales, begin, size, kept, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
-    """The exponents (int32) of a block's elements. VECTOR neighbours, which lie in one thread, share a load."""
+def _read_exponents(scales, begin, size, kept, BLOCK: tl.constexpr):
+    """The exponents (int32) of a block's elements. Neighbours that lie in one thread share a load."""
     LANES: tl.constexpr = BLOCK // VECTOR
     first = begin + tl.arange(0, LANES) * VECTOR
     exponent = tl.load(scales + first // PACKED_BLOCK, mask=kept & (first < size), other=0).to(tl.int32)
@@ -118,23 +121,13 @@ def _read_exponents(scales, begin, size, kept, BLOCK: tl.constexpr, VECTOR: tl.c
 
 
 @triton.jit
-def read_moment(
-    values,
-    scales,
-    begin,
-    size,
-    kept,
-    inside,
-    SIGNED: tl.constexpr,
-    ARITHMETIC: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
+def read_moment(values, scales, begin, size, kept, inside, SIGNED: tl.constexpr, ARITHMETIC: tl.constexpr):
     """The elements [begin, begin + BLOCK) of a moment of ``size`` elements, in the arithmetic type; ``kept`` says
-    whether there is such a moment, ``inside`` which of the elements there are. A thread has VECTOR neighbours."""
+    whether there is such a moment, ``inside`` which of the elements there are."""
     BLOCK: tl.constexpr = inside.shape[0]
     stored = tl.load(values + begin + tl.arange(0, BLOCK), mask=inside & kept, other=0)
     if stored.dtype == tl.uint8:
-        return _value(stored.to(tl.uint32), _read_exponents(scales, begin, size, kept, BLOCK, VECTOR), SIGNED)
+        return _value(stored.to(tl.uint32), _read_exponents(scales, begin, size, kept, BLOCK), SIGNED)
     else:
         return widen(stored, ARITHMETIC)
 
