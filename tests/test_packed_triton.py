@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from helpers import Gradients, assign, build, parameters_of, same_bits, set_row
+from helpers import Gradients, assign, build, frozen, parameters_of, same_bits, set_row
 from test_triton import compare, interpreted
 
 import aim_kernels as ak
@@ -17,6 +18,8 @@ import aim_kernels as ak
 pytest.importorskip("triton")
 
 from aim_kernels.backends import triton as backend
+from aim_kernels.backends.triton.driver import Variant, variants_of
+from aim_kernels.rows import FLAGS, GROUP_RECORD, RULES, STATISTIC, TENSOR_RECORD
 
 pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
@@ -96,3 +99,92 @@ def test_the_bits_of_the_cpu_kernels(
         optimizer.eval()
         optimizer.train()
     compare(*both)
+
+
+@interpreted
+@pytest.mark.parametrize("offset", [1, 128, 2**35 + 77])
+def test_rounding_by_the_place_in_the_whole(monkeypatch: pytest.MonkeyPatch, offset: int) -> None:
+    """Parts of a parameter, which begin anywhere in it; a parameter that is far behind others."""
+    both = pair(monkeypatch, "adamw", 1536, ((4100,),), dtype="bfloat16", state_dtype="int8", master="stochastic")
+    draw = Gradients(parameters_of(both[0]))
+    step_all(both, list(draw()))
+    for optimizer in both:
+        assert optimizer._plan is not None
+        optimizer._plan.records["offset"] += offset
+        optimizer._plan.records["first"] += offset + 2**33
+    step_all(both, list(draw()))
+
+
+@interpreted
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("state_dtype", ["int8", "bfloat16"])
+@pytest.mark.parametrize("rule", ["sgd-momentum", "adagrad"])
+def test_moments_of_every_magnitude(
+    monkeypatch: pytest.MonkeyPatch, rule: str, state_dtype: str, rounding: str
+) -> None:
+    """Both formats, from any bits: those of the gradient are the buffer's, and their square the sum's."""
+    options: dict[str, Any] = {"state_dtype": state_dtype, "rounding": rounding, "modulated": False}
+    options |= {"weight_decay": 0.0, "lr": 0.0} | ({"initial_accumulator_value": 0.0} if rule == "adagrad" else {})
+    both = pair(monkeypatch, rule, 1536, ((6 * 1024,),), **options)
+    random = torch.Generator().manual_seed(5)
+    bits = torch.randint(-(2**31), 2**31, (48, 128), generator=random).to(torch.int32)
+    exponent = torch.randint(0, 248, (48, 1), generator=random, dtype=torch.int32) + torch.arange(128) % 8
+    bits[::2] = ((bits & ~0x7F800000) | (exponent.to(torch.int32) << 23))[::2]  # near each other, as moments are
+    bits[0] &= ~0x7FFFFFFF
+    bits[2] &= ~0x7F800000
+    grads = bits.view(torch.float32).view(-1)
+    grads[~grads.isfinite()] = 1.0
+    if state_dtype == "int8":
+        grads[640], grads[900], grads[6143] = float("nan"), float("inf"), -float("inf")
+    for optimizer in both:
+        (p,) = parameters_of(optimizer)
+        p.grad = grads.clone()
+        optimizer.step()
+    same_bits(*([optimizer.state[p] for p in parameters_of(optimizer)] for optimizer in both))
+
+
+@interpreted
+def test_a_skipped_step_leaves_nothing_but_zeros_in_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = pair(monkeypatch, "adamw", 1536, dtype="bfloat16", state_dtype="int8", zero_grad_in_step=True)
+    draw = Gradients(parameters_of(both[0]))
+    step_all(both, list(draw()))
+    optimizer = both[1]
+    before = frozen(optimizer)
+    optimizer.found_inf = torch.tensor(1.0)
+    params = parameters_of(optimizer)
+    assign(params, draw())
+    optimizer.step()
+    same_bits(before, frozen(optimizer))
+    assert not any(bool(p.grad.any()) for p in params if p.grad is not None)
+
+
+@interpreted
+@pytest.mark.parametrize("value", [float("nan"), 3e38, 1e-30])
+def test_what_is_cleared_was_measured_before(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+    """Gradients out of range are read a second time."""
+    both = pair(monkeypatch, "sgd-momentum", 1536, lr=1e-3, state_dtype="int8", zero_grad_in_step=True)
+    params = parameters_of(both[0])
+    grads = [torch.full_like(p, value if value < 1 else 1.0).detach() for p in params]
+    grads[1][4099] = grads[4][126] = value
+    for optimizer in both:
+        assign(parameters_of(optimizer), [grad.clone() for grad in grads])
+        optimizer.step()
+        assert not any(bool(p.grad.any()) for p in parameters_of(optimizer) if p.grad is not None)
+    columns = [STATISTIC[name] for name in ("nonfinite", "grad_sq")]
+    one, other = (optimizer.tables.statistics[:, columns] for optimizer in both)
+    torch.testing.assert_close(one, other, rtol=1e-6, atol=0, equal_nan=True)
+    assert bool((other[:, 1] > 0).all()) or value != value
+
+
+def test_kinds_of_tensors_are_launches() -> None:
+    groups = np.zeros(2, GROUP_RECORD)
+    groups["rule"] = [RULES.index("adamw"), RULES.index("lion")]
+    tensors = np.zeros(5, TENSOR_RECORD)
+    tensors["group"], tensors["dtype"] = [0, 0, 0, 1, 1], [0, 2, 2, 0, 0]
+    tensors["moments"], tensors["weights"] = [0, 2, 2, 0, 0], [0, 0, 2, 0, 0]
+    tensors["ema"][4] = 64
+    kinds = [(0, False, False, 0), (0, True, False, 0), (0, True, True, 0), (2, False, True, 2)]
+    assert variants_of(tensors, groups) == [Variant(*kind) for kind in kinds]
+    groups["flags"] = FLAGS["amsgrad"]
+    assert variants_of(tensors, groups)[-1] == Variant(2, True, True, 2)
+    assert variants_of(tensors[:0], groups) == []
