@@ -132,6 +132,9 @@ def test_moments_of_every_magnitude(
     bits[::2] = ((bits & ~0x7F800000) | (exponent.to(torch.int32) << 23))[::2]  # near each other, as moments are
     bits[0] &= ~0x7FFFFFFF
     bits[2] &= ~0x7F800000
+    bits[4:12:2] = (bits[4:12:2] & ~0x7FFFF) | 0x40000  # halfway between two codes, and just below
+    bits[12:20:2] = (bits[12:20:2] & ~0x7FFFF) | 0x3FFFF
+    bits[20:24:2] = (bits[20:24:2] & ~0xFFFF) | 0x8000  # between two bfloat16
     grads = bits.view(torch.float32).view(-1)
     grads[~grads.isfinite()] = 1.0
     if state_dtype == "int8":
