@@ -427,7 +427,7 @@ MUTANTS = (
     ),
     Mutant(
         "Triton truncates 16-bit storage",
-        "aim_kernels/backends/triton/chunk.py",
+        "aim_kernels/backends/triton/packing.py",
         "rounded = bits + 0x7FFF + ((bits >> 16) & 1)",
         "rounded = bits",
         "one backend rounds as the others do not",

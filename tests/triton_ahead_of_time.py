@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from aim_kernels.backends.triton import CHUNK, driver, kernels
-from aim_kernels.rows import DTYPES
+from aim_kernels.rows import DTYPES, MOMENTS
 
 TYPES = {
     **dict.fromkeys(("tensors", "groups", "control", "spans", "following"), "*i64"),
@@ -53,19 +53,43 @@ def compiled(
     }
 
 
+#: Of what is stored in fewer bytes: storage type, family "other" or not, moments. Those that need the most registers.
+PACKED = (
+    ("bfloat16", False, "int8"),
+    ("bfloat16", True, "int8"),
+    ("float16", False, "bfloat16"),
+    ("float64", True, "wide"),
+)
+
+
+def updated(dtype: str, other: bool, packed: bool, moments: str, capability: int) -> dict[str, Any]:
+    """``update_kernel`` for such tensors, as the driver has it compiled."""
+    number = DTYPES.index(dtype)
+    constants = driver.specialization(number, CHUNK, packed)
+    options = driver.options(constants["BLOCK"], driver.registers_of(number, other, packed))
+    constants |= {"OTHER": other, "PACKED": packed, "MOMENTS": MOMENTS.index(moments)}
+    absent = ("grad_scale", "found_inf") if dtype == "float32" else ()
+    return compiled(kernels.update_kernel, constants, options, capability, absent)
+
+
+def emitted(dtype: str, moments: str, capability: int) -> dict[str, Any]:
+    """``emit_kernel`` for such tensors."""
+    constants = driver.specialization(DTYPES.index(dtype), CHUNK, moments != "wide")
+    options = driver.options(constants["BLOCK"])
+    return compiled(kernels.emit_kernel, constants | {"MOMENTS": MOMENTS.index(moments)}, options, capability)
+
+
 def main(capability: int) -> dict[str, Any]:
     made = {}
-    for number, dtype in enumerate(DTYPES):
-        constants = driver.specialization(number, CHUNK)
-        options = driver.options(constants["BLOCK"], driver.REGISTERS[dtype])
-        absent = ("grad_scale", "found_inf") if dtype == "float32" else ()
-        main = constants | {"OTHER": False}
-        made[f"update {dtype}"] = compiled(kernels.update_kernel, main, options, capability, absent)
-        options = driver.options(constants["BLOCK"], driver.OTHER_REGISTERS[dtype])
-        other = constants | {"OTHER": True}
-        made[f"update other {dtype}"] = compiled(kernels.update_kernel, other, options, capability, absent)
-        options = driver.options(constants["BLOCK"])
-        made[f"emit {dtype}"] = compiled(kernels.emit_kernel, constants, options, capability)
+    for dtype in DTYPES:
+        made[f"update {dtype}"] = updated(dtype, False, False, "wide", capability)
+        made[f"update other {dtype}"] = updated(dtype, True, False, "wide", capability)
+        made[f"emit {dtype}"] = emitted(dtype, "wide", capability)
+    if capability >= 90:  # they take a while
+        for dtype, other, moments in PACKED:
+            family = "other " if other else ""
+            made[f"update packed {family}{dtype} {moments}"] = updated(dtype, other, True, moments, capability)
+        made["emit packed bfloat16 int8"] = emitted("bfloat16", "int8", capability)
     for name, absent in {"home": ("sums", "found_inf"), "with others": ("sums",), "away": ("others",)}.items():
         constants, options = {"BLOCK": driver.FINISH_BLOCK}, driver.options(driver.FINISH_BLOCK * 4)
         absent = (*absent, "others") if name == "home" else absent

@@ -17,28 +17,52 @@ from aim_kernels.backends.triton.layout import (
     CENTERED,
     COUNT,
     COUNTER,
+    EMA,
+    EMA_DECAY,
     EXP_AVG,
+    EXP_AVG_SCALE,
     EXP_AVG_SQ,
+    EXP_AVG_SQ_SCALE,
     EXTRA,
+    EXTRA_SCALE,
     FIRST,
     GRAD,
     GRAD_SQ,
     GRAD_SUM,
+    INT8,
     LION,
     MASTER,
     MOMENTUM,
     NESTEROV,
     NONFINITE,
+    OFFSET,
+    PACKED_BLOCK,
     PARAM,
     PARAM_SQ,
+    REST,
     RMSPROP,
     SEED,
     STEP,
+    STOCHASTIC,
+    STOCHASTIC_WEIGHTS,
     UNCOUNTED,
     UNDER,
     UPDATE_SQ,
+    WEIGHT_STORAGE,
+    WIDE,
+    ZERO_GRAD,
 )
-from aim_kernels.backends.triton.normals import normals
+from aim_kernels.backends.triton.normals import MOMENT_STREAM, WEIGHT_STREAM, normals, rounding_bits
+from aim_kernels.backends.triton.packing import VECTOR as PACKED_VECTOR
+from aim_kernels.backends.triton.packing import (
+    has_rest,
+    keep_moment,
+    kept_weights,
+    narrow,
+    read_moment,
+    true_weights,
+    widen,
+)
 from aim_kernels.backends.triton.uniforms import boundary, flag_of, kind_of, live_of, rule_of, uniforms
 
 NAN = tl.constexpr(float("nan"))
@@ -54,23 +78,9 @@ def _pointer(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _widen(x, ARITHMETIC: tl.constexpr):
-    """int16 stands for bfloat16, as its bits."""
-    if x.dtype.is_int():
-        return (x.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    else:
-        return x.to(ARITHMETIC)
-
-
-@triton.jit
-def _narrow(x, STORAGE: tl.constexpr):
-    """Round to nearest even; bfloat16 as ``csrc/common/convert.h`` does it, NaN included."""
-    if STORAGE.is_int():
-        bits = x.to(tl.uint32, bitcast=True)
-        rounded = bits + 0x7FFF + ((bits >> 16) & 1)
-        return (tl.where(x != x, bits | 0x400000, rounded) >> 16).to(tl.int16)
-    else:
-        return x.to(STORAGE)
+def _scales(field, start):
+    """A pointer to the exponents of a chunk's moment of 8 bits."""
+    return tl.load(field).to(tl.pointer_type(tl.uint8)) + start // PACKED_BLOCK
 
 
 @triton.jit
@@ -90,6 +100,7 @@ def emit_chunk(
     STORAGE: tl.constexpr,
     ARITHMETIC: tl.constexpr,
     BLOCK: tl.constexpr,
+    MOMENTS: tl.constexpr,
 ):
     """Live weights of the elements [start, start + size), from stored state."""
     _adam, buffer, first, second = kind_of(group, tensor)
@@ -102,8 +113,11 @@ def emit_chunk(
     live_well = live_well.to(ARITHMETIC)
     anchored = tl.load(tensor + ANCHOR) != 0
     master = _pointer(tl.load(tensor + MASTER), ARITHMETIC, False) + start
-    moment = _pointer(tl.load(tensor + EXP_AVG), ARITHMETIC, False) + start
-    square = _pointer(tl.load(tensor + EXP_AVG_SQ), ARITHMETIC, False) + start
+    MOMENT: tl.constexpr = tl.uint8 if MOMENTS == INT8 else ARITHMETIC if MOMENTS == WIDE else tl.int16
+    moment = _pointer(tl.load(tensor + EXP_AVG), MOMENT, False) + start
+    square = _pointer(tl.load(tensor + EXP_AVG_SQ), MOMENT, False) + start
+    moment_scale = _scales(tensor + EXP_AVG_SCALE, start)
+    square_scale = _scales(tensor + EXP_AVG_SQ_SCALE, start)
     anchors = _pointer(tl.load(tensor + ANCHOR), ARITHMETIC, False) + start
     param = _pointer(tl.load(tensor + PARAM), STORAGE, False) + start
     lane = tl.arange(0, BLOCK)
@@ -111,12 +125,12 @@ def emit_chunk(
     while begin < size:
         inside = begin + lane < size
         theta = tl.load(master + begin + lane, mask=inside, other=0)
-        m = tl.load(moment + begin + lane, mask=inside & first, other=0)
-        v = tl.load(square + begin + lane, mask=inside & second, other=0)
+        m = read_moment(moment, moment_scale, begin, size, first, inside, True, ARITHMETIC)
+        v = read_moment(square, square_scale, begin, size, second, inside, False, ARITHMETIC)
         anchor = tl.load(anchors + begin + lane, mask=inside & anchored, other=0)
         under = (m * m >= v * slope + offset) | (state == 0)
         live = _live_weight(theta, anchor, tl.where(under, live_under, live_well))
-        tl.store(param + begin + lane, _narrow(live, STORAGE), mask=inside)
+        tl.store(param + begin + lane, narrow(live, STORAGE), mask=inside)
         begin += BLOCK
 
 
@@ -136,12 +150,25 @@ def _squares(gradient, scale, size, ARITHMETIC: tl.constexpr, BLOCK: tl.constexp
     lane = tl.arange(0, BLOCK)
     begin = size - size
     while begin < size:
-        g = (_widen(tl.load(gradient + begin + lane, mask=begin + lane < size, other=0), ARITHMETIC) * scale).to(
+        g = (widen(tl.load(gradient + begin + lane, mask=begin + lane < size, other=0), ARITHMETIC) * scale).to(
             tl.float64
         )
         total += g * g
         begin += BLOCK
     return tl.sum(total, 0)
+
+
+@triton.jit
+def clear_chunk(grads, size, STORAGE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr):
+    """Leaves ``size`` gradients as zeros; FULL promises size == CHUNK."""
+    lane = tl.arange(0, BLOCK)
+    begin = size - size
+    while begin < (CHUNK if FULL else size):
+        if FULL:
+            tl.store(grads + begin + lane, tl.zeros((BLOCK,), STORAGE))
+        else:
+            tl.store(grads + begin + lane, tl.zeros((BLOCK,), STORAGE), mask=begin + lane < size)
+        begin += BLOCK
 
 
 @triton.jit
@@ -168,9 +195,13 @@ def step_chunk(
     BLOCK: tl.constexpr,
     FULL: tl.constexpr,
     OTHER: tl.constexpr,
+    PACKED: tl.constexpr,
+    MOMENTS: tl.constexpr,
 ):
     """Steps the elements [start, start + size) and writes what was measured. FULL promises size == CHUNK and aligned
-    addresses; OTHER that the rule is of the family "other", without it that it is not."""
+    addresses; OTHER that the rule is of the family "other", without it that it is not; without PACKED nothing is stored
+    in fewer bytes, or beside the update. MOMENTS is how moments are stored (``rows.MOMENTS``)."""
+    MOMENT: tl.constexpr = tl.uint8 if MOMENTS == INT8 else ARITHMETIC if MOMENTS == WIDE else tl.int16
     adam, buffer, first, second = kind_of(group, tensor)
     state = first & second
     nesterov = (tl.load(group.to(tl.pointer_type(tl.int32)) + NESTEROV) != 0) & buffer
@@ -214,7 +245,8 @@ def step_chunk(
         amsgrad = adam
         centered = flag_of(group, CENTERED)
         extra = amsgrad | ((rule_of(group) == RMSPROP) & (tl.load(g64 + MOMENTUM) != 0))
-        extras = _pointer(tl.load(tensor + EXTRA), ARITHMETIC, FULL) + start
+        extras = _pointer(tl.load(tensor + EXTRA), MOMENT, FULL) + start
+        extra_scale = _scales(tensor + EXTRA_SCALE, start)
     live_under, live_well = live_of(row, following)
     live_under = live_under.to(ARITHMETIC)
     live_well = live_well.to(ARITHMETIC)
@@ -224,14 +256,30 @@ def step_chunk(
 
     param = _pointer(tl.load(tensor + PARAM), STORAGE, FULL) + start
     grads = _pointer(tl.load(tensor + GRAD), STORAGE, FULL) + start
-    moment = _pointer(tl.load(tensor + EXP_AVG), ARITHMETIC, FULL) + start
-    square = _pointer(tl.load(tensor + EXP_AVG_SQ), ARITHMETIC, FULL) + start
+    moment = _pointer(tl.load(tensor + EXP_AVG), MOMENT, FULL) + start
+    square = _pointer(tl.load(tensor + EXP_AVG_SQ), MOMENT, FULL) + start
+    moment_scale = _scales(tensor + EXP_AVG_SCALE, start)
+    square_scale = _scales(tensor + EXP_AVG_SQ_SCALE, start)
     master = _pointer(tl.load(tensor + MASTER), ARITHMETIC, FULL) + start
     anchors = _pointer(tl.load(tensor + ANCHOR), ARITHMETIC, FULL) + start
+    stochastic = False
+    if PACKED:
+        tl.static_assert((CHUNK | BLOCK) & 127 == 0)
+        small = tensor.to(tl.pointer_type(tl.int32))
+        stochastic = tl.load(small + STOCHASTIC) != 0
+        weights = tl.load(small + WEIGHT_STORAGE)
+        whole = tl.load(tensor + OFFSET) + start  # index in the whole parameter
+        base = index - whole
+        rests = _pointer(tl.load(tensor + REST), STORAGE, FULL) + start
+        averages = _pointer(tl.load(tensor + EMA), ARITHMETIC, FULL) + start
+        averaged = tl.load(tensor + EMA) != 0
+        ema_keep = tl.load(group.to(tl.pointer_type(tl.float64)) + EMA_DECAY)
+        ema_add = (1 - ema_keep).to(ARITHMETIC)
+        ema_keep = ema_keep.to(ARITHMETIC)
 
     # Neighbours that lie in one thread, then over the blocks: at most VECTOR + CHUNK / BLOCK additions before float64
     # takes over.
-    VECTOR: tl.constexpr = 128 // STORAGE.primitive_bitwidth
+    VECTOR: tl.constexpr = PACKED_VECTOR if PACKED else 128 // STORAGE.primitive_bitwidth
     LANES: tl.constexpr = BLOCK // VECTOR
     grad_sum = tl.zeros((LANES,), ARITHMETIC)
     grad_sq = tl.zeros((LANES,), ARITHMETIC)
@@ -253,14 +301,19 @@ def step_chunk(
         else:
             inside = begin + lane < size
             g0 = tl.load(grads + begin + lane, mask=inside, other=0)
-        m = tl.load(moment + begin + lane, mask=inside & first, other=0)
-        v = tl.load(square + begin + lane, mask=inside & second, other=0)
+        m = read_moment(moment, moment_scale, begin, size, first, inside, True, ARITHMETIC)
+        v = read_moment(square, square_scale, begin, size, second, inside, False, ARITHMETIC)
         theta = tl.load(master + begin + lane, mask=inside & live, other=0)
         stored = tl.load(param + begin + lane, mask=inside & (live == 0), other=0)
-        theta = tl.where(live, theta, _widen(stored, ARITHMETIC))
+        if PACKED and STORAGE.primitive_bitwidth == 16:
+            beside = inside & (live == 0) & has_rest(weights)
+            rest = tl.load(rests + begin + lane, mask=beside, other=0)
+            theta = tl.where(live, theta, true_weights(stored, rest, weights, ARITHMETIC))
+        else:
+            theta = tl.where(live, theta, widen(stored, ARITHMETIC))
         anchor = tl.load(anchors + begin + lane, mask=inside & anchored, other=0)
 
-        g0 = _widen(g0, ARITHMETIC) * scale
+        g0 = widen(g0, ARITHMETIC) * scale
         g = tl.where(coupled, g0 + theta * coupled_decay, g0)
         old = (m * m >= v * old_slope + old_offset) | (state == 0)
         g = tl.where(routed, g * tl.where(old, grad_under, grad_well), g)
@@ -270,12 +323,18 @@ def step_chunk(
             lead = m * lead_keep + g * lead_add
         m = m * first_keep + g * first_add
         v = v * second_keep + (g * g) * second_add
-        tl.store(moment + begin + lane, m, mask=inside & first)
-        tl.store(square + begin + lane, v, mask=inside & second)
-        under = (m * m >= v * new_slope + new_offset) | (state == 0)
+        random = tl.zeros((BLOCK,), tl.uint32)
+        if MOMENTS != WIDE and stochastic:
+            random = rounding_bits(seed, counter, MOMENT_STREAM, base, whole + begin, BLOCK)
+        kept = keep_moment(m, moment, moment_scale, begin, size, first, inside, random, stochastic, True)
+        kept_sq = keep_moment(v, square, square_scale, begin, size, second, inside, random, stochastic, False)
+        under = (kept * kept >= kept_sq * new_slope + new_offset) | (state == 0)
 
         if OTHER:
-            w = tl.load(extras + begin + lane, mask=inside & extra, other=0)
+            if MOMENTS != INT8 or amsgrad:
+                w = read_moment(extras, extra_scale, begin, size, extra, inside, False, ARITHMETIC)
+            else:
+                w = read_moment(extras, extra_scale, begin, size, extra, inside, True, ARITHMETIC)
             spread = v - m * m
             w = tl.where(amsgrad, tl.where(w > v, w, v), w)
             below = tl.where(amsgrad, w, tl.where(centered, tl.where(spread < 0, 0.0, spread), v))
@@ -283,7 +342,10 @@ def step_chunk(
             w = tl.where(amsgrad, w, w * mu + direction)
             direction = tl.where(extra & (amsgrad == 0), w, direction)
             direction = tl.where(lion, tl.where(lead > 0, 1.0, tl.where(lead < 0, -1.0, lead)), direction)
-            tl.store(extras + begin + lane, w, mask=inside & extra)
+            if MOMENTS != INT8 or amsgrad:
+                keep_moment(w, extras, extra_scale, begin, size, extra, inside, random, stochastic, False)
+            else:
+                keep_moment(w, extras, extra_scale, begin, size, extra, inside, random, stochastic, True)
         else:
             direction = tl.where(by_moment, tl.where(nesterov, g + m * mu, m), g)
             if adam:
@@ -292,7 +354,19 @@ def step_chunk(
         theta = theta * decay - delta
         tl.store(master + begin + lane, theta, mask=inside & live)
         shown = tl.where(live, _live_weight(theta, anchor, tl.where(under, live_under, live_well)), theta)
-        tl.store(param + begin + lane, _narrow(shown, STORAGE), mask=inside)
+        if PACKED and STORAGE.primitive_bitwidth == 16:
+            random = tl.zeros((BLOCK,), tl.uint32)
+            if weights == STOCHASTIC_WEIGHTS:
+                random = rounding_bits(seed, counter, WEIGHT_STREAM, base, whole + begin, BLOCK)
+            shown, rest = kept_weights(shown, random, weights, STORAGE)
+            tl.store(param + begin + lane, shown, mask=inside)
+            tl.store(rests + begin + lane, rest, mask=beside)
+        else:
+            tl.store(param + begin + lane, narrow(shown, STORAGE), mask=inside)
+        if PACKED:
+            average = tl.load(averages + begin + lane, mask=inside & averaged, other=0)
+            average = average * ema_keep + theta * ema_add
+            tl.store(averages + begin + lane, average, mask=inside & averaged)
 
         if not FULL:
             delta = tl.where(inside, delta, 0.0)
@@ -308,6 +382,10 @@ def step_chunk(
     squares = tl.sum(grad_sq.to(tl.float64), 0)
     if (squares - squares != 0) | ((squares == 0) & (sum_of_grads != 0)):
         squares = _squares(grads, scale, size, ARITHMETIC, BLOCK)
+    if PACKED and tl.load(small + ZERO_GRAD) != 0:
+        # Other threads may have loaded what this one clears.
+        tl.debug_barrier()
+        clear_chunk(grads, size, STORAGE, CHUNK, BLOCK, FULL)
     # Where another process counts the tensor, its sums are zero: by a choice, since a zero stored over them might come
     # from another thread, and first.
     counted = tl.load(tensor.to(tl.pointer_type(tl.int32)) + UNCOUNTED) == 0

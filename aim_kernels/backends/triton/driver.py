@@ -1,16 +1,17 @@
-"""A share (``launch.Share``) as launches of the kernels: one for each storage type among its parameters, two where
-there are rules of the family "other" beside Adam and SGD."""
+"""A share (``launch.Share``) as launches of the kernels: one for each kind of tensor among its parameters, by storage
+type, by rule (of the family "other", or Adam and SGD), and by what is kept in fewer bytes."""
 
 from __future__ import annotations
 
-import itertools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 import triton.language as tl
+from numpy.typing import NDArray
 
 from aim_kernels.backends.triton.kernels import emit_kernel, finish_kernel, update_kernel
-from aim_kernels.rows import DTYPES, FAMILIES
+from aim_kernels.rows import DTYPES, FLAGS, MOMENTS, RULES
 
 if TYPE_CHECKING:
     from aim_kernels.launch import Share
@@ -26,10 +27,15 @@ TYPES = {
 #: Elements that a program holds in registers at a time: with 128 threads, 16 bytes of storage a thread and array.
 BLOCKS = {"float32": 512, "float64": 512, "bfloat16": 1024, "float16": 1024}
 
+#: The same where something is kept in fewer bytes: four elements a thread (``packing.VECTOR``).
+PACKED_ELEMENTS = 512
+
 #: Registers a thread of ``update_kernel`` on CUDA: what holds its values without spilling. Left alone, the assembler
 #: takes half as many again, and fewer programs fit on a multiprocessor.
 OTHER_REGISTERS = {"float32": 168, "float64": 255, "bfloat16": 200, "float16": 200}
 REGISTERS = {"float32": 128, "float64": 168, "bfloat16": 168, "float16": 168}
+PACKED_REGISTERS = dict.fromkeys(DTYPES, 168)
+PACKED_OTHER_REGISTERS = dict.fromkeys(DTYPES, 200) | {"float64": 255}
 
 #: Groups have few chunks or very many; lanes that find nothing cost little.
 FINISH_BLOCK = 128
@@ -45,23 +51,68 @@ def options(block: int, registers: int | None = None) -> dict[str, Any]:
     return {"num_warps": max(1, min(4, block // 128)), "num_stages": 1, "enable_fp_fusion": False} | limit
 
 
-def specialization(dtype: int, chunk: int) -> dict[str, Any]:
+def specialization(dtype: int, chunk: int, packed: bool = False) -> dict[str, Any]:
     """The constants of a kernel over tensors of storage type ``dtype`` (numbered as in ``rows.DTYPES``)."""
     name = DTYPES[dtype]
     storage, arithmetic = TYPES[name]
     # A power of two that divides the chunk.
-    block = min(BLOCKS[name], chunk & -chunk)
+    block = min(BLOCKS[name], chunk & -chunk, *([PACKED_ELEMENTS] if packed else []))
     return {"NUMBER": dtype, "STORAGE": storage, "ARITHMETIC": arithmetic, "CHUNK": chunk, "BLOCK": block}
+
+
+def registers_of(dtype: int, other: bool, packed: bool) -> int:
+    """Registers a thread of ``update_kernel`` on CUDA."""
+    plain, less = (OTHER_REGISTERS, PACKED_OTHER_REGISTERS) if other else (REGISTERS, PACKED_REGISTERS)
+    return (less if packed else plain)[DTYPES[dtype]]
+
+
+class Variant(NamedTuple):
+    """Tensors that one kernel steps.
+
+    Attributes:
+        dtype: of storage, as numbered in ``rows.DTYPES``.
+        other: whether the rule is of the family "other".
+        packed: whether something is kept in fewer bytes, or asked for beside the update.
+        moments: how they are stored, as numbered in ``rows.MOMENTS``.
+    """
+
+    dtype: int
+    other: bool
+    packed: bool
+    moments: int
+
+
+#: How many there are of each.
+_COUNTS = (len(DTYPES), 2, 2, len(MOMENTS))
+
+
+def variants_of(tensors: NDArray[np.void], groups: NDArray[np.void]) -> list[Variant]:
+    """What there is among some tensor records."""
+    rule, flags = groups["rule"], groups["flags"]
+    sgd = rule == RULES.index("sgd")
+    other = (rule > RULES.index("sgd")) | (~sgd & ((flags & FLAGS["amsgrad"]) != 0))
+    packed = tensors["moments"] | tensors["weights"] | tensors["zero_grad"] | (tensors["ema"] != 0)
+    kinds = (tensors["dtype"], other[tensors["group"]].astype(np.int64), (packed != 0).astype(np.int64))
+    found = np.unique(np.ravel_multi_index((*kinds, tensors["moments"]), _COUNTS))
+    columns = zip(*(column.tolist() for column in np.unravel_index(found, _COUNTS)), strict=True)
+    return [Variant(dtype, bool(other), bool(packed), moments) for dtype, other, packed, moments in columns]
+
+
+def _variants(share: Share) -> list[Variant]:
+    """Those of a share, which it holds until something moves."""
+    if share.call is None:
+        share.call = variants_of(share.plan.records[share.indices], share.plan.groups)
+    variants: list[Variant] = share.call
+    return variants
 
 
 def update(share: Share) -> None:
     """Steps every tensor that has a gradient, emits those that have only a master, and fills ``share.partials``."""
     cuda = share.device.type == "cuda" and torch.version.hip is None
-    others = sorted({FAMILIES[family] == "other" for family in share.families}) or [False]
     # Without parameters, the phase is drawn all the same.
-    for dtype, other in itertools.product(share.dtypes or (0,), others):
-        constants = specialization(dtype, share.chunk_size)
-        registers = (OTHER_REGISTERS if other else REGISTERS)[DTYPES[dtype]] if cuda else None
+    for dtype, other, packed, moments in _variants(share) or [Variant(0, False, False, 0)]:
+        constants = specialization(dtype, share.chunk_size, packed)
+        registers = registers_of(dtype, other, packed) if cuda else None
         # One program where all tensors are empty: the phase is drawn all the same.
         update_kernel[(max(1, len(share.chunks)),)](
             share.tensors,
@@ -76,6 +127,8 @@ def update(share: Share) -> None:
             share.found_inf,
             len(share.chunks),
             OTHER=other,
+            PACKED=packed,
+            MOMENTS=moments,
             **constants,
             **options(constants["BLOCK"], registers),
         )
@@ -103,13 +156,15 @@ def finish(share: Share) -> None:
 
 def emit(share: Share) -> None:
     """Writes the live weights of all tensors that have a master."""
-    for dtype in share.dtypes if len(share.chunks) else ():
-        constants = specialization(dtype, share.chunk_size)
+    kinds = {(variant.dtype, variant.moments) for variant in _variants(share)}
+    for dtype, moments in sorted(kinds) if len(share.chunks) else ():
+        constants = specialization(dtype, share.chunk_size, moments != 0)
         emit_kernel[(len(share.chunks),)](
             share.tensors,
             share.groups,
             share.rows,
             share.chunks,
+            MOMENTS=moments,
             **constants,
             **options(constants["BLOCK"]),
         )

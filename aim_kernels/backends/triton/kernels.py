@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from aim_kernels.backends.triton.chunk import emit_chunk, step_chunk
+from aim_kernels.backends.triton.chunk import clear_chunk, emit_chunk, step_chunk
 from aim_kernels.backends.triton.layout import (
     ANCHOR,
     CHUNK_BEGIN,
@@ -23,6 +23,7 @@ from aim_kernels.backends.triton.layout import (
     COUNT,
     COUNTER,
     DTYPE,
+    EMA,
     EMITTED,
     EXP_AVG,
     EXP_AVG_SQ,
@@ -31,6 +32,7 @@ from aim_kernels.backends.triton.layout import (
     GROUP,
     GROUP_WORDS,
     MASTER,
+    MOMENT_STORAGE,
     NUMEL,
     PARAM,
     PHASE,
@@ -38,6 +40,7 @@ from aim_kernels.backends.triton.layout import (
     PHASE_ROWS,
     PHASE_WORDS,
     RATE,
+    REST,
     ROW_GRAD,
     ROW_WORDS,
     SEED,
@@ -52,6 +55,8 @@ from aim_kernels.backends.triton.layout import (
     TENSOR_WORDS,
     THRESHOLD,
     UNDER,
+    WEIGHT_STORAGE,
+    ZERO_GRAD,
 )
 from aim_kernels.backends.triton.normals import draw_phase
 from aim_kernels.backends.triton.uniforms import is_other, live_of
@@ -64,11 +69,29 @@ _TABLES = (
 
 
 @triton.jit
-def _is_aligned(tensor):
+def _is_packed(tensor):
+    """Whether a tensor keeps something in fewer bytes, or asks for something beside the update."""
+    small = tensor.to(tl.pointer_type(tl.int32))
+    ways = tl.load(small + MOMENT_STORAGE) | tl.load(small + WEIGHT_STORAGE) | tl.load(small + ZERO_GRAD)
+    return (ways != 0) | (tl.load(tensor + EMA) != 0)
+
+
+@triton.jit
+def _is_aligned(tensor, PACKED: tl.constexpr):
     """Whether every address of a tensor allows 16-byte accesses."""
     bits = tl.load(tensor + PARAM) | tl.load(tensor + GRAD) | tl.load(tensor + MASTER) | tl.load(tensor + ANCHOR)
     bits = bits | tl.load(tensor + EXP_AVG) | tl.load(tensor + EXP_AVG_SQ) | tl.load(tensor + EXTRA)
+    if PACKED:
+        bits = bits | tl.load(tensor + REST) | tl.load(tensor + EMA)
     return (bits & 15) == 0
+
+
+@triton.jit
+def _clear_skipped(tensor, start, size, STORAGE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """What a step leaves of a chunk's gradients where it does nothing else."""
+    address = tl.load(tensor + GRAD)
+    if (address != 0) & (tl.load(tensor.to(tl.pointer_type(tl.int32)) + ZERO_GRAD) != 0):
+        clear_chunk(address.to(tl.pointer_type(STORAGE)) + start, size, STORAGE, CHUNK, BLOCK, False)
 
 
 @triton.jit
@@ -96,10 +119,13 @@ def update_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
     OTHER: tl.constexpr,
+    PACKED: tl.constexpr,
+    MOMENTS: tl.constexpr,
 ):
-    """Steps 0 to 6 for one chunk of the tensors whose storage type is NUMBER, and whose rule is of the family "other"
-    (OTHER) or not. ``following`` gets the phase drawn."""
-    if found_inf is not None and tl.load(found_inf) != 0:
+    """Steps 0 to 6 for one chunk of the tensors whose storage type is NUMBER, whose rule is of the family "other"
+    (OTHER) or not, and that keep something in fewer bytes, with moments stored as MOMENTS, or ask for something beside
+    the update (PACKED), or neither. ``following`` gets the phase drawn."""
+    if not PACKED and found_inf is not None and tl.load(found_inf) != 0:
         return
     program = tl.program_id(0).to(tl.int64)
     next_phase = draw_phase(
@@ -118,14 +144,19 @@ def update_kernel(
     group = groups + number * GROUP_WORDS
     if is_other(group) != OTHER:
         return
+    if (_is_packed(tensor) != PACKED) | (tl.load(small + MOMENT_STORAGE) != MOMENTS):
+        return
     row = rows + number * ROW_WORDS
     partial = partials + program * STATISTICS
     start = tl.load(chunk + CHUNK_INDEX).to(tl.int64) * CHUNK
     size = tl.minimum(tl.load(tensor + NUMEL) - start, CHUNK).to(tl.int32)
+    if PACKED and found_inf is not None and tl.load(found_inf) != 0:
+        _clear_skipped(tensor, start, size, STORAGE, CHUNK, BLOCK)
+        return
     if tl.load(tensor + GRAD) != 0:
         now = tl.load(control + PHASE) & 1
         line = statistics + number * STATISTICS
-        if (size == CHUNK) & _is_aligned(tensor):
+        if (size == CHUNK) & _is_aligned(tensor, PACKED):
             step_chunk(
                 tensor,
                 group,
@@ -144,6 +175,8 @@ def update_kernel(
                 BLOCK,
                 True,
                 OTHER,
+                PACKED,
+                MOMENTS,
             )
         else:
             step_chunk(
@@ -164,13 +197,15 @@ def update_kernel(
                 BLOCK,
                 False,
                 OTHER,
+                PACKED,
+                MOMENTS,
             )
     else:
         _nothing_measured(partial)
         if tl.load(tensor + MASTER) != 0:
             live_under, live_well = live_of(row, next_phase)
             tau = tl.load(row + TAU)
-            emit_chunk(tensor, group, tau, live_under, live_well, start, size, STORAGE, ARITHMETIC, BLOCK)
+            emit_chunk(tensor, group, tau, live_under, live_well, start, size, STORAGE, ARITHMETIC, BLOCK, MOMENTS)
 
 
 @triton.jit(do_not_specialize_on_alignment=_TABLES)
@@ -184,12 +219,15 @@ def emit_kernel(
     ARITHMETIC: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
+    MOMENTS: tl.constexpr,
 ):
     """The live weights that were there before: ``tau_prev`` and the emitted columns."""
     chunk = chunks + tl.program_id(0).to(tl.int64) * CHUNK_WORDS
     tensor = tensors + tl.load(chunk + CHUNK_TENSOR).to(tl.int64) * TENSOR_WORDS
     small = tensor.to(tl.pointer_type(tl.int32))
-    if (tl.load(small + DTYPE) != NUMBER) | (tl.load(tensor + MASTER) == 0):
+    if (tl.load(small + DTYPE) != NUMBER) | (tl.load(small + MOMENT_STORAGE) != MOMENTS):
+        return
+    if tl.load(tensor + MASTER) == 0:
         return
     number = tl.load(small + GROUP).to(tl.int64)
     row = rows + number * ROW_WORDS
@@ -206,6 +244,7 @@ def emit_kernel(
         STORAGE,
         ARITHMETIC,
         BLOCK,
+        MOMENTS,
     )
 
 

@@ -11,6 +11,7 @@ from aim_kernels.rows import (
     DTYPES,
     FLAGS,
     GROUP_RECORD,
+    MOMENTS,
     PHASE_COLUMNS,
     PHASES,
     ROW,
@@ -20,7 +21,9 @@ from aim_kernels.rows import (
     STATISTIC,
     STATISTICS_COLUMNS,
     TENSOR_RECORD,
+    WEIGHTS,
 )
+from aim_kernels.rows import PACKED_BLOCK as _PACKED_BLOCK
 
 
 def _at(record: np.dtype[np.void], name: str) -> tl.constexpr:
@@ -41,11 +44,21 @@ EXTRA = _at(TENSOR_RECORD, "extra")
 MASTER = _at(TENSOR_RECORD, "master")
 ANCHOR = _at(TENSOR_RECORD, "anchor")
 STEP = _at(TENSOR_RECORD, "step")
+EXP_AVG_SCALE = _at(TENSOR_RECORD, "exp_avg_scale")
+EXP_AVG_SQ_SCALE = _at(TENSOR_RECORD, "exp_avg_sq_scale")
+EXTRA_SCALE = _at(TENSOR_RECORD, "extra_scale")
+REST = _at(TENSOR_RECORD, "rest")
+EMA = _at(TENSOR_RECORD, "ema")
 NUMEL = _at(TENSOR_RECORD, "numel")
 FIRST = _at(TENSOR_RECORD, "first")
+OFFSET = _at(TENSOR_RECORD, "offset")
 GROUP = _at(TENSOR_RECORD, "group")
 DTYPE = _at(TENSOR_RECORD, "dtype")
 UNCOUNTED = _at(TENSOR_RECORD, "uncounted")
+MOMENT_STORAGE = _at(TENSOR_RECORD, "moments")
+WEIGHT_STORAGE = _at(TENSOR_RECORD, "weights")
+STOCHASTIC = _at(TENSOR_RECORD, "stochastic")
+ZERO_GRAD = _at(TENSOR_RECORD, "zero_grad")
 
 GROUP_WORDS = _words(GROUP_RECORD)
 LR = _at(GROUP_RECORD, "lr")
@@ -59,6 +72,7 @@ SCALE = _at(GROUP_RECORD, "scale")
 TARGET = _at(GROUP_RECORD, "target")
 RATE = _at(GROUP_RECORD, "rate")
 LR_DECAY = _at(GROUP_RECORD, "lr_decay")
+EMA_DECAY = _at(GROUP_RECORD, "ema_decay")
 LR_TENSOR = _at(GROUP_RECORD, "lr_tensor")
 RULE = _at(GROUP_RECORD, "rule")
 NESTEROV = _at(GROUP_RECORD, "nesterov")
@@ -111,3 +125,10 @@ LION = tl.constexpr(RULES.index("lion"))
 AMSGRAD = tl.constexpr(FLAGS["amsgrad"])
 CENTERED = tl.constexpr(FLAGS["centered"])
 FLOAT64 = tl.constexpr(DTYPES.index("float64"))
+
+WIDE = tl.constexpr(MOMENTS.index("wide"))
+INT8 = tl.constexpr(MOMENTS.index("int8"))
+STOCHASTIC_WEIGHTS = tl.constexpr(WEIGHTS.index("stochastic"))
+SPLIT = tl.constexpr(WEIGHTS.index("split"))
+KAHAN = tl.constexpr(WEIGHTS.index("kahan"))
+PACKED_BLOCK = tl.constexpr(_PACKED_BLOCK)

@@ -1,4 +1,4 @@
-"""Philox4x32-10 and standard normals: ``csrc/common/philox.h`` for Triton, operation by operation.
+"""Philox4x32, standard normals and the bits that round: ``csrc/common/philox.h`` for Triton, operation by operation.
 
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (2011).
 """
@@ -13,6 +13,12 @@ import triton.language as tl
 
 NOISE_STREAM = tl.constexpr(0)
 PHASE_STREAM = tl.constexpr(1)
+MOMENT_STREAM = tl.constexpr(2)
+WEIGHT_STREAM = tl.constexpr(3)
+
+#: Rounds of Philox: for noise and phases, and for rounding.
+ROUNDS = tl.constexpr(10)
+ROUNDING_ROUNDS = tl.constexpr(7)
 
 # Each is one float32 number: a literal of float64 would be rounded twice.
 _LN2 = tl.constexpr(float(np.float32(0.693147181)))
@@ -23,11 +29,11 @@ _COS4, _COS6, _COS8 = (tl.constexpr(float(np.float32(1) / np.float32(n))) for n 
 
 
 @triton.jit
-def philox(seed, c0, c1, c2, c3):
-    """Four 32-bit words for each counter; ``seed`` int64, counters uint32."""
+def philox(seed, c0, c1, c2, c3, COUNT: tl.constexpr = ROUNDS):
+    """Four 32-bit words for each counter; ``seed`` int64, counters uint32, COUNT rounds."""
     k0 = seed.to(tl.uint32)
     k1 = (seed >> 32).to(tl.uint32)
-    for _ in tl.static_range(10):
+    for _ in tl.static_range(COUNT):
         p0 = c0.to(tl.uint64) * 0xD2511F53
         p1 = c2.to(tl.uint64) * 0xCD9E8D57
         c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
@@ -102,6 +108,38 @@ def normals(seed, counter, first, BLOCK: tl.constexpr):
         end = tl.where(lane == BLOCK, e0, tl.where(lane == BLOCK + 1, e1, e2))
         z = tl.where(lane < BLOCK, tl.gather(z, tl.minimum(lane, BLOCK - 1), 0), end)
     return z
+
+
+@triton.jit
+def _rounding_block(seed, counter, STREAM: tl.constexpr, base, block, BLOCK: tl.constexpr):
+    """``rounding_bits`` from the element 128 * ``block`` on (``block``: uint32). Eight elements share a draw: of 128
+    neighbours, row h * 4 + w of 16 takes half h of word w."""
+    draw = block * 16 + tl.arange(0, BLOCK // 8).to(tl.uint32)
+    zero = tl.zeros((BLOCK // 8,), tl.uint32)
+    stream = ((base >> 32).to(tl.uint32) << 8) | STREAM
+    x0, x1, x2, x3 = philox(seed, draw, zero + base.to(tl.uint32), zero + counter, zero + stream, ROUNDING_ROUNDS)
+    words = tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), (BLOCK // 128, 16, 4))
+    halves = tl.join(words & 0xFFFF, words >> 16)
+    return tl.reshape(tl.permute(halves, (0, 3, 2, 1)), (BLOCK,))
+
+
+@triton.jit
+def rounding_bits(seed, counter, STREAM: tl.constexpr, base, index, BLOCK: tl.constexpr):
+    """16 random bits (uint32) for each of the elements ``index .. index + BLOCK - 1`` of a parameter (int64), whose
+    first element has the global index ``base``, in step ``counter``."""
+    block = (index >> 7).to(tl.uint32)
+    bits = _rounding_block(seed, counter, STREAM, base, block, BLOCK)
+    shift = (index & 127).to(tl.int32)
+    if shift != 0:
+        # A part of a parameter that does not begin with such a block.
+        later = _rounding_block(seed, counter, STREAM, base, block + BLOCK // 128, BLOCK)
+        place = tl.arange(0, BLOCK) + shift
+        bits = tl.where(
+            place < BLOCK,
+            tl.gather(bits, tl.minimum(place, BLOCK - 1), 0),
+            tl.gather(later, tl.maximum(place - BLOCK, 0), 0),
+        )
+    return bits
 
 
 @triton.jit
