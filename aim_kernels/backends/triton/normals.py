@@ -112,27 +112,29 @@ def normals(seed, counter, first, BLOCK: tl.constexpr):
 
 @triton.jit
 def _rounding_block(seed, counter, STREAM: tl.constexpr, base, block, BLOCK: tl.constexpr):
-    """``rounding_bits`` from the element 128 * ``block`` on (``block``: uint32). Eight elements share a draw: of 128
-    neighbours, row h * 4 + w of 16 takes half h of word w."""
-    draw = block * 16 + tl.arange(0, BLOCK // 8).to(tl.uint32)
-    zero = tl.zeros((BLOCK // 8,), tl.uint32)
+    """``rounding_bits`` from the element 256 * ``block`` on (``block``: uint32). Sixteen elements share a draw: of 256
+    neighbours, row 8 * f + 4 * h + w of 16 takes half h of word w, or where f is 1 what is left of 0xFFFF."""
+    tl.static_assert(BLOCK % 256 == 0)
+    draw = block * 16 + tl.arange(0, BLOCK // 16).to(tl.uint32)
+    zero = tl.zeros((BLOCK // 16,), tl.uint32)
     stream = ((base >> 32).to(tl.uint32) << 8) | STREAM
     x0, x1, x2, x3 = philox(seed, draw, zero + base.to(tl.uint32), zero + counter, zero + stream, ROUNDING_ROUNDS)
-    words = tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), (BLOCK // 128, 16, 4))
+    words = tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), (BLOCK // 256, 16, 4))
     halves = tl.join(words & 0xFFFF, words >> 16)
-    return tl.reshape(tl.permute(halves, (0, 3, 2, 1)), (BLOCK,))
+    both = tl.join(halves, halves ^ 0xFFFF)
+    return tl.reshape(tl.permute(both, (0, 4, 3, 2, 1)), (BLOCK,))
 
 
 @triton.jit
 def rounding_bits(seed, counter, STREAM: tl.constexpr, base, index, BLOCK: tl.constexpr):
     """16 random bits (uint32) for each of the elements ``index .. index + BLOCK - 1`` of a parameter (int64), whose
     first element has the global index ``base``, in step ``counter``."""
-    block = (index >> 7).to(tl.uint32)
+    block = (index >> 8).to(tl.uint32)
     bits = _rounding_block(seed, counter, STREAM, base, block, BLOCK)
-    shift = (index & 127).to(tl.int32)
+    shift = (index & 255).to(tl.int32)
     if shift != 0:
         # A part of a parameter that does not begin with such a block.
-        later = _rounding_block(seed, counter, STREAM, base, block + BLOCK // 128, BLOCK)
+        later = _rounding_block(seed, counter, STREAM, base, block + BLOCK // 256, BLOCK)
         place = tl.arange(0, BLOCK) + shift
         bits = tl.where(
             place < BLOCK,

@@ -17,6 +17,9 @@ from aim_kernels.backends.triton.layout import KAHAN, PACKED_BLOCK, SPLIT, STOCH
 # Elements that a thread holds of a block (``driver.PACKED_ELEMENTS``): more would not fit in its registers.
 VECTOR = tl.constexpr(4)
 
+# From float32's mantissa to that of a code.
+SHIFT = tl.constexpr(19)
+
 
 @triton.jit
 def widen(x, ARITHMETIC: tl.constexpr):
@@ -48,8 +51,8 @@ def _narrow_at_random(x, random):
 
 # -- moments -----------------------------------------------------------------------------------------------------------
 #
-# SIGNED: the format of first moments and buffers, with a sign, 4 bits of mantissa and 8 binades; otherwise that of
-# second moments, with 3 bits and 32 binades.
+# SIGNED: the format of first moments and buffers, with a sign and 8 binades; otherwise that of second moments, with 16
+# binades. Both have 4 bits of mantissa.
 
 
 @triton.jit
@@ -62,18 +65,16 @@ def _spread(x, BLOCK: tl.constexpr):
 @triton.jit
 def _lowest(exponent, SIGNED: tl.constexpr):
     """The bits (uint32) of the lowest number that is not in the linear binade."""
-    BINADES: tl.constexpr = 8 if SIGNED else 32
+    BINADES: tl.constexpr = 8 if SIGNED else 16
     return (exponent - (BINADES - 2)).to(tl.uint32) << 23
 
 
 @triton.jit
 def _value(code, exponent, SIGNED: tl.constexpr):
     """The numbers of codes (uint32), by the exponents (int32) of their blocks."""
-    MANTISSA: tl.constexpr = 4 if SIGNED else 3
     lowest = _lowest(exponent, SIGNED)
-    magnitude = code & (0x7F if SIGNED else 0xFF)
-    place = magnitude << (23 - MANTISSA)
-    linear = magnitude < (1 << MANTISSA)
+    place = (code & (0x7F if SIGNED else 0xFF)) << SHIFT
+    linear = place < 0x800000
     above = (place + lowest - tl.where(linear, 0, 0x800000).to(tl.uint32)).to(tl.float32, bitcast=True)
     value = above - tl.where(linear, lowest.to(tl.float32, bitcast=True), 0.0)
     bits = value.to(tl.uint32, bitcast=True)
@@ -85,27 +86,24 @@ def _value(code, exponent, SIGNED: tl.constexpr):
 
 @triton.jit
 def _exponent(x, SIGNED: tl.constexpr, BLOCK: tl.constexpr):
-    """The exponents (int32) that blocks of 128 elements store. 255: something in the block is not finite."""
-    LEAST: tl.constexpr = 7 if SIGNED else 31
+    """The exponents (int32) that blocks of 128 elements store: one more where the greatest lies above the greatest
+    code. 255: something in the block is not finite."""
+    LEAST: tl.constexpr = 7 if SIGNED else 15
     magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     greatest = tl.max(tl.reshape(magnitude, (BLOCK // PACKED_BLOCK, PACKED_BLOCK)), 1)
-    return tl.maximum(greatest >> 23, LEAST)
+    return tl.maximum((tl.minimum(greatest, 0x7F800000) + 0x7FFFF) >> 23, LEAST)
 
 
 @triton.jit
-def _code(x, exponent, random, stochastic, SIGNED: tl.constexpr):
-    """The codes (uint32) of numbers, by the exponents of their blocks."""
-    MANTISSA: tl.constexpr = 4 if SIGNED else 3
-    MOST: tl.constexpr = 0x7F if SIGNED else 0xFF
+def _code(x, exponent, random, SIGNED: tl.constexpr):
+    """The codes (uint32) of numbers, by the exponents of their blocks and 16 random bits."""
     lowest = _lowest(exponent, SIGNED)
     bits = x.to(tl.uint32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     # A sum lines up what lies in the linear binade: its step is that of the binade above.
     linear = magnitude.to(tl.float32, bitcast=True) + lowest.to(tl.float32, bitcast=True)
     place = tl.where(magnitude < lowest, linear.to(tl.uint32, bitcast=True), magnitude + 0x800000) - lowest
-    increment = tl.where(stochastic, random << (7 - MANTISSA), 1 << (22 - MANTISSA))
-    code = (place + increment.to(tl.uint32)) >> (23 - MANTISSA)
-    code = tl.where(code > MOST, MOST, code).to(tl.uint32)
+    code = (place + (random << (SHIFT - 16)).to(tl.uint32)) >> SHIFT
     with_sign = code | ((bits >> 24) & 0x80)
     without = tl.where((code == 0) & (magnitude != 0), 1, code).to(tl.uint32)
     return tl.where(exponent == 255, 0, with_sign if SIGNED else without).to(tl.uint32)
@@ -135,7 +133,7 @@ def read_moment(values, scales, begin, size, kept, inside, SIGNED: tl.constexpr,
 @triton.jit
 def keep_moment(x, values, scales, begin, size, kept, inside, random, stochastic, SIGNED: tl.constexpr):
     """Stores the elements [begin, begin + BLOCK) of a moment, and returns what will be read again. ``random``: 16 bits
-    an element, by which they are rounded where ``stochastic``."""
+    an element, by which they are rounded where ``stochastic``, as codes always are."""
     BLOCK: tl.constexpr = inside.shape[0]
     to = values + begin + tl.arange(0, BLOCK)
     if values.dtype.element_ty == tl.uint8:
@@ -146,7 +144,7 @@ def keep_moment(x, values, scales, begin, size, kept, inside, random, stochastic
         there = kept & (begin + row * PACKED_BLOCK < size)
         tl.store(scales + begin // PACKED_BLOCK + row, exponent.to(tl.uint8), mask=there)
         spread = _spread(exponent, BLOCK)
-        code = _code(x, spread, random, stochastic, SIGNED)
+        code = _code(x, spread, random, SIGNED)
         tl.store(to, code.to(tl.uint8), mask=inside & kept)
         return _value(code, spread, SIGNED)
     elif values.dtype.element_ty == tl.int16:
