@@ -236,6 +236,11 @@ def _prepare_params(handle: str) -> None:
             "parameters that are DTensors cannot be stepped inside of a compiled function; call "
             "torch.compiler.disable(optimizer.step)() there instead"
         )
+    if optimizer.zero_grad_in_step:
+        raise RuntimeError(
+            "zero_grad_in_step=True has no place inside of a compiled function, where gradients are the compiler's "
+            "own; set optimizer.zero_grad_in_step = False, and call zero_grad() there"
+        )
     if optimizer._inputs is None or not _same(optimizer._inputs.params, _params_of(optimizer)):
         optimizer._inputs = GraphInputs(optimizer)
 

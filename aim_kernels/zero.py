@@ -144,6 +144,14 @@ class AIMZeroRedundancyOptimizer(ZeroRedundancyOptimizer):
             if not held:
                 self.train()
 
+    @contextmanager
+    def ema_parameters(self) -> Iterator[None]:
+        """:meth:`AIMFusedOptimizer.ema_parameters`, on all processes."""
+        with self.optim.ema_parameters():
+            self._sync_params()  # type: ignore[attr-defined]
+            yield
+        self._sync_params()  # type: ignore[attr-defined]
+
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:

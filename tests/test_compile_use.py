@@ -459,3 +459,14 @@ def test_nothing_accumulates() -> None:
             inputs = sum(i.optimizer() is pair.optimizers[1] for i in list(compiled._INPUTS.values()))
             counts.append((inputs, sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())))
     assert counts[0][0] <= 2 and counts[1] <= counts[0]
+
+
+def test_gradients_of_a_graph_are_not_cleared() -> None:
+    """They may be copies, of which nobody hears that they were written."""
+    optimizer = build("adamw", SHAPES, zero_grad_in_step=True)
+    params = parameters_of(optimizer)
+    assign(params, [torch.ones_like(p) for p in params])
+    before = frozen(optimizer)
+    with pytest.raises(Exception, match="zero_grad_in_step=True has no place inside of a compiled function"):
+        compile_step(optimizer, "eager")()
+    same_bits(before, frozen(optimizer))
