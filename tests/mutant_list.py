@@ -175,7 +175,8 @@ MUTANTS = (
     Mutant(
         "loading aliases",
         CHECKPOINT,
-        "state[key] = _empty_state(p, key, value.dtype)\n            distributed.local_of(state[key]).copy_(distributed.local_of(value))",
+        "state[key] = _empty_state(p, key, value.dtype)\n"
+        "            distributed.local_of(state[key]).copy_(distributed.local_of(value))",
         "state[key] = value",
         "pytorch#196083: two optimizers step one tensor",
         ("test_checkpoint.py::test_loading_does_not_alias",),
