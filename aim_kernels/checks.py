@@ -106,6 +106,11 @@ def check_hyperparameters(group: Group, number: int) -> None:
     for option, known in _CHOICES.items():
         if group[option] not in known:
             raise ValueError(f"{option}{where}: expected one of {', '.join(map(repr, known))}, got {group[option]!r}")
+    if group["state_dtype"] == "int8" and group["rounding"] == "nearest":
+        raise ValueError(
+            f"rounding{where}: moments in 8 bits are rounded at random only (to nearest, small ones would neither "
+            "grow nor vanish); leave it 'stochastic'"
+        )
     if group["ema_decay"] is not None:
         check_number(f"ema_decay{where}", group["ema_decay"], 0.0, 1.0, high_open=True)
     try:

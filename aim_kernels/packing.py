@@ -17,25 +17,25 @@ _MAGNITUDE, _INFINITY = 0x7FFFFFFF, 0x7F800000
 
 
 class Format(NamedTuple):
-    """Eight bits relative to the exponent of a block: ``binades`` powers of two, ``mantissa`` bits in each, the lowest
-    of them linear down to zero."""
+    """Eight bits relative to the exponent of a block: ``binades`` powers of two of ``1 << MANTISSA`` numbers each, the
+    lowest of them linear down to zero."""
 
-    mantissa: int
     binades: int
     signed: bool
 
     @property
-    def shift(self) -> int:
-        """From the mantissa of float32."""
-        return 23 - self.mantissa
-
-    @property
     def most(self) -> int:
         """The greatest code, without sign."""
-        return (self.binades << self.mantissa) - 1
+        return (self.binades << MANTISSA) - 1
 
 
-FIRST, SECOND = Format(4, 8, True), Format(3, 32, False)
+MANTISSA = 4
+_SHIFT = 23 - MANTISSA  # from the mantissa of float32
+
+FIRST, SECOND = Format(8, True), Format(16, False)
+
+#: Random bits that round to nearest.
+_NEAREST = 0x8000
 
 
 def blocks_of(numel: int) -> int:
@@ -53,20 +53,21 @@ def _floats(bits: Tensor) -> Tensor:
 
 def packed(x: Tensor, kind: Format, random: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Codes and exponents (uint8) of float32 numbers ``[n]``. A block with something that is not finite gets the
-    exponent 255, and is NaN when read."""
+    exponent 255 and codes of zero, and is NaN when read."""
     pad = -len(x) % PACKED_BLOCK
     bits = torch.nn.functional.pad(_bits(x), (0, pad)).view(-1, PACKED_BLOCK)
     magnitude = bits & _MAGNITUDE
     greatest = magnitude.amax(1) if len(bits) else magnitude.new_zeros(0)
-    exponent = (greatest >> 23).clamp(min=kind.binades - 1)
+    # One more where the greatest lies above the greatest code.
+    exponent = ((greatest.clamp(max=_INFINITY) + (1 << _SHIFT) - 1) >> 23).clamp(min=kind.binades - 1)
     lowest = ((exponent - (kind.binades - 2)) << 23)[:, None]
     linear = _bits(_floats(magnitude) + _floats(lowest)) - lowest
     place = torch.where(magnitude < lowest, linear, magnitude - lowest + 0x800000)
     if random is None:
-        increment: Tensor | int = 1 << (kind.shift - 1)
+        drawn = torch.full_like(bits, _NEAREST)
     else:
-        increment = torch.nn.functional.pad(random, (0, pad)).view(-1, PACKED_BLOCK) << (kind.shift - 16)
-    code = ((place + increment) >> kind.shift).clamp(max=kind.most)
+        drawn = torch.nn.functional.pad(random, (0, pad)).view(-1, PACKED_BLOCK)
+    code = (place + (drawn << (_SHIFT - 16))) >> _SHIFT
     code = code | ((bits >> 24) & 0x80) if kind.signed else torch.where(magnitude != 0, code.clamp(min=1), code)
     code = torch.where((exponent == 255)[:, None], 0, code)
     return code.view(-1)[: len(x)].to(torch.uint8), exponent.to(torch.uint8)
@@ -76,9 +77,9 @@ def unpacked(codes: Tensor, exponents: Tensor, kind: Format) -> Tensor:
     """The float32 numbers ``[n]`` of codes ``[n]`` and their blocks' exponents."""
     code = torch.nn.functional.pad(codes.to(torch.int32), (0, -len(codes) % PACKED_BLOCK)).view(-1, PACKED_BLOCK)
     lowest = ((exponents.to(torch.int32) - (kind.binades - 2)) << 23)[:, None]
-    magnitude = code & kind.most
-    linear = magnitude < 1 << kind.mantissa
-    above = _floats((magnitude << kind.shift) + lowest - torch.where(linear, 0, 0x800000))
+    place = (code & kind.most) << _SHIFT
+    linear = place < 0x800000
+    above = _floats(place + lowest - torch.where(linear, 0, 0x800000))
     value = above - torch.where(linear, _floats(lowest), 0.0)
     if kind.signed:
         value = torch.where(code & 0x80 != 0, -value, value)

@@ -55,8 +55,9 @@ def rounding_bits(seed: int, counter: int, stream: int, base: int, index: int, c
     """16 random bits for each of the elements ``index .. index + count - 1`` of a parameter, whose first element has
     the global index ``base``, in step ``counter``."""
     i = np.arange(index, index + count, dtype=np.uint64)
-    draws = i // np.uint64(128) * np.uint64(16) + i % np.uint64(16)
-    rows = (i % np.uint64(128) // np.uint64(16)).astype(np.int64)
+    draws = i // np.uint64(256) * np.uint64(16) + i % np.uint64(16)
+    rows = (i % np.uint64(256) // np.uint64(16)).astype(np.int64)
     place = (draws & _LOW, base & 0xFFFFFFFF, counter & 0xFFFFFFFF, stream | (base >> 32 << 8) & 0xFFFFFFFF)
     words = np.stack(philox4x32(seed, place, ROUNDING_ROUNDS))[rows % 4, np.arange(count)]
-    return ((words >> (rows // 4 * 16).astype(np.uint64)) & np.uint64(0xFFFF)).astype(np.int32)
+    halves = (words >> (rows // 4 % 2 * 16).astype(np.uint64)) & np.uint64(0xFFFF)
+    return np.where(rows < 8, halves, np.uint64(0xFFFF) - halves).astype(np.int32)

@@ -12,75 +12,91 @@
 namespace aim {
 namespace AIM_ISA {
 
-// The bits of a bfloat16, in the lower half: to nearest even, or, where `kRandom`, up with the
-// probability of what is cut off (`random`: 16 bits). Infinities stay, NaN stays quiet.
-template <bool kRandom, class I>
-AIM_INLINE I bfloat16_bits(I bits, I random) {
+// A number as bfloat16 has it: bits of a float32 of which the lower half is zero. To nearest even,
+// or, where `kRandom`, up with the probability of what is cut off (`random`: 16 bits). Infinities
+// stay, since nothing is carried out of zeros; NaN stays quiet.
+template <bool kRandom, class V, class I>
+AIM_INLINE I bfloat16_bits(V x, I random) {
+  const I bits = as_int(x);
   I increment = random;
   if constexpr (!kRandom) increment = ((bits >> 16) & 1) + 0x7FFF;
-  const I rounded = bits + increment, magnitude = bits & 0x7FFFFFFF;
-  const I special = select(magnitude > 0x7F800000, bits | 0x400000, bits);
-  return (select(magnitude >= 0x7F800000, special, rounded) >> 16) & 0xFFFF;
+  return select(x != x, bits | 0x400000, bits + increment) & static_cast<int32_t>(0xFFFF0000u);
 }
 
 // -- 8 bits --------------------------------------------------------------------------------------
 //
-// A block of kPackedBlock elements shares an exponent, that of its greatest magnitude, as float32
-// has it in its bits. An element is a small float relative to it: kBinades powers of two up to that
-// one, kMantissa bits in each, the lowest binade linear down to zero. So powers of two scale
-// exactly, a block that is stored and read again is stored as it was, and every value is a bfloat16
-// as well. The first moment has a sign; the second, whose root is divided by, has more binades
-// instead, and is never stored as zero unless it is.
-template <int kMantissaBits, int kBinadeCount, bool kHasSign>
+// A block of kPackedBlock elements shares an exponent, by its greatest magnitude, as float32 has it
+// in its bits. An element is a small float relative to it: kBinades powers of two up to that one,
+// kMantissa bits in each, the lowest binade linear down to zero. So powers of two scale exactly, a
+// block that is stored and read again is stored as it was, and every value is a bfloat16 as well.
+// The first moment has a sign; the second, whose root is divided by, has more binades instead, and
+// is never stored as zero unless it is.
+inline constexpr int kPackedMantissa = 4, kPackedShift = 23 - kPackedMantissa;
+
+template <int kBinadeCount, bool kHasSign>
 struct PackedFormat {
-  static constexpr int kMantissa = kMantissaBits, kBinades = kBinadeCount;
+  static constexpr int kBinades = kBinadeCount;
   static constexpr bool kSigned = kHasSign;
-  static constexpr int kShift = 23 - kMantissa;              // from float32's mantissa
-  static constexpr int kMost = (kBinades << kMantissa) - 1;  // the greatest code without sign
+  static constexpr int kMost = (kBinades << kPackedMantissa) - 1;  // the greatest code without sign
   static_assert((kMost + 1) << (kSigned ? 1 : 0) == 256);
 };
-using PackedFirst = PackedFormat<4, 8, true>;
-using PackedSecond = PackedFormat<3, 32, false>;
+using PackedFirst = PackedFormat<8, true>;
+using PackedSecond = PackedFormat<16, false>;
 
-// The exponent that a block stores, from the greatest bits of its magnitudes. 255: something in it
-// is not finite, and all of it is read as NaN.
+// The exponent that a block stores, from the greatest bits of its magnitudes: one more where that
+// lies above the greatest code, or nothing could grow past it. 255: something in the block is not
+// finite (or nearly so), and all of it is read as NaN.
 template <class Format>
 AIM_INLINE int32_t packed_exponent(int32_t greatest) {
-  const int32_t exponent = greatest >> 23, least = Format::kBinades - 1;
+  const int32_t least = Format::kBinades - 1;
+  if (greatest >= 0x7F800000) return 255;
+  const int32_t exponent = (greatest + (1 << kPackedShift) - 1) >> 23;
   return exponent < least ? least : exponent;
 }
 
-// The bits of the lowest number that is not in the linear binade.
+// The bits of the smallest number above the linear binade.
 template <class Format>
 AIM_INLINE int32_t packed_lowest(int32_t exponent) {
   return (exponent - (Format::kBinades - 2)) << 23;
 }
 
-// The code of a number, in the lower 8 bits; `lowest` is packed_lowest() of a finite block.
-template <class Format, bool kRandom, class V, class I>
-AIM_INLINE I packed_code(V x, I lowest, V lowest_float, I random) {
-  const I bits = as_int(x), magnitude = bits & 0x7FFFFFFF;
+// The place of a magnitude on the line of codes, rounded to one, up with the probability of what is
+// cut off (`random`: 16 bits): a code before it is shifted down by kPackedShift. `lowest` is
+// packed_lowest() of a finite block.
+template <class Format, class V, class I>
+AIM_INLINE I packed_place(V magnitude, I lowest, I random) {
+  const I bits = as_int(magnitude);
   // A sum lines up what lies in the linear binade: its step is that of the binade above.
-  const I linear = as_int(as_float(magnitude) + lowest_float) - lowest;
-  const I place = select(magnitude < lowest, linear, magnitude - lowest + 0x800000);
-  constexpr int kSpare = Format::kShift - 16;
-  I increment = splat<I>(1 << (Format::kShift - 1));
-  if constexpr (kRandom) increment = random << kSpare;
-  I code = (place + increment) >> Format::kShift;
-  code = select(code > Format::kMost, splat<I>(Format::kMost), code);
-  if constexpr (Format::kSigned) return code | ((bits >> 24) & 0x80);
-  return select((code == 0) & (magnitude != 0), splat<I>(1), code);
+  const I sum = as_int(magnitude + as_float(lowest));
+  const I exact = select(bits < lowest, sum - lowest, bits - (lowest - 0x800000));
+  const I place = (exact + (random << (kPackedShift - 16))) & -(1 << kPackedShift);
+  if constexpr (Format::kSigned) return place;
+  return select((place == 0) & (bits != 0), splat<I>(1 << kPackedShift), place);
 }
 
-// The number of a code of a finite block.
+// The magnitude at a place.
+template <class V, class I>
+AIM_INLINE V packed_magnitude(I place, I lowest) {
+  const I bits = place + lowest;
+  const auto linear = place < 0x800000;
+  const V value = as_float(select(linear, bits, bits - 0x800000));
+  return select(linear, value - as_float(lowest), value);
+}
+
+// The number of a code.
 template <class Format, class V, class I>
-AIM_INLINE V packed_value(I code, I lowest, V lowest_float) {
-  const I magnitude = code & Format::kMost, place = magnitude << Format::kShift;
-  const auto linear = magnitude < (1 << Format::kMantissa);
-  const V above = as_float(place + lowest - select(linear, I{}, splat<I>(0x800000)));
-  const V value = above - select(linear, lowest_float, V{});
+AIM_INLINE V packed_value(I code, I lowest) {
+  const V value = packed_magnitude<V>((code & Format::kMost) << kPackedShift, lowest);
   if constexpr (!Format::kSigned) return value;
   return as_float(as_int(value) | ((code & 0x80) << 24));
+}
+
+// Lower 8 bits: the code of a number whose magnitude is at a place.
+template <class Format, class V, class I>
+AIM_INLINE I packed_code(V x, I place) {
+  const I code = place >> kPackedShift;
+  if constexpr (!Format::kSigned) return code;
+  return code | ((as_int(x) >> 24) & 0x80);
 }
 
 // -- float32 weights in two halves ----------------------------------------------------------------

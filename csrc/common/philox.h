@@ -90,18 +90,20 @@ AIM_INLINE void normal4(uint64_t seed, uint32_t counter, uint64_t k, float z[4])
   normal_pair(r.x[2], r.x[3], &z[2], &z[3]);
 }
 
-// Where the 16 bits lie that round an element, by its index in the whole parameter. Of 128
-// neighbours, lane i of 16 belongs to draw i, and each of the eight that a lane has takes one half
-// of one of its four words: a vector of draws is a vector of neighbours.
+// Where the 16 bits lie that round an element, by its index in the whole parameter. Of 256
+// neighbours, lane i of 16 belongs to draw i; the 16 that a lane has take the halves of the four
+// words, and then what is left of 0xFFFF: a vector of draws is a vector of neighbours, and twice as
+// many are had of each.
 struct RoundingPlace {
   uint32_t draw;
   int word, shift;
+  uint32_t flip;
 };
 
 AIM_INLINE RoundingPlace rounding_place(int64_t index) {
-  const int within = static_cast<int>(index % 128), row = within / 16;
-  return {static_cast<uint32_t>(index / 128) * 16 + static_cast<uint32_t>(within % 16), row % 4,
-          row / 4 * 16};
+  const int within = static_cast<int>(index % 256), row = within / 16;
+  return {static_cast<uint32_t>(index / 256) * 16 + static_cast<uint32_t>(within % 16), row % 4,
+          row / 4 % 2 * 16, row < 8 ? 0u : 0xFFFFu};
 }
 
 // `base`: the global index of the whole parameter's first element, which tells parameters apart.
@@ -118,7 +120,7 @@ AIM_INLINE uint32_t rounding_bits(uint64_t seed, uint32_t counter, Stream stream
   const Philox4 r =
       philox4x32<kRoundingRounds>(seed, rounding_counter(place.draw, base, counter, stream));
   const uint32_t low = place.word & 1 ? r.x[1] : r.x[0], high = place.word & 1 ? r.x[3] : r.x[2];
-  return ((place.word & 2 ? high : low) >> place.shift) & 0xFFFF;
+  return (((place.word & 2 ? high : low) >> place.shift) & 0xFFFF) ^ place.flip;
 }
 
 }  // namespace AIM_ISA

@@ -1,5 +1,5 @@
-// Runs of numbers between memory and float32 buffers: 16-bit parameters in all their ways of
-// keeping true weights, and moments in fewer bits.
+// Between memory and float32: vectors of fewer bits, and runs of 16-bit parameters in all their
+// ways of keeping true weights.
 #pragma once
 
 #include "cpu/rounding.h"
@@ -9,159 +9,68 @@
 namespace aim {
 namespace AIM_ISA {
 
-template <class U, int kBytes>
-struct SmallVectorOf {
-  typedef U type __attribute__((vector_size(kBytes)));
-};
-
-// Lanes of 8 or 16 bits as those of 32, and the lower bits of those.
+// Lanes of 8 or 16 bits as those of 32, and the lower bits of those. By hand where the compiler
+// would move them one by one.
+#if defined(AIM_VECTOR_BYTES) && AIM_VECTOR_BYTES == 64 && defined(__AVX512F__)
+AIM_INLINE IntVector from_small(const uint8_t* from) {
+  return (IntVector)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+AIM_INLINE IntVector from_small(const uint16_t* from) {
+  return (IntVector)_mm512_cvtepu16_epi32(
+      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+AIM_INLINE void to_small(IntVector x, uint8_t* to) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8((__m512i)x));
+}
+AIM_INLINE void to_small(IntVector x, uint16_t* to) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16((__m512i)x));
+}
+#elif defined(AIM_VECTOR_BYTES) && AIM_VECTOR_BYTES == 32 && defined(__AVX2__)
+AIM_INLINE IntVector from_small(const uint8_t* from) {
+  return (IntVector)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+}
+AIM_INLINE IntVector from_small(const uint16_t* from) {
+  return (IntVector)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+// Packing works within halves of 16 bytes; what is wanted of either is then put together.
+AIM_INLINE __m128i packed_halves(IntVector x) {
+  const __m256i words = _mm256_packus_epi32((__m256i)x, (__m256i)x);
+  return _mm256_castsi256_si128(_mm256_permute4x64_epi64(words, 0x08));
+}
+AIM_INLINE void to_small(IntVector x, uint8_t* to) {
+  const __m128i words = packed_halves(x);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(words, words));
+}
+AIM_INLINE void to_small(IntVector x, uint16_t* to) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), packed_halves(x));
+}
+#elif defined(AIM_VECTOR_BYTES)
 template <class U>
 AIM_INLINE IntVector from_small(const U* from) {
-#ifdef AIM_VECTOR_BYTES
-  using Small = typename SmallVectorOf<U, Lanes<float>::kCount * sizeof(U)>::type;
-  Small small;
-  __builtin_memcpy(&small, from, sizeof small);
-  return __builtin_convertvector(small, IntVector);
-#else
-  return *from;
-#endif
+  IntVector x;
+  for (unsigned lane = 0; lane < sizeof x / sizeof x[0]; ++lane) x[lane] = from[lane];
+  return x;
 }
-
 template <class U>
 AIM_INLINE void to_small(IntVector x, U* to) {
-#ifdef AIM_VECTOR_BYTES
-  using Small = typename SmallVectorOf<U, Lanes<float>::kCount * sizeof(U)>::type;
-  const Small small = __builtin_convertvector(x, Small);
-  __builtin_memcpy(to, &small, sizeof small);
-#else
-  *to = static_cast<U>(x);
-#endif
+  for (unsigned lane = 0; lane < sizeof x / sizeof x[0]; ++lane) to[lane] = static_cast<U>(x[lane]);
 }
+#else
+template <class U>
+AIM_INLINE IntVector from_small(const U* from) {
+  return *from;
+}
+template <class U>
+AIM_INLINE void to_small(IntVector x, U* to) {
+  *to = static_cast<U>(x);
+}
+#endif
 
 // Once for all kernels: a call for every 128 elements costs less than the code of all its copies.
 #define AIM_CALLED inline __attribute__((noinline))
 
-// Elements of one step of the loops below: one vector.
+// Elements of one vector.
 constexpr int kStep = Lanes<float>::kCount;
-
-// Buffers that the functions below write to, and read from where `count` is no multiple of a
-// vector, reach to the next one.
-
-AIM_INLINE void from_bfloat16(const uint16_t* from, int64_t count, float* to) {
-  int64_t i = 0;
-  for (; i + kStep <= count; i += kStep) store(to + i, as_float(from_small(from + i) << 16));
-  for (; i < count; ++i) to[i] = bits_float(uint32_t{from[i]} << 16);
-}
-
-// -- moments -------------------------------------------------------------------------------------
-//
-// `random`: 16 bits an element, for kPackedBlock elements; read where kRandom. What is stored
-// replaces the values in `x`.
-
-template <bool kRandom>
-AIM_INLINE void keep_bfloat16(float* x, int64_t count, const uint32_t* random, uint16_t* to) {
-  uint16_t bits[kPackedBlock];
-  for (int64_t i = 0; i < count; i += kStep) {
-    const IntVector drawn = kRandom ? load<IntVector>(random + i) : IntVector{};
-    const IntVector kept = bfloat16_bits<kRandom>(as_int(load<FloatVector>(x + i)), drawn);
-    store(x + i, as_float(kept << 16));
-    to_small(kept, bits + i);
-  }
-  __builtin_memcpy(to, bits, static_cast<size_t>(count) * sizeof bits[0]);
-}
-
-template <class Format>
-AIM_INLINE void from_packed(const uint8_t* from, uint8_t exponent, int64_t count, float* to) {
-  if (exponent == 255) {
-    for (int64_t i = 0; i < count; ++i) to[i] = bits_float(0x7FC00000u);
-    return;
-  }
-  const int32_t lowest = packed_lowest<Format>(exponent);
-  const float lowest_float = bits_float(static_cast<uint32_t>(lowest));
-  const auto wide = splat<FloatVector>(lowest_float);
-  int64_t i = 0;
-  for (; i + kStep <= count; i += kStep) {
-    store(to + i, packed_value<Format>(from_small(from + i), splat<IntVector>(lowest), wide));
-  }
-  for (; i < count; ++i) {
-    to[i] = packed_value<Format>(uint32_t{from[i]}, static_cast<uint32_t>(lowest), lowest_float);
-  }
-}
-
-template <class Format, bool kRandom>
-AIM_INLINE void keep_packed(float* x, int64_t count, const uint32_t* random, uint8_t* to,
-                            uint8_t* exponent) {
-  for (int64_t i = count; i % kStep != 0; ++i) x[i] = 0;  // or they might be the greatest
-  IntVector most{};
-  for (int64_t i = 0; i < count; i += kStep) {
-    const IntVector magnitude = as_int(load<FloatVector>(x + i)) & 0x7FFFFFFF;
-    most = select(magnitude > most, magnitude, most);
-  }
-  uint32_t lanes[kStep], greatest = 0;
-  __builtin_memcpy(lanes, &most, sizeof lanes);
-  for (const uint32_t lane : lanes) greatest = lane > greatest ? lane : greatest;
-  const int32_t shared = packed_exponent<Format>(static_cast<int32_t>(greatest));
-  *exponent = static_cast<uint8_t>(shared);
-  uint8_t codes[kPackedBlock];
-  if (shared == 255) {
-    for (int64_t i = 0; i < count; ++i) x[i] = bits_float(0x7FC00000u), codes[i] = 0;
-  } else {
-    const auto lowest = splat<IntVector>(packed_lowest<Format>(shared));
-    const FloatVector wide = as_float(lowest);
-    for (int64_t i = 0; i < count; i += kStep) {
-      const IntVector drawn = kRandom ? load<IntVector>(random + i) : IntVector{};
-      const IntVector code =
-          packed_code<Format, kRandom>(load<FloatVector>(x + i), lowest, wide, drawn);
-      store(x + i, packed_value<Format>(code, lowest, wide));
-      to_small(code, codes + i);
-    }
-  }
-  __builtin_memcpy(to, codes, static_cast<size_t>(count));
-}
-
-// One moment of a tensor, in blocks.
-struct StoredMoment {
-  void* values;
-  uint8_t* scale;
-  Moments how;
-  bool is_signed, stochastic;
-
-  // Elements [at, at + count) of one block.
-  AIM_CALLED void read(int64_t at, int64_t count, float* to) const {
-    if (how == Moments::kBFloat16) {
-      return from_bfloat16(static_cast<const uint16_t*>(values) + at, count, to);
-    }
-    if (how == Moments::kWide) {
-      __builtin_memcpy(to, static_cast<const float*>(values) + at, count * sizeof(float));
-      return;
-    }
-    const uint8_t* const from = static_cast<const uint8_t*>(values) + at;
-    const uint8_t exponent = scale[at / kPackedBlock];
-    if (is_signed) return from_packed<PackedFirst>(from, exponent, count, to);
-    from_packed<PackedSecond>(from, exponent, count, to);
-  }
-
-  // `x` becomes what is stored of it.
-  AIM_CALLED void keep(float* x, int64_t at, int64_t count, const uint32_t* random) const {
-    stochastic ? keep_as<true>(x, at, count, random) : keep_as<false>(x, at, count, random);
-  }
-
- private:
-  template <bool kRandom>
-  AIM_INLINE void keep_as(float* x, int64_t at, int64_t count, const uint32_t* random) const {
-    if (how == Moments::kBFloat16) {
-      return keep_bfloat16<kRandom>(x, count, random, static_cast<uint16_t*>(values) + at);
-    }
-    if (how == Moments::kWide) {
-      __builtin_memcpy(static_cast<float*>(values) + at, x, count * sizeof(float));
-      return;
-    }
-    uint8_t* const to = static_cast<uint8_t*>(values) + at;
-    uint8_t* const exponent = scale + at / kPackedBlock;
-    if (is_signed) return keep_packed<PackedFirst, kRandom>(x, count, random, to, exponent);
-    keep_packed<PackedSecond, kRandom>(x, count, random, to, exponent);
-  }
-};
 
 // -- weights -------------------------------------------------------------------------------------
 
@@ -209,11 +118,11 @@ AIM_CALLED void keep_weights(const Tensor& tensor, const Shared& shared, const f
       for (int64_t begin = 0; begin < count; begin += RoundingBits::kCount) {
         const int64_t size =
             count - begin < RoundingBits::kCount ? count - begin : RoundingBits::kCount;
-        random.draw(shared, kWeightStream, tensor.first - tensor.offset,
-                    tensor.offset + at + begin);
+        const uint32_t* const drawn = random.of_block(
+            shared, kWeightStream, tensor.first - tensor.offset, tensor.offset + at + begin);
         for (int64_t i = 0; i < size; ++i) {
           upper[begin + i] =
-              static_cast<uint16_t>(bfloat16_bits<true>(as_int(from[begin + i]), random.of[i]));
+              static_cast<uint16_t>(bfloat16_bits<true>(from[begin + i], drawn[i]) >> 16);
         }
       }
       return;

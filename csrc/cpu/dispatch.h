@@ -16,22 +16,68 @@ Update update_of(bool noise, bool live) {
   return live ? update_chunk<kKind, false, true, S, T> : update_chunk<kKind, false, false, S, T>;
 }
 
-template <Kind kKind>
+// Whether vectors of a tensor's weights are read and written where they lie: what DirectWeights
+// can.
+AIM_INLINE bool is_direct(const Tensor& tensor) {
+  const DType dtype = static_cast<DType>(tensor.dtype);
+  const Weights weights = static_cast<Weights>(tensor.weights);
+  return dtype == DType::kFloat32 ||
+         (dtype == DType::kBFloat16 && (tensor.master || weights == Weights::kNearest));
+}
+
+// Adam without noise, of float32 and bfloat16 weights, has loops of its own: with fewer bytes it is
+// the instructions that count. Everything else shares one for each kind.
+template <class M>
+Update fast_packed_of(const Tensor& tensor) {
+  const bool live = tensor.master != nullptr;
+  if (static_cast<DType>(tensor.dtype) == DType::kFloat32) {
+    using W = DirectWeights<float>;
+    return live ? update_packed<Kind::kAdam, false, true, W, M>
+                : update_packed<Kind::kAdam, false, false, W, M>;
+  }
+  using W = DirectWeights<BFloat16>;
+  return live ? update_packed<Kind::kAdam, false, true, W, M>
+              : update_packed<Kind::kAdam, false, false, W, M>;
+}
+
+template <Kind kKind, class M>
 Update packed_of(bool noise, bool live) {
-  if (noise) return live ? update_packed<kKind, true, true> : update_packed<kKind, true, false>;
-  return live ? update_packed<kKind, false, true> : update_packed<kKind, false, false>;
+  using W = BufferedWeights;
+  if (noise) {
+    return live ? update_packed<kKind, true, true, W, M> : update_packed<kKind, true, false, W, M>;
+  }
+  return live ? update_packed<kKind, false, true, W, M> : update_packed<kKind, false, false, W, M>;
+}
+
+template <Kind kKind>
+Update packed_of(const Tensor& tensor, bool noise) {
+  const bool live = tensor.master != nullptr, fast = !noise && is_direct(tensor);
+  if (static_cast<Moments>(tensor.moments) == Moments::kInt8) {
+    using M = Int8Moments<kKind != Kind::kAmsgrad>;
+    if constexpr (kKind == Kind::kAdam) {
+      if (fast) return fast_packed_of<M>(tensor);
+    }
+    return packed_of<kKind, M>(noise, live);
+  }
+  if constexpr (kKind == Kind::kAdam) {
+    if (fast) {
+      return tensor.stochastic ? fast_packed_of<BFloat16Moments<1>>(tensor)
+                               : fast_packed_of<BFloat16Moments<0>>(tensor);
+    }
+  }
+  return packed_of<kKind, BFloat16Moments<-1>>(noise, live);
 }
 
 template <Kind kKind, class S, class T>
 void update_kind(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t end,
                  Partial* partial) {
-  const bool live = tensor.master != nullptr;
   if constexpr (sizeof(T) == sizeof(float)) {
     if (static_cast<Moments>(tensor.moments) != Moments::kWide) {
-      return packed_of<kKind>(shared.has_noise, live)(tensor, shared, begin, end, partial);
+      return packed_of<kKind>(tensor, shared.has_noise)(tensor, shared, begin, end, partial);
     }
   }
-  update_of<kKind, S, T>(shared.has_noise, live)(tensor, shared, begin, end, partial);
+  update_of<kKind, S, T>(shared.has_noise, tensor.master != nullptr)(tensor, shared, begin, end,
+                                                                     partial);
 }
 
 template <class S, class T>
@@ -74,8 +120,13 @@ void update_any(const Tensor& tensor, const Shared& shared, int64_t begin, int64
 template <class S, class T>
 void emit_type(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t end) {
   if constexpr (sizeof(T) == sizeof(float)) {
-    if (static_cast<Moments>(tensor.moments) != Moments::kWide) {
-      return emit_packed(tensor, shared, begin, end);
+    switch (static_cast<Moments>(tensor.moments)) {
+      case Moments::kWide:
+        break;
+      case Moments::kBFloat16:
+        return emit_packed<BFloat16Moments<0>>(tensor, shared, begin, end);
+      case Moments::kInt8:
+        return emit_packed<Int8Moments<true>>(tensor, shared, begin, end);
     }
   }
   emit_chunk<S, T>(tensor, shared, begin, end);

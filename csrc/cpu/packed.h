@@ -1,96 +1,53 @@
-// One chunk of a tensor whose moments are stored in fewer bits: a block of 128 elements at a time,
-// in buffers that stay in the first-level cache.
+// One chunk of a tensor whose moments are stored in fewer bits, a block of 128 elements at a time.
 //
 // The class of an element is that of its stored moments, which are known once the whole block is
-// (8 bits share the exponent of the greatest): moments and direction, then storing, then the step.
+// (8 bits share the exponent of the greatest). So one loop computes moments and direction, and a
+// second stores the moments and takes the step; what is between stays in the first-level cache.
 #pragma once
 
 #include <type_traits>
 
 #include "cpu/chunk.h"
+#include "cpu/moments.h"
 
 namespace aim {
 namespace AIM_ISA {
 
-struct PackedBlock {
-  float theta[kPackedBlock], grad[kPackedBlock], m[kPackedBlock], v[kPackedBlock], w[kPackedBlock],
-      noise[kPackedBlock], live[kPackedBlock], anchor[kPackedBlock], numerator[kPackedBlock],
-      denominator[kPackedBlock];
+// Gradients and weights of a block as they lie in memory, for types that one instruction converts.
+template <class S>
+struct DirectWeights {
+  static constexpr bool kDirect = true;
+  const S* grad;
+  float* theta;  // where true weights are float32; null: they are in `param`
+  S* param;
+
+  DirectWeights(const Tensor& t, int64_t at)
+      : grad(static_cast<const S*>(t.grad) + at),
+        theta(t.master ? static_cast<float*>(t.master) + at : nullptr),
+        param(static_cast<S*>(t.param) + at) {}
+  AIM_INLINE FloatVector read_grad(int i) const { return read(grad + i); }
+  template <bool kLive>
+  AIM_INLINE FloatVector read_theta(int i) const {
+    return kLive ? load<FloatVector>(theta + i) : read(param + i);
+  }
+  template <bool kLive>
+  AIM_INLINE void keep_theta(int i, FloatVector x) const {
+    kLive ? store(theta + i, x) : write(param + i, x);
+  }
+  AIM_INLINE void write_live(int i, FloatVector x) const { write(param + i, x); }
+
+ private:
+  static AIM_INLINE FloatVector read(const float* from) { return load<FloatVector>(from); }
+  static AIM_INLINE FloatVector read(const BFloat16* from) {
+    return as_float(from_small(&from->bits) << 16);
+  }
+  static AIM_INLINE void write(float* to, FloatVector x) { store(to, x); }
+  static AIM_INLINE void write(BFloat16* to, FloatVector x) {
+    to_small((bfloat16_bits<false>(x, IntVector{}) >> 16) & 0xFFFF, &to->bits);
+  }
 };
 
-// Steps 1 to 3, for elements [first, last) of a block, a multiple of 16.
-template <Kind kKind, bool kNoise>
-AIM_INLINE void accumulate_block(const Uniforms<FloatVector>& u, int64_t first, int64_t last,
-                                 PackedBlock& b, Sums<float>& sums) {
-  using V = FloatVector;
-  constexpr int kParts = kLanes / kStep;
-  V grad[kParts], grad_sq[kParts];
-  __builtin_memcpy(grad, sums.grad, sizeof grad);
-  __builtin_memcpy(grad_sq, sums.grad_sq, sizeof grad_sq);
-  for (int64_t i = first; i < last; i += kLanes) {
-#pragma GCC unroll 2
-    for (int part = 0; part < kParts; ++part) {
-      const int64_t at = i + part * kStep;
-      V g = load<V>(b.grad + at), m{}, v{}, w{}, theta{};
-      if (u.coupled) theta = load<V>(b.theta + at);
-      if constexpr (has_first(kKind)) m = load<V>(b.m + at);
-      if constexpr (has_second(kKind)) v = load<V>(b.v + at);
-      if constexpr (kKind == Kind::kAmsgrad) w = load<V>(b.w + at);
-      const V noise = kNoise ? load<V>(b.noise + at) : V{};
-      Between<V> out;
-      accumulate<kKind, false, kNoise>(u, theta, g, m, v, w, noise, out);
-      if constexpr (has_first(kKind)) store(b.m + at, m);
-      if constexpr (has_second(kKind)) store(b.v + at, v);
-      if constexpr (kKind == Kind::kAmsgrad) store(b.w + at, w);
-      if constexpr (is_adam(kKind)) out.numerator = m;
-      store(b.numerator + at, out.numerator);
-      if constexpr (has_root(kKind)) store(b.denominator + at, out.denominator);
-      grad[part] += g;
-      grad_sq[part] += g * g;
-    }
-  }
-  __builtin_memcpy(sums.grad, grad, sizeof grad);
-  __builtin_memcpy(sums.grad_sq, grad_sq, sizeof grad_sq);
-}
-
-// The class of the stored moments, steps 4 to 6.
-template <Kind kKind, bool kLive>
-AIM_INLINE void apply_block(const Uniforms<FloatVector>& u, int64_t first, int64_t last,
-                            PackedBlock& b, Sums<float>& sums) {
-  using V = FloatVector;
-  constexpr int kParts = kLanes / kStep;
-  V update_sq[kParts], param_sq[kParts];
-  typename Lanes<float>::Count under[kParts];
-  __builtin_memcpy(update_sq, sums.update_sq, sizeof update_sq);
-  __builtin_memcpy(param_sq, sums.param_sq, sizeof param_sq);
-  __builtin_memcpy(under, sums.under, sizeof under);
-  for (int64_t i = first; i < last; i += kLanes) {
-#pragma GCC unroll 2
-    for (int part = 0; part < kParts; ++part) {
-      const int64_t at = i + part * kStep;
-      Between<V> in;
-      in.numerator = load<V>(b.numerator + at);
-      if constexpr (has_root(kKind)) in.denominator = load<V>(b.denominator + at);
-      V m{}, v{}, w{}, theta = load<V>(b.theta + at);
-      if constexpr (has_first(kKind)) m = load<V>(b.m + at);
-      if constexpr (has_second(kKind)) v = load<V>(b.v + at);
-      add_mask(under[part], classify<kKind, kLive>(u, m, v, in));
-      if constexpr (kKind == Kind::kRms) w = load<V>(b.w + at);
-      const V delta = apply<kKind>(u, in, w, theta);
-      if constexpr (kKind == Kind::kRms) store(b.w + at, w);
-      store(b.theta + at, theta);
-      if constexpr (kLive) store(b.live + at, live_weight(theta, load<V>(b.anchor + at), in.live));
-      update_sq[part] += delta * delta;
-      param_sq[part] += theta * theta;
-    }
-  }
-  __builtin_memcpy(sums.update_sq, update_sq, sizeof update_sq);
-  __builtin_memcpy(sums.param_sq, param_sq, sizeof param_sq);
-  __builtin_memcpy(sums.under, under, sizeof under);
-}
-
-// Calls `run` with a null pointer to the storage type of a tensor: known once a block, since the
-// kernels know it no better.
+// Calls `run` with a null pointer to the storage type of a tensor.
 template <class Run>
 AIM_INLINE void with_storage(const Tensor& tensor, const Run& run) {
   switch (static_cast<DType>(tensor.dtype)) {
@@ -103,148 +60,348 @@ AIM_INLINE void with_storage(const Tensor& tensor, const Run& run) {
   }
 }
 
-AIM_INLINE void read_grad(const Tensor& tensor, int64_t at, int64_t count, float* to) {
+AIM_CALLED void read_grads(const Tensor& tensor, int64_t at, int64_t count, float* to) {
   with_storage(tensor, [&](auto* like) {
     const auto* const from = static_cast<decltype(like)>(tensor.grad) + at;
     for (int64_t i = 0; i < count; ++i) to[i] = widened_one(from[i]);
   });
 }
 
-AIM_INLINE void read_theta(const Tensor& tensor, int64_t at, int64_t count, float* to) {
-  if (tensor.master) {
-    __builtin_memcpy(to, static_cast<const float*>(tensor.master) + at, count * sizeof(float));
-    return;
+// The same of any type and any way to keep true weights, through buffers.
+struct BufferedWeights {
+  static constexpr bool kDirect = false;
+  const Tensor& tensor;
+  int64_t at;
+  float grad[kPackedBlock], theta[kPackedBlock], live[kPackedBlock];
+
+  BufferedWeights(const Tensor& t, int64_t at) : tensor(t), at(at) {
+    read_grads(t, at, kPackedBlock, grad);
+    if (t.master) {
+      __builtin_memcpy(theta, static_cast<const float*>(t.master) + at, sizeof theta);
+      return;
+    }
+    with_storage(t, [&](auto* like) {
+      read_weights<std::remove_pointer_t<decltype(like)>>(t, at, kPackedBlock, theta);
+    });
   }
-  with_storage(tensor, [&](auto* like) {
-    read_weights<std::remove_pointer_t<decltype(like)>>(tensor, at, count, to);
-  });
-}
-
-AIM_INLINE void keep_theta(const Tensor& tensor, const Shared& shared, const float* from,
-                           int64_t at, int64_t count) {
-  if (tensor.master) {
-    __builtin_memcpy(static_cast<float*>(tensor.master) + at, from, count * sizeof(float));
-    return;
+  AIM_INLINE FloatVector read_grad(int i) const { return load<FloatVector>(grad + i); }
+  template <bool kLive>
+  AIM_INLINE FloatVector read_theta(int i) const {
+    return load<FloatVector>(theta + i);
   }
-  with_storage(tensor, [&](auto* like) {
-    keep_weights<std::remove_pointer_t<decltype(like)>>(tensor, shared, from, at, count);
-  });
-}
-
-AIM_INLINE void write_live(const Tensor& tensor, const float* from, int64_t at, int64_t count) {
-  with_storage(tensor, [&](auto* like) {
-    auto* const to = static_cast<decltype(like)>(tensor.param) + at;
-    for (int64_t i = 0; i < count; ++i)
-      to[i] = narrowed_to(from[i], std::remove_pointer_t<decltype(like)>{});
-  });
-}
-
-AIM_INLINE void clear_grad(const Tensor& tensor, int64_t begin, int64_t end) {
-  with_storage(tensor, [&](auto* like) {
-    auto* const grad = static_cast<decltype(like)>(tensor.grad);
-    __builtin_memset(grad + begin, 0, static_cast<size_t>(end - begin) * sizeof *grad);
-  });
-}
-
-// A tensor's moments as they are stored: first, second, third.
-struct StoredMoments {
-  StoredMoment m, v, w;
+  template <bool kLive>
+  AIM_INLINE void keep_theta(int i, FloatVector x) {
+    store(theta + i, x);
+  }
+  AIM_INLINE void write_live(int i, FloatVector x) { store(live + i, x); }
+  void finish(const Shared& shared) const {
+    with_storage(tensor, [&](auto* like) {
+      using S = std::remove_pointer_t<decltype(like)>;
+      if (!tensor.master) return keep_weights<S>(tensor, shared, theta, at, kPackedBlock);
+      __builtin_memcpy(static_cast<float*>(tensor.master) + at, theta, sizeof theta);
+      S* const to = static_cast<S*>(tensor.param) + at;
+      for (int64_t i = 0; i < kPackedBlock; ++i) to[i] = narrowed_to(live[i], S{});
+    });
+  }
 };
 
-AIM_INLINE StoredMoments stored_moments(const Tensor& t, Kind kind) {
-  const Moments how = static_cast<Moments>(t.moments);
-  const bool stochastic = t.stochastic != 0;
-  return {{t.exp_avg, t.exp_avg_scale, how, true, stochastic},
-          {t.exp_avg_sq, t.exp_avg_sq_scale, how, false, stochastic},
-          {t.extra, t.extra_scale, how, kind == Kind::kRms, stochastic}};
+// What the first loop leaves for the second.
+struct PackedBlock {
+  float m[kPackedBlock], v[kPackedBlock], w[kPackedBlock], noise[kPackedBlock],
+      numerator[kPackedBlock], denominator[kPackedBlock];
+};
+
+// What all blocks of a tensor have in common.
+template <Kind kKind>
+struct PackedStep {
+  const Tensor& tensor;
+  const Shared& shared;
+  Uniforms<FloatVector> u;
+  PackedStep(const Tensor& t, const Shared& s)
+      : tensor(t),
+        shared(s),
+        u(mapped<FloatVector>(rounded<float>(s.u), [](float x) { return splat<FloatVector>(x); })) {
+  }
+
+  // Known when this is compiled, but for the kinds that may lack one.
+  AIM_INLINE bool keeps_m() const {
+    return has_first(kKind) && (!may_lack(kKind) || tensor.exp_avg);
+  }
+  AIM_INLINE bool keeps_v() const {
+    return has_second(kKind) && (!may_lack(kKind) || tensor.exp_avg_sq);
+  }
+  AIM_INLINE bool keeps_w() const { return has_extra(kKind) && (!may_lack(kKind) || tensor.extra); }
+};
+
+// Steps 1 to 3 for elements [from, to) of a block, a multiple of 16.
+template <Kind kKind, bool kNoise, bool kLive, class W, class M>
+AIM_INLINE void accumulate_block(const PackedStep<kKind>& s, int from, int to, W& weights,
+                                 M& moments, PackedBlock& b, Sums<float>& sums) {
+  using V = FloatVector;
+  constexpr int kParts = kLanes / kStep;
+  const Uniforms<V>& u = s.u;
+  V grad[kParts], grad_sq[kParts];
+  __builtin_memcpy(grad, sums.grad, sizeof grad);
+  __builtin_memcpy(grad_sq, sums.grad_sq, sizeof grad_sq);
+  for (int i = from; i < to; i += kLanes) {
+#pragma GCC unroll 2
+    for (int part = 0; part < kParts; ++part) {
+      const int lane = i + part * kStep;
+      V g = weights.read_grad(lane), m{}, v{}, w{}, theta{};
+      if (u.coupled) theta = weights.template read_theta<kLive>(lane);
+      if (s.keeps_m()) m = moments.read(kFirstMoment, lane);
+      if (s.keeps_v()) v = moments.read(kSecondMoment, lane);
+      if (s.keeps_w()) w = moments.read(kExtraMoment, lane);
+      const V noise = kNoise ? load<V>(b.noise + lane) : V{};
+      Between<V> out;
+      accumulate<kKind, false, kNoise>(u, theta, g, m, v, w, noise, out);
+      if (s.keeps_m()) moments.gather(kFirstMoment, m);
+      if (s.keeps_v()) moments.gather(kSecondMoment, v);
+      if constexpr (kKind == Kind::kAmsgrad) moments.gather(kExtraMoment, w);
+      if constexpr (has_first(kKind)) store(b.m + lane, m);
+      if constexpr (has_second(kKind)) store(b.v + lane, v);
+      if constexpr (has_extra(kKind)) store(b.w + lane, w);
+      if constexpr (!is_adam(kKind)) store(b.numerator + lane, out.numerator);
+      if constexpr (has_root(kKind)) store(b.denominator + lane, out.denominator);
+      grad[part] += g;
+      grad_sq[part] += g * g;
+    }
+  }
+  __builtin_memcpy(sums.grad, grad, sizeof grad);
+  __builtin_memcpy(sums.grad_sq, grad_sq, sizeof grad_sq);
 }
 
-template <Kind kKind, bool kNoise, bool kLive>
+// Stores the moments; steps 4 to 6 by the class of what was stored.
+template <Kind kKind, bool kLive, class W, class M>
+AIM_INLINE void apply_block(const PackedStep<kKind>& s, int from, int to, W& weights, M& moments,
+                            PackedBlock& b, const uint32_t* bits, const float* anchor, float* ema,
+                            Sums<float>& sums) {
+  using V = FloatVector;
+  constexpr int kParts = kLanes / kStep;
+  const Uniforms<V>& u = s.u;
+  V update_sq[kParts], param_sq[kParts];
+  typename Lanes<float>::Count under[kParts];
+  __builtin_memcpy(update_sq, sums.update_sq, sizeof update_sq);
+  __builtin_memcpy(param_sq, sums.param_sq, sizeof param_sq);
+  __builtin_memcpy(under, sums.under, sizeof under);
+  for (int i = from; i < to; i += kLanes) {
+#pragma GCC unroll 2
+    for (int part = 0; part < kParts; ++part) {
+      const int lane = i + part * kStep;
+      Between<V> in;
+      V m{}, v{}, w{};
+      if constexpr (has_first(kKind)) m = load<V>(b.m + lane);
+      if constexpr (has_second(kKind)) v = load<V>(b.v + lane);
+      if constexpr (has_extra(kKind)) w = load<V>(b.w + lane);
+      if constexpr (is_adam(kKind)) in.numerator = m;
+      if constexpr (!is_adam(kKind)) in.numerator = load<V>(b.numerator + lane);
+      if constexpr (has_root(kKind)) in.denominator = load<V>(b.denominator + lane);
+      const IntVector drawn = moments.random() ? load<IntVector>(bits + lane) : IntVector{};
+      if (s.keeps_m()) m = moments.keep(kFirstMoment, lane, m, drawn);
+      if (s.keeps_v()) v = moments.keep(kSecondMoment, lane, v, drawn);
+      if constexpr (kKind == Kind::kAmsgrad) moments.keep(kExtraMoment, lane, w, drawn);
+      add_mask(under[part], classify<kKind, kLive>(u, m, v, in));
+      V theta = weights.template read_theta<kLive>(lane);
+      const V delta = apply<kKind>(u, in, w, theta);
+      if constexpr (kKind == Kind::kRms) store(b.w + lane, w);
+      weights.template keep_theta<kLive>(lane, theta);
+      if constexpr (kLive) {
+        const V to = anchor ? load<V>(anchor + lane) : V{};
+        weights.write_live(lane, live_weight(theta, to, in.live));
+      }
+      if (ema) store(ema + lane, load<V>(ema + lane) * u.ema_keep + theta * u.ema_add);
+      update_sq[part] += delta * delta;
+      param_sq[part] += theta * theta;
+    }
+  }
+  __builtin_memcpy(sums.update_sq, update_sq, sizeof update_sq);
+  __builtin_memcpy(sums.param_sq, param_sq, sizeof param_sq);
+  __builtin_memcpy(sums.under, under, sizeof under);
+}
+
+// The block of 128 elements from `at` on, of which `filled` are there: sums go to `sums`, of the
+// last 16, if some of them are not there, to `ends`. The others are computed and stored.
+template <Kind kKind, bool kNoise, bool kLive, class W, class M>
+AIM_INLINE void step_block(const PackedStep<kKind>& s, M moments, int64_t at, int filled,
+                           PackedBlock& b, RoundingBits& bits, Sums<float>& sums,
+                           Sums<float>& ends) {
+  const Tensor& tensor = s.tensor;
+  W weights(tensor, at);
+  if (s.keeps_m()) moments.enter(kFirstMoment, at);
+  if (s.keeps_v()) moments.enter(kSecondMoment, at);
+  if (s.keeps_w()) moments.enter(kExtraMoment, at);
+  if (kNoise) {
+    draw_noise(s.shared, tensor.first + at, filled, b.noise);
+    // What is behind the last element stays zero, or it might be the greatest.
+    for (int i = filled; i < kPackedBlock; ++i) b.noise[i] = 0;
+  }
+  const uint32_t* drawn = nullptr;
+  if (moments.random()) {
+    drawn =
+        bits.of_block(s.shared, kMomentStream, tensor.first - tensor.offset, tensor.offset + at);
+  }
+  const int body = filled / kLanes * kLanes, end = body < filled ? body + kLanes : body;
+  accumulate_block<kKind, kNoise, kLive>(s, 0, body, weights, moments, b, sums);
+  if (end > body) {
+    accumulate_block<kKind, kNoise, kLive>(s, body, end, weights, moments, b, ends);
+  }
+  if (s.keeps_m()) moments.close(kFirstMoment, at);
+  if (s.keeps_v()) moments.close(kSecondMoment, at);
+  if (kKind == Kind::kAmsgrad) moments.close(kExtraMoment, at);
+  const float* const anchor =
+      kLive && tensor.anchor ? static_cast<const float*>(tensor.anchor) + at : nullptr;
+  float* const ema = tensor.ema ? static_cast<float*>(tensor.ema) + at : nullptr;
+  apply_block<kKind, kLive>(s, 0, body, weights, moments, b, drawn, anchor, ema, sums);
+  if (end > body) {
+    apply_block<kKind, kLive>(s, body, end, weights, moments, b, drawn, anchor, ema, ends);
+  }
+  if (s.keeps_m()) moments.leave(kFirstMoment);
+  if (s.keeps_v()) moments.leave(kSecondMoment);
+  if (kKind == Kind::kAmsgrad) moments.leave(kExtraMoment);
+  if (kKind == Kind::kRms && s.keeps_w()) {
+    for (int i = filled; i < end; ++i) b.w[i] = 0;  // 0 / 0, where eps is
+    for (int i = 0; i < end; i += kStep) moments.gather(kExtraMoment, load<FloatVector>(b.w + i));
+    moments.close(kExtraMoment, at);
+    for (int i = 0; i < end; i += kStep) {
+      const IntVector random = moments.random() ? load<IntVector>(drawn + i) : IntVector{};
+      moments.keep(kExtraMoment, i, load<FloatVector>(b.w + i), random);
+    }
+    moments.leave(kExtraMoment);
+  }
+  if constexpr (!W::kDirect) weights.finish(s.shared);
+}
+
+// A copy of the last elements of a tensor, padded with zeros to a block.
+class PaddedBlock {
+ public:
+  PaddedBlock(const Tensor& tensor, int64_t at, int64_t count) : whole_(tensor), at_(at) {
+    padded = tensor;
+    padded.first += at;
+    padded.offset += at;
+    const size_t moment = sizes_[tensor.moments];
+    const size_t stored = static_cast<DType>(tensor.dtype) == DType::kFloat32 ? 4 : 2;
+    take(&Tensor::param, stored, count);
+    take(&Tensor::grad, stored, count);
+    take(&Tensor::exp_avg, moment, count);
+    take(&Tensor::exp_avg_sq, moment, count);
+    take(&Tensor::extra, moment, count);
+    take(&Tensor::master, 4, count);
+    take(&Tensor::rest, 2, count);
+    take(&Tensor::ema, 4, count);
+    if (tensor.anchor) {
+      __builtin_memcpy(anchor_, static_cast<const float*>(tensor.anchor) + at, count * 4);
+      padded.anchor = anchor_;
+    }
+    const int64_t blocks = at / kPackedBlock;
+    if (padded.exp_avg_scale) padded.exp_avg_scale += blocks;
+    if (padded.exp_avg_sq_scale) padded.exp_avg_sq_scale += blocks;
+    if (padded.extra_scale) padded.extra_scale += blocks;
+  }
+  // Brings back what was written.
+  void put_back() const {
+    for (int i = 0; i < taken_; ++i) {
+      const Taken& t = which_[i];
+      if (t.field == &Tensor::grad) continue;
+      __builtin_memcpy(static_cast<char*>(whole_.*t.field) + at_ * static_cast<int64_t>(t.size),
+                       padded.*t.field, t.bytes);
+    }
+  }
+  Tensor padded;
+
+ private:
+  struct Taken {
+    void* Tensor::* field;
+    size_t size, bytes;
+  };
+  void take(void* Tensor::* field, size_t size, int64_t count) {
+    if (!(whole_.*field)) return;
+    const size_t bytes = size * static_cast<size_t>(count);
+    __builtin_memcpy(memory_[taken_],
+                     static_cast<char*>(whole_.*field) + at_ * static_cast<int64_t>(size), bytes);
+    padded.*field = memory_[taken_];
+    which_[taken_++] = {field, size, bytes};
+  }
+  static constexpr size_t sizes_[] = {4, 2, 1};
+  const Tensor& whole_;
+  int64_t at_;
+  int taken_ = 0;
+  Taken which_[8];
+  alignas(64) char memory_[8][kPackedBlock * 4] = {};
+  float anchor_[kPackedBlock] = {};
+};
+
+template <Kind kKind, bool kNoise, bool kLive, class W, class M>
 void update_packed(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t end,
                    Partial* partial) {
-  const Uniforms<float> scalars = rounded<float>(shared.u);
-  const Uniforms<FloatVector> u =
-      mapped<FloatVector>(scalars, [](float x) { return splat<FloatVector>(x); });
-  const StoredMoments moments = stored_moments(tensor, kKind);
-  // Known when this is compiled, but for the kinds that may lack one.
-  const bool keeps_m = has_first(kKind) && (!may_lack(kKind) || tensor.exp_avg),
-             keeps_v = has_second(kKind) && (!may_lack(kKind) || tensor.exp_avg_sq),
-             keeps_w = has_extra(kKind) && (!may_lack(kKind) || tensor.extra);
-  const bool random = tensor.stochastic != 0;
-  const float* const anchor = static_cast<const float*>(tensor.anchor);
+  const PackedStep<kKind> whole(tensor, shared);
+  const M moments(tensor);
   PackedBlock b{};
   RoundingBits bits;
   Partial total{};
   for (int64_t tile = begin; tile < end; tile += kConvertedTile) {
     const int64_t tile_end = end - tile < kConvertedTile ? end : tile + kConvertedTile;
     Sums<float> sums{}, ends{};
-    int rest = 0;
-    for (int64_t at = tile; at < tile_end; at += kPackedBlock) {
-      const int64_t count = tile_end - at < kPackedBlock ? tile_end - at : kPackedBlock;
-      const int64_t body = count / kLanes * kLanes;
-      if (count < kPackedBlock) b = PackedBlock{};  // zeros behind the last element
-      read_grad(tensor, at, count, b.grad);
-      read_theta(tensor, at, count, b.theta);
-      if (kLive && anchor) __builtin_memcpy(b.anchor, anchor + at, count * sizeof(float));
-      if (keeps_m) moments.m.read(at, count, b.m);
-      if (keeps_v) moments.v.read(at, count, b.v);
-      if (keeps_w) moments.w.read(at, count, b.w);
-      if (kNoise) draw_noise(shared, tensor.first + at, count, b.noise);
-      if (random) {
-        bits.draw(shared, kMomentStream, tensor.first - tensor.offset, tensor.offset + at);
-      }
-
-      accumulate_block<kKind, kNoise>(u, 0, body, b, sums);
-      // Of the last 16 only `rest` are there; the others are computed, and left out of the sums.
-      rest = static_cast<int>(count - body);
-      if (rest) accumulate_block<kKind, kNoise>(u, body, body + kLanes, b, ends);
-      if (keeps_m) moments.m.keep(b.m, at, count, bits.of);
-      if (keeps_v) moments.v.keep(b.v, at, count, bits.of);
-      if (kKind == Kind::kAmsgrad) moments.w.keep(b.w, at, count, bits.of);
-      apply_block<kKind, kLive>(u, 0, body, b, sums);
-      if (rest) apply_block<kKind, kLive>(u, body, body + kLanes, b, ends);
-      if (kKind != Kind::kAmsgrad && keeps_w) moments.w.keep(b.w, at, count, bits.of);
-
-      keep_theta(tensor, shared, b.theta, at, count);
-      if (kLive) write_live(tensor, b.live, at, count);
-      if (tensor.ema) move_average(scalars, b.theta, count, static_cast<float*>(tensor.ema) + at);
+    int64_t at = tile;
+    for (; at + kPackedBlock <= tile_end; at += kPackedBlock) {
+      step_block<kKind, kNoise, kLive, W>(whole, moments, at, kPackedBlock, b, bits, sums, ends);
+    }
+    const int filled = static_cast<int>(tile_end - at);
+    if (filled) {
+      PaddedBlock last(tensor, at, filled);
+      const PackedStep<kKind> rest(last.padded, shared);
+      step_block<kKind, kNoise, kLive, W>(rest, M(last.padded), 0, filled, b, bits, sums, ends);
+      last.put_back();
     }
     Partial measured{};
     add(sums, kLanes, measured);
-    add(ends, rest, measured);
+    add(ends, filled % kLanes, measured);
     if (out_of_range(measured)) {
       measured.grad_sq = 0;
-      for (int64_t at = tile; at < tile_end; at += kPackedBlock) {
-        const int64_t count = tile_end - at < kPackedBlock ? tile_end - at : kPackedBlock;
-        read_grad(tensor, at, count, b.grad);
-        rescan(b.grad, scalars.scale, count, measured);
-      }
+      float grads[kConvertedTile];
+      read_grads(tensor, tile, tile_end - tile, grads);
+      rescan(grads, static_cast<float>(shared.u.scale), tile_end - tile, measured);
     }
-    if (tensor.zero_grad) clear_grad(tensor, tile, tile_end);
+    if (tensor.zero_grad) {
+      with_storage(tensor, [&](auto* like) {
+        auto* const grad = static_cast<decltype(like)>(tensor.grad);
+        __builtin_memset(grad + tile, 0, static_cast<size_t>(tile_end - tile) * sizeof *grad);
+      });
+    }
     add(measured, total);
   }
   *partial = total;
 }
 
-inline void emit_packed(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t end) {
+// Live weights of stored moments and masters.
+template <class M>
+void emit_packed(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t end) {
   const Uniforms<float> u = rounded<float>(shared.u);
-  const StoredMoments moments = stored_moments(tensor, shared.kind);
-  const float* const theta = static_cast<const float*>(tensor.master);
-  const float* const anchor = static_cast<const float*>(tensor.anchor);
   const bool classed = tensor.exp_avg && tensor.exp_avg_sq;
-  float m[kPackedBlock], v[kPackedBlock], live[kPackedBlock];
   for (int64_t at = begin; at < end; at += kPackedBlock) {
     const int64_t count = end - at < kPackedBlock ? end - at : kPackedBlock;
+    PaddedBlock block(tensor, at, count);
+    const Tensor& t = block.padded;
+    M moments(t);
+    float m[kPackedBlock] = {}, v[kPackedBlock] = {};
     if (classed) {
-      moments.m.read(at, count, m);
-      moments.v.read(at, count, v);
+      moments.enter(kFirstMoment, 0);
+      moments.enter(kSecondMoment, 0);
+      for (int i = 0; i < kPackedBlock; i += kStep) {
+        store(m + i, moments.read(kFirstMoment, i));
+        store(v + i, moments.read(kSecondMoment, i));
+      }
     }
-    for (int64_t i = 0; i < count; ++i) {
-      const bool under = !classed || is_under(m[i], v[i], u.old_v, u.old_0);
-      live[i] = live_weight(theta[at + i], anchor ? anchor[at + i] : 0.0f,
-                            u.live[under ? kUnder : kWell]);
-    }
-    write_live(tensor, live, at, count);
+    const float* const theta = static_cast<const float*>(t.master);
+    const float* const anchor = static_cast<const float*>(t.anchor);
+    with_storage(t, [&](auto* like) {
+      using S = std::remove_pointer_t<decltype(like)>;
+      for (int64_t i = 0; i < count; ++i) {
+        const bool under = !classed || is_under(m[i], v[i], u.old_v, u.old_0);
+        const float live =
+            live_weight(theta[i], anchor ? anchor[i] : 0.0f, u.live[under ? kUnder : kWell]);
+        static_cast<S*>(tensor.param)[at + i] = narrowed_to(live, S{});
+      }
+    });
   }
 }
 

@@ -55,22 +55,40 @@ AIM_INLINE void rounding_lanes(uint64_t seed, IntVector (&c)[4]) {
   }
 }
 
-// The bits of 128 elements from `index` on (an index in the whole parameter).
-struct RoundingBits {
+// The bits of one parameter's elements, drawn for 256 of them at a time.
+class RoundingBits {
+ public:
   static constexpr int kCount = 128;
-  uint32_t of[kCount];
 
-  __attribute__((noinline)) void draw(const Shared& shared, Stream stream, int64_t base,
+  // Of 128 elements from `index` on (an index in the whole parameter).
+  AIM_INLINE const uint32_t* of_block(const Shared& shared, Stream stream, int64_t base,
                                       int64_t index) {
     if (index % kCount != 0) {
-      for (int i = 0; i < kCount; ++i) {
-        of[i] = rounding_bits(shared.seed, shared.counter, stream, base, index + i);
-      }
-      return;
+      one_by_one(shared, stream, base, index);
+      return bits_;
     }
+    const int64_t draws = index / (2 * kCount);
+    if (draws != drawn_) {
+      draw(shared, stream, base, draws);
+      drawn_ = draws;
+    }
+    return bits_ + index % (2 * kCount);
+  }
+
+ private:
+  __attribute__((noinline)) void one_by_one(const Shared& shared, Stream stream, int64_t base,
+                                            int64_t index) {
+    for (int i = 0; i < kCount; ++i) {
+      bits_[i] = rounding_bits(shared.seed, shared.counter, stream, base, index + i);
+    }
+    drawn_ = -1;
+  }
+
+  __attribute__((noinline)) void draw(const Shared& shared, Stream stream, int64_t base,
+                                      int64_t draws) {
     constexpr int kWidth = Lanes<float>::kCount;
     const Philox4 first =
-        rounding_counter(static_cast<uint32_t>(index / kCount) * 16, base, shared.counter, stream);
+        rounding_counter(static_cast<uint32_t>(draws) * 16, base, shared.counter, stream);
     for (int lane = 0; lane < 16; lane += kWidth) {
       IntVector c[4];
       for (int word = 0; word < 4; ++word) {
@@ -79,12 +97,13 @@ struct RoundingBits {
       c[0] += lane_numbers() + lane;
       rounding_lanes(shared.seed, c);
       for (int row = 0; row < 8; ++row) {
-        store(of + row * 16 + lane, (c[row % 4] >> (row / 4 * 16)) & 0xFFFF);
+        const IntVector bits = (c[row % 4] >> (row / 4 * 16)) & 0xFFFF;
+        store(bits_ + row * 16 + lane, bits);
+        store(bits_ + kCount + row * 16 + lane, bits ^ 0xFFFF);
       }
     }
   }
 
- private:
   static AIM_INLINE IntVector lane_numbers() {
     IntVector numbers{};
 #ifdef AIM_VECTOR_BYTES
@@ -92,6 +111,9 @@ struct RoundingBits {
 #endif
     return numbers;
   }
+
+  uint32_t bits_[2 * kCount];
+  int64_t drawn_ = -1;
 };
 
 }  // namespace AIM_ISA

@@ -79,10 +79,46 @@ AIM_INLINE V square_root(V x) {
 using IntVector = Lanes<float>::Count;
 AIM_INLINE IntVector as_int(FloatVector x) { return (IntVector)x; }
 AIM_INLINE FloatVector as_float(IntVector x) { return (FloatVector)x; }
+#if AIM_VECTOR_BYTES == 64 && defined(__AVX512F__)
+AIM_INLINE IntVector lesser(IntVector a, IntVector b) {
+  return (IntVector)_mm512_min_epi32((__m512i)a, (__m512i)b);
+}
+AIM_INLINE IntVector greater(IntVector a, IntVector b) {
+  return (IntVector)_mm512_max_epi32((__m512i)a, (__m512i)b);
+}
+#elif AIM_VECTOR_BYTES == 32 && defined(__AVX2__)
+AIM_INLINE IntVector lesser(IntVector a, IntVector b) {
+  return (IntVector)_mm256_min_epi32((__m256i)a, (__m256i)b);
+}
+AIM_INLINE IntVector greater(IntVector a, IntVector b) {
+  return (IntVector)_mm256_max_epi32((__m256i)a, (__m256i)b);
+}
+#else
+AIM_INLINE IntVector lesser(IntVector a, IntVector b) { return a < b ? a : b; }
+AIM_INLINE IntVector greater(IntVector a, IntVector b) { return a > b ? a : b; }
+#endif
 #else
 using FloatVector = float;
 using IntVector = uint32_t;
 #endif
+
+AIM_INLINE int32_t first_lane(IntVector x) {
+  int32_t lane;
+  __builtin_memcpy(&lane, &x, sizeof lane);
+  return lane;
+}
+
+// The greatest of lanes that are not negative.
+AIM_INLINE int32_t greatest_lane(IntVector x) {
+#if defined(AIM_VECTOR_BYTES) && AIM_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  return _mm512_reduce_max_epi32((__m512i)x);
+#else
+  int32_t lanes[sizeof x / sizeof(int32_t)], greatest = 0;
+  __builtin_memcpy(lanes, &x, sizeof lanes);
+  for (const int32_t lane : lanes) greatest = lane > greatest ? lane : greatest;
+  return greatest;
+#endif
+}
 
 // Adds one to the counters of the lanes that are set (a set lane of a vector mask is -1).
 template <class Count, class Mask>

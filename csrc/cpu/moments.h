@@ -1,0 +1,118 @@
+// Moments in fewer bits, a vector at a time within one block of 128 elements: read, gathered while
+// the new ones are computed, kept.
+#pragma once
+
+#include "cpu/codec.h"
+
+namespace aim {
+namespace AIM_ISA {
+
+enum Which : int { kFirstMoment, kSecondMoment, kExtraMoment };
+
+template <int kRandom>
+AIM_INLINE bool rounds_at_random(bool asked) {
+  return kRandom < 0 ? asked : kRandom == 1;
+}
+
+// kRandom: 0 rounds to nearest, 1 at random, -1 as the tensor asks.
+template <int kRandom>
+class BFloat16Moments {
+ public:
+  explicit BFloat16Moments(const Tensor& t)
+      : from_{static_cast<uint16_t*>(t.exp_avg), static_cast<uint16_t*>(t.exp_avg_sq),
+              static_cast<uint16_t*>(t.extra)},
+        random_(rounds_at_random<kRandom>(t.stochastic != 0)) {}
+
+  AIM_INLINE bool random() const { return rounds_at_random<kRandom>(random_); }
+  AIM_INLINE void enter(Which which, int64_t at) { block_[which] = from_[which] + at; }
+  AIM_INLINE FloatVector read(Which which, int i) const {
+    return as_float(from_small(block_[which] + i) << 16);
+  }
+  AIM_INLINE void gather(Which, FloatVector) {}
+  AIM_INLINE void close(Which, int64_t) {}
+  AIM_INLINE void leave(Which) const {}
+  // Stores a new moment; returns the magnitude of what was stored, or that itself.
+  AIM_INLINE FloatVector keep(Which which, int i, FloatVector x, IntVector bits) {
+    const IntVector kept = random() ? bfloat16_bits<true>(x, bits) : bfloat16_bits<false>(x, bits);
+    to_small((kept >> 16) & 0xFFFF, block_[which] + i);
+    return as_float(kept);
+  }
+
+ private:
+  uint16_t* from_[3];
+  uint16_t* block_[3] = {};
+  bool random_;
+};
+
+// Always rounded at random: to nearest, a moment that vanishes would stay at a few units, and one
+// that grows slowly would not start. kSignedExtra: whether the third moment may be negative.
+template <bool kSignedExtra>
+class Int8Moments {
+ public:
+  explicit Int8Moments(const Tensor& t)
+      : from_{static_cast<uint8_t*>(t.exp_avg), static_cast<uint8_t*>(t.exp_avg_sq),
+              static_cast<uint8_t*>(t.extra)},
+        scale_{t.exp_avg_scale, t.exp_avg_sq_scale, t.extra_scale} {}
+
+  static AIM_INLINE constexpr bool random() { return true; }
+
+  AIM_INLINE void enter(Which which, int64_t at) {
+    block_[which] = from_[which] + at;
+    set_exponent(which, scale_[which][at / kPackedBlock]);
+    greatest_[which] = IntVector{};
+  }
+  AIM_INLINE FloatVector read(Which which, int i) const {
+    const IntVector code = from_small(block_[which] + i);
+    return with_poison(which, has_sign(which)
+                                  ? packed_value<PackedFirst, FloatVector>(code, lowest_[which])
+                                  : packed_value<PackedSecond, FloatVector>(code, lowest_[which]));
+  }
+  // Every new moment of the block, before the first is kept.
+  AIM_INLINE void gather(Which which, FloatVector x) {
+    greatest_[which] = greater(as_int(x) & 0x7FFFFFFF, greatest_[which]);
+  }
+  AIM_INLINE void close(Which which, int64_t at) {
+    const int32_t greatest = greatest_lane(greatest_[which]);
+    const int32_t exponent = has_sign(which) ? packed_exponent<PackedFirst>(greatest)
+                                             : packed_exponent<PackedSecond>(greatest);
+    scale_[which][at / kPackedBlock] = static_cast<uint8_t>(exponent);
+    set_exponent(which, exponent);
+  }
+  // After the last moment of the block: of what is not finite, only the exponent tells.
+  AIM_INLINE void leave(Which which) const {
+    if (first_lane(poison_[which])) __builtin_memset(block_[which], 0, kPackedBlock);
+  }
+  AIM_INLINE FloatVector keep(Which which, int i, FloatVector x, IntVector bits) {
+    return has_sign(which) ? keep_as<PackedFirst>(which, i, x, bits)
+                           : keep_as<PackedSecond>(which, i, x, bits);
+  }
+
+ private:
+  static AIM_INLINE constexpr bool has_sign(Which which) {
+    return which == kFirstMoment || (which == kExtraMoment && kSignedExtra);
+  }
+  AIM_INLINE void set_exponent(Which which, int32_t exponent) {
+    lowest_[which] = splat<IntVector>(has_sign(which) ? packed_lowest<PackedFirst>(exponent)
+                                                      : packed_lowest<PackedSecond>(exponent));
+    poison_[which] = splat<IntVector>(exponent == 255 ? 0x7FC00000 : 0);
+  }
+  // Without a branch in the loops.
+  AIM_INLINE FloatVector with_poison(Which which, FloatVector x) const {
+    return as_float(as_int(x) | poison_[which]);
+  }
+  template <class Format>
+  AIM_INLINE FloatVector keep_as(Which which, int i, FloatVector x, IntVector bits) {
+    const FloatVector magnitude = as_float(as_int(x) & 0x7FFFFFFF);
+    const IntVector place = packed_place<Format>(magnitude, lowest_[which], bits);
+    to_small(packed_code<Format>(x, place), block_[which] + i);
+    return with_poison(which, packed_magnitude<FloatVector>(place, lowest_[which]));
+  }
+
+  uint8_t* from_[3];
+  uint8_t* scale_[3];
+  uint8_t* block_[3] = {};
+  IntVector lowest_[3] = {}, greatest_[3] = {}, poison_[3] = {};
+};
+
+}  // namespace AIM_ISA
+}  // namespace aim
