@@ -76,21 +76,23 @@ __device__ __forceinline__ void put_narrow(S* to, int count, bool aligned,
   put(to, count, aligned, raw);
 }
 
+// Of a float32 whose lower half is zero.
+__device__ __forceinline__ BFloat16 as_bfloat16(uint32_t bits) {
+  return {static_cast<uint16_t>(bits >> 16)};
+}
+
 // -- random bits ---------------------------------------------------------------------------------
 
-// What increments packed_code() by one half: to nearest.
-inline constexpr uint32_t kHalf = 0x8000;
-
 // The bits of a thread's elements of a row that begins at element `index` of the whole parameter,
-// whose first element has the global index `base`. A row of 128 touches at most two runs of 16
-// draws, one a thread; every draw is of use to eight threads.
+// whose first element has the global index `base`. Elements in 256 share 16 draws, and a row of 128
+// lies in one or two such runs: a draw a thread, and every one is of use to eight threads.
 __device__ __forceinline__ void rounding_row(const Shared& shared, Stream stream, int64_t base,
                                              int64_t index, uint32_t (&bits)[kEach<float>]) {
   constexpr int kDraws = 16, kWarps = cuda::kMostThreads / kWarp;
   __shared__ uint32_t drawn[kWarps][2][4][kDraws];
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   auto& mine = drawn[threadIdx.x / kWarp];
-  const uint32_t first = static_cast<uint32_t>(index / 128) * kDraws;
+  const uint32_t first = static_cast<uint32_t>(index / 256) * kDraws;
   const Philox4 r = philox4x32<kRoundingRounds>(
       shared.seed,
       rounding_counter(first + static_cast<uint32_t>(lane), base, shared.counter, stream));
@@ -98,11 +100,12 @@ __device__ __forceinline__ void rounding_row(const Shared& shared, Stream stream
 #pragma unroll
   for (int word = 0; word < 4; ++word) mine[lane / kDraws][word][lane % kDraws] = r.x[word];
   __syncwarp();
-  const int within = static_cast<int>(index % 128) + lane * kEach<float>;
+  const int within = static_cast<int>(index % 256) + lane * kEach<float>;
 #pragma unroll
   for (int k = 0; k < kEach<float>; ++k) {
     const RoundingPlace place = rounding_place(within + k);
-    bits[k] = mine[(within + k) / 128][place.word][place.draw % kDraws] >> place.shift & 0xFFFF;
+    const uint32_t word = mine[(within + k) / 256][place.word][place.draw % kDraws];
+    bits[k] = (word >> place.shift & 0xFFFF) ^ place.flip;
   }
 }
 
@@ -129,7 +132,7 @@ template <class Format>
 __device__ __forceinline__ float unpacked(uint8_t code, int32_t exponent) {
   if (exponent == 255) return bits_float(kQuietNan);
   const uint32_t lowest = static_cast<uint32_t>(packed_lowest<Format>(exponent));
-  return packed_value<Format>(uint32_t{code}, lowest, bits_float(lowest));
+  return packed_value<Format, float>(uint32_t{code}, lowest);
 }
 
 // A moment of a tensor: codes (kInt8), bfloat16 or T.
@@ -173,20 +176,20 @@ __device__ __forceinline__ T moment_at(StoredMoment from, int32_t how, int64_t i
   return static_cast<const T*>(from.values)[i];
 }
 
-// `x` becomes what is stored of it. `random`: 16 bits an element, where `stochastic`; else kHalf.
+// `x` becomes the magnitude of what is stored of it, or that itself. `random`: 16 bits an element,
+// for kInt8, and for kBFloat16 where `stochastic`.
 template <class Format, class T>
 __device__ __forceinline__ void keep_moment(StoredMoment to, int32_t how, bool stochastic,
                                             const uint32_t (&random)[kEach<T>], int32_t at,
                                             int count, bool aligned, T (&x)[kEach<T>]) {
   if constexpr (sizeof(T) == 4) {
     if (how == static_cast<int32_t>(Moments::kInt8)) {
-      uint32_t greatest = 0;
+      uint32_t most = 0;
 #pragma unroll
       for (int k = 0; k < kEach<T>; ++k) {
-        const uint32_t magnitude = float_bits(x[k]) & 0x7FFFFFFFu;
-        if (k < count && magnitude > greatest) greatest = magnitude;
+        if (k < count) most = greater(float_bits(x[k]) & 0x7FFFFFFFu, most);
       }
-      const int32_t exponent = packed_exponent<Format>(static_cast<int32_t>(warp_max(greatest)));
+      const int32_t exponent = packed_exponent<Format>(static_cast<int32_t>(warp_max(most)));
       if (threadIdx.x % kWarp == 0) {
         to.scale[at / static_cast<int32_t>(kPackedBlock)] = static_cast<uint8_t>(exponent);
       }
@@ -194,10 +197,12 @@ __device__ __forceinline__ void keep_moment(StoredMoment to, int32_t how, bool s
       const uint32_t lowest = static_cast<uint32_t>(packed_lowest<Format>(exponent));
 #pragma unroll
       for (int k = 0; k < kEach<T>; ++k) {
-        const uint32_t code =
-            packed_code<Format, true>(x[k], lowest, bits_float(lowest), random[k]);
-        codes[k] = exponent == 255 ? uint8_t{0} : static_cast<uint8_t>(code);
-        x[k] = unpacked<Format>(codes[k], exponent);
+        const float magnitude = bits_float(float_bits(x[k]) & 0x7FFFFFFFu);
+        const uint32_t place = packed_place<Format>(magnitude, lowest, random[k]);
+        codes[k] = static_cast<uint8_t>(packed_code<Format>(x[k], place));
+        x[k] = packed_magnitude<float>(place, lowest);
+        // Of what is not finite, only the exponent tells.
+        if (exponent == 255) codes[k] = 0, x[k] = bits_float(kQuietNan);
       }
       return put(static_cast<uint8_t*>(to.values) + at, count, aligned, codes);
     }
@@ -205,9 +210,8 @@ __device__ __forceinline__ void keep_moment(StoredMoment to, int32_t how, bool s
       BFloat16 kept[kEach<T>];
 #pragma unroll
       for (int k = 0; k < kEach<T>; ++k) {
-        const uint32_t bits = float_bits(x[k]), even = (bits >> 16 & 1) + 0x7FFF;
-        kept[k].bits =
-            static_cast<uint16_t>(bfloat16_bits<true>(bits, stochastic ? random[k] : even));
+        const uint32_t even = (float_bits(x[k]) >> 16 & 1) + 0x7FFF;
+        kept[k] = as_bfloat16(bfloat16_bits<true>(x[k], stochastic ? random[k] : even));
         x[k] = wide(kept[k]);
       }
       return put(static_cast<BFloat16*>(to.values) + at, count, aligned, kept);
@@ -260,8 +264,7 @@ __device__ __forceinline__ void keep_weights(const Tensor& tensor, const Shared&
         rounding_row(shared, kWeightStream, tensor.first - tensor.offset, index, random);
 #pragma unroll
         for (int k = 0; k < kEach<T>; ++k) {
-          kept[k].bits =
-              static_cast<uint16_t>(bfloat16_bits<true>(float_bits(theta[k]), random[k]));
+          kept[k] = as_bfloat16(bfloat16_bits<true>(theta[k], random[k]));
         }
         return put(param, count, aligned, kept);
       }

@@ -108,12 +108,12 @@ __device__ __forceinline__ void step_row(const Uniforms<T>& u, const Tensor& rec
 #pragma unroll
     for (int k = 0; k < kCount; ++k) between[k].numerator = m[k];
   }
-  uint32_t random[kCount];
+  uint32_t random[kCount] = {};
   const bool stochastic = tensor.stochastic != 0;
-#pragma unroll
-  for (int k = 0; k < kCount; ++k) random[k] = kHalf;
   if constexpr (sizeof(T) == 4 && kKind != Kind::kSgd) {
-    if (stochastic && how != static_cast<int32_t>(Moments::kWide)) {
+    // 8 bits are always rounded at random.
+    if (how == static_cast<int32_t>(Moments::kInt8) ||
+        (how == static_cast<int32_t>(Moments::kBFloat16) && stochastic)) {
       rounding_row(shared, kMomentStream, tensor.first - tensor.offset, tensor.offset + row,
                    random);
     }

@@ -30,7 +30,7 @@ void agrees(const Case& c, bool aligned, int32_t threads) {
   bool cleared = true;
   for (size_t i = 0; i < bytes; ++i) cleared &= p.grad.data()[i] == 0;
   expect(cleared == c.keep.zero_grad, "gradient, " + what);
-  expect(p.guards_intact(), "guards, " + what);
+  expect(p.guards_intact() && expected.guards_intact(), "guards, " + what);
   if (!c.live) return;
   std::memset(p.param.data(), 0, bytes);
   expect(aim::cuda::emit(launch.work, 0, nullptr).error == 0, "emit, " + what);
@@ -103,6 +103,7 @@ int not_finite() {
     expect(expected.run("scalar", 1) == aim::Status::kOk, what);
     launch.step(what);
     expect(p.same_moments(expected) && p.grad == expected.grad, "bits, " + what);
+    expect(p.guards_intact() && expected.guards_intact(), "guards, " + what);
     expect(p.statistics.nonfinite == 2 && p.statistics.numel == 500, "counts, " + what);
     // The third block is all finite; so are the others where no block has an exponent.
     for (size_t i = 0; i < 500; ++i) {
