@@ -175,9 +175,10 @@ __device__ __forceinline__ void for_each_row(int32_t end, const Body& body) {
 
 template <class S, class T>
 __device__ __forceinline__ void clear_grad(const Tensor& tensor, int32_t end, bool aligned) {
+  S* const grad = static_cast<S*>(in_global(tensor.grad));
   for_each_row<T>(end, [&](int32_t, int32_t at, int count) {
     const S zeros[kEach<T>] = {};
-    put(static_cast<S*>(tensor.grad) + at, count, aligned, zeros);
+    put(grad + at, count, aligned, zeros);
   });
 }
 
@@ -195,10 +196,11 @@ __device__ __forceinline__ void update_packed(const Tensor& tensor, const Unifor
   // Squares that leave the range of T, and gradients that are not finite: once more, in float64.
   if (squares - squares != 0 || (squares == 0 && sums.grad != 0)) {
     squares = 0;
+    const S* const grad = static_cast<const S*>(in_global(tensor.grad));
     for_each_row<T>(end, [&](int32_t, int32_t at, int count) {
 #pragma unroll 1
       for (int32_t i = at; i < at + count; ++i) {
-        const T g = wide(static_cast<const S*>(tensor.grad)[i]) * u.scale;
+        const T g = wide(grad[i]) * u.scale;
         nonfinite += g - g != T{0};
         squares += static_cast<double>(g) * g;
       }
