@@ -104,12 +104,16 @@ def chunk_table(
     return chunks, spans
 
 
-def families_of(groups: NDArray[np.void]) -> tuple[int, ...]:
-    """The families (numbers in ``rows.FAMILIES``) among some group records."""
+def families_of(groups: NDArray[np.void], tensors: NDArray[np.void]) -> tuple[int, ...]:
+    """The families (numbers in ``rows.FAMILIES``) among some tensor records, with the records of all groups."""
+    packed = np.zeros(len(tensors), bool)
+    for field in ("moments", "weights", "zero_grad", "ema"):
+        packed |= tensors[field] != 0
+    groups = groups[np.unique(tensors["group"][~packed])]
     names = [{"adamw": "adam", "adam": "adam", "sgd": "sgd"}.get(rule, "other") for rule in RULES]
     numbers = np.array([FAMILIES.index(name) for name in names])[groups["rule"]]
     numbers[(groups["flags"] & FLAGS["amsgrad"]) != 0] = FAMILIES.index("other")
-    return tuple(np.unique(numbers).tolist())
+    return (*np.unique(numbers).tolist(), *([FAMILIES.index("packed")] if packed.any() else []))
 
 
 class Launch:
@@ -261,7 +265,7 @@ class Share:
             width = records.itemsize // _WORD
             self.tensors = words[: len(records) * width].view(len(records), width)
             self.groups = words[len(records) * width :].view(len(groups), groups.itemsize // _WORD)
-            self.families = families_of(groups[np.unique(records["group"])])
+            self.families = families_of(groups, records)
             self._sent = b"" if capturing(self.device) else content
         self.keep_for_stream()
 

@@ -108,8 +108,9 @@ GROUP_RECORD = np.dtype(
 #: Variants of a rule (``aim::Flag``).
 FLAGS = {"amsgrad": 1, "centered": 2}
 
-#: Rules that share a CUDA kernel (``aim::cuda::Family``); AMSGrad is of the others.
-FAMILIES = ("adam", "sgd", "other")
+#: What shares a CUDA kernel (``aim::cuda::Family``): rules (AMSGrad is of the others), and, of any rule, the tensors
+#: that keep moments or weights in fewer bits, have an average or leave their gradient as zeros.
+FAMILIES = ("adam", "sgd", "other", "packed")
 
 #: The elements [index * chunk_size, (index + 1) * chunk_size) of a tensor (``aim::cuda::Chunk``): one block's work.
 CHUNK_RECORD = np.dtype([("tensor", np.int32), ("index", np.int32)], align=True)

@@ -44,6 +44,13 @@ def main() -> None:
             work(tensors([dtype] * 3), RULES[rule])
     for rule in ("adam", "sgd"):
         work(tensors([torch.float32, torch.bfloat16, torch.float16]), RULES[rule])
+    beside = {"rule": "adamw", "ema_decay": 0.9, "zero_grad_in_step": True}
+    work(tensors([torch.float64] * 3), beside)
+    for dtype in TYPES[:3]:
+        work(tensors([dtype] * 3), beside | {"state_dtype": "int8"})
+        work(tensors([dtype] * 3), {"rule": "sgd", "momentum": 0.9, "state_dtype": "bfloat16"})
+    for master in ("stochastic", "split", "kahan"):
+        work(tensors([torch.bfloat16] * 3), beside | {"state_dtype": "int8", "master": master})
     torch.cuda.synchronize()
     print("steps taken")
 

@@ -23,7 +23,8 @@ from aim_kernels import _C, rows
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("sm_80", "sm_90")
 STORAGE = ("float32", "float64", "bfloat16", "float16")
-UPDATES = [*(f"update_{rule}_{storage}" for rule in ("adam", "sgd", "other") for storage in STORAGE), "update_mixed"]
+UPDATES = [*(f"update_{family}_{storage}" for family in rows.FAMILIES for storage in STORAGE), "update_mixed"]
+UNITS = [*(f"{kind}_{storage}" for kind in ("update", "packed") for storage in STORAGE), "update_mixed", "finish"]
 KERNELS = [*UPDATES, "finish", "emit", "copy_bytes"]
 
 
@@ -124,14 +125,14 @@ def test_later_architectures_get_ptx(objects: Path) -> None:
     assert "sm_90.ptx" in listed
 
 
-@pytest.mark.parametrize("unit", [*(f"update_{storage}" for storage in STORAGE), "update_mixed", "finish"])
+@pytest.mark.parametrize("unit", UNITS)
 def test_no_multiplication_is_contracted(objects: Path, unit: str) -> None:
     """Fused multiply-adds would round once where the CPU kernels round twice. Division and square root are made of
     them, by the assembler; what the compiler hands to it has none, and nothing that the assembler might fuse."""
     command = [cuobjdump(), "-ptx", str(objects / f"csrc_cuda_{unit}.cu.o")]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert re.search(r"\bmul\.rn\.f", text) and "div.rn.f" in text
-    assert ("sqrt.rn.f" in text) == unit.startswith("update")
+    assert ("sqrt.rn.f" in text) == (unit != "finish")
     assert not re.findall(r"\bfma\..*", text)
     assert not re.findall(r"\b(?:mul|add|sub)\.f(?:32|64)\b.*", text), "without .rn it may be fused"
     assert not re.findall(r"\b(?:div|sqrt)\.(?:approx|full).*", text)

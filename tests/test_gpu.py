@@ -22,6 +22,8 @@ import aim_kernels as ak
 pytestmark = pytest.mark.gpu
 
 SHAPES = (((5, 7), (3000,), (0,), ()), ((129, 65), (16,)))
+#: 8 bits for the parameter that has elements enough, an average, gradients cleared.
+PACKED: dict[str, object] = {"state_dtype": "int8", "ema_decay": 0.9, "zero_grad_in_step": True}
 TOOL_CASE = Path(__file__).with_name("gpu_case.py")
 
 
@@ -66,9 +68,10 @@ def test_the_automatic_choice(backend: str) -> None:
     assert all(optimizer.state[p]["step"].device == p.device for p in parameters_of(optimizer))
 
 
-def test_a_step_never_waits(backend: str) -> None:
+@pytest.mark.parametrize("options", [{}, PACKED], ids=["plain", "packed"])
+def test_a_step_never_waits(backend: str, options: dict[str, object]) -> None:
     """Neither for a learning rate, a strength, a scale nor a statistic that lives on the device."""
-    optimizer = build("adamw", SHAPES, backend=backend, lr=torch.tensor(0.01, device="cuda"))
+    optimizer = build("adamw", SHAPES, backend=backend, lr=torch.tensor(0.01, device="cuda"), **options)
     set_row(optimizer, 0, "alternate")
     kappa = torch.tensor(0.5, device="cuda")
     optimizer.set_strength("audio", 1, kappa)
@@ -106,9 +109,10 @@ def test_the_caller_s_stream(backend: str) -> None:
     same_bits(copies, [p.detach() for p in params])
 
 
+@pytest.mark.parametrize("options", [{}, PACKED], ids=["plain", "packed"])
 @pytest.mark.parametrize("row", ["step", "alternate"])
-def test_a_captured_step_replays_as_it_would_run(backend: str, row: str) -> None:
-    eager, captured = pair(backend, row)
+def test_a_captured_step_replays_as_it_would_run(backend: str, row: str, options: dict[str, object]) -> None:
+    eager, captured = pair(backend, row, **options)
     steps = drawn(eager, 6)
     run(eager, steps)
     params = parameters_of(captured)

@@ -20,7 +20,7 @@ AIM_INLINE I bfloat16_bits(V x, I random) {
   const I bits = as_int(x);
   I increment = random;
   if constexpr (!kRandom) increment = ((bits >> 16) & 1) + 0x7FFF;
-  return select(x != x, bits | 0x400000, bits + increment) & static_cast<int32_t>(0xFFFF0000u);
+  return select(x != x, bits | 0x400000, bits + increment) & ~splat<I>(0xFFFF);
 }
 
 // -- 8 bits --------------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ AIM_INLINE I packed_place(V magnitude, I lowest, I random) {
   // A sum lines up what lies in the linear binade: its step is that of the binade above.
   const I sum = as_int(magnitude + as_float(lowest));
   const I exact = select(bits < lowest, sum - lowest, bits - (lowest - 0x800000));
-  const I place = (exact + (random << (kPackedShift - 16))) & -(1 << kPackedShift);
+  const I place = (exact + (random << (kPackedShift - 16))) & ~splat<I>((1 << kPackedShift) - 1);
   if constexpr (Format::kSigned) return place;
   return select((place == 0) & (bits != 0), splat<I>(1 << kPackedShift), place);
 }

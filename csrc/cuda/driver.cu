@@ -48,20 +48,26 @@ Result launch(void (*kernel)(Argument), const char* call, int64_t blocks, int32_
   return failed(error, call);
 }
 
+bool has(const Work& work, Family family) { return (work.families >> family & 1) != 0; }
+
 bool valid(const Work& work) {
   return work.threads >= 32 && work.threads <= kMostThreads && work.threads % 32 == 0 &&
-         work.chunk_size > 0 && work.chunk_size <= kMostChunk && work.chunk_size % 64 == 0 &&
+         work.chunk_size > 0 && work.chunk_size <= kMostChunk &&
+         work.chunk_size % (has(work, kPackedFamily) ? kPackedBlock : 64) == 0 &&
          work.chunk_count >= 0 && work.group_count >= 0 && work.others_count >= 0;
 }
 
 using Update = void (*)(Work);
 
 // By storage type, then family.
-constexpr Update kUpdates[4][3] = {
-    {device::update_adam_float32, device::update_sgd_float32, device::update_other_float32},
-    {device::update_adam_float64, device::update_sgd_float64, device::update_other_float64},
-    {device::update_adam_bfloat16, device::update_sgd_bfloat16, device::update_other_bfloat16},
-    {device::update_adam_float16, device::update_sgd_float16, device::update_other_float16}};
+constexpr Update kUpdates[4][4] = {{device::update_adam_float32, device::update_sgd_float32,
+                                    device::update_other_float32, device::update_packed_float32},
+                                   {device::update_adam_float64, device::update_sgd_float64,
+                                    device::update_other_float64, device::update_packed_float64},
+                                   {device::update_adam_bfloat16, device::update_sgd_bfloat16,
+                                    device::update_other_bfloat16, device::update_packed_bfloat16},
+                                   {device::update_adam_float16, device::update_sgd_float16,
+                                    device::update_other_float16, device::update_packed_float16}};
 
 // The kernel that knows all families of Adam and SGD, and all storage types, among the tensors.
 Update update_of(const Work& work, int32_t families) {
@@ -75,22 +81,24 @@ Update update_of(const Work& work, int32_t families) {
 
 }  // namespace
 
-// One launch; where there are rules of the other family, one more for each storage type.
+// One launch; of the other and the packed family one more for each storage type.
 Result update(const Work& work, int32_t device, void* stream) {
   constexpr const char* kCall = "launch of update";
   if (!valid(work)) return failed(cudaErrorInvalidValue, kCall);
   const int64_t blocks = work.chunk_count ? work.chunk_count : 1;  // somebody has to draw the phase
-  const int32_t other = 1 << kOtherFamily, families = work.families & ~other;
-  if (families || !(work.families & other)) {
+  const int32_t families = work.families & (1 << kAdamFamily | 1 << kSgdFamily);
+  if (families || !work.families) {
     const Update kernel = update_of(work, families);
     const Result result = launch(kernel, kCall, blocks, work.threads, work, device, stream);
     if (result.error) return result;
   }
   for (int32_t dtype = 0; dtype < 4; ++dtype) {
-    if (!(work.families & other) || !(work.dtypes >> dtype & 1)) continue;
-    const Update kernel = kUpdates[dtype][kOtherFamily];
-    const Result result = launch(kernel, kCall, blocks, work.threads, work, device, stream);
-    if (result.error) return result;
+    for (const Family family : {kOtherFamily, kPackedFamily}) {
+      if (!has(work, family) || !(work.dtypes >> dtype & 1)) continue;
+      const Update kernel = kUpdates[dtype][family];
+      const Result result = launch(kernel, kCall, blocks, work.threads, work, device, stream);
+      if (result.error) return result;
+    }
   }
   return kFine;
 }

@@ -62,7 +62,7 @@ __global__ void AIM_BLOCK emit(const __grid_constant__ cuda::Work work) {
   __syncthreads();
   const int64_t begin = static_cast<int64_t>(chunk.index) * work.chunk_size;
   const int64_t most = begin + work.chunk_size;
-  emit_any(tensor, shared, begin, tensor.numel < most ? tensor.numel : most);
+  emit_any<true>(tensor, shared, begin, tensor.numel < most ? tensor.numel : most);
 }
 
 __global__ void __launch_bounds__(1024) copy_bytes(const __grid_constant__ Copy copy) {

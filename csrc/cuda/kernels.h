@@ -31,6 +31,11 @@ __global__ void update_other_float32(const __grid_constant__ cuda::Work work);
 __global__ void update_other_float64(const __grid_constant__ cuda::Work work);
 __global__ void update_other_bfloat16(const __grid_constant__ cuda::Work work);
 __global__ void update_other_float16(const __grid_constant__ cuda::Work work);
+// For all rules.
+__global__ void update_packed_float32(const __grid_constant__ cuda::Work work);
+__global__ void update_packed_float64(const __grid_constant__ cuda::Work work);
+__global__ void update_packed_bfloat16(const __grid_constant__ cuda::Work work);
+__global__ void update_packed_float16(const __grid_constant__ cuda::Work work);
 // For any mixture of Adam and SGD.
 __global__ void update_mixed(const __grid_constant__ cuda::Work work);
 

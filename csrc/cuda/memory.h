@@ -41,6 +41,11 @@ __device__ __forceinline__ Tensor in_global(Tensor t) {
   t.extra = in_global(t.extra);
   t.master = in_global(t.master);
   t.anchor = in_global(t.anchor);
+  t.exp_avg_scale = in_global(t.exp_avg_scale);
+  t.exp_avg_sq_scale = in_global(t.exp_avg_sq_scale);
+  t.extra_scale = in_global(t.extra_scale);
+  t.rest = in_global(t.rest);
+  t.ema = in_global(t.ema);
   return t;
 }
 

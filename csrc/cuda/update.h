@@ -51,7 +51,7 @@ __device__ __forceinline__ Run run_of(int32_t end, int width, int lead) {
 template <class T>
 __device__ __forceinline__ void move(T*& pointer, int64_t bytes) {
   using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
-  if (pointer) pointer = static_cast<Byte*>(pointer) + bytes;
+  if (pointer) pointer = reinterpret_cast<T*>(reinterpret_cast<Byte*>(pointer) + bytes);
 }
 
 // The tensor from element `begin` on.
@@ -170,6 +170,23 @@ __device__ __forceinline__ decltype(auto) uniforms_as(const Shared& shared) {
   }
 }
 
+// What the threads of a block measured of `count` elements.
+template <Kind kKind, class T>
+__device__ __forceinline__ void report(const Tensor& tensor, const Sums<T>& sums, double squares,
+                                       double nonfinite, int32_t count, Statistics* partial) {
+  const double mine[] = {
+      static_cast<double>(sums.under),     static_cast<double>(sums.grad),     squares,
+      static_cast<double>(sums.update_sq), static_cast<double>(sums.param_sq), nonfinite};
+  const double total = sum_columns<cuda::kMostThreads>(mine);
+  static_assert(offsetof(Statistics, nonfinite) == sizeof(double) * 6);
+  double* const columns = reinterpret_cast<double*>(partial);
+  if (threadIdx.x == 0) columns[0] = count;
+  if (threadIdx.x < 6) {
+    const bool classless = threadIdx.x == 0 && !has_classes(tensor, kKind);
+    columns[1 + threadIdx.x] = classless ? static_cast<double>(bits_float(0x7FC00000u)) : total;
+  }
+}
+
 // Elements [begin, last) of a tensor that has a gradient. Thread 0's `shared` is there once all
 // have arrived; the first loads are under way before that.
 template <Kind kKind, class S, class T>
@@ -238,17 +255,7 @@ __device__ __forceinline__ void update_chunk(const Tensor& all, const Shared& sh
       }
     }
   }
-  const double mine[] = {
-      static_cast<double>(sums.under),     static_cast<double>(sums.grad),     squares,
-      static_cast<double>(sums.update_sq), static_cast<double>(sums.param_sq), nonfinite};
-  const double total = sum_columns<cuda::kMostThreads>(mine);
-  static_assert(offsetof(Statistics, nonfinite) == sizeof(double) * 6);
-  double* const columns = reinterpret_cast<double*>(partial);
-  if (threadIdx.x == 0) columns[0] = end;
-  if (threadIdx.x < 6) {
-    const bool classless = threadIdx.x == 0 && !has_classes(all, kKind);
-    columns[1 + threadIdx.x] = classless ? static_cast<double>(bits_float(0x7FC00000u)) : total;
-  }
+  report<kKind>(all, sums, squares, nonfinite, end, partial);
 }
 
 // kFamilies: bit i for each cuda::Family i whose kinds the kernel knows.
@@ -287,26 +294,32 @@ __device__ __forceinline__ void update_kinds(const Tensor& tensor, const Shared&
 #undef AIM_UPDATE
 }
 
-__device__ __forceinline__ constexpr cuda::Family family_of(Kind kind) {
+__device__ __forceinline__ cuda::Family family_of(const Tensor& t, Kind kind) {
+  if (t.moments || t.weights || t.zero_grad || t.ema) return cuda::kPackedFamily;
   if (kind == Kind::kAdam) return cuda::kAdamFamily;
   return kind == Kind::kAmsgrad || may_lack(kind) ? cuda::kOtherFamily : cuda::kSgdFamily;
 }
 
 // `Dispatch::takes` says which storage types and kinds a kernel knows; a launch leaves chunks of
-// others to another. `Dispatch::run` steps a chunk.
+// others to another. `Dispatch::run` steps a chunk; `Dispatch::skip`, where `Dispatch::kPacked`,
+// does what is left of a step that is skipped.
 template <class Dispatch>
 __device__ __forceinline__ void update_block(const cuda::Work& work) {
   __shared__ Shared shared;
   __shared__ Statistics unread;
-  if (skipped(work)) return;
-  if (blockIdx.x == 0 && threadIdx.x == 0) *work.next = draw_phase(*work.control);
+  const bool skip = skipped(work);
+  if (skip && !Dispatch::kPacked) return;
+  if (blockIdx.x == 0 && threadIdx.x == 0 && !skip) *work.next = draw_phase(*work.control);
   if (blockIdx.x >= work.chunk_count) return;
   const cuda::Chunk chunk = work.chunks[blockIdx.x];
   const Tensor tensor = in_global(work.tensors[chunk.tensor]);
   const Kind kind = kind_of(tensor, work.groups[tensor.group]);
-  if (!Dispatch::takes(static_cast<DType>(tensor.dtype), family_of(kind))) return;
+  if (!Dispatch::takes(static_cast<DType>(tensor.dtype), family_of(tensor, kind))) return;
   const int64_t begin = static_cast<int64_t>(chunk.index) * work.chunk_size;
   const int64_t end = begin + elements(begin, tensor.numel, work.chunk_size);
+  if constexpr (Dispatch::kPacked) {
+    if (skip) return Dispatch::skip(tensor, begin, end);
+  }
   Statistics* partial = work.partials + blockIdx.x;
   if (tensor.uncounted) {
     if (threadIdx.x == 0) *partial = Statistics{};
@@ -322,7 +335,7 @@ __device__ __forceinline__ void update_block(const cuda::Work& work) {
   if (threadIdx.x == 0) *partial = Statistics{};
   if (!tensor.master) return;
   __syncthreads();
-  emit_any(tensor, shared, begin, end);
+  emit_any<Dispatch::kPacked>(tensor, shared, begin, end);
 }
 
 }  // namespace AIM_ISA

@@ -12,8 +12,9 @@ namespace {
 constexpr int kBoth = 1 << cuda::kAdamFamily | 1 << cuda::kSgdFamily;
 
 struct AnyDispatch {
+  static constexpr bool kPacked = false;
   static __device__ __forceinline__ bool takes(DType, cuda::Family family) {
-    return family != cuda::kOtherFamily;
+    return (kBoth >> family & 1) != 0;
   }
   static __device__ __forceinline__ void run(const Tensor& tensor, const Shared& shared, Kind kind,
                                              int64_t begin, int64_t end, Statistics* partial) {

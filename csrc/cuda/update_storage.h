@@ -16,6 +16,7 @@ namespace {  // every unit has another
 
 template <cuda::Family kFamily>
 struct Dispatch {
+  static constexpr bool kPacked = false;
   static __device__ __forceinline__ bool takes(DType dtype, cuda::Family family) {
     return dtype == DType::AIM_DTYPE && family == kFamily;
   }

@@ -75,13 +75,53 @@ inline void fill(Buffer& buffer, size_t count, aim::DType dtype, double scale, b
   }
 }
 
+// What a parameter keeps in fewer bits, and what is done beside its update.
+struct Keep {
+  aim::Moments moments = aim::Moments::kWide;
+  aim::Weights weights = aim::Weights::kNearest;
+  bool stochastic = false, ema = false, zero_grad = false;
+  int64_t offset = 0;
+
+  bool any() const {
+    return moments != aim::Moments::kWide || weights != aim::Weights::kNearest || ema || zero_grad;
+  }
+  // As far as the type knows it.
+  Keep of(aim::DType dtype) const {
+    Keep kept = *this;
+    if (dtype == aim::DType::kFloat64) kept.moments = aim::Moments::kWide;
+    const bool known = dtype == aim::DType::kBFloat16 ||
+                       (dtype == aim::DType::kFloat16 && weights == aim::Weights::kKahan);
+    if (!known) kept.weights = aim::Weights::kNearest;
+    return kept;
+  }
+};
+
 struct Case {
   aim::Rule rule;
   aim::DType dtype;
   int64_t numel;
   bool live, anchored, noisy, momentum, state;
   int32_t flags = 0;  // a sum of aim::Flag
+  Keep keep{};
 };
+
+// A moment as it is stored: random numbers, rounded down to bfloat16, or random codes.
+inline void fill_moment(Buffer& buffer, Buffer& scale, const Case& c, double deviation,
+                        bool positive, std::mt19937& random) {
+  const size_t count = static_cast<size_t>(c.numel);
+  const bool wide = c.dtype == aim::DType::kFloat64;
+  if (c.keep.moments == aim::Moments::kWide) {
+    fill(buffer, count, wide ? c.dtype : aim::DType::kFloat32, deviation, positive, random);
+  } else if (c.keep.moments == aim::Moments::kBFloat16) {
+    Buffer whole(count, sizeof(float), true);
+    fill(whole, count, aim::DType::kFloat32, deviation, positive, random);
+    for (size_t i = 0; i < count; ++i) buffer.as<uint16_t>()[i] = whole.as<uint16_t>()[2 * i + 1];
+  } else {
+    for (size_t i = 0; i < count; ++i) buffer.data()[i] = static_cast<unsigned char>(random());
+    for (size_t i = 0; i * aim::kPackedBlock < count; ++i)
+      scale.data()[i] = static_cast<unsigned char>(110 + random() % 16);
+  }
+}
 
 // Every rule in all its variants.
 inline std::vector<Case> variants(aim::DType dtype, int64_t numel, bool live, bool noisy) {
@@ -109,21 +149,28 @@ struct Problem {
       : shape(c),
         param(count(), size_of(c.dtype), aligned),
         grad(count(), size_of(c.dtype), aligned),
-        m(count(), wide(), aligned),
-        v(count(), wide(), aligned),
-        extra(count(), wide(), aligned),
+        m(count(), moment(), aligned),
+        v(count(), moment(), aligned),
+        extra(count(), moment(), aligned),
         master(count(), wide(), aligned),
-        anchor(count(), wide(), aligned) {
+        anchor(count(), wide(), aligned),
+        m_scale(blocks(), 1, aligned),
+        v_scale(blocks(), 1, aligned),
+        extra_scale(blocks(), 1, aligned),
+        rest(count(), 2, aligned),
+        ema(count(), wide(), aligned) {
     std::mt19937 random(seed);
     const aim::DType state =
         c.dtype == aim::DType::kFloat64 ? aim::DType::kFloat64 : aim::DType::kFloat32;
     fill(param, count(), c.dtype, 1, false, random);
     fill(grad, count(), c.dtype, 0.1, false, random);
-    fill(m, count(), state, 0.05, false, random);
-    fill(v, count(), state, 0.1, true, random);
-    fill(extra, count(), state, 0.1, true, random);
+    fill_moment(m, m_scale, c, 0.05, false, random);
+    fill_moment(v, v_scale, c, 0.1, true, random);
+    fill_moment(extra, extra_scale, c, 0.1, true, random);
     fill(master, count(), state, 1, false, random);
     fill(anchor, count(), state, 1, false, random);
+    if (size_of(c.dtype) == 2) fill(rest, count(), c.dtype, 1, false, random);
+    fill(ema, count(), state, 1, false, random);
     const bool adam = c.rule == aim::Rule::kAdam || c.rule == aim::Rule::kAdamW;
     const bool sgd = c.rule == aim::Rule::kSgd;
     tensor.param = param.data();
@@ -138,7 +185,20 @@ struct Problem {
     tensor.step = &step;
     tensor.numel = c.numel;
     tensor.first = (int64_t{1} << 33) + 3;
+    tensor.offset = c.keep.offset;
     tensor.dtype = static_cast<int32_t>(c.dtype);
+    tensor.moments = static_cast<int32_t>(c.keep.moments);
+    tensor.weights = static_cast<int32_t>(c.keep.weights);
+    tensor.stochastic = c.keep.stochastic;
+    tensor.zero_grad = c.keep.zero_grad;
+    if (c.keep.moments == aim::Moments::kInt8) {
+      tensor.exp_avg_scale = m_scale.data();
+      tensor.exp_avg_sq_scale = v_scale.data();
+      tensor.extra_scale = extra_scale.data();
+    }
+    if (c.keep.weights == aim::Weights::kSplit || c.keep.weights == aim::Weights::kKahan)
+      tensor.rest = rest.data();
+    if (c.keep.ema) tensor.ema = ema.data();
     group.lr = 1e-2;
     group.beta1 = 0.9;
     group.beta2 = 0.99;
@@ -149,6 +209,7 @@ struct Problem {
     group.target = group.rate = 0.1;
     group.rule = static_cast<int32_t>(c.rule);
     group.flags = c.flags;
+    group.ema_decay = 0.9;
     group.lr_decay = c.rule == aim::Rule::kAdagrad ? 0.05 : 0;
     double* columns = reinterpret_cast<double*>(&row);
     for (size_t i = 0; i < sizeof row / sizeof(double); ++i) columns[i] = 1;
@@ -168,16 +229,34 @@ struct Problem {
 
   size_t count() const { return static_cast<size_t>(shape.numel); }
   size_t wide() const { return shape.dtype == aim::DType::kFloat64 ? 8 : 4; }
+  size_t moment() const {
+    return shape.keep.moments == aim::Moments::kWide       ? wide()
+           : shape.keep.moments == aim::Moments::kBFloat16 ? 2
+                                                           : 1;
+  }
+  size_t blocks() const {
+    return shape.keep.moments == aim::Moments::kInt8
+               ? (count() + aim::kPackedBlock - 1) / aim::kPackedBlock
+               : 0;
+  }
   bool guards_intact() const {
-    for (const Buffer* b : {&param, &grad, &m, &v, &extra, &master, &anchor}) {
+    for (const Buffer* b : {&param, &grad, &m, &v, &extra, &master, &anchor, &m_scale, &v_scale,
+                            &extra_scale, &rest, &ema}) {
       if (!b->guards_intact()) return false;
     }
     return true;
   }
+  bool same_moments(const Problem& other) const {
+    return m == other.m && v == other.v && extra == other.extra && m_scale == other.m_scale &&
+           v_scale == other.v_scale && extra_scale == other.extra_scale;
+  }
+  bool same_memory(const Problem& other) const {
+    return param == other.param && grad == other.grad && same_moments(other) &&
+           master == other.master && anchor == other.anchor && rest == other.rest &&
+           ema == other.ema && step == other.step;
+  }
   bool equals(const Problem& other) const {
-    return param == other.param && grad == other.grad && m == other.m && v == other.v &&
-           extra == other.extra && master == other.master && anchor == other.anchor &&
-           step == other.step && !std::memcmp(&row, &other.row, sizeof row) &&
+    return same_memory(other) && !std::memcmp(&row, &other.row, sizeof row) &&
            !std::memcmp(&statistics, &other.statistics, sizeof statistics) &&
            !std::memcmp(&control, &other.control, sizeof control);
   }
@@ -186,7 +265,7 @@ struct Problem {
   }
 
   Case shape;
-  Buffer param, grad, m, v, extra, master, anchor;
+  Buffer param, grad, m, v, extra, master, anchor, m_scale, v_scale, extra_scale, rest, ema;
   float step = 3;
   aim::Tensor tensor{};
   aim::Group group{};
@@ -196,13 +275,15 @@ struct Problem {
 };
 
 inline std::string name_of(const Case& c) {
-  char text[160];
+  char text[240];
   std::snprintf(text, sizeof text,
                 "rule %d dtype %d numel %lld live %d anchor %d noise %d momentum %d state %d "
-                "flags %d",
+                "flags %d moments %d weights %d stochastic %d ema %d zero_grad %d offset %lld",
                 static_cast<int>(c.rule), static_cast<int>(c.dtype),
                 static_cast<long long>(c.numel), c.live, c.anchored, c.noisy, c.momentum, c.state,
-                c.flags);
+                c.flags, static_cast<int>(c.keep.moments), static_cast<int>(c.keep.weights),
+                c.keep.stochastic, c.keep.ema, c.keep.zero_grad,
+                static_cast<long long>(c.keep.offset));
   return text;
 }
 

@@ -4,62 +4,15 @@
 #include <cstdio>
 #include <cstring>
 #include <string>
-#include <vector>
 
-#include "aim/cuda.h"
-#include "problem.h"
+#include "launch.h"
 
 // cuda_groups.cpp: several groups in one launch.
 void groups_agree();
+// cuda_packed.cpp: what keeps numbers in fewer bits. Returns the number of cases.
+int packed_agree();
 
 namespace {
-
-using aim::cuda::Chunk;
-using aim::cuda::Span;
-using aim::cuda::Work;
-
-aim::cuda::Family family_of(const Case& c) {
-  const bool adam = c.rule == aim::Rule::kAdamW || c.rule == aim::Rule::kAdam;
-  if (adam && !(c.flags & aim::kAmsgrad)) return aim::cuda::kAdamFamily;
-  return c.rule == aim::Rule::kSgd ? aim::cuda::kSgdFamily : aim::cuda::kOtherFamily;
-}
-
-// A problem as tables for a device.
-struct Launch {
-  Launch(Problem& p, int32_t chunk_size, int32_t threads) : problem(p) {
-    for (int64_t begin = 0; begin < p.shape.numel; begin += chunk_size)
-      chunks.push_back({0, static_cast<int32_t>(chunks.size())});
-    partials.resize(chunks.size());
-    span = {0, 1, 0, static_cast<int64_t>(chunks.size())};
-    work.tensors = &p.tensor;
-    work.groups = &p.group;
-    work.rows = &p.row;
-    work.statistics = &p.statistics;
-    work.control = &p.control;
-    work.chunks = chunks.data();
-    work.spans = &span;
-    work.partials = partials.data();
-    work.next = &next;
-    work.chunk_count = static_cast<int64_t>(chunks.size());
-    work.group_count = 1;
-    work.chunk_size = chunk_size;
-    work.threads = threads;
-    work.dtypes = 1 << static_cast<int32_t>(p.shape.dtype);
-    work.families = 1 << family_of(p.shape);
-  }
-
-  void step(const std::string& what) {
-    expect(aim::cuda::update(work, 0, nullptr).error == 0, "update, " + what);
-    expect(aim::cuda::finish(work, 0, nullptr).error == 0, "finish, " + what);
-  }
-
-  Problem& problem;
-  std::vector<Chunk> chunks;
-  std::vector<aim::Statistics> partials;
-  Span span;
-  int64_t next = -1;
-  Work work{};
-};
 
 void agrees_with_the_processor(const Case& c, bool aligned, bool mixed) {
   const std::string what = name_of(c) + (aligned ? ", aligned" : ", misaligned");
@@ -176,6 +129,7 @@ int main() {
   bad_calls_are_refused();
   copies();
   groups_agree();
+  cases += packed_agree();
   std::printf("%d cases, %d failures\n", cases, failures);
   return failures != 0;
 }

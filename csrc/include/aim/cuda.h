@@ -25,9 +25,10 @@ struct Span {
   int64_t tensor_begin, tensor_end, chunk_begin, chunk_end;
 };
 
-// Rules that share a kernel. AMSGrad is of the others.
-enum Family : int { kAdamFamily, kSgdFamily, kOtherFamily };
-inline constexpr int kAllFamilies = 7;
+// What shares a kernel: rules (AMSGrad is of the others), and, of any rule, the tensors that keep
+// moments or weights in fewer bits, have an average or leave their gradient as zeros.
+enum Family : int { kAdamFamily, kSgdFamily, kOtherFamily, kPackedFamily };
+inline constexpr int kAllFamilies = 15;
 
 struct Work {
   const Tensor* tensors;
@@ -47,8 +48,9 @@ struct Work {
   const float* grad_scale;  // gradients are divided by it first; null: 1
   const float* found_inf;   // the step is skipped whole where it is not 0; null: never
   int64_t chunk_count, group_count, others_count;
-  int32_t chunk_size;  // elements, a multiple of 64, at most kMostChunk
-  int32_t threads;     // of a block, a multiple of 32, at most kMostThreads
+  // Elements, at most kMostChunk; a multiple of 64, and of kPackedBlock for the packed family.
+  int32_t chunk_size;
+  int32_t threads;  // of a block, a multiple of 32, at most kMostThreads
   // What there is among the tensors, which the host knows and which chooses the kernel: bit i for
   // DType i, and for Family i.
   int32_t dtypes, families;

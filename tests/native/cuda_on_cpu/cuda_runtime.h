@@ -1,7 +1,8 @@
 // A stand-in for the CUDA runtime in which the processor is the device, so that csrc/cuda can be
 // run, and looked at by sanitizers, where there is no GPU. Blocks run one after the other, in an
 // order drawn anew for every launch; the threads of a block are threads of the system, and
-// __syncthreads is a barrier between them: shared memory is as racy as on a device.
+// __syncthreads is a barrier between them (__syncwarp one between 32 of them): shared memory is as
+// racy as on a device.
 #pragma once
 
 #include <pthread.h>
@@ -11,6 +12,7 @@
 #include <algorithm>
 #include <condition_variable>
 #include <cstddef>
+#include <deque>
 #include <functional>
 #include <mutex>
 #include <numeric>
@@ -29,6 +31,14 @@
 struct uint4 {
   uint32_t x, y, z, w;
 } __attribute__((aligned(16), may_alias));
+
+struct uint2 {
+  uint32_t x, y;
+} __attribute__((aligned(8), may_alias));
+
+struct uint1 {
+  uint32_t x;
+} __attribute__((may_alias));
 
 struct dim3 {
   unsigned x, y = 1, z = 1;
@@ -56,8 +66,18 @@ struct Barrier {
   pthread_barrier_t barrier;
 };
 
+// 32 threads, the last of a block perhaps fewer.
+struct Warp {
+  static constexpr unsigned kSize = 32;
+  explicit Warp(unsigned threads) : count(threads), barrier(threads) {}
+  unsigned count;
+  Barrier barrier;
+  unsigned values[kSize];
+};
+
 inline thread_local Index thread_index, block_index, block_size, grid_size;
 inline thread_local Barrier* barrier = nullptr;
+inline thread_local Warp* warp = nullptr;
 inline std::mt19937 order(20250819);
 
 // Threads that wait for the next launch. They are never joined: a process that exits ends them.
@@ -107,8 +127,12 @@ void run(void (*kernel)(Argument), unsigned blocks, unsigned threads, const Argu
   std::iota(numbers.begin(), numbers.end(), 0u);
   std::shuffle(numbers.begin(), numbers.end(), order);
   Barrier all(threads);
+  std::deque<Warp> warps;
+  for (unsigned first = 0; first < threads; first += Warp::kSize)
+    warps.emplace_back(std::min(threads - first, Warp::kSize));
   pool->run(threads, [&](unsigned thread) {
     barrier = &all;
+    warp = &warps[thread / Warp::kSize];
     thread_index = {thread};
     block_size = {threads};
     grid_size = {blocks};
@@ -129,6 +153,17 @@ void run(void (*kernel)(Argument), unsigned blocks, unsigned threads, const Argu
 #define gridDim (::cuda_on_cpu::grid_size)
 
 inline void __syncthreads() { cuda_on_cpu::barrier->wait(); }
+inline void __syncwarp() { cuda_on_cpu::warp->barrier.wait(); }
+
+// Of whole warps only.
+inline unsigned __reduce_max_sync(unsigned, unsigned x) {
+  cuda_on_cpu::Warp& warp = *cuda_on_cpu::warp;
+  warp.values[threadIdx.x % warp.kSize] = x;
+  warp.barrier.wait();
+  const unsigned most = *std::max_element(warp.values, warp.values + warp.count);
+  warp.barrier.wait();
+  return most;
+}
 
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
