@@ -6,7 +6,6 @@ without parameters, which takes the total.
 
 from __future__ import annotations
 
-import weakref
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,21 +22,19 @@ class Pieces:
     """The shares of a plan's pieces, kept from step to step."""
 
     def __init__(self, plan: StepPlan, chunk_size: int) -> None:
-        self.plan: StepPlan = weakref.proxy(plan)
         self.chunk_size = chunk_size
         nothing = np.zeros(0, np.int64)
         self.home = Share(plan, plan.tables.rows.device, nothing, chunk_size, others=1)
         self._shares: dict[tuple[int, ...], Share] = {}
 
-    def share(self, indices: list[int]) -> Share:
+    def share(self, plan: StepPlan, indices: list[int]) -> Share:
         """That of some parameters on one device, with the tables as they are at home."""
-        tables = self.plan.tables
+        tables = plan.tables
         own = (tables.rows, tables.statistics, tables.control)
         share = self._shares.get(tuple(indices))
         if share is None:
-            device = self.plan.params[indices[0]].device
-            share = Share(self.plan, device, np.array(indices, np.int64), self.chunk_size, home=False)
-            share.plan = self.plan
+            device = plan.params[indices[0]].device
+            share = Share(plan, device, np.array(indices, np.int64), self.chunk_size, home=False)
             if device == self.home.device:
                 share.rows, share.statistics, share.control = own
             self._shares[tuple(indices)] = share
@@ -56,7 +53,7 @@ def update(plan: StepPlan, kernels: Kernels, indices: list[int]) -> list[Tensor]
     plan.load_staged(indices)
     measured = []
     for device in dict.fromkeys(plan.params[index].device for index in indices):
-        share = pieces.share([index for index in indices if plan.params[index].device == device])
+        share = pieces.share(plan, [index for index in indices if plan.params[index].device == device])
         with share.current():
             share.send()
             kernels.update(share)

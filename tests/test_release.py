@@ -16,7 +16,6 @@ from torch import nn
 
 import aim_kernels as ak
 
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
