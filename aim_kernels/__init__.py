@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from aim_kernels.modulation.blocks import block_param_groups
     from aim_kernels.modulation.ogm_ge import OGMGE
     from aim_kernels.plots import plot_modulation
+    from aim_kernels.release import step_in_backward
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ __all__ = [
     "block_param_groups",
     "plot_modulation",
     "save",
+    "step_in_backward",
 ]
 
 _LAZY = {
@@ -36,6 +38,7 @@ _LAZY = {
     "OGMGE": "aim_kernels.modulation.ogm_ge",
     "block_param_groups": "aim_kernels.modulation.blocks",
     "plot_modulation": "aim_kernels.plots",
+    "step_in_backward": "aim_kernels.release",
 }
 
 

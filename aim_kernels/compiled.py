@@ -228,9 +228,18 @@ def _pack_masters(
 # -- what is traced ----------------------------------------------------------------------------------------------------
 
 
+def _refuse_release(optimizer: AIMFusedOptimizer) -> None:
+    if optimizer._release is not None:
+        raise RuntimeError(
+            "optimizer.step() cannot be compiled after step_in_backward, which steps in backward(); call "
+            "torch.compiler.disable(optimizer.step)() there instead"
+        )
+
+
 def _prepare_params(handle: str) -> None:
     """Called while a graph is traced, not when it runs: makes the lists that the trace reads from."""
     optimizer = _OPTIMIZERS[handle]
+    _refuse_release(optimizer)
     if any(hasattr(p, "device_mesh") for group in optimizer.param_groups for p in group["params"]):
         raise RuntimeError(
             "parameters that are DTensors cannot be stepped inside of a compiled function; call "
@@ -317,6 +326,7 @@ def _step(
     optimizer = None if given is None else given.optimizer()
     if given is None or optimizer is None:
         raise RuntimeError("the optimizer of this compiled step is gone")
+    _refuse_release(optimizer)
     optimizer._opt_called = True  # not where it is traced: the compiler loses what is set there
     optimizer._refuse_true_weights()
     each = iter(grads)

@@ -15,6 +15,9 @@ from aim_kernels.modulated import Modulated
 from aim_kernels.plan import StepPlan
 from aim_kernels.states import always_has_master, place_weights, weights_of
 
+if TYPE_CHECKING:
+    from aim_kernels.release import Release
+
 
 class LiveWeights(Modulated):
     """An optimizer that keeps the true weights (``master`` states) while the module trains on degraded ones."""
@@ -24,6 +27,7 @@ class LiveWeights(Modulated):
     _inputs: compiled.GraphInputs | None
     _holds_true_weights: bool
     _holds_averages: bool
+    _release: Release | None
     _leaving: set[int]  # groups whose masters the next step makes superfluous
 
     if TYPE_CHECKING:  # optimizer.py has them
@@ -37,6 +41,7 @@ class LiveWeights(Modulated):
         """Puts the true weights into the module (validation, checkpoint, export). Exact and idempotent."""
         if self._holds_true_weights:
             return
+        self._refuse_open_step("eval()")
         masters = self._masters()
         for p, master in masters:
             p.copy_(master)
@@ -52,6 +57,7 @@ class LiveWeights(Modulated):
         """
         if not self._holds_true_weights:
             return
+        self._refuse_open_step("train()")
         self._check_before_building()
         for p, master in self._masters():
             # By value, since writes through .data leave no trace.
@@ -111,6 +117,14 @@ class LiveWeights(Modulated):
 
     # -- masters ------------------------------------------------------------------------------------------------------
 
+    def _refuse_open_step(self, call: str) -> None:
+        """What needs all parameters of one age cannot be done between backward() and step() of ``step_in_backward``."""
+        if self._release is not None and self._release.is_open:
+            raise RuntimeError(
+                "backward() has stepped some parameters already (step_in_backward); call optimizer.step(), which "
+                f"closes the step, before {call}"
+            )
+
     def _refuse_true_weights(self) -> None:
         if self._holds_averages:
             raise RuntimeError("the module holds averages (inside optimizer.ema_parameters()); step outside of it")
@@ -123,14 +137,16 @@ class LiveWeights(Modulated):
         groups = range(len(self.param_groups))
         return bool(self._masters()) or any(self.tables.has_live_weights(number) for number in groups)
 
-    def _drop_masters(self, plan: StepPlan) -> None:
-        """Where no phase degrades weights any more, the live weights just written are the true ones."""
-        if self._leaving and capturing(self.tables.rows.device):
+    def _drop_masters(self, plan: StepPlan, among: set[int] | None = None) -> None:
+        """Where no phase degrades weights any more, the live weights just written are the true ones. ``among``: groups
+        of which the step knew it; others wait for the next one."""
+        leaving = self._leaving if among is None else self._leaving & among
+        if leaving and capturing(self.tables.rows.device):
             return  # the graph goes on writing masters
         # A device may have skipped the step. Masters leave rarely enough to wait for its answer.
-        if self._leaving and plan.found_inf is not None and float(plan.found_inf):
+        if leaving and plan.found_inf is not None and float(plan.found_inf):
             return
-        for number in self._leaving:
+        for number in leaving:
             group = self.param_groups[number]
             for p in group["params"]:
                 if always_has_master(group, p) or "master" not in self.state[p]:
@@ -140,8 +156,8 @@ class LiveWeights(Modulated):
                     place_weights(p, self.state[p], master, kind)
                 if master.is_cuda:  # the step may still be under way, on any stream
                     master.record_stream(torch.cuda.current_stream(master.device))
-        if self._leaving:
-            self._leaving.clear()
+        if leaving:
+            self._leaving = self._leaving - leaving
             self._plan = None
 
     def _note_live_weights(self, number: int) -> None:

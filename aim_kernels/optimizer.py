@@ -192,6 +192,7 @@ class AIMFusedOptimizer(LiveWeights):
         self._plan: StepPlan | None = None
         self._holds_true_weights = self._holds_averages = False
         self._leaving = set()
+        self._release = None
         # Of parameters that have no state yet: torch.distributed.checkpoint makes states only where there are none.
         self._anchors: dict[Tensor, Tensor] = {}
         # Whose states and tables graphs will read and write as long as they live.
@@ -233,6 +234,7 @@ class AIMFusedOptimizer(LiveWeights):
     @compiled.outside_graphs
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, at any time; its row starts neutral."""
+        self._refuse_open_step("add_param_group()")
         group = {**self._hidden_defaults, **param_group}
         params = group["params"]
         checks.check_ordered(params)
@@ -265,6 +267,8 @@ class AIMFusedOptimizer(LiveWeights):
             for p in tensors:
                 self._anchors[p] = master_of(p)
         self._plan = self._inputs = None
+        if self._release is not None:
+            self._release.watch()
 
     # -- the step ----------------------------------------------------------------------------------------------------
 
@@ -283,6 +287,10 @@ class AIMFusedOptimizer(LiveWeights):
                 trains on live ones (after ``eval()``). Nothing was changed.
         """
         loss = None
+        if closure is not None and self._release is not None:
+            raise RuntimeError(
+                "step(closure) cannot be used after step_in_backward: call backward() and then optimizer.step()"
+            )
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -292,7 +300,10 @@ class AIMFusedOptimizer(LiveWeights):
             else:
                 if "_opt_called" not in self.__dict__:
                     self._opt_called = True
-                self._step()
+                if self._release is None:
+                    self._step()
+                else:
+                    self._release.close()
         return loss
 
     # LR schedulers wrap step() to see whether it was called, which no graph can trace; this one tells them by itself.
@@ -354,22 +365,28 @@ class AIMFusedOptimizer(LiveWeights):
         for number, group in enumerate(self.param_groups):
             live = self.tables.has_live_weights(number)
             stepped = [p for p in group["params"] if live or is_stepped(p)]
-            fresh = [p for p in stepped if "step" not in self.state[p]]
-            for device in {p.device for p in fresh}:
-                there = [p for p in fresh if p.device == device]
-                for p, step in zip(there, torch.zeros(len(there), dtype=torch.float32, device=device), strict=True):
-                    self.state[p]["step"] = step
             for p in group["params"]:
                 if p in self.state:
                     conform(group, p, self.state[p], live)
-            if masters:
-                for p in stepped:
-                    if "master" not in self.state[p] and (live or always_has_master(group, p)):
-                        self.state[p]["master"] = true_weights(p, self.state[p])
-            self._make_kept(group, stepped)
+            self._make_states_of(group, stepped, live=live, masters=masters)
+
+    def _make_states_of(
+        self, group: dict[str, Any], stepped: list[Tensor], *, live: bool, masters: bool = True
+    ) -> None:
+        """The states of some parameters of one group, where they are missing."""
+        fresh = [p for p in stepped if "step" not in self.state[p]]
+        for device in {p.device for p in fresh}:
+            there = [p for p in fresh if p.device == device]
+            for p, step in zip(there, torch.zeros(len(there), dtype=torch.float32, device=device), strict=True):
+                self.state[p]["step"] = step
+        if masters:
             for p in stepped:
-                if p in self._anchors:
-                    self.state[p]["anchor"] = self._anchors.pop(p)
+                if "master" not in self.state[p] and (live or always_has_master(group, p)):
+                    self.state[p]["master"] = true_weights(p, self.state[p])
+        self._make_kept(group, stepped)
+        for p in stepped:
+            if p in self._anchors:
+                self.state[p]["anchor"] = self._anchors.pop(p)
 
     def _make_kept(self, group: dict[str, Any], stepped: list[Tensor]) -> None:
         """The states of one number an element, as they begin."""
@@ -430,6 +447,7 @@ class AIMFusedOptimizer(LiveWeights):
     @compiled.outside_graphs
     def state_dict(self) -> dict[str, Any]:
         """torch.optim's, plus ``master`` states (the true weights) and each group's row, statistics and control."""
+        self._refuse_open_step("state_dict()")
         # The hooks see it complete, so they wait until the tables are there.
         hooks = self._optimizer_state_dict_post_hooks
         self._optimizer_state_dict_post_hooks = type(hooks)()
@@ -453,6 +471,7 @@ class AIMFusedOptimizer(LiveWeights):
         Raises:
             ValueError: other groups, another rule, or states of another shape. Nothing was changed.
         """
+        self._refuse_open_step("load_state_dict()")
         checkpoint.load(self, state_dict)
         self._reset()
         if self._holds_true_weights:
@@ -485,7 +504,7 @@ class AIMFusedOptimizer(LiveWeights):
         self.process_group, self.sync_every, self.keep_masters = None, 1, False
         self.max_grad_norm = self.grad_norm = None
         self.zero_grad_in_step = self._holds_averages = False
-        self._anchors, self._hidden_defaults = {}, {}
+        self._anchors, self._hidden_defaults, self._release = {}, {}, None
         super().__setstate__(state)
         for group in (self.defaults, *self.param_groups):
             for option, value in _SINCE_0_1.items():

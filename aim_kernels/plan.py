@@ -6,6 +6,7 @@ under the kernel, and notices when a state was replaced.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,8 @@ _MOMENTS = {torch.bfloat16: MOMENTS.index("bfloat16"), torch.uint8: MOMENTS.inde
 if TYPE_CHECKING:
     from aim_kernels.launch import Launch
     from aim_kernels.optimizer import AIMFusedOptimizer
+    from aim_kernels.pieces import Pieces
+    from aim_kernels.tables import Tables
 
 
 class StepPlan:
@@ -54,13 +57,15 @@ class StepPlan:
         clip_factor: what clipping multiplies gradients by, where the host knows it.
         lr_tensors: learning rates that a device reads by itself, by group.
         exchange: how the sums of a step become those of all processes; None where this process has everything.
-        launch: the same tables on devices; made by those backends that need them.
+        launch, pieces: the same tables on devices, and those of single parameters; made by those backends that need
+            them.
     """
 
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
     clip_factor: float = 1.0
     launch: Launch | None = None
+    pieces: Pieces | None = None
 
     def __init__(self, optimizer: AIMFusedOptimizer) -> None:
         self.tables = optimizer.tables
@@ -331,13 +336,59 @@ class StepPlan:
 
     # -- around the kernel -------------------------------------------------------------------------------------------
 
-    def load_staged(self) -> None:
-        for index, buffer in self._staged.items():
-            buffer.copy_(self.params[index])
+    def load_staged(self, indices: Iterable[int] | None = None) -> None:
+        for index in self._staged if indices is None or not self._staged else indices:
+            if index in self._staged:
+                self._staged[index].copy_(self.params[index])
 
-    def store_staged(self) -> None:
-        for index, buffer in self._staged.items():
-            self.params[index].copy_(buffer)
+    def store_staged(self, indices: Iterable[int] | None = None) -> None:
+        for index in self._staged if indices is None or not self._staged else indices:
+            if index in self._staged:
+                self.params[index].copy_(self._staged[index])
+
+    # -- one parameter at a time (release.py) -------------------------------------------------------------------------
+
+    def view(self, tables: Tables) -> StepPlan:
+        """The same plan over other tables, with records of its own: what is done to it in the middle of a step leaves
+        this one as it was. Call :meth:`hold_still` before each step."""
+        view = copy.copy(self)
+        view.tables, view.records, view._zero_grad = tables, self.records.copy(), False
+        view.launch = view.pieces = None
+        return view
+
+    def hold_still(self, plan: StepPlan) -> None:
+        """Takes from the plan that this is a view of what holds for one step, whatever is set before it ends."""
+        self.records[:] = plan.records
+        self.records["grad"], self.records["zero_grad"] = 0, 0
+        self.lr_tensors, self.clip_factor = plan.lr_tensors, plan.clip_factor
+        self.grad_scale, self.found_inf = plan.grad_scale, plan.found_inf
+        self.param_groups = [
+            {**group, "lr": lr.clone() if isinstance(lr := group["lr"], Tensor) and lr.device.type == "cpu" else lr}
+            for group in plan.param_groups
+        ]
+        self.forget_gradients()
+
+    def take_one(self, index: int, grad: Tensor) -> None:
+        """Takes the gradient of one parameter, and its states if they are new."""
+        if not self.records["step"][index]:
+            self._read_state(index)
+        self._matched = []
+        self.grads[index] = grad
+        self.records["grad"][index] = self._match(index, grad)
+
+    def forget_one(self, index: int) -> None:
+        self._matched = []
+        self.grads[index] = None
+        self.records["grad"][index] = 0
+
+    def bump_versions_of(self, indices: Iterable[int]) -> None:
+        """``bump_versions`` of some parameters that were stepped or emitted."""
+        changed = []
+        for index in indices:
+            changed.append(self.params[index])
+            states = self.state_of(index).items()
+            changed += [t if t._base is None else t._base for name, t in states if name != "anchor"]
+        torch.autograd.graph.increment_version(changed)
 
     def bump_versions(self) -> None:
         """Tells autograd which tensors changed under it: a backward through old values must fail, not be wrong."""

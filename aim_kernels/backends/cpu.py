@@ -8,11 +8,14 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from aim_kernels.plan import StepPlan
 
+_Sums = NDArray[np.float64]
 _IMPORT_ERROR = ""
 try:
     from aim_kernels import _C
@@ -69,6 +72,25 @@ def step(plan: StepPlan) -> None:
         return
     _C.step(plan.records, plan.groups, *plan.tables.arrays(), torch.get_num_threads(), _team())
     plan.store_staged()
+
+
+def update(plan: StepPlan, indices: list[int]) -> _Sums:
+    """A step up to its sums, of some parameters only. Returns what they measured, [G, 7]."""
+    plan.load_staged(indices)
+    sums = np.empty(plan.tables.statistics.shape)
+    first, last = indices[0], indices[-1] + 1
+    records = plan.records[first:last] if last - first == len(indices) else plan.records[indices]
+    _C.update(records, plan.groups, *plan.tables.arrays(), sums, torch.get_num_threads(), _team())
+    plan.store_staged(indices)
+    return sums
+
+
+def finish(plan: StepPlan, parts: list[_Sums]) -> None:
+    """The rest of a step, for what all its parts measured, in the order of the parameters."""
+    total = np.zeros(plan.tables.statistics.shape)
+    for part in parts:
+        total += part
+    _C.finish(plan.groups, total, *plan.tables.arrays())
 
 
 def squares(plan: StepPlan) -> float:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from aim_kernels import launch
+from aim_kernels import launch, pieces
 from aim_kernels.rows import WORK_RECORD
 
 if TYPE_CHECKING:
@@ -67,6 +68,16 @@ def runs_on(device: torch.device) -> bool:
 def step(plan: StepPlan) -> None:
     """One step over all tensors of the plan."""
     launch.step(plan, _SELF)
+
+
+def update(plan: StepPlan, indices: list[int]) -> list[Tensor]:
+    """A step up to its sums, of some parameters only. Returns what they measured, [G, 7] a device."""
+    return pieces.update(plan, _SELF, indices)
+
+
+def finish(plan: StepPlan, parts: list[list[Tensor]]) -> None:
+    """The rest of a step, for what all its parts measured."""
+    pieces.finish(plan, _SELF, parts)
 
 
 def emit(plan: StepPlan) -> None:

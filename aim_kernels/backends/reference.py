@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -59,13 +60,20 @@ class Sums:
 
 def step(plan: StepPlan) -> None:
     """One step over all tensors of the plan."""
+    sums = update(plan, range(len(plan.params)))
+    plan.clear_gradients(of_step=False)
+    finish(plan, [sums if plan.exchange is None else _exchanged(plan.exchange, sums, plan.tables.rows.device)])
+
+
+def update(plan: StepPlan, indices: Iterable[int]) -> list[Sums]:
+    """A step up to its sums, of some parameters only. Returns what they measured, by group."""
     tables = plan.tables
     following = PHASES[tables.next_phase()]
     now = PHASES[tables.phase()]
     rows = tables.rows.tolist()
     sums = [Sums() for _ in plan.param_groups]
-    for index, p in enumerate(plan.params):
-        number = plan.group_of[index]
+    for index in indices:
+        p, number = plan.params[index], plan.group_of[index]
         group, row, state = plan.param_groups[number], rows[number], plan.state_of(index)
         live = (row[ROW[f"{following}_live_under"]], row[ROW[f"{following}_live_well"]])
         grad = plan.grads[index]
@@ -78,8 +86,17 @@ def step(plan: StepPlan) -> None:
         into = Sums() if plan.records["uncounted"][index] else sums[number]
         rounding = Rounding(plan, index)
         _update(p, grad, group, state, row, steps, live, noise, float(plan.groups["scale"][number]), into, rounding)
-    plan.clear_gradients(of_step=False)
-    _finish(plan, following, sums if plan.exchange is None else _exchanged(plan.exchange, sums, tables.rows.device))
+    return sums
+
+
+def finish(plan: StepPlan, parts: list[list[Sums]]) -> None:
+    """The rest of a step, for what all its parts measured, in the order of the parameters."""
+    total = [Sums() for _ in plan.param_groups]
+    for part in parts:
+        for sums, more in zip(total, part, strict=True):
+            for name in STATISTIC:
+                setattr(sums, name, getattr(sums, name) + getattr(more, name))
+    _finish(plan, PHASES[plan.tables.next_phase()], total)
 
 
 class Rounding:

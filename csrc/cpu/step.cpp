@@ -75,23 +75,33 @@ class Work {
   int64_t pending_ = 0;
 };
 
-// Adds chunk sums in the order of the chunks, whichever thread made them.
+void add(const Statistics& part, Statistics* into) {
+  into->numel += part.numel;
+  into->under += part.under;
+  into->grad_sum += part.grad_sum;
+  into->grad_sq += part.grad_sq;
+  into->update_sq += part.update_sq;
+  into->param_sq += part.param_sq;
+  into->nonfinite += part.nonfinite;
+}
+
+// Adds chunk sums in the order of the chunks, whichever thread made them: into their tensor first
+// and then into its group, so that tensors that are stepped one at a time have the same sums.
 void reduce(const Tensor* tensors, const Group* groups, const Work& work,
             const std::vector<Partial>& partials, Statistics* into) {
-  for (size_t i = 0; i < work.chunks.size(); ++i) {
-    const Chunk& chunk = work.chunks[i];
-    const Tensor& tensor = tensors[chunk.tensor];
-    if (!tensor.grad || tensor.uncounted) continue;
-    Statistics& s = into[tensor.group];
-    const Partial& p = partials[i];
-    s.numel += static_cast<double>(chunk.end - chunk.begin);
+  for (size_t i = 0; i < work.chunks.size();) {
+    const int32_t number = work.chunks[i].tensor;
+    const Tensor& tensor = tensors[number];
+    const bool counted = tensor.grad && !tensor.uncounted;
     const bool classed = has_classes(tensor, kind_of(tensor, groups[tensor.group]));
-    s.under += classed ? p.under : std::numeric_limits<double>::quiet_NaN();
-    s.grad_sum += p.grad_sum;
-    s.grad_sq += p.grad_sq;
-    s.update_sq += p.update_sq;
-    s.param_sq += p.param_sq;
-    s.nonfinite += p.nonfinite;
+    Statistics sums{};
+    for (; i < work.chunks.size() && work.chunks[i].tensor == number; ++i) {
+      const Partial& p = partials[i];
+      const auto numel = static_cast<double>(work.chunks[i].end - work.chunks[i].begin);
+      const double under = classed ? p.under : std::numeric_limits<double>::quiet_NaN();
+      add({numel, under, p.grad_sum, p.grad_sq, p.update_sq, p.param_sq, p.nonfinite}, &sums);
+    }
+    if (counted) add(sums, &into[tensor.group]);
   }
 }
 

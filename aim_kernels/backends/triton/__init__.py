@@ -12,8 +12,9 @@ import os
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from aim_kernels import launch
+from aim_kernels import launch, pieces
 
 if TYPE_CHECKING:
     from aim_kernels.launch import Share
@@ -56,6 +57,16 @@ def runs_on(device: torch.device) -> bool:
 def step(plan: StepPlan) -> None:
     """One step over all tensors of the plan."""
     launch.step(plan, _SELF)
+
+
+def update(plan: StepPlan, indices: list[int]) -> list[Tensor]:
+    """A step up to its sums, of some parameters only. Returns what they measured, [G, 7] a device."""
+    return pieces.update(plan, _SELF, indices)
+
+
+def finish(plan: StepPlan, parts: list[list[Tensor]]) -> None:
+    """The rest of a step, for what all its parts measured."""
+    pieces.finish(plan, _SELF, parts)
 
 
 def emit(plan: StepPlan) -> None:
