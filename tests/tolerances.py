@@ -47,3 +47,7 @@ THRESHOLD = 64 * 2.0**-53
 #: torch.optim in the same arithmetic, one step: the two differ in the order of about ten operations (torch divides by
 #: bias corrections where the kernel multiplies), each good to half an ulp of its terms.
 PEER_ULPS = 8
+
+#: Of a mean of draws: standard errors that hundreds of comparisons exceed with a probability of 1e-6 (a normal beyond
+#: six of them has 2e-9). Draws are those of a fixed seed, so a test that passes once passes always.
+SIGMAS = 6.0
