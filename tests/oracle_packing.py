@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import tolerances as tol
 
 BLOCK = 128
 NEAREST = 0x8000
@@ -32,6 +33,7 @@ class Kind:
 FIRST, SECOND = Kind(8, True), Kind(16, False)
 
 
+@lru_cache(None)
 def magnitudes(kind: Kind, exponent: int) -> np.ndarray:
     """The value of every code without sign, in a block of that exponent (as float32 has it, biased by 127)."""
     code = np.arange(kind.codes)
@@ -49,7 +51,10 @@ def exponent_of(x: np.ndarray, kind: Kind) -> int:
         return 255
     greatest = np.abs(x).max(initial=0.0)
     least = kind.binades - 1
-    for exponent in range(least, 255):
+    if greatest == 0:
+        return least
+    # Two powers of two below it the greatest code is too small for sure.
+    for exponent in range(max(least, int(np.frexp(greatest)[1]) + 124), 255):
         if greatest <= magnitudes(kind, exponent)[-1]:
             return exponent
     return 255
@@ -67,22 +72,24 @@ def places(x: np.ndarray, kind: Kind, exponent: int) -> np.ndarray:
     return code * 2**19 + np.rint(inside * 2**19).astype(np.int64)
 
 
+def codes_of(x: np.ndarray, kind: Kind, exponent: int, bits: np.ndarray) -> np.ndarray:
+    """Codes of one block's numbers, of which none lies beyond its greatest code."""
+    if exponent == 255:
+        return np.zeros(len(x), np.int64)
+    found = (places(np.abs(x), kind, exponent) + bits * 8) // 2**19
+    if kind.signed:
+        return found + 128 * np.signbit(x)
+    return np.where((x != 0) & (found == 0), 1, found)
+
+
 def packed(x: np.ndarray, kind: Kind, random: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Codes (uint8) of float32 numbers and exponents of their blocks; ``random``: 16 bits each, None to nearest."""
     bits = np.full(len(x), NEAREST) if random is None else np.asarray(random, np.int64)
     codes, exponents = np.zeros(len(x), np.int64), []
     for begin in range(0, len(x), BLOCK):
         part = slice(begin, begin + BLOCK)
-        exponent = exponent_of(x[part], kind)
-        exponents.append(exponent)
-        if exponent == 255:
-            continue
-        found = (places(np.abs(x[part]), kind, exponent) + bits[part] * 8) // 2**19
-        if kind.signed:
-            found += 128 * np.signbit(x[part])
-        else:
-            found = np.where((x[part] != 0) & (found == 0), 1, found)
-        codes[part] = found
+        exponents.append(exponent_of(x[part], kind))
+        codes[part] = codes_of(x[part], kind, exponents[-1], bits[part])
     return codes.astype(np.uint8), np.array(exponents, np.uint8)
 
 
@@ -143,15 +150,71 @@ def philox(seed: int, counter: tuple[int, int, int, int], rounds: int) -> tuple[
     return tuple(x)
 
 
+def draw(seed: int, counter: int, stream: int, base: int, number: int) -> tuple[int, ...]:
+    """The words of one draw of the parameter that begins at the global index ``base``."""
+    place = (number & 0xFFFFFFFF, base & 0xFFFFFFFF, counter & 0xFFFFFFFF, (stream + 256 * (base >> 32)) & 0xFFFFFFFF)
+    return philox(seed, place, 7)
+
+
 def rounding_bits(seed: int, counter: int, stream: int, base: int, index: int) -> int:
-    """The 16 bits of element ``index`` of the parameter that begins at the global index ``base``."""
-    draw, row = 16 * (index // 256) + index % 16, index % 256 // 16
-    place = (draw & 0xFFFFFFFF, base & 0xFFFFFFFF, counter & 0xFFFFFFFF, (stream + 256 * (base >> 32)) & 0xFFFFFFFF)
-    word = philox(seed, place, 7)[row % 4]
+    """The 16 bits of its element ``index``."""
+    row = index % 256 // 16
+    word = draw(seed, counter, stream, base, 16 * (index // 256) + index % 16)[row % 4]
     half = word >> 16 if row // 4 % 2 else word & 0xFFFF
     return 0xFFFF - half if row >= 8 else half
 
 
 def all_rounding_bits(seed: int, counter: int, stream: int, base: int, index: int, count: int) -> np.ndarray:
     """The same of consecutive elements."""
-    return np.array([rounding_bits(seed, counter, stream, base, i) for i in range(index, index + count)], np.int64)
+    first, last = index // 256, (index + count - 1) // 256
+    rows: list[np.ndarray] = []
+    for sixteen in range(first, last + 1):
+        words = np.array([draw(seed, counter, stream, base, 16 * sixteen + lane) for lane in range(16)], np.int64).T
+        halves = [*(words & 0xFFFF), *(words >> 16)]
+        rows += [*halves, *(0xFFFF - half for half in halves)]
+    return np.concatenate([*rows, np.zeros(0, np.int64)])[index - 256 * first :][:count]
+
+
+# -- what may be stored of a number that is known within an error ------------------------------------------------------
+
+
+def between(found: np.ndarray, low: np.ndarray, high: np.ndarray, where: str) -> None:
+    """Asserts that every element lies between two, NaN where those are."""
+    ok = ((low <= found) & (found <= high)) | (np.isnan(found) & (np.isnan(low) | np.isnan(high)))
+    bad = np.flatnonzero(~ok)
+    if len(bad):
+        i = bad[0]
+        raise AssertionError(
+            f"{where}: {len(bad)} of {len(found)} stored as nothing that rounding allows; [{i}] is {found[i]!r}, not "
+            f"in [{low[i]!r}, {high[i]!r}]"
+        )
+
+
+def check_bfloat16(found: np.ndarray, x: np.ndarray, error: np.ndarray, bits: np.ndarray | None, where: str) -> None:
+    """Rounding with given bits keeps the order of numbers: what is stored lies between what the ends round to."""
+    reach = tol.SAFETY * error
+    between(found, bfloat16(x - reach, bits), bfloat16(x + reach, bits), where)
+
+
+def check_int8(
+    found: np.ndarray, exponents: np.ndarray, kind: Kind, x: np.ndarray, error: np.ndarray, bits: np.ndarray, where: str
+) -> None:
+    """The same with the exponents that were stored, each of which one of the ends asks for, or lies between."""
+    reach = np.broadcast_to(tol.SAFETY * error, x.shape)
+    for number, exponent in enumerate(exponents.tolist()):
+        part = slice(number * BLOCK, (number + 1) * BLOCK)
+        low, high = x[part] - reach[part], x[part] + reach[part]
+        if not kind.signed:
+            low = np.maximum(low, 0.0)
+        least = exponent_of(np.where(low * high <= 0, 0.0, np.minimum(np.abs(low), np.abs(high))), kind)
+        most = exponent_of(np.maximum(np.abs(low), np.abs(high)), kind)
+        assert least <= exponent <= most, f"{where}: block {number} has the exponent {exponent}, not {least} to {most}"
+        if exponent == 255:
+            assert np.isnan(found[part]).all(), f"{where}: block {number} is not NaN"
+            continue
+        top = magnitudes(kind, exponent)[-1]
+        ends = [
+            unpacked(codes_of(np.clip(end, -top, top), kind, exponent, bits[part]), np.array([exponent]), kind)
+            for end in (low, high)
+        ]
+        between(found[part], *ends, f"{where}, block {number}")
