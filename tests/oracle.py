@@ -314,7 +314,8 @@ class Oracle:
             if block.emitting or leaf.weights == "float32":
                 under = self._emit(leaf, live, under, undecided, seen)
             else:
-                self._store(leaf, seen, drawn=True)
+                # The step that drops a master has written it as a live weight.
+                self._store(leaf, seen, drawn=leaf.live is None)
                 leaf.live = None
             leaf.under, leaf.tie = under, tie
             new["under"] += np.count_nonzero(under) if hyper.classes else math.nan

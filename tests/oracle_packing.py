@@ -192,7 +192,7 @@ def between(found: np.ndarray, low: np.ndarray, high: np.ndarray, where: str) ->
 
 def check_bfloat16(found: np.ndarray, x: np.ndarray, error: np.ndarray, bits: np.ndarray | None, where: str) -> None:
     """Rounding with given bits keeps the order of numbers: what is stored lies between what the ends round to."""
-    reach = tol.SAFETY * error
+    reach = np.where(np.isfinite(x), tol.SAFETY * error, 0.0)
     between(found, bfloat16(x - reach, bits), bfloat16(x + reach, bits), where)
 
 

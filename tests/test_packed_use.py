@@ -18,7 +18,6 @@ from helpers import (
     build,
     frozen,
     parameters_of,
-    run_twin,
     same_bits,
     set_row,
     true_weights,
