@@ -359,23 +359,26 @@ class AIMFusedOptimizer(LiveWeights):
                 there = [p for p in fresh if p.device == device]
                 for p, step in zip(there, torch.zeros(len(there), dtype=torch.float32, device=device), strict=True):
                     self.state[p]["step"] = step
-            for p in group["params"]:
-                if p in self.state:
-                    conform(group, p, self.state[p], live)
+            # Also of parameters that meet no gradient now: once there is a plan, nobody asks again.
+            known = [p for p in group["params"] if "step" in self.state.get(p, ())]
+            for p in known:
+                conform(group, p, self.state[p], live)
+            if not live and any("master" in self.state[p] and not always_has_master(group, p) for p in known):
+                self._leaving.add(number)
             if masters:
-                for p in stepped:
+                for p in known:
                     if "master" not in self.state[p] and (live or always_has_master(group, p)):
                         self.state[p]["master"] = true_weights(p, self.state[p])
-            self._make_kept(group, stepped)
+            self._make_kept(group, known)
             for p in stepped:
                 if p in self._anchors:
                     self.state[p]["anchor"] = self._anchors.pop(p)
 
-    def _make_kept(self, group: dict[str, Any], stepped: list[Tensor]) -> None:
+    def _make_kept(self, group: dict[str, Any], params: list[Tensor]) -> None:
         """The states of one number an element, as they begin."""
         missing = [
             (p, kept)
-            for p in stepped
+            for p in params
             for kept in states_of(group, p, "master" in self.state[p] or always_has_master(group, p)).values()
             if kept.name not in self.state[p]
         ]

@@ -65,4 +65,4 @@ def rest_error(size: Any, bits: int, least: int) -> Any:
 INT8_NEAREST = 1 / 32
 
 #: bfloat16 to nearest: half a unit of 8 significand bits.
-BFLOAT16_NEAREST = 2.0**-9
+BFLOAT16_NEAREST = 2.0**-8
