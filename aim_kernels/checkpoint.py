@@ -59,11 +59,14 @@ def complete(state_dict: dict[str, Any], optimizer: AIMFusedOptimizer) -> dict[s
 
 def _shardable(p: Tensor, state: dict[str, Any]) -> dict[str, Any]:
     """A DTensor's states as they can be saved and cut in another way: moments in 8 bits as bfloat16, which has all
-    their values, since exponents belong to the blocks of one process."""
+    their values, since exponents belong to the blocks of one process; the 16 bits of a remainder under the name of
+    bfloat16 as well, since neither gloo nor NCCL gathers int16."""
     packed = [name for name in state if scale_of(name) in state]
     kept = {name: value for name, value in state.items() if name not in map(scale_of, packed)}
     for name in packed:
         kept[name] = distributed.like(p, read_moment(state, name).to(torch.bfloat16))
+    if "remainder" in kept:
+        kept["remainder"] = distributed.like(p, distributed.local_of(kept["remainder"]).view(torch.bfloat16))
     return kept
 
 
@@ -249,7 +252,10 @@ def _checked_state(
             if value.dtype == torch.uint8 and scale_of(key) not in saved:
                 raise ValueError(f"{name}: the checkpoint has its {key} in 8 bits without {scale_of(key)}")
             state[key] = _empty_state(p, key, value.dtype)
-            distributed.local_of(state[key]).copy_(distributed.local_of(value))
+            local = distributed.local_of(value)
+            if key == "remainder" and local.dtype == torch.bfloat16:
+                local = local.view(torch.int16)
+            distributed.local_of(state[key]).copy_(local)
         else:
             state[key] = value
     if not state.keys() - {"anchor"}:  # not stepped yet
