@@ -18,6 +18,7 @@ from helpers import (
     build,
     frozen,
     parameters_of,
+    run_twin,
     same_bits,
     set_row,
     true_weights,
@@ -125,6 +126,22 @@ def test_live_weights_without_gradients(master: str) -> None:
         bound = tol.rest_error(abs(kept), 8, -126) if master == "kahan" else 0.0
         assert (abs(found - kept) <= bound).all()
     assert ("master" in optimizer.state[still]) == (master == "float32")
+
+
+@pytest.mark.parametrize("master", [None, "split"])
+def test_averages_begin_with_true_weights(master: str | None) -> None:
+    """Also where the option comes while weights are degraded."""
+    optimizer = build("adamw", SHAPES, "bfloat16", master=master)
+    optimizer.set_strength("audio", 0, 0.9)
+    drive(optimizer, 2)
+    for group in optimizer.param_groups:
+        group["ema_decay"] = 0.5
+    params = parameters_of(optimizer)
+    made = Twin(optimizer, "adamw")
+    for group, block in zip(optimizer.param_groups, made.oracle.blocks, strict=True):
+        assert block.hyper.ema_decay == group["ema_decay"] == 0.5
+    run_twin(made, Gradients(params), 3)
+    assert all("ema" in optimizer.state[p] for p in params)
 
 
 # -- gradients -------------------------------------------------------------------------------------------------------
