@@ -216,6 +216,22 @@ def _empty_state(p: Tensor, key: str, dtype: torch.dtype) -> Tensor:
     return distributed.like(p, made)
 
 
+def _of_other_blocks(p: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
+    """Saved states with moments in 8 bits as bfloat16, which has all their values, where their blocks are not those of
+    the parameter: it is in parts here, or laid out in another order."""
+    kept = dict(saved)
+    strides = torch.empty_like(distributed.local_of(p), device="meta", memory_format=state_layout(p)).stride()
+    for name, value in saved.items():
+        scale = saved.get(scale_of(name))
+        if scale is None or distributed.is_dtensor(value) or value.dtype != torch.uint8:
+            continue
+        fits = value.shape == p.shape and scale.shape == (blocks_of(value.numel()),)  # if not, that is said later
+        if fits and (distributed.is_dtensor(p) or value.stride() != strides):
+            kept[name] = read_moment(saved, name).to(torch.bfloat16)
+            del kept[scale_of(name)]
+    return kept
+
+
 def _checked_state(
     groups: list[dict[str, Any]], place: tuple[int, int], p: Tensor, saved: dict[str, Any]
 ) -> dict[str, Any]:
@@ -228,6 +244,7 @@ def _checked_state(
             f"{checks.name_of(groups, *place)}: the checkpoint has the states {sorted(map(str, foreign))}, which rule "
             f"{group['rule']!r} does not know; it is of another rule"
         )
+    saved = _of_other_blocks(p, saved)
     for key, value in saved.items():
         if value is None:  # torch.optim.SGD without momentum
             continue

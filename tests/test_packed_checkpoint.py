@@ -11,7 +11,7 @@ import pytest
 import tolerances as tol
 import torch
 from checkpoint_helpers import batches, drive, through_a_file, transplant
-from helpers import build, frozen, moment, parameter, parameters_of, same_bits, set_row, true_weights
+from helpers import build, flat, frozen, moment, parameter, parameters_of, same_bits, set_row, true_weights
 
 import aim_kernels as ak
 from aim_kernels import _C
@@ -141,6 +141,48 @@ def test_torch_optim_s_checkpoints(dtype: str, states: str) -> None:
             stored = None if exactly or (states == "int8" and p.numel() < 4096) else states
             near(moment(ours.state[p], name, p), exact, stored, "sq" in name)
     drive(ours, batches(ours, 2))
+
+
+@pytest.mark.parametrize("how", ["load", "moved"])
+@pytest.mark.parametrize(("since", "to"), [("contiguous", "transposed"), ("transposed", "contiguous")])
+def test_codes_follow_a_parameter_that_is_laid_out_anew(since: str, to: str, how: str) -> None:
+    """Blocks go by memory order: codes without their exponents would be other numbers."""
+    shapes = (((67, 65), (9, 8, 8, 8)),)
+    first, second = (build("amsgrad", shapes, kinds=(kind,), state_dtype="int8") for kind in (since, to))
+    drive(first, batches(first, 3))
+    names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    order = parameters_of(second)
+
+    def moments(optimizer: ak.AIMFusedOptimizer) -> list[dict[str, np.ndarray]]:
+        """In the order of the second's memory."""
+        found = []
+        for p, q in zip(parameters_of(optimizer), order, strict=True):
+            whole = {}
+            for name in names:
+                line = torch.from_numpy(moment(optimizer.state[p], name, p))
+                lying = torch.empty_like(p, dtype=torch.float64)
+                lying.as_strided((p.numel(),), (1,)).copy_(line)
+                whole[name] = flat(lying, q)
+            found.append(whole)
+        return found
+
+    before = moments(first)
+    if how == "load":
+        transplant(first, second, through_a_file(first.state_dict()))
+    else:
+        for p, q in zip(parameters_of(first), order, strict=True):
+            p.data = q.detach().clone().copy_(p.detach())
+        second = first
+        for p in parameters_of(second):
+            p.grad = None
+        # Without a gradient to the first, its states only move.
+        parameters_of(second)[1].grad = torch.zeros_like(parameters_of(second)[1])
+        second.step()
+    after = moments(second)
+    for index in range(2 if how == "load" else 1):
+        for name in names:
+            near(after[index][name], before[index][name], "int8", "sq" in name)
+    drive(second, batches(second, 2))
 
 
 # -- other ways to keep true weights ---------------------------------------------------------------------------------
