@@ -57,6 +57,24 @@ PACKED = (
         ("test_distributed.py::test_a_world[2]",),
     ),
     Mutant(
+        "codes move without their exponents",
+        "aim_kernels/plan.py",
+        "if dtype == torch.uint8 and self._in_order",
+        "if dtype == torch.int8 and self._in_order",
+        "blocks go by memory order: after module.to(memory_format=...) moments are other numbers",
+        (
+            "test_packed_checkpoint.py::test_codes_follow_a_parameter_that_is_laid_out_anew[contiguous-transposed-moved]",
+        ),
+    ),
+    Mutant(
+        "codes are loaded without their exponents",
+        CHECKPOINT,
+        "        if fits and (",
+        "        if not fits and (",
+        "the same for a checkpoint of a parameter that was laid out, or cut, in another way",
+        ("test_packed_checkpoint.py::test_codes_follow_a_parameter_that_is_laid_out_anew[contiguous-transposed-load]",),
+    ),
+    Mutant(
         "no carry to the next exponent",
         PACKING,
         "(greatest.clamp(max=_INFINITY) + (1 << _SHIFT) - 1) >> 23",

@@ -160,6 +160,10 @@ def packed_under_fsdp2(folder: Path, name: str) -> None:
     assert kinds <= {"torch.bfloat16", "torch.float32"} and "torch.bfloat16" in kinds
     path = folder / f"packed-{name}"
     dcp.save(saved, checkpoint_id=path)
+    by_hand = optimizer_of(sharded(dtype), name)
+    by_hand.load_state_dict(copy.deepcopy(alone.state_dict()))  # of one process, cut here
+    for p, q in zip(parameters_of(alone), parameters_of(by_hand), strict=True):
+        same_bits(values_of(alone, p), values_of(by_hand, q), "cut")
     resumed = []
     copies = init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("copies", "parts"))
     for mesh in (None, copies):
