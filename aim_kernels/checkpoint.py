@@ -59,11 +59,14 @@ def complete(state_dict: dict[str, Any], optimizer: AIMFusedOptimizer) -> dict[s
 
 def _shardable(p: Tensor, state: dict[str, Any]) -> dict[str, Any]:
     """A DTensor's states as they can be saved and cut in another way: moments in 8 bits as bfloat16, which has all
-    their values, since exponents belong to the blocks of one process."""
+    their values, since exponents belong to the blocks of one process; the 16 bits of a remainder under the name of
+    bfloat16 as well, since neither gloo nor NCCL gathers int16."""
     packed = [name for name in state if scale_of(name) in state]
     kept = {name: value for name, value in state.items() if name not in map(scale_of, packed)}
     for name in packed:
         kept[name] = distributed.like(p, read_moment(state, name).to(torch.bfloat16))
+    if "remainder" in kept:
+        kept["remainder"] = distributed.like(p, distributed.local_of(kept["remainder"]).view(torch.bfloat16))
     return kept
 
 
@@ -213,6 +216,22 @@ def _empty_state(p: Tensor, key: str, dtype: torch.dtype) -> Tensor:
     return distributed.like(p, made)
 
 
+def _of_other_blocks(p: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
+    """Saved states with moments in 8 bits as bfloat16, which has all their values, where their blocks are not those of
+    the parameter: it is in parts here, or laid out in another order."""
+    kept = dict(saved)
+    strides = torch.empty_like(distributed.local_of(p), device="meta", memory_format=state_layout(p)).stride()
+    for name, value in saved.items():
+        scale = saved.get(scale_of(name))
+        if scale is None or distributed.is_dtensor(value) or value.dtype != torch.uint8:
+            continue
+        fits = value.shape == p.shape and scale.shape == (blocks_of(value.numel()),)  # if not, that is said later
+        if fits and (distributed.is_dtensor(p) or value.stride() != strides):
+            kept[name] = read_moment(saved, name).to(torch.bfloat16)
+            del kept[scale_of(name)]
+    return kept
+
+
 def _checked_state(
     groups: list[dict[str, Any]], place: tuple[int, int], p: Tensor, saved: dict[str, Any]
 ) -> dict[str, Any]:
@@ -225,6 +244,7 @@ def _checked_state(
             f"{checks.name_of(groups, *place)}: the checkpoint has the states {sorted(map(str, foreign))}, which rule "
             f"{group['rule']!r} does not know; it is of another rule"
         )
+    saved = _of_other_blocks(p, saved)
     for key, value in saved.items():
         if value is None:  # torch.optim.SGD without momentum
             continue
@@ -249,7 +269,10 @@ def _checked_state(
             if value.dtype == torch.uint8 and scale_of(key) not in saved:
                 raise ValueError(f"{name}: the checkpoint has its {key} in 8 bits without {scale_of(key)}")
             state[key] = _empty_state(p, key, value.dtype)
-            distributed.local_of(state[key]).copy_(distributed.local_of(value))
+            local = distributed.local_of(value)
+            if key == "remainder" and local.dtype == torch.bfloat16:
+                local = local.view(torch.int16)
+            distributed.local_of(state[key]).copy_(local)
         else:
             state[key] = value
     if not state.keys() - {"anchor"}:  # not stepped yet

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from aim_kernels import checks
 from aim_kernels.plan import StepPlan
-from aim_kernels.states import arithmetic_dtype, is_dense
+from aim_kernels.states import RESTS, arithmetic_dtype, is_dense, true_weights
 
 if TYPE_CHECKING:
     from aim_kernels.optimizer import AIMFusedOptimizer
@@ -382,11 +382,16 @@ def _rebuild(
     optimizer._check_before_building()
     checks.check_gradients(optimizer.param_groups, grads)
     stepped = {id(p) for p, grad in zip(given.params, grads, strict=True) if grad is not None}
-    old = {id(p) for p in given.params if "master" in optimizer.state.get(p, ())}
+    # Of those that may get a master: what they keep beside their weights, which the master takes up.
+    rests = {
+        id(p): {name: _resolve(value, elsewhere) for name, value in optimizer.state.get(p, {}).items() if name in RESTS}
+        for p in given.params
+        if id(p) in elsewhere and "master" not in optimizer.state.get(p, ())
+    }
     optimizer._make_state(lambda p: id(p) in stepped)
     for p in given.params:
-        if id(p) in elsewhere and id(p) not in old and "master" in optimizer.state.get(p, ()):
-            optimizer.state[p]["master"].copy_(elsewhere[id(p)])
+        if id(p) in rests and "master" in optimizer.state.get(p, ()):
+            optimizer.state[p]["master"].copy_(true_weights(elsewhere[id(p)], rests[id(p)]))
     inputs = GraphInputs(optimizer, given, elsewhere)
     optimizer._inputs = inputs
     inputs.plan = optimizer._plan = plan = StepPlan(optimizer)
@@ -418,6 +423,7 @@ def _substituted(optimizer: AIMFusedOptimizer, elsewhere: dict[int, Tensor]) -> 
         param_groups=groups,
         process_group=optimizer.process_group,
         sync_every=optimizer.sync_every,
+        zero_grad_in_step=optimizer.zero_grad_in_step,
     )
     yield StepPlan(standing)  # type: ignore[arg-type]
     optimizer.tables.steps = tables.steps

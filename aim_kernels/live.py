@@ -141,24 +141,24 @@ class LiveWeights(Modulated):
         """Where no phase degrades weights any more, the live weights just written are the true ones. ``among``: groups
         of which the step knew it; others wait for the next one."""
         leaving = self._leaving if among is None else self._leaving & among
-        if leaving and capturing(self.tables.rows.device):
-            return  # the graph goes on writing masters
+        if not leaving or capturing(self.tables.rows.device):
+            return  # a graph that is captured goes on writing masters
         # A device may have skipped the step. Masters leave rarely enough to wait for its answer.
-        if leaving and plan.found_inf is not None and float(plan.found_inf):
+        if plan.found_inf is not None and float(plan.found_inf):
             return
-        for number in leaving:
+        everything = [p for group in self.param_groups for p in group["params"]]
+        for p, stepped, number in zip(everything, plan.owners, plan.group_of, strict=True):
             group = self.param_groups[number]
-            for p in group["params"]:
-                if always_has_master(group, p) or "master" not in self.state[p]:
-                    continue
-                master = self.state[p].pop("master")
+            if number in leaving and not always_has_master(group, p) and "master" in self.state[p]:
+                # A graph may have handed over a copy of either, and puts it back when all is done.
+                master = plan.state[stepped]["master"]
+                del self.state[p]["master"]
                 if (kind := weights_of(group, p)) not in (None, "stochastic"):
-                    place_weights(p, self.state[p], master, kind)
+                    place_weights(stepped, self.state[p], master, kind)
                 if master.is_cuda:  # the step may still be under way, on any stream
                     master.record_stream(torch.cuda.current_stream(master.device))
-        if leaving:
-            self._leaving = self._leaving - leaving
-            self._plan = None
+        self._leaving = self._leaving - leaving
+        self._plan = None
 
     def _note_live_weights(self, number: int) -> None:
         """After a change of rows: masters are to be made, or dropped once the next step has written true weights."""

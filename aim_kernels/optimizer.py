@@ -364,35 +364,33 @@ class AIMFusedOptimizer(LiveWeights):
         """States of parameters that meet their first gradient, and masters where live weights are to exist."""
         for number, group in enumerate(self.param_groups):
             live = self.tables.has_live_weights(number)
-            stepped = [p for p in group["params"] if live or is_stepped(p)]
-            for p in group["params"]:
-                if p in self.state:
-                    conform(group, p, self.state[p], live)
-            self._make_states_of(group, stepped, live=live, masters=masters)
+            # Also of parameters that meet no gradient now: once there is a plan, nobody asks again.
+            params = [p for p in group["params"] if live or is_stepped(p) or "step" in self.state.get(p, ())]
+            self._make_states_of(group, params, live=live, masters=masters)
+            if not live and any("master" in self.state[p] and not always_has_master(group, p) for p in params):
+                self._leaving.add(number)
 
-    def _make_states_of(
-        self, group: dict[str, Any], stepped: list[Tensor], *, live: bool, masters: bool = True
-    ) -> None:
-        """The states of some parameters of one group, where they are missing."""
-        fresh = [p for p in stepped if "step" not in self.state[p]]
+    def _make_states_of(self, group: dict[str, Any], params: list[Tensor], *, live: bool, masters: bool = True) -> None:
+        """The states of some parameters of one group, as its options ask for them."""
+        fresh = [p for p in params if "step" not in self.state[p]]
         for device in {p.device for p in fresh}:
             there = [p for p in fresh if p.device == device]
             for p, step in zip(there, torch.zeros(len(there), dtype=torch.float32, device=device), strict=True):
                 self.state[p]["step"] = step
-        if masters:
-            for p in stepped:
-                if "master" not in self.state[p] and (live or always_has_master(group, p)):
-                    self.state[p]["master"] = true_weights(p, self.state[p])
-        self._make_kept(group, stepped)
-        for p in stepped:
+        for p in params:
+            conform(group, p, self.state[p], live)
+            if masters and "master" not in self.state[p] and (live or always_has_master(group, p)):
+                self.state[p]["master"] = true_weights(p, self.state[p])
+        self._make_kept(group, params)
+        for p in params:
             if p in self._anchors:
                 self.state[p]["anchor"] = self._anchors.pop(p)
 
-    def _make_kept(self, group: dict[str, Any], stepped: list[Tensor]) -> None:
+    def _make_kept(self, group: dict[str, Any], params: list[Tensor]) -> None:
         """The states of one number an element, as they begin."""
         missing = [
             (p, kept)
-            for p in stepped
+            for p in params
             for kept in states_of(group, p, "master" in self.state[p] or always_has_master(group, p)).values()
             if kept.name not in self.state[p]
         ]

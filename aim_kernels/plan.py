@@ -21,8 +21,10 @@ from aim_kernels.rows import FLAGS, GROUP_RECORD, MOMENTS, RULES, TENSOR_RECORD,
 from aim_kernels.states import (
     arithmetic_dtype,
     is_dense,
+    keep_moment,
     moments_dtype,
     moments_of,
+    read_moment,
     scale_of,
     states_of,
     step_count,
@@ -183,6 +185,12 @@ class StepPlan:
         """Takes a state of one number an element into the record."""
         state = self.state[self.owners[index]]
         local = distributed.local_of(state[name])
+        if dtype == torch.uint8 and self._in_order(index, local, dtype) is not local:
+            # Blocks go by memory order, so codes cannot be moved without their exponents.
+            value = self._in_order(index, read_moment(state, name), torch.float32)
+            del state[name]
+            keep_moment(self.owners[index], state, name, value, dtype)
+            local = distributed.local_of(state[name])
         ordered = self._in_order(index, local, dtype)
         if ordered is not local:
             state[name] = distributed.like(self.owners[index], ordered)

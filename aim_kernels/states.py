@@ -60,6 +60,9 @@ _RESTS: dict[str, tuple[str, torch.dtype | None]] = {
     "kahan": ("compensation", None),
 }
 
+#: Their keys.
+RESTS = tuple(name for name, _ in _RESTS.values())
+
 _HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -182,7 +185,7 @@ def true_weights(p: Tensor, state: dict[str, Any]) -> Tensor:
 def place_weights(p: Tensor, state: dict[str, Any], theta: Tensor, kind: str | None) -> None:
     """Puts true weights into a parameter that is to have no master, with what it keeps of them beside it."""
     here, values = local_of(p), local_of(theta)
-    for name, _ in _RESTS.values():
+    for name in RESTS:
         state.pop(name, None)
     if kind in _RESTS:
         flat = in_memory_order(values)
@@ -211,7 +214,7 @@ def conform(group: dict[str, Any], p: Tensor, state: dict[str, Any], live: bool)
         if has is not None:
             theta = true_weights(p, state)
             state.setdefault("master", theta)
-            for name, _ in _RESTS.values():
+            for name in RESTS:
                 state.pop(name, None)
     elif has is not None and has != kind and "master" not in state:
         place_weights(p, state, true_weights(p, state), kind)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import oracle
+import oracle_packing
 import tolerances as tol
 import torch
 
@@ -273,6 +274,33 @@ def moment_names(group: dict[str, Any], rule: str) -> tuple[str, str, str | None
     return first, second, "max_exp_avg_sq" if group.get("amsgrad") else None
 
 
+def moment(state: dict[str, Any], name: str | None, p: torch.Tensor) -> np.ndarray | None:
+    """A moment as float64 in the memory order of its parameter, however it is stored."""
+    if name not in state:
+        return None
+    if state[name].dtype != torch.uint8:
+        return flat(state[name], p)
+    unsigned = name in ("exp_avg_sq", "max_exp_avg_sq", "sum", "square_avg")
+    kind = oracle_packing.SECOND if unsigned else oracle_packing.FIRST
+    codes = flat(state[name], p).astype(np.int64)
+    return oracle_packing.unpacked(codes, state[f"{name}_scale"].numpy(), kind)
+
+
+def true_weights(state: dict[str, Any], p: torch.Tensor) -> np.ndarray:
+    """The true weights as float64: a master, or the parameter with what it lacks beside it."""
+    if "master" in state:
+        return flat(state["master"], p)
+    if "compensation" in state:
+        return (flat(p, p) + flat(state["compensation"], p)).astype(np.float32).astype(np.float64)
+    if "remainder" in state:
+        upper = flat(p.detach().view(torch.int16), p).astype(np.int64) & 0xFFFF
+        lower = flat(state["remainder"], p).astype(np.int64)
+        nan = (upper & 0x7FFF) > 0x7F80  # whose lower half counts from 0
+        bits = (upper << 16) + np.where(nan, lower & 0xFFFF, lower)
+        return (bits & 0xFFFFFFFF).astype(np.uint32).view(np.float32).astype(np.float64)
+    return flat(p, p)
+
+
 class Twin:
     """An optimizer and its oracle, stepped together and compared element by element.
 
@@ -319,6 +347,7 @@ class Twin:
             modulated=bool(group.get("modulated", False)),
             target=self.target,
             rate=self.rate,
+            ema_decay=group.get("ema_decay"),
         )
 
     def reload(self) -> None:
@@ -339,10 +368,19 @@ class Twin:
         state = self.optimizer.state.get(p, {})
         live = flat(p, p) if "master" in state else None
         names = moment_names(group, self.rule)
-        assert state.keys() <= {"step", "master", "anchor", *names}, f"{sorted(state)} are not of {self.rule}"
-        m, v, w = (flat(state[name], p) if name in state else None for name in names)
+        more = {f"{name}_scale" for name in names} | {"ema", "remainder", "compensation"}
+        assert state.keys() <= {"step", "master", "anchor", *names, *more}, f"{sorted(state)} are not of {self.rule}"
+        m, v, w = (moment(state, name, p) for name in names)
+        # Parameters of fewer than 4096 elements have no moments in 8 bits.
+        as_stored = group.get("state_dtype")
+        if as_stored == "float32" or (as_stored == "int8" and p.numel() < 4096):
+            as_stored = None
         return oracle.Leaf(
-            theta=flat(state.get("master", p), p),
+            theta=true_weights(state, p),
+            stored=as_stored,
+            stochastic=group.get("rounding", "stochastic") == "stochastic",
+            weights=group.get("master") if p.dtype in (torch.bfloat16, torch.float16) else None,
+            ema=flat(state["ema"], p) if "ema" in state else None,
             dtype=NAMES[p.dtype],
             first=first,
             t=int(state["step"]) if "step" in state else 0,
@@ -374,10 +412,23 @@ class Twin:
             nested.append(flat_grads[place : place + count])
             place += count
             leaves = [self.leaf(p, group, 0) for p in group["params"]]
-            seen.append([oracle.Observed(leaf.theta, leaf.m, leaf.live) for leaf in leaves])
+            seen.append([self.observed(p, group, leaf) for p, leaf in zip(group["params"], leaves, strict=True)])
+        if getattr(self.optimizer, "zero_grad_in_step", False):
+            assert not any(bool(grad.any()) for grad in grads if grad is not None), "gradients are left"
         under = self.optimizer.tables.statistics[:, oracle.SUMS.index("under")].tolist()
         self.oracle.step(nested, seen, under)
         self.compare()
+
+    def observed(self, p: torch.Tensor, group: dict[str, Any], leaf: oracle.Leaf) -> oracle.Observed:
+        """What is seen of a parameter after a step."""
+        state, exponents = self.optimizer.state.get(p, {}), {}
+        for short, name in zip("mvw", moment_names(group, self.rule), strict=True):
+            if name in state:
+                wanted = {"bfloat16": torch.bfloat16, "int8": torch.uint8}.get(leaf.stored or "")
+                assert wanted in (None, state[name].dtype), f"{name} is {state[name].dtype}"
+            if f"{name}_scale" in state:
+                exponents[short] = state[f"{name}_scale"].numpy().copy()
+        return oracle.Observed(leaf.theta, leaf.m, leaf.live, leaf.v, leaf.w, exponents, flat(p, p))
 
     def compare(self) -> None:
         """Every element of parameters, states, rows, statistics and control."""
@@ -407,8 +458,10 @@ class Twin:
         assert (have.live is None) == (want.live is None), (
             f"{where}: master {'absent' if have.live is None else 'present'}"
         )
-        for name in ("theta", "m", "v", "w", "live"):
+        for name in ("theta", "m", "v", "w", "live", "ema"):
             expected, found = getattr(want, name), getattr(have, name)
+            if name == "ema" and expected is None and not have.t and found is not None:
+                expected = have.theta  # begun with a master, before the first step
             if expected is None and not have.t and name in ("m", "v", "w"):
                 # A parameter with a master that has met no gradient yet may keep moments, as they begin.
                 begin = initial if self.rule == "adagrad" and name == "v" else 0.0

@@ -20,6 +20,18 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import tolerances as tol
+from oracle_packing import (
+    FIRST,
+    MOMENTS,
+    SECOND,
+    WEIGHTS,
+    all_rounding_bits,
+    bfloat16,
+    check_bfloat16,
+    check_int8,
+    packed,
+    unpacked,
+)
 from oracle_rules import Direction, Hyper, Leaf, direction, first_moment, first_weight, second_moment, second_weight
 
 COLUMNS = (
@@ -95,6 +107,10 @@ class Observed:
     theta: np.ndarray
     m: np.ndarray | None
     live: np.ndarray | None
+    v: np.ndarray | None = None
+    w: np.ndarray | None = None
+    exponents: dict[str, np.ndarray] = field(default_factory=dict)  # of moments in 8 bits: "m", "v", "w"
+    param: np.ndarray | None = None  # what the parameter itself holds
 
 
 @dataclass
@@ -142,10 +158,11 @@ class Oracle:
             for place, (leaf, grad) in enumerate(zip(block.leaves, block_grads, strict=True)):
                 seen = observed[index][place] if observed else None
                 if grad is None:
-                    if leaf.live is not None and not block.emitting:
-                        leaf.theta, leaf.e_theta = stored(leaf.theta, leaf.e_theta, leaf.dtype)
+                    emitting = block.emitting or (leaf.weights == "float32" and leaf.live is not None)
+                    if leaf.live is not None and not emitting:
+                        self._store(leaf, seen, drawn=False)
                         leaf.live = None
-                    elif block.emitting:
+                    elif emitting:
                         under, tie = self._class(block.hyper, leaf, leaf.t, block.row["tau"])
                         self._emit(leaf, live, under, tie, seen)
                     continue
@@ -196,6 +213,10 @@ class Oracle:
     ) -> int:
         """Steps one parameter; returns how many near ties its count is open by."""
         hyper, row, unit, tiny = block.hyper, block.row, tol.UNIT[leaf.dtype], tol.TINY[leaf.dtype]
+        before = leaf.theta
+        if leaf.stored and hyper.initial and leaf.v is None and hyper.rule == "adagrad":
+            begin = np.full_like(leaf.theta, np.float32(hyper.initial))
+            leaf.v = bfloat16(begin) if leaf.stored == "bfloat16" else unpacked(*packed(begin, SECOND), SECOND)
         with np.errstate(all="ignore"):
             g0 = -raw if hyper.maximize else raw.copy()
             coupled = hyper.coupled_decay
@@ -242,6 +263,9 @@ class Oracle:
                 leaf.theta = leaf.theta * hyper.decay
 
             way = direction(hyper, leaf, m_old, e_m_old, scaled, e_scaled)
+            if leaf.stored is not None:
+                assert seen is not None, "only what was stored tells which of two neighbours it is"
+                self._keep_moments(hyper, leaf, seen)
             under, tie = self._class(hyper, leaf, leaf.t, row["tau"])
 
             def move(mask: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -278,14 +302,61 @@ class Oracle:
             ):
                 slack[name] += (2 * np.abs(values) * errors + adding * values * values + tiny).sum()
 
-            if block.emitting:
+            if hyper.ema_decay is not None:
+                keep, old = hyper.ema_decay, before if leaf.ema is None else leaf.ema
+                leaf.e_ema = (
+                    keep * leaf.e_ema
+                    + (1 - keep) * e_theta
+                    + 3 * unit * (np.abs(keep * old) + np.abs((1 - keep) * theta))
+                    + 2 * tiny
+                )
+                leaf.ema = keep * old + (1 - keep) * theta
+            if block.emitting or leaf.weights == "float32":
                 under = self._emit(leaf, live, under, undecided, seen)
             else:
-                leaf.theta, leaf.e_theta = stored(theta, e_theta, leaf.dtype)
+                # The step that drops a master has written it as a live weight.
+                self._store(leaf, seen, drawn=leaf.live is None)
                 leaf.live = None
             leaf.under, leaf.tie = under, tie
             new["under"] += np.count_nonzero(under) if hyper.classes else math.nan
             return int(np.count_nonzero(tie))
+
+    def _keep_moments(self, hyper: Hyper, leaf: Leaf, seen: Observed) -> None:
+        """Moments as they were stored, which must be what rounding with the documented bits makes of them."""
+        bits = None
+        if leaf.stochastic:
+            bits = all_rounding_bits(self.seed, self.counter, MOMENTS, leaf.first, 0, leaf.theta.size)
+        for name in ("m", "v", "w"):
+            x, error, found = getattr(leaf, name), getattr(leaf, f"e_{name}"), getattr(seen, name)
+            if x is None:
+                continue
+            where = f"{hyper.rule}, {name}"
+            if leaf.stored == "bfloat16":
+                check_bfloat16(found, x, error, bits, where)
+            else:
+                kind = FIRST if name == "m" or (name == "w" and not hyper.amsgrad) else SECOND
+                check_int8(found, seen.exponents[name], kind, x, error, bits, where)
+            setattr(leaf, name, found)
+            setattr(leaf, f"e_{name}", 0.0)
+
+    def _store(self, leaf: Leaf, seen: Observed | None, drawn: bool) -> None:
+        """True weights without a master. ``drawn``: a step has rounded them, which may be at random."""
+        if leaf.weights == "stochastic" and drawn:
+            bits = all_rounding_bits(self.seed, self.counter, WEIGHTS, leaf.first, 0, leaf.theta.size)
+            check_bfloat16(seen.param, leaf.theta, leaf.e_theta, bits, "weights")
+            leaf.theta, leaf.e_theta = seen.param, 0.0
+        elif leaf.weights in ("split", "kahan"):
+            # Nearest; where two are as near, split takes the one away from zero, and either is half a unit away.
+            kept, spread = stored(leaf.theta, leaf.e_theta, leaf.dtype)
+            away = np.abs(kept - leaf.theta)
+            with np.errstate(invalid="ignore"):
+                ok = np.abs(seen.param - leaf.theta) <= away + spread + tol.SAFETY * leaf.e_theta
+            assert np.all(ok | ~np.isfinite(kept)), "the parameter is not the number nearest to its true weight"
+            if leaf.weights == "kahan":
+                bits, least = tol.NARROW[leaf.dtype]
+                leaf.e_theta = leaf.e_theta + tol.rest_error(np.abs(leaf.theta), bits, least)
+        else:
+            leaf.theta, leaf.e_theta = stored(leaf.theta, leaf.e_theta, leaf.dtype)
 
     def _signs(
         self,

@@ -40,6 +40,7 @@ class Hyper:
     modulated: bool = False
     target: float = 0.1
     rate: float = 0.1
+    ema_decay: float | None = None
 
     @property
     def keeps_first(self) -> bool:
@@ -88,6 +89,13 @@ class Leaf:
     e_live: np.ndarray | float = 0.0
     under: np.ndarray | None = None  # class of the latest decision
     tie: np.ndarray | None = None
+    # Fewer bytes: how moments are stored ("bfloat16", "int8"; None: as they are) and rounded, what is done for the true
+    # weights (the group's ``master``), and the moving average of them.
+    stored: str | None = None
+    stochastic: bool = False
+    weights: str | None = None
+    ema: np.ndarray | None = None
+    e_ema: np.ndarray | float = 0.0
 
 
 @dataclass

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import scenarios
 import scenarios_modules  # noqa: F401  registers its scenarios
+import scenarios_packed  # noqa: F401
 import scenarios_zero  # noqa: F401
 import worlds
 from places import cuda_on_cpu

@@ -71,6 +71,11 @@ AK = ak.AIMFusedOptimizer
         ({"seed": -1}, "seed"),
         ({"seed": 2**63}, "seed"),
         ({"seed": 1.5}, "seed"),
+        *(({"state_dtype": bad}, rf"state_dtype.*'int8'.*got {bad!r}") for bad in ("float16", "uint8", 8)),
+        *(({"rounding": bad}, "rounding.*'stochastic', 'nearest'") for bad in ("up", None)),
+        *(({"master": bad}, "master.*'split', 'float32', got") for bad in ("bfloat16", True)),
+        ({"state_dtype": "int8", "rounding": "nearest"}, r"rounding.*8 bits.*leave it 'stochastic'"),
+        *(({"ema_decay": bad}, "ema_decay") for bad in (1.0, -0.1, float("nan"), "slow")),
     ],
     ids=str,
 )
@@ -327,3 +332,38 @@ def test_step_in_eval_mode_with_masters() -> None:
     same_bits(before, frozen(optimizer))
     optimizer.train()
     optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "words"),
+    [
+        ("float64", {"state_dtype": "int8"}, "state_dtype='int8'.*float64.*state_dtype=None"),
+        ("float64", {"state_dtype": "bfloat16"}, "state_dtype='bfloat16'.*float64"),
+        ("float16", {"master": "split"}, "master='split'.*float16.*'kahan' or 'float32'"),
+        ("float16", {"master": "stochastic"}, "master='stochastic'.*float16"),
+    ],
+    ids=str,
+)
+def test_fewer_bytes_that_a_parameter_cannot_have(dtype: str, options: dict[str, Any], words: str) -> None:
+    """In the constructor, for the default and for a group; and when an option changes between steps."""
+    good, bad = parameter((3,)), parameter((2,), dtype)
+    for groups, common in (
+        ([{"params": [good]}, {"params": [("head", bad)]}], options),
+        ([{"params": [good]}, {"params": [("head", bad)], **options}], {}),
+    ):
+        with pytest.raises(ValueError, match=rf"'head' \(parameter 0 of group 1\).*{words}"):
+            AK([dict(group) for group in groups], **common)
+    optimizer = AK([good, bad], backend="cpu")
+    grads = [torch.ones_like(p) for p in (good, bad)]
+    assign([good, bad], grads)
+    optimizer.step()
+    before = frozen(optimizer)
+    optimizer.param_groups[0].update(options)
+    with pytest.raises(ValueError, match=rf"parameter 1 of group 0.*{words}"):
+        optimizer.step()
+    same_bits(before, frozen(optimizer))
+
+
+def test_cleared_gradients_are_of_the_whole() -> None:
+    with pytest.raises(ValueError, match=r"zero_grad_in_step \(group 0\).*optimizer as a whole"):
+        AK([{"params": [parameter((3,))], "zero_grad_in_step": True}])

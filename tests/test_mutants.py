@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 from mutant_list import MUTANTS, Mutant
+from mutant_packed import PACKED
 
 TESTS = Path(__file__).resolve().parent
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name.replace(" ", "-"))
+@pytest.mark.parametrize("mutant", [*MUTANTS, *PACKED], ids=lambda mutant: mutant.name.replace(" ", "-"))
 def test_it_can_be_planted(mutant: Mutant) -> None:
     assert (TESTS.parent / mutant.file).read_text().count(mutant.old) == 1, "its text must stand there exactly once"
     assert mutant.new != mutant.old
@@ -22,4 +23,5 @@ def test_it_can_be_planted(mutant: Mutant) -> None:
 
 
 def test_names_are_unique_and_there_are_many() -> None:
-    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS) >= 40
+    everything = (*MUTANTS, *PACKED)
+    assert len({mutant.name for mutant in everything}) == len(everything) >= 40

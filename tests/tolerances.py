@@ -8,6 +8,8 @@ result that cancelled.
 
 from __future__ import annotations
 
+from typing import Any
+
 #: Unit roundoff (half a unit in the last place, relative) of the arithmetic type of a parameter's storage type.
 UNIT = {"float32": 2.0**-24, "bfloat16": 2.0**-24, "float16": 2.0**-24, "float64": 2.0**-53}
 
@@ -47,3 +49,20 @@ THRESHOLD = 64 * 2.0**-53
 #: torch.optim in the same arithmetic, one step: the two differ in the order of about ten operations (torch divides by
 #: bias corrections where the kernel multiplies), each good to half an ulp of its terms.
 PEER_ULPS = 8
+
+#: Of a mean of draws: standard errors that hundreds of comparisons exceed with a probability of 1e-6 (a normal beyond
+#: six of them has 2e-9). Draws are those of a fixed seed, so a test that passes once passes always.
+SIGMAS = 6.0
+
+
+def rest_error(size: Any, bits: int, least: int) -> Any:
+    """Of a weight of ``size`` that is kept as the nearest number of ``bits`` significand bits and the nearest to what
+    that took: half a unit of the rest, which is at most half a unit of the weight; or half the smallest subnormal."""
+    return size * 2.0 ** (-2 * bits) + 2.0 ** (least - bits)
+
+
+#: int8 moments rounded to nearest: half of one of sixteen steps in a power of two, relative to the value.
+INT8_NEAREST = 1 / 32
+
+#: bfloat16 to nearest: half a unit of 8 significand bits.
+BFLOAT16_NEAREST = 2.0**-8

@@ -46,12 +46,24 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "lion": {"rule": "lion", "lr": 0.01, "betas": (0.85, 0.95), "weight_decay": 0.05, "decouple_lr": True},
 }
+#: Moments and weights in fewer bytes.
+PACKED: dict[str, dict[str, Any]] = {
+    "int8": {"state_dtype": "int8", "master": "kahan"},
+    "bfloat16": {"state_dtype": "bfloat16", "ema_decay": 0.75},
+}
+CASES |= {f"adamw-{name}": CASES["adam"] | {"rule": "adamw"} | options for name, options in PACKED.items()}
 SHRINKING = ("adam", "adagrad", "lion")
 BEFORE, AFTER = 6, 5
 #: Shapes and types of each group: vectors with tails, a scalar, every storage type.
 GROUPS = (
     (((3, 6), torch.float32), ((9,), torch.bfloat16)),
     (((17,), torch.float32), ((), torch.float64), ((4,), torch.float16)),
+    (((5,), torch.float32),),
+)
+#: For those: no float64, a parameter that is large enough for 8 bits, blocks of 128 with an end.
+PACKED_GROUPS = (
+    (((4097,), torch.float32), ((9,), torch.bfloat16)),
+    (((17,), torch.float32), ((133,), torch.bfloat16), ((4,), torch.float16)),
     (((5,), torch.float32),),
 )
 ALL = {
@@ -79,7 +91,8 @@ def build(name: str) -> tuple[ak.AIMFusedOptimizer, Any, list[torch.Tensor]]:
     """The optimizer before its first step, its schedule (or None), and its parameters: one group with every column
     set, one whose phases alternate, one plain."""
     params, groups = [], []
-    for depth, members in enumerate(GROUPS):
+    shapes = {"int8": PACKED_GROUPS, "bfloat16": PACKED_GROUPS[1:]}.get(CASES[name].get("state_dtype", ""), GROUPS)
+    for depth, members in enumerate(shapes):
         made = [fractions(len(params) + i, 0, *member).requires_grad_() for i, member in enumerate(members)]
         params += made
         groups.append({"params": made, "modality": "audio", "depth": depth, "modulated": depth < 2})

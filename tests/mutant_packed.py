@@ -1,0 +1,109 @@
+"""More of mutant_list.py: moments and weights in fewer bytes. All but the last four were there once."""
+
+from __future__ import annotations
+
+from mutant_list import CHECKPOINT, OPTIMIZER, STATES, Mutant
+
+COMPILED, LIVE, PACKING = "aim_kernels/compiled.py", "aim_kernels/live.py", "aim_kernels/packing.py"
+CONVERTED = "test_packed_checkpoint.py::test_true_weights_are_converted"
+
+PACKED = (
+    Mutant(
+        "compiled steps forget to clear",
+        COMPILED,
+        "        zero_grad_in_step=optimizer.zero_grad_in_step,\n",
+        "",
+        "an option that only the eager optimizer knows: a graph that hands over copies cannot be stepped",
+        ("test_packed_use.py::test_a_compiled_step_clears_gradients[aot_eager]",),
+    ),
+    Mutant(
+        "copies of a graph keep their masters' weights",
+        LIVE,
+        'master = plan.state[stepped]["master"]',
+        'master = self.state[p]["master"]',
+        "the weights of the step before are placed: the graph has yet to put back those of this one",
+        ("test_packed_use.py::test_compiled_and_eager_agree",),
+    ),
+    Mutant(
+        "a graph's new masters lack the rest",
+        COMPILED,
+        "copy_(true_weights(elsewhere[id(p)], rests[id(p)]))",
+        "copy_(elsewhere[id(p)])",
+        "the lower half of split weights is lost where live weights begin",
+        ("test_packed_use.py::test_compiled_and_eager_agree",),
+    ),
+    Mutant(
+        "options that change reach stepped parameters only",
+        OPTIMIZER,
+        "self._make_kept(group, known)",
+        "self._make_kept(group, stepped)",
+        "a parameter without a gradient in that step has no remainder in the next",
+        (f"{CONVERTED}[False-None-split-option]",),
+    ),
+    Mutant(
+        "masters that no option asks for stay",
+        OPTIMIZER,
+        "                self._leaving.add(number)\n",
+        "                pass\n",
+        "after master='float32' was taken back the memory is never given back",
+        (f"{CONVERTED}[False-float32-split-option]",),
+    ),
+    Mutant(
+        "a remainder is taken for a number",
+        CHECKPOINT,
+        "                local = local.view(torch.int16)\n",
+        "                pass\n",
+        "bits that were saved as bfloat16 are converted to whole numbers",
+        ("test_distributed.py::test_a_world[2]",),
+    ),
+    Mutant(
+        "codes move without their exponents",
+        "aim_kernels/plan.py",
+        "if dtype == torch.uint8 and self._in_order",
+        "if dtype == torch.int8 and self._in_order",
+        "blocks go by memory order: after module.to(memory_format=...) moments are other numbers",
+        (
+            "test_packed_checkpoint.py::test_codes_follow_a_parameter_that_is_laid_out_anew[contiguous-transposed-moved]",
+        ),
+    ),
+    Mutant(
+        "codes are loaded without their exponents",
+        CHECKPOINT,
+        "        if fits and (",
+        "        if not fits and (",
+        "the same for a checkpoint of a parameter that was laid out, or cut, in another way",
+        ("test_packed_checkpoint.py::test_codes_follow_a_parameter_that_is_laid_out_anew[contiguous-transposed-load]",),
+    ),
+    Mutant(
+        "no carry to the next exponent",
+        PACKING,
+        "(greatest.clamp(max=_INFINITY) + (1 << _SHIFT) - 1) >> 23",
+        "greatest.clamp(max=_INFINITY) >> 23",
+        "what lies above the greatest code wraps around",
+        ("test_packing.py::test_8_bits[first-False]",),
+    ),
+    Mutant(
+        "second moments of zero",
+        PACKING,
+        "torch.where(magnitude != 0, code.clamp(min=1), code)",
+        "code",
+        "a root of zero is divided by",
+        ("test_packing.py::test_8_bits[second-False]",),
+    ),
+    Mutant(
+        "ties of split weights to even",
+        PACKING,
+        "upper = torch.where(nan, bits, bits + 0x8000) >> 16",
+        "upper = torch.where(nan, bits, bits + 0x7FFF + (bits >> 16 & 1)) >> 16",
+        "the remainder of a tie does not fit 16 bits with a sign",
+        ("test_packing.py::test_split_is_exact",),
+    ),
+    Mutant(
+        "averages of degraded weights",
+        STATES,
+        '        master: Tensor = state["master"]\n        return master\n',
+        "        pass\n",
+        "what a moving average begins with, and a checkpoint is converted from, is what the module holds",
+        ("test_packed_use.py::test_averages_begin_with_true_weights",),
+    ),
+)
