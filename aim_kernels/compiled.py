@@ -236,19 +236,23 @@ def _refuse_release(optimizer: AIMFusedOptimizer) -> None:
         )
 
 
-def _prepare_params(handle: str) -> None:
-    """Called while a graph is traced, not when it runs: makes the lists that the trace reads from."""
-    optimizer = _OPTIMIZERS[handle]
-    _refuse_release(optimizer)
-    if any(hasattr(p, "device_mesh") for group in optimizer.param_groups for p in group["params"]):
-        raise RuntimeError(
-            "parameters that are DTensors cannot be stepped inside of a compiled function; call "
-            "torch.compiler.disable(optimizer.step)() there instead"
-        )
+def _refuse_clearing(optimizer: AIMFusedOptimizer) -> None:
     if optimizer.zero_grad_in_step:
         raise RuntimeError(
             "zero_grad_in_step=True has no place inside of a compiled function, where gradients are the compiler's "
             "own; set optimizer.zero_grad_in_step = False, and call zero_grad() there"
+        )
+
+
+def _prepare_params(handle: str) -> None:
+    """Called while a graph is traced, not when it runs: makes the lists that the trace reads from."""
+    optimizer = _OPTIMIZERS[handle]
+    _refuse_release(optimizer)
+    _refuse_clearing(optimizer)
+    if any(hasattr(p, "device_mesh") for group in optimizer.param_groups for p in group["params"]):
+        raise RuntimeError(
+            "parameters that are DTensors cannot be stepped inside of a compiled function; call "
+            "torch.compiler.disable(optimizer.step)() there instead"
         )
     if optimizer._inputs is None or not _same(optimizer._inputs.params, _params_of(optimizer)):
         optimizer._inputs = GraphInputs(optimizer)
@@ -327,6 +331,7 @@ def _step(
     if given is None or optimizer is None:
         raise RuntimeError("the optimizer of this compiled step is gone")
     _refuse_release(optimizer)
+    _refuse_clearing(optimizer)
     optimizer._opt_called = True  # not where it is traced: the compiler loses what is set there
     optimizer._refuse_true_weights()
     each = iter(grads)

@@ -39,6 +39,7 @@ class LiveWeights(Modulated):
     @torch.no_grad()
     def eval(self) -> None:
         """Puts the true weights into the module (validation, checkpoint, export). Exact and idempotent."""
+        self._refuse_averages("eval()")
         if self._holds_true_weights:
             return
         self._refuse_open_step("eval()")
@@ -55,6 +56,7 @@ class LiveWeights(Modulated):
 
         Does nothing where they are there already: training loops call it before every batch.
         """
+        self._refuse_averages("train()")
         if not self._holds_true_weights:
             return
         self._refuse_open_step("train()")
@@ -89,18 +91,17 @@ class LiveWeights(Modulated):
 
         Parameters that have none, of groups without ``ema_decay`` or before their first step, have their true weights.
         """
-        if self._holds_averages:
-            raise RuntimeError("the module holds the averages already: ema_parameters() cannot be nested")
+        self._refuse_averages("ema_parameters()")
         with self.true_parameters(), torch.no_grad():
-            # Written through a copy in the parameter's type, and bits back: a compensated parameter is not its average.
             averaged = [(p, state["ema"]) for p, state in self.state.items() if "ema" in state]
             before = [distributed.local_of(p).detach().clone() for p, _ in averaged]
-            for p, ema in averaged:
-                p.copy_(ema)
-            distributed.reshard_all(p for p, _ in averaged)
             self._holds_averages = True
             try:
-                yield
+                for p, ema in averaged:
+                    p.copy_(ema)
+                distributed.reshard_all(p for p, _ in averaged)
+                with torch.enable_grad():
+                    yield
             finally:
                 self._holds_averages = False
                 for (p, _), values in zip(averaged, before, strict=True):
@@ -125,9 +126,14 @@ class LiveWeights(Modulated):
                 f"closes the step, before {call}"
             )
 
-    def _refuse_true_weights(self) -> None:
+    def _refuse_averages(self, call: str) -> None:
         if self._holds_averages:
-            raise RuntimeError("the module holds averages (inside optimizer.ema_parameters()); step outside of it")
+            raise RuntimeError(
+                f"the module holds averages (inside optimizer.ema_parameters()); call {call} outside of it"
+            )
+
+    def _refuse_true_weights(self) -> None:
+        self._refuse_averages("step()")
         if self._holds_true_weights and self._trains_on_live_weights():
             raise RuntimeError(
                 "the module holds the true weights (after optimizer.eval()); call optimizer.train() before step()"

@@ -470,6 +470,7 @@ class AIMFusedOptimizer(LiveWeights):
             ValueError: other groups, another rule, or states of another shape. Nothing was changed.
         """
         self._refuse_open_step("load_state_dict()")
+        self._refuse_averages("load_state_dict()")
         checkpoint.load(self, state_dict)
         self._reset()
         if self._holds_true_weights:

@@ -116,6 +116,8 @@ def joined(upper: Tensor, lower: Tensor) -> Tensor:
     high = upper.contiguous().view(torch.int16).to(torch.int64)
     low = lower.contiguous().to(torch.int64)
     low = torch.where(upper.isnan(), low & 0xFFFF, low)
+    # Where somebody has set a weight to zero, what belonged to what it was would make a NaN of it.
+    low = torch.where((high & 0x7FFF == 0) & (low < 0), 0, low)
     bits = (high << 16) + low
     return torch.where(bits >= 1 << 31, bits - (1 << 32), bits).to(torch.int32).view(torch.float32)
 

@@ -109,7 +109,9 @@ class StepPlan:
         records["numel"] = [p.numel() for p in params]
         if self._sharded or self._process_group is not None:
             first = distributed.first_indices(self.param_groups, self._process_group)
-            records["first"] = [index or 0 for index in first]  # None: there is no noise
+            # None: there is no noise, and for rounding the place in an order of this process's will do.
+            starts = np.cumsum([p.numel() for p in self.owners]) - [p.numel() for p in self.owners]
+            records["first"] = [at if index is None else index for index, at in zip(first, starts, strict=True)]
             records["uncounted"] = distributed.uncounted(self.owners)
         else:
             records["first"] = np.cumsum(records["numel"]) - records["numel"]
@@ -368,7 +370,9 @@ class StepPlan:
         """Takes from the plan that this is a view of what holds for one step, whatever is set before it ends."""
         self.records[:] = plan.records
         self.records["grad"], self.records["zero_grad"] = 0, 0
-        self.lr_tensors, self.clip_factor = plan.lr_tensors, plan.clip_factor
+        # Copies: a scheduler may write them before the step ends.
+        self.lr_tensors = {number: lr.clone() for number, lr in plan.lr_tensors.items()}
+        self.clip_factor = plan.clip_factor
         self.grad_scale, self.found_inf = plan.grad_scale, plan.found_inf
         self.param_groups = [
             {**group, "lr": lr.clone() if isinstance(lr := group["lr"], Tensor) and lr.device.type == "cpu" else lr}

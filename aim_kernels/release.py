@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -161,6 +162,8 @@ class Release:
         self._names: dict[Tensor, str] = {}
         self._accumulating = 0
         self._open: _OpenStep | None = None
+        # Backward runs in a thread for each device.
+        self._lock = threading.RLock()
         # The latest plan, its view, and the numbers of its parameters.
         self._plan: StepPlan | None = None
         self._view: StepPlan | None = None
@@ -216,8 +219,12 @@ class Release:
 
     # -- in backward --------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def _completed(self, p: Tensor) -> None:
+        with self._lock:
+            self._take(p)
+
+    @torch.no_grad()
+    def _take(self, p: Tensor) -> None:
         optimizer = self._optimizer()
         if optimizer is None or self._accumulating or p.grad is None:
             return
@@ -299,10 +306,10 @@ class Release:
             open_step.take(optimizer, index)
             if optimizer.zero_grad_in_step and p.grad is not None:
                 p.grad.zero_()
+            self._free([p])  # at once: what is stepped must not be found again where a later one raises
         open_step.emit_rest()
         open_step.finish(optimizer)
         self._open = None
-        self._free(left.values())
         optimizer._drop_masters(open_step.plan, open_step.leaving)
 
     def _free(self, params: Any) -> None:

@@ -169,8 +169,11 @@ def true_weights(p: Tensor, state: dict[str, Any]) -> Tensor:
         master: Tensor = state["master"]
         return master
     here = local_of(p).detach()
-    if "remainder" in state:
+    # float16 has not all bits of the bfloat16 that the remainder belongs to.
+    if "remainder" in state and p.dtype != torch.float16:
         rest = local_of(state["remainder"])
+        # In the remainder's memory order, whatever became of the parameter's.
+        here = torch.empty_like(rest, dtype=torch.bfloat16).copy_(here)
         made = torch.empty_like(rest, dtype=torch.float32)
         flat = packing.joined(in_memory_order(here), in_memory_order(rest))
         made.copy_(flat.as_strided(rest.shape, rest.stride()))

@@ -63,6 +63,17 @@ class AIMZeroRedundancyOptimizer(ZeroRedundancyOptimizer):
         if self.initialized:
             number_parameters(chain.from_iterable(group["params"] for group in self.param_groups))
 
+    def step(self, closure: Any = None, **kwargs: Any) -> Any:
+        """One step of all parameters; ``zero_grad_in_step`` also clears the gradients of those that others step."""
+        loss = super().step(closure, **kwargs)
+        if self.optim.zero_grad_in_step:
+            mine = {p for group in self.optim.param_groups for p in group["params"]}
+            params = chain.from_iterable(group["params"] for group in self.param_groups)
+            left = [p.grad for p in params if p not in mine and p.grad is not None]
+            if left:
+                torch._foreach_zero_(left)
+        return loss
+
     # -- what AIMFusedOptimizer has ----------------------------------------------------------------------------------
 
     def set_strength(self, modality: str, depth: int, kappa: float | Tensor, coefficients: str = "chain") -> None:
@@ -96,6 +107,15 @@ class AIMZeroRedundancyOptimizer(ZeroRedundancyOptimizer):
     @max_grad_norm.setter
     def max_grad_norm(self, value: float | None) -> None:
         self.optim.max_grad_norm = value
+
+    @property
+    def zero_grad_in_step(self) -> bool:
+        """``zero_grad_in_step`` of :class:`AIMFusedOptimizer`; may be set between steps."""
+        return self.optim.zero_grad_in_step
+
+    @zero_grad_in_step.setter
+    def zero_grad_in_step(self, value: bool) -> None:
+        self.optim.zero_grad_in_step = value
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -147,10 +167,12 @@ class AIMZeroRedundancyOptimizer(ZeroRedundancyOptimizer):
     @contextmanager
     def ema_parameters(self) -> Iterator[None]:
         """:meth:`AIMFusedOptimizer.ema_parameters`, on all processes."""
-        with self.optim.ema_parameters():
+        try:
+            with self.optim.ema_parameters():
+                self._sync_params()  # type: ignore[attr-defined]
+                yield
+        finally:
             self._sync_params()  # type: ignore[attr-defined]
-            yield
-        self._sync_params()  # type: ignore[attr-defined]
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 

@@ -116,7 +116,10 @@ AIM_INLINE I joined_bits(I upper, I lower) {
   // The lower half counts from -0x8000 to 0x7FFF; that of a NaN, which was not rounded, from 0.
   const I signed_lower = ((lower ^ 0x8000) - 0x8000);
   const auto nan = (upper & 0x7FFF) > 0x7F80;
-  return (upper << 16) + select(nan, lower, signed_lower);
+  // Below zero there is nothing: where somebody has set the weight to zero, and not what belonged
+  // to what it was, the sum would be a NaN.
+  const auto stale = ((upper & 0x7FFF) == 0) & ((lower & 0x8000) != 0);
+  return (upper << 16) + select(stale, I{}, select(nan, lower, signed_lower));
 }
 
 }  // namespace AIM_ISA

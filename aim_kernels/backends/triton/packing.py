@@ -166,7 +166,9 @@ def _joined(upper, lower):
     low = lower.to(tl.int32).to(tl.uint32, bitcast=True)
     # The lower half of a NaN, which was not rounded, has no sign.
     nan = (high & 0x7FFFFFFF) > 0x7F800000
-    return (high + tl.where(nan, low & 0xFFFF, low)).to(tl.float32, bitcast=True)
+    # Of a weight that somebody has set to zero: it would make a NaN.
+    stale = ((high & 0x7FFFFFFF) == 0) & ((low & 0x8000) != 0)
+    return (high + tl.where(stale, 0, tl.where(nan, low & 0xFFFF, low))).to(tl.float32, bitcast=True)
 
 
 @triton.jit
