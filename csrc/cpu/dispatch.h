@@ -16,28 +16,42 @@ Update update_of(bool noise, bool live) {
   return live ? update_chunk<kKind, false, true, S, T> : update_chunk<kKind, false, false, S, T>;
 }
 
-// Whether vectors of a tensor's weights are read and written where they lie: what DirectWeights
-// can.
-AIM_INLINE bool is_direct(const Tensor& tensor) {
-  const DType dtype = static_cast<DType>(tensor.dtype);
-  const Weights weights = static_cast<Weights>(tensor.weights);
-  return dtype == DType::kFloat32 ||
-         (dtype == DType::kBFloat16 && (tensor.master || weights == Weights::kNearest));
-}
-
-// Adam without noise, of float32 and bfloat16 weights, has loops of its own: with fewer bytes it is
-// the instructions that count. Everything else shares one for each kind.
+// Adam without noise, of float32 and bfloat16 weights that are read and written where they lie, has
+// loops of its own: with fewer bytes it is the instructions that count. Everything else shares one
+// for each kind. Null: it is no such tensor.
 template <class M>
 Update fast_packed_of(const Tensor& tensor) {
   const bool live = tensor.master != nullptr;
-  if (static_cast<DType>(tensor.dtype) == DType::kFloat32) {
+  const DType dtype = static_cast<DType>(tensor.dtype);
+  const Weights weights = static_cast<Weights>(tensor.weights);
+  if (dtype == DType::kFloat32) {
     using W = DirectWeights<float>;
     return live ? update_packed<Kind::kAdam, false, true, W, M>
                 : update_packed<Kind::kAdam, false, false, W, M>;
   }
-  using W = DirectWeights<BFloat16>;
-  return live ? update_packed<Kind::kAdam, false, true, W, M>
-              : update_packed<Kind::kAdam, false, false, W, M>;
+  if (dtype != DType::kBFloat16) return nullptr;
+  if (live || weights == Weights::kNearest) {
+    using W = DirectWeights<BFloat16>;
+    return live ? update_packed<Kind::kAdam, false, true, W, M>
+                : update_packed<Kind::kAdam, false, false, W, M>;
+  }
+  if (weights == Weights::kSplit) return update_packed<Kind::kAdam, false, false, SplitWeights, M>;
+  return nullptr;
+}
+
+Update fast_of(const Tensor& tensor) {
+  switch (static_cast<Moments>(tensor.moments)) {
+    case Moments::kWide:
+      // Plain float32 is faster in tiles; conversions and averages are not.
+      if (static_cast<DType>(tensor.dtype) == DType::kFloat32 && !tensor.ema) return nullptr;
+      return fast_packed_of<WideMoments>(tensor);
+    case Moments::kBFloat16:
+      return tensor.stochastic ? fast_packed_of<BFloat16Moments<1>>(tensor)
+                               : fast_packed_of<BFloat16Moments<0>>(tensor);
+    case Moments::kInt8:
+      return fast_packed_of<Int8Moments<true>>(tensor);
+  }
+  return nullptr;
 }
 
 template <Kind kKind, class M>
@@ -51,19 +65,9 @@ Update packed_of(bool noise, bool live) {
 
 template <Kind kKind>
 Update packed_of(const Tensor& tensor, bool noise) {
-  const bool live = tensor.master != nullptr, fast = !noise && is_direct(tensor);
+  const bool live = tensor.master != nullptr;
   if (static_cast<Moments>(tensor.moments) == Moments::kInt8) {
-    using M = Int8Moments<kKind != Kind::kAmsgrad>;
-    if constexpr (kKind == Kind::kAdam) {
-      if (fast) return fast_packed_of<M>(tensor);
-    }
-    return packed_of<kKind, M>(noise, live);
-  }
-  if constexpr (kKind == Kind::kAdam) {
-    if (fast) {
-      return tensor.stochastic ? fast_packed_of<BFloat16Moments<1>>(tensor)
-                               : fast_packed_of<BFloat16Moments<0>>(tensor);
-    }
+    return packed_of<kKind, Int8Moments<kKind != Kind::kAmsgrad>>(noise, live);
   }
   return packed_of<kKind, BFloat16Moments<-1>>(noise, live);
 }
@@ -72,6 +76,10 @@ template <Kind kKind, class S, class T>
 void update_kind(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t end,
                  Partial* partial) {
   if constexpr (sizeof(T) == sizeof(float)) {
+    if constexpr (kKind == Kind::kAdam) {
+      const Update fast = shared.has_noise ? nullptr : fast_of(tensor);
+      if (fast) return fast(tensor, shared, begin, end, partial);
+    }
     if (static_cast<Moments>(tensor.moments) != Moments::kWide) {
       return packed_of<kKind>(tensor, shared.has_noise)(tensor, shared, begin, end, partial);
     }

@@ -14,6 +14,31 @@ AIM_INLINE bool rounds_at_random(bool asked) {
   return kRandom < 0 ? asked : kRandom == 1;
 }
 
+// As they are: for tensors whose weights or averages are better moved this way.
+class WideMoments {
+ public:
+  explicit WideMoments(const Tensor& t)
+      : from_{static_cast<float*>(t.exp_avg), static_cast<float*>(t.exp_avg_sq),
+              static_cast<float*>(t.extra)} {}
+
+  static AIM_INLINE constexpr bool random() { return false; }
+  AIM_INLINE void enter(Which which, int64_t at) { block_[which] = from_[which] + at; }
+  AIM_INLINE FloatVector read(Which which, int i) const {
+    return load<FloatVector>(block_[which] + i);
+  }
+  AIM_INLINE void gather(Which, FloatVector) {}
+  AIM_INLINE void close(Which, int64_t) {}
+  AIM_INLINE void leave(Which) const {}
+  AIM_INLINE FloatVector keep(Which which, int i, FloatVector x, IntVector) {
+    store(block_[which] + i, x);
+    return x;
+  }
+
+ private:
+  float* from_[3];
+  float* block_[3] = {};
+};
+
 // kRandom: 0 rounds to nearest, 1 at random, -1 as the tensor asks.
 template <int kRandom>
 class BFloat16Moments {

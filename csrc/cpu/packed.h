@@ -47,6 +47,31 @@ struct DirectWeights {
   }
 };
 
+// The same of bfloat16 weights that are whole with their remainder.
+struct SplitWeights {
+  static constexpr bool kDirect = true;
+  const uint16_t* grad;
+  uint16_t *upper, *rest;
+
+  SplitWeights(const Tensor& t, int64_t at)
+      : grad(static_cast<const uint16_t*>(t.grad) + at),
+        upper(static_cast<uint16_t*>(t.param) + at),
+        rest(static_cast<uint16_t*>(t.rest) + at) {}
+  AIM_INLINE FloatVector read_grad(int i) const { return as_float(from_small(grad + i) << 16); }
+  template <bool kLive>
+  AIM_INLINE FloatVector read_theta(int i) const {
+    return as_float(joined_bits(from_small(upper + i), from_small(rest + i)));
+  }
+  template <bool kLive>
+  AIM_INLINE void keep_theta(int i, FloatVector x) const {
+    IntVector high, low;
+    split_bits(as_int(x), &high, &low);
+    to_small(high, upper + i);
+    to_small(low, rest + i);
+  }
+  AIM_INLINE void write_live(int, FloatVector) const {}  // there is a master then
+};
+
 // Calls `run` with a null pointer to the storage type of a tensor.
 template <class Run>
 AIM_INLINE void with_storage(const Tensor& tensor, const Run& run) {
