@@ -97,8 +97,9 @@ class AIMFusedOptimizer(LiveWeights):
             fewer than 4096 elements keep float32). The arithmetic is float32 all the same.
         rounding: of stored moments in fewer bits: "stochastic" (up or down by chance, right on average) or "nearest".
         master: what 16-bit parameters do for their true weights: None (rounded to nearest in every step, as torch.optim
-            does: small steps are lost, take it as experimental), "stochastic" (rounded up or down by chance; bfloat16), "kahan" (what rounding took is kept in 16 bits more), "split" (16
-            bits that with a bfloat16 parameter are the float32 weights, exactly), "float32" (those in full beside it).
+            does: small steps are lost, take it as experimental), "stochastic" (rounded up or down by chance; bfloat16),
+            "kahan" (what rounding took is kept in 16 bits more), "split" (16 bits that with a bfloat16 parameter are
+            the float32 weights, exactly), "float32" (those in full beside it).
             While a group's live weights are degraded its parameters have float32 ones whatever is chosen.
         ema_decay: keeps a moving average of the true weights, ``ema = ema_decay * ema + (1 - ema_decay) * theta``
             (state "ema", float32, begun with the first weights); ``ema_parameters()`` puts it into the module.
