@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from aim_kernels import _C, rows
 
-SIZE, GUARD, FIELDS = 40, 64, ("param", "grad", "exp_avg", "exp_avg_sq", "extra", "master", "anchor", "step")
+SIZE, GUARD = 40, 64
+FIELDS = tuple(name for name in rows.TENSOR_RECORD.names if rows.TENSOR_RECORD[name] == np.uint64)  # addresses
 RAISED = (ValueError, TypeError, RuntimeError, IndexError, OverflowError, AttributeError, KeyError)
 outcomes = {"worked": 0, "raised": 0}
 
@@ -36,12 +37,16 @@ JUNK: st.SearchStrategy[Any] = st.one_of(
     st.just([[1.0] * 19]),
     st.just(len),
     st.just(object()),
-    st.sampled_from(["f8", "i8", "f4", "u1", "?", "O", "S112", "V112", "V136", "V8"]).flatmap(
+    st.sampled_from(["f8", "i8", "f4", "u1", "?", "O", "S112", "V160", "V120", "V24", "V8"]).flatmap(
         lambda kind: st.sampled_from([(), (0,), (1,), (2,), (1, 19), (2, 19), (1, 7), (4,), (3, 2, 2)]).map(
             lambda shape: np.zeros(shape, kind)
         )
     ),
 )
+
+
+#: Bytes of an element of a stream; some are none.
+SIZES = (1, 2, 4, 8, 8, 3, 0)
 
 
 class Arena:
@@ -63,6 +68,9 @@ class Arena:
         self.statistics = np.zeros((group_count, len(rows.STATISTICS_COLUMNS)))
         self.sums = np.zeros_like(self.statistics)
         self.control = np.zeros(4, np.int64)
+        self.runs = np.zeros(3 if tensor_count else 0, rows.STREAM_RECORD)
+        for run, field in zip(self.runs, FIELDS, strict=False):
+            run["address"] = self.tensors[field][0]
 
     def snapshot(self) -> list[bytes]:
         tables = (self.bytes, self.tensors, self.groups, self.rows, self.statistics, self.sums, self.control)
@@ -127,6 +135,9 @@ def arenas(draw: st.DrawFn) -> Arena:
         tensors["first"][index] = draw(st.sampled_from([0, 0, 7, 2**40, 2**63 - 1, -1]))
         tensors["dtype"][index] = draw(st.sampled_from([0, 1, 2, 3]) | INTEGER)
         tensors["uncounted"][index], tensors["unused"][index] = draw(st.sampled_from([(0, 0), (1, 0), (-5, 9)]))
+        tensors["offset"][index] = draw(st.sampled_from([0, 0, 0, 7, 2**40, -1]))
+        for field, most in (("moments", 2), ("weights", 3), ("stochastic", 1), ("zero_grad", 1)):
+            tensors[field][index] = draw(st.sampled_from([0, 0]) | st.integers(0, most) | INTEGER)
         if draw(st.sampled_from([False] * 6 + [True])):
             tensors["group"][index] = draw(INTEGER)
     for index in range(len(groups)):
@@ -160,7 +171,7 @@ def call(arena: Arena, function: Any, *arguments: Any, refused: bool = False) ->
 @examples(600)
 @given(arenas(), st.data())
 def fuzz_tables(arena: Arena, data: st.DataObject) -> None:
-    """step, emit, check, stream, squares: at most one argument is no table at all."""
+    """step, emit, check, stream, squares and others: at most one argument is no table at all."""
     tables = {
         "step": ("tensors", "groups", "rows", "statistics", "control"),
         "emit": ("tensors", "groups", "rows"),
@@ -169,13 +180,19 @@ def fuzz_tables(arena: Arena, data: st.DataObject) -> None:
         "squares": ("tensors",),
         "update": ("tensors", "groups", "rows", "statistics", "control", "sums"),
         "finish": ("groups", "sums", "rows", "statistics", "control"),
+        "stream_runs": ("runs",),
     }
-    name = data.draw(st.sampled_from(["step", "step", "emit", "check", "stream", "squares", "update", "finish"]))
+    name = data.draw(st.sampled_from(["step", *tables]))
     arguments: list[Any] = [getattr(arena, table) for table in tables[name]]
     if name == "stream":
         arena.tensors["dtype"] = data.draw(st.sampled_from([0, 0, 1]))
         chunk = data.draw(st.sampled_from([0, 1, 16, -1, 2**62, 2**63 - 1]))
         arguments += [data.draw(st.booleans()), data.draw(st.booleans()), chunk, data.draw(st.floats(width=32))]
+    if name == "stream_runs":
+        for run in arena.runs:
+            run["size"], run["reads"], run["writes"] = (data.draw(st.sampled_from(x)) for x in (SIZES, (0, 1), (0, 1)))
+        numel = data.draw(st.integers(0, SIZE) | st.sampled_from([-1, -(2**63)]))
+        arguments += [numel, data.draw(st.sampled_from([0, 1, 16, -1, 2**62, 2**63 - 1])), data.draw(INTEGER)]
     if name not in ("check", "finish"):
         arguments.append(data.draw(st.sampled_from([1, 2, 3, 300, 2**31 - 1, 0, -1])))
     refused = False
@@ -265,7 +282,10 @@ def fuzz_others(data: st.DataObject) -> None:
 if __name__ == "__main__":
     public = {name for name in dir(_C) if not name.startswith("_")}
     covered = set(
-        "CHUNK Watch active_isa build_info check emit finish isas layout philox squares step stream update".split()
+        (
+            "CHUNK Watch active_isa build_info check emit finish isas layout philox squares step stream stream_runs "
+            "update"
+        ).split()
     )
     assert public == covered, f"nobody fuzzes {sorted(public ^ covered)}"
     for fuzz in (fuzz_tables, fuzz_watch, fuzz_others):
