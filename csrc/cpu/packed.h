@@ -247,9 +247,9 @@ AIM_INLINE void apply_block(const PackedStep<kKind>& s, int from, int to, W& wei
 // The block of 128 elements from `at` on, of which `filled` are there: sums go to `sums`, of the
 // last 16, if some of them are not there, to `ends`. The others are computed and stored.
 template <Kind kKind, bool kNoise, bool kLive, class W, class M>
-AIM_INLINE void step_block(const PackedStep<kKind>& s, M moments, int64_t at, int filled,
-                           PackedBlock& b, RoundingBits& bits, Sums<float>& sums,
-                           Sums<float>& ends) {
+__attribute__((noinline)) void step_block(const PackedStep<kKind>& s, M moments, int64_t at,
+                                          int filled, PackedBlock& b, RoundingBits& bits,
+                                          Sums<float>& sums, Sums<float>& ends) {
   const Tensor& tensor = s.tensor;
   W weights(tensor, at);
   if (s.keeps_m()) moments.enter(kFirstMoment, at);
@@ -266,9 +266,10 @@ AIM_INLINE void step_block(const PackedStep<kKind>& s, M moments, int64_t at, in
         bits.of_block(s.shared, kMomentStream, tensor.first - tensor.offset, tensor.offset + at);
   }
   const int body = filled / kLanes * kLanes, end = body < filled ? body + kLanes : body;
-  accumulate_block<kKind, kNoise, kLive>(s, 0, body, weights, moments, b, sums);
-  if (end > body) {
-    accumulate_block<kKind, kNoise, kLive>(s, body, end, weights, moments, b, ends);
+  // Twice around rather than written twice: the code would be as much larger.
+  for (int part = body ? 0 : 1; part < (end > body ? 2 : 1); ++part) {
+    accumulate_block<kKind, kNoise, kLive>(s, part ? body : 0, part ? end : body, weights, moments,
+                                           b, part ? ends : sums);
   }
   if (s.keeps_m()) moments.close(kFirstMoment, at);
   if (s.keeps_v()) moments.close(kSecondMoment, at);
@@ -276,9 +277,9 @@ AIM_INLINE void step_block(const PackedStep<kKind>& s, M moments, int64_t at, in
   const float* const anchor =
       kLive && tensor.anchor ? static_cast<const float*>(tensor.anchor) + at : nullptr;
   float* const ema = tensor.ema ? static_cast<float*>(tensor.ema) + at : nullptr;
-  apply_block<kKind, kLive>(s, 0, body, weights, moments, b, drawn, anchor, ema, sums);
-  if (end > body) {
-    apply_block<kKind, kLive>(s, body, end, weights, moments, b, drawn, anchor, ema, ends);
+  for (int part = body ? 0 : 1; part < (end > body ? 2 : 1); ++part) {
+    apply_block<kKind, kLive>(s, part ? body : 0, part ? end : body, weights, moments, b, drawn,
+                              anchor, ema, part ? ends : sums);
   }
   if (s.keeps_m()) moments.leave(kFirstMoment);
   if (s.keeps_v()) moments.leave(kSecondMoment);
