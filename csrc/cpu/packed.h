@@ -247,9 +247,9 @@ AIM_INLINE void apply_block(const PackedStep<kKind>& s, int from, int to, W& wei
 // The block of 128 elements from `at` on, of which `filled` are there: sums go to `sums`, of the
 // last 16, if some of them are not there, to `ends`. The others are computed and stored.
 template <Kind kKind, bool kNoise, bool kLive, class W, class M>
-__attribute__((noinline)) void step_block(const PackedStep<kKind>& s, M moments, int64_t at,
-                                          int filled, PackedBlock& b, RoundingBits& bits,
-                                          Sums<float>& sums, Sums<float>& ends) {
+AIM_INLINE void step_block(const PackedStep<kKind>& s, M moments, int64_t at, int filled,
+                           PackedBlock& b, RoundingBits& bits, Sums<float>& sums,
+                           Sums<float>& ends) {
   const Tensor& tensor = s.tensor;
   W weights(tensor, at);
   if (s.keeps_m()) moments.enter(kFirstMoment, at);
@@ -356,6 +356,18 @@ class PaddedBlock {
   float anchor_[kPackedBlock] = {};
 };
 
+// The last block of a tensor, which is not whole.
+template <Kind kKind, bool kNoise, bool kLive, class W, class M>
+__attribute__((noinline)) void step_last_block(const Tensor& tensor, const Shared& shared,
+                                               int64_t at, int filled, PackedBlock& b,
+                                               RoundingBits& bits, Sums<float>& sums,
+                                               Sums<float>& ends) {
+  PaddedBlock last(tensor, at, filled);
+  const PackedStep<kKind> rest(last.padded, shared);
+  step_block<kKind, kNoise, kLive, W>(rest, M(last.padded), 0, filled, b, bits, sums, ends);
+  last.put_back();
+}
+
 template <Kind kKind, bool kNoise, bool kLive, class W, class M>
 void update_packed(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t end,
                    Partial* partial) {
@@ -373,10 +385,7 @@ void update_packed(const Tensor& tensor, const Shared& shared, int64_t begin, in
     }
     const int filled = static_cast<int>(tile_end - at);
     if (filled) {
-      PaddedBlock last(tensor, at, filled);
-      const PackedStep<kKind> rest(last.padded, shared);
-      step_block<kKind, kNoise, kLive, W>(rest, M(last.padded), 0, filled, b, bits, sums, ends);
-      last.put_back();
+      step_last_block<kKind, kNoise, kLive, W, M>(tensor, shared, at, filled, b, bits, sums, ends);
     }
     Partial measured{};
     add(sums, kLanes, measured);
