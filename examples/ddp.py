@@ -6,6 +6,7 @@ The gradients that DDP averages are equal everywhere, so thresholds and statisti
 Run it: torchrun --nproc-per-node 2 examples/ddp.py
 """
 
+import gc
 import os
 
 import torch
@@ -62,8 +63,15 @@ def main() -> None:
         with torch.no_grad():
             right = (plain(*test).argmax(1) == test_labels).float().mean().item()
         print(f"{right:.1%} of the test samples")
+
+
+def end() -> None:
+    """Once nothing holds the process group any more: one that outlives its end may abort the exit (torch 2.13, gloo,
+    whose threads let go of Python objects while the interpreter goes)."""
+    gc.collect()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    end()

@@ -4,13 +4,12 @@ checkpoint by torch.distributed.checkpoint is taken half-way; a second model goe
 Run it: torchrun --nproc-per-node 2 examples/fsdp2.py
 """
 
-import gc
 import tempfile
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from ddp import BATCH, EPOCHS, begin, shard
+from ddp import BATCH, EPOCHS, begin, end, shard
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -73,11 +72,8 @@ def main() -> None:
         right = (model(*test).argmax(1) == test_labels).float().mean().item()
     if dist.get_rank() == 0:
         print(f"{right:.1%} of the test samples")
-    # What holds process groups goes first: a group that outlives its end now and then aborts the exit (torch 2.13, gloo).
-    del model, optimizer, aim
-    gc.collect()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    end()
