@@ -106,14 +106,25 @@ def chunk_table(
 
 def families_of(groups: NDArray[np.void], tensors: NDArray[np.void]) -> tuple[int, ...]:
     """The families (numbers in ``rows.FAMILIES``) among some tensor records, with the records of all groups."""
+    packed = are_packed(tensors)
+    rules = rule_families(groups)[np.unique(tensors["group"][~packed])]
+    return (*np.unique(rules).tolist(), *([FAMILIES.index("packed")] if packed.any() else []))
+
+
+def rule_families(groups: NDArray[np.void]) -> NDArray[np.int64]:
+    """The family of each group's rule, by its number in ``rows.FAMILIES``."""
+    names = [{"adamw": "adam", "adam": "adam", "sgd": "sgd"}.get(rule, "other") for rule in RULES]
+    numbers: NDArray[np.int64] = np.array([FAMILIES.index(name) for name in names])[groups["rule"]]
+    numbers[(groups["flags"] & FLAGS["amsgrad"]) != 0] = FAMILIES.index("other")
+    return numbers
+
+
+def are_packed(tensors: NDArray[np.void]) -> NDArray[np.bool_]:
+    """Which tensors keep something in fewer bytes, or ask for something beside the update."""
     packed = np.zeros(len(tensors), bool)
     for field in ("moments", "weights", "zero_grad", "ema"):
         packed |= tensors[field] != 0
-    groups = groups[np.unique(tensors["group"][~packed])]
-    names = [{"adamw": "adam", "adam": "adam", "sgd": "sgd"}.get(rule, "other") for rule in RULES]
-    numbers = np.array([FAMILIES.index(name) for name in names])[groups["rule"]]
-    numbers[(groups["flags"] & FLAGS["amsgrad"]) != 0] = FAMILIES.index("other")
-    return (*np.unique(numbers).tolist(), *([FAMILIES.index("packed")] if packed.any() else []))
+    return packed
 
 
 class Launch:

@@ -14,18 +14,7 @@ from aim_kernels.clipping import clip
 from aim_kernels.launch import capturing
 from aim_kernels.live import LiveWeights
 from aim_kernels.plan import StepPlan
-from aim_kernels.states import (
-    always_has_master,
-    arithmetic_dtype,
-    conform,
-    exponents_of,
-    keep_moment,
-    master_of,
-    scale_of,
-    states_of,
-    true_weights,
-    zeros_like_all,
-)
+from aim_kernels.states import always_has_master, make_states, master_of
 from aim_kernels.tables import Tables
 
 #: Weight decay of torch.optim where the user gives none.
@@ -373,39 +362,10 @@ class AIMFusedOptimizer(LiveWeights):
 
     def _make_states_of(self, group: dict[str, Any], params: list[Tensor], *, live: bool, masters: bool = True) -> None:
         """The states of some parameters of one group, as its options ask for them."""
-        fresh = [p for p in params if "step" not in self.state[p]]
-        for device in {p.device for p in fresh}:
-            there = [p for p in fresh if p.device == device]
-            for p, step in zip(there, torch.zeros(len(there), dtype=torch.float32, device=device), strict=True):
-                self.state[p]["step"] = step
-        for p in params:
-            conform(group, p, self.state[p], live)
-            if masters and "master" not in self.state[p] and (live or always_has_master(group, p)):
-                self.state[p]["master"] = true_weights(p, self.state[p])
-        self._make_kept(group, params)
+        make_states(group, params, self.state, live=live, masters=masters)
         for p in params:
             if p in self._anchors:
                 self.state[p]["anchor"] = self._anchors.pop(p)
-
-    def _make_kept(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        """The states of one number an element, as they begin."""
-        missing = [
-            (p, kept)
-            for p in params
-            for kept in states_of(group, p, "master" in self.state[p] or always_has_master(group, p)).values()
-            if kept.name not in self.state[p]
-        ]
-        made = zeros_like_all([p for p, _ in missing], [kept.dtype for _, kept in missing])
-        for (p, (name, dtype)), value in zip(missing, made, strict=True):
-            state = self.state[p]
-            state[name] = value
-            if name == "ema":
-                distributed.local_of(value).copy_(distributed.local_of(true_weights(p, state)))
-            if dtype == torch.uint8:
-                state[scale_of(name)] = exponents_of(p)
-            if name == "sum" and group["initial_accumulator_value"]:
-                begin = torch.full_like(distributed.local_of(value), 0, dtype=arithmetic_dtype(p.dtype))
-                keep_moment(p, state, name, begin.fill_(group["initial_accumulator_value"]), dtype)
 
     def _emit(self) -> None:
         """Writes the live weights of the masters into the module."""

@@ -91,11 +91,8 @@ def to_bfloat16(x: Tensor, random: Tensor | None = None) -> Tensor:
     """Nearest, or either neighbour with the probability that makes the mean exact; NaN and infinities stay."""
     if random is None:
         return x.to(torch.bfloat16)
-    bits = _bits(x)
-    magnitude = bits & _MAGNITUDE
-    # NaN wherever the sum would wrap around.
-    rounded = torch.where(magnitude >= _INFINITY, bits, bits + torch.where(magnitude >= _INFINITY, 0, random))
-    kept = _floats(rounded & ~0xFFFF)
+    # Nothing is carried out of the zeros of an infinity.
+    kept = _floats((_bits(x) + torch.where(x.isnan(), 0, random)) & ~0xFFFF)
     return torch.where(x.isnan(), x, kept).to(torch.bfloat16)
 
 
@@ -133,3 +130,11 @@ def compensated(theta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     kept = theta.to(dtype)
     lost = torch.where(kept.isfinite(), theta - kept.float(), 0.0)
     return kept, lost.to(dtype)
+
+
+def halved(theta: Tensor, kind: str | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """float32 weights as a parameter of ``dtype`` keeps them by ``master=kind``: what goes into the parameter (to be
+    rounded to nearest where it is not of its type), and what it lacks; None where nothing is kept of that."""
+    if kind == "split":
+        return split(theta)
+    return compensated(theta, dtype) if kind == "kahan" else (theta, None)

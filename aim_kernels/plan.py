@@ -413,11 +413,12 @@ class StepPlan:
     def clear_gradients(self, *, of_step: bool) -> None:
         """What is left to do for gradients that a step leaves as zeros. ``of_step``: its kernel has cleared those that
         it read where they lie."""
-        given = [grad for grad in self.grads if grad is not None]
-        if not self._zero_grad or not given:
+        if not self._zero_grad:
             return
+        given = [grad for grad in self.grads if grad is not None]
         if not of_step:
-            torch._foreach_zero_(given)
+            if given:
+                torch._foreach_zero_(given)
             return
         for index, grad in enumerate(self.grads):
             if grad is not None and self.records["grad"][index] != (grad.data_ptr() or 8):

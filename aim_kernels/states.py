@@ -190,14 +190,11 @@ def place_weights(p: Tensor, state: dict[str, Any], theta: Tensor, kind: str | N
     here, values = local_of(p), local_of(theta)
     for name in RESTS:
         state.pop(name, None)
-    if kind in _RESTS:
-        flat = in_memory_order(values)
-        upper, rest = packing.split(flat) if kind == "split" else packing.compensated(flat, p.dtype)
-        here.copy_(upper.as_strided(values.shape, values.stride()))
+    stored, rest = packing.halved(in_memory_order(values), kind, p.dtype)
+    here.copy_(stored.as_strided(values.shape, values.stride()))
+    if rest is not None and kind is not None:
         kept = torch.empty_like(values, dtype=rest.dtype).copy_(rest.as_strided(values.shape, values.stride()))
         state[_RESTS[kind][0]] = like(p, kept)
-    else:
-        here.copy_(values)
 
 
 def conform(group: dict[str, Any], p: Tensor, state: dict[str, Any], live: bool) -> None:
@@ -279,3 +276,41 @@ def exponents_of(p: Tensor) -> Tensor:
     """Exponents of moments in 8 bits that are all zero; of what is here of a parameter."""
     here = local_of(p)
     return torch.zeros(packing.blocks_of(here.numel()), dtype=torch.uint8, device=here.device)
+
+
+def make_states(
+    group: dict[str, Any], params: Sequence[Tensor], state: dict[Tensor, dict[str, Any]], *, live: bool, masters: bool
+) -> None:
+    """The states of some parameters of one group, as its options ask for them: what is missing begins, what is there is
+    converted.
+
+    Args:
+        state: of the optimizer, by parameter.
+        live: whether the group has live weights.
+        masters: whether masters may be made; they hold the parameters' values.
+    """
+    fresh = [p for p in params if "step" not in state[p]]
+    for device in {p.device for p in fresh}:
+        there = [p for p in fresh if p.device == device]
+        for p, step in zip(there, torch.zeros(len(there), dtype=torch.float32, device=device), strict=True):
+            state[p]["step"] = step
+    for p in params:
+        conform(group, p, state[p], live)
+        if masters and "master" not in state[p] and (live or always_has_master(group, p)):
+            state[p]["master"] = true_weights(p, state[p])
+    missing = [
+        (p, kept)
+        for p in params
+        for kept in states_of(group, p, "master" in state[p] or always_has_master(group, p)).values()
+        if kept.name not in state[p]
+    ]
+    made = zeros_like_all([p for p, _ in missing], [kept.dtype for _, kept in missing])
+    for (p, (name, dtype)), value in zip(missing, made, strict=True):
+        state[p][name] = value
+        if name == "ema":
+            local_of(value).copy_(local_of(true_weights(p, state[p])))
+        if dtype == torch.uint8:
+            state[p][scale_of(name)] = exponents_of(p)
+        if name == "sum" and group["initial_accumulator_value"]:
+            begin = torch.full_like(local_of(value), 0, dtype=arithmetic_dtype(p.dtype))
+            keep_moment(p, state[p], name, begin.fill_(group["initial_accumulator_value"]), dtype)

@@ -21,6 +21,7 @@ from aim_kernels.states import (
     moments_dtype,
     moments_of,
     read_moment,
+    states_of,
     true_weights,
     weights_of,
 )
@@ -261,16 +262,11 @@ def _keep_weights(p: Tensor, group: dict[str, Any], state: dict[str, Any], theta
     """The true weights of a parameter without a master, as its group keeps them."""
     flat, how = in_memory_order(theta), weights_of(group, p)
     if how == "stochastic":
-        stored, rest = packing.to_bfloat16(flat, rounding.bits(WEIGHT_STREAM)), None
-    elif how == "split":
-        stored, rest = packing.split(flat)
-    elif how == "kahan":
-        stored, rest = packing.compensated(flat, p.dtype)
-    else:
-        stored, rest = flat, None
+        flat = packing.to_bfloat16(flat, rounding.bits(WEIGHT_STREAM))
+    stored, rest = packing.halved(flat, how, p.dtype)
     p.copy_(stored.as_strided(theta.shape, theta.stride()))
     if rest is not None:
-        in_memory_order(state["remainder" if how == "split" else "compensation"]).copy_(rest)
+        in_memory_order(state[states_of(group, p)["rest"].name]).copy_(rest)
 
 
 def _betas(group: dict[str, Any]) -> tuple[float, float]:

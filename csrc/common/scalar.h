@@ -34,7 +34,6 @@ AIM_INLINE float bits_float(uint32_t bits) {
   return x;
 }
 
-AIM_INLINE uint32_t lesser(uint32_t a, uint32_t b) { return a < b ? a : b; }
 AIM_INLINE uint32_t greater(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
 AIM_INLINE uint32_t as_int(float x) { return float_bits(x); }

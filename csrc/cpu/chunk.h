@@ -253,6 +253,7 @@ void update_chunk(const Tensor& tensor, const Shared& shared, int64_t begin, int
   const Uniforms<T> u = rounded<T>(shared.u);
   S* const param = static_cast<S*>(tensor.param);
   T* const master = static_cast<T*>(tensor.master);
+  RoundingBits random;
   Partial total{};
   for (int64_t at = begin; at < end; at += kStride) {
     const int64_t count = end - at < kStride ? end - at : kStride;
@@ -292,7 +293,7 @@ void update_chunk(const Tensor& tensor, const Shared& shared, int64_t begin, int
       if (kLive) {
         for (int64_t i = 0; i < count; ++i) param[at + i] = narrow(stored[i], S{});
       } else {
-        keep_weights<S>(tensor, shared, stored, at, count);
+        keep_weights<S>(tensor, shared, random, stored, at, count);
       }
     }
     if (tensor.ema) move_average(u, t.theta_out, count, static_cast<T*>(tensor.ema) + at);

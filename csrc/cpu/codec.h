@@ -103,9 +103,10 @@ AIM_CALLED void read_weights(const Tensor& tensor, int64_t at, int64_t count, fl
   for (int64_t i = 0; i < count; ++i) to[i] = to[i] + widened_one(lost[i]);
 }
 
+// The inverse. `random` keeps what it has drawn from call to call.
 template <class S>
-AIM_CALLED void keep_weights(const Tensor& tensor, const Shared& shared, const float* from,
-                             int64_t at, int64_t count) {
+AIM_CALLED void keep_weights(const Tensor& tensor, const Shared& shared, RoundingBits& random,
+                             const float* from, int64_t at, int64_t count) {
   S* const param = static_cast<S*>(tensor.param) + at;
   uint16_t* const upper = reinterpret_cast<uint16_t*>(param);
   uint16_t* const rest = static_cast<uint16_t*>(tensor.rest) + (tensor.rest ? at : 0);
@@ -113,8 +114,7 @@ AIM_CALLED void keep_weights(const Tensor& tensor, const Shared& shared, const f
     case Weights::kNearest:
       for (int64_t i = 0; i < count; ++i) param[i] = narrowed_to(from[i], S{});
       return;
-    case Weights::kStochastic: {
-      RoundingBits random;
+    case Weights::kStochastic:
       for (int64_t begin = 0; begin < count; begin += RoundingBits::kCount) {
         const int64_t size =
             count - begin < RoundingBits::kCount ? count - begin : RoundingBits::kCount;
@@ -126,7 +126,6 @@ AIM_CALLED void keep_weights(const Tensor& tensor, const Shared& shared, const f
         }
       }
       return;
-    }
     case Weights::kSplit:
       for (int64_t i = 0; i < count; ++i) {
         uint32_t high, low;

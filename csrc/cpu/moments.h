@@ -1,5 +1,5 @@
-// Moments in fewer bits, a vector at a time within one block of 128 elements: read, gathered while
-// the new ones are computed, kept.
+// Moments as they are stored, a vector at a time within one block of 128 elements: read, gathered
+// while the new ones are computed, kept.
 #pragma once
 
 #include "cpu/codec.h"

@@ -1,4 +1,5 @@
-// One chunk of a tensor whose moments are stored in fewer bits, a block of 128 elements at a time.
+// One chunk of a tensor whose moments are stored in fewer bits, a block of 128 elements at a time;
+// and of others whose weights or averages are better moved in registers (dispatch.h says which).
 //
 // The class of an element is that of its stored moments, which are known once the whole block is
 // (8 bits share the exponent of the greatest). So one loop computes moments and direction, and a
@@ -119,10 +120,10 @@ struct BufferedWeights {
     store(theta + i, x);
   }
   AIM_INLINE void write_live(int i, FloatVector x) { store(live + i, x); }
-  void finish(const Shared& shared) const {
+  void finish(const Shared& shared, RoundingBits& random) const {
     with_storage(tensor, [&](auto* like) {
       using S = std::remove_pointer_t<decltype(like)>;
-      if (!tensor.master) return keep_weights<S>(tensor, shared, theta, at, kPackedBlock);
+      if (!tensor.master) return keep_weights<S>(tensor, shared, random, theta, at, kPackedBlock);
       __builtin_memcpy(static_cast<float*>(tensor.master) + at, theta, sizeof theta);
       S* const to = static_cast<S*>(tensor.param) + at;
       for (int64_t i = 0; i < kPackedBlock; ++i) to[i] = narrowed_to(live[i], S{});
@@ -134,6 +135,11 @@ struct BufferedWeights {
 struct PackedBlock {
   float m[kPackedBlock], v[kPackedBlock], w[kPackedBlock], noise[kPackedBlock],
       numerator[kPackedBlock], denominator[kPackedBlock];
+};
+
+// What was drawn for a tensor, which serves more than one block.
+struct PackedBits {
+  RoundingBits moments, weights;
 };
 
 // What all blocks of a tensor have in common.
@@ -248,8 +254,7 @@ AIM_INLINE void apply_block(const PackedStep<kKind>& s, int from, int to, W& wei
 // last 16, if some of them are not there, to `ends`. The others are computed and stored.
 template <Kind kKind, bool kNoise, bool kLive, class W, class M>
 AIM_INLINE void step_block(const PackedStep<kKind>& s, M moments, int64_t at, int filled,
-                           PackedBlock& b, RoundingBits& bits, Sums<float>& sums,
-                           Sums<float>& ends) {
+                           PackedBlock& b, PackedBits& bits, Sums<float>& sums, Sums<float>& ends) {
   const Tensor& tensor = s.tensor;
   W weights(tensor, at);
   if (s.keeps_m()) moments.enter(kFirstMoment, at);
@@ -262,8 +267,8 @@ AIM_INLINE void step_block(const PackedStep<kKind>& s, M moments, int64_t at, in
   }
   const uint32_t* drawn = nullptr;
   if (moments.random()) {
-    drawn =
-        bits.of_block(s.shared, kMomentStream, tensor.first - tensor.offset, tensor.offset + at);
+    drawn = bits.moments.of_block(s.shared, kMomentStream, tensor.first - tensor.offset,
+                                  tensor.offset + at);
   }
   const int body = filled / kLanes * kLanes, end = body < filled ? body + kLanes : body;
   // Twice around rather than written twice: the code would be as much larger.
@@ -294,7 +299,7 @@ AIM_INLINE void step_block(const PackedStep<kKind>& s, M moments, int64_t at, in
     }
     moments.leave(kExtraMoment);
   }
-  if constexpr (!W::kDirect) weights.finish(s.shared);
+  if constexpr (!W::kDirect) weights.finish(s.shared, bits.weights);
 }
 
 // A copy of the last elements of a tensor, padded with zeros to a block.
@@ -360,7 +365,7 @@ class PaddedBlock {
 template <Kind kKind, bool kNoise, bool kLive, class W, class M>
 __attribute__((noinline)) void step_last_block(const Tensor& tensor, const Shared& shared,
                                                int64_t at, int filled, PackedBlock& b,
-                                               RoundingBits& bits, Sums<float>& sums,
+                                               PackedBits& bits, Sums<float>& sums,
                                                Sums<float>& ends) {
   PaddedBlock last(tensor, at, filled);
   const PackedStep<kKind> rest(last.padded, shared);
@@ -374,7 +379,7 @@ void update_packed(const Tensor& tensor, const Shared& shared, int64_t begin, in
   const PackedStep<kKind> whole(tensor, shared);
   const M moments(tensor);
   PackedBlock b{};
-  RoundingBits bits;
+  PackedBits bits;
   Partial total{};
   for (int64_t tile = begin; tile < end; tile += kConvertedTile) {
     const int64_t tile_end = end - tile < kConvertedTile ? end : tile + kConvertedTile;

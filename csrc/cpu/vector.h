@@ -80,21 +80,14 @@ using IntVector = Lanes<float>::Count;
 AIM_INLINE IntVector as_int(FloatVector x) { return (IntVector)x; }
 AIM_INLINE FloatVector as_float(IntVector x) { return (FloatVector)x; }
 #if AIM_VECTOR_BYTES == 64 && defined(__AVX512F__)
-AIM_INLINE IntVector lesser(IntVector a, IntVector b) {
-  return (IntVector)_mm512_min_epi32((__m512i)a, (__m512i)b);
-}
 AIM_INLINE IntVector greater(IntVector a, IntVector b) {
   return (IntVector)_mm512_max_epi32((__m512i)a, (__m512i)b);
 }
 #elif AIM_VECTOR_BYTES == 32 && defined(__AVX2__)
-AIM_INLINE IntVector lesser(IntVector a, IntVector b) {
-  return (IntVector)_mm256_min_epi32((__m256i)a, (__m256i)b);
-}
 AIM_INLINE IntVector greater(IntVector a, IntVector b) {
   return (IntVector)_mm256_max_epi32((__m256i)a, (__m256i)b);
 }
 #else
-AIM_INLINE IntVector lesser(IntVector a, IntVector b) { return a < b ? a : b; }
 AIM_INLINE IntVector greater(IntVector a, IntVector b) { return a > b ? a : b; }
 #endif
 #else

@@ -11,7 +11,8 @@ import triton.language as tl
 from numpy.typing import NDArray
 
 from aim_kernels.backends.triton.kernels import emit_kernel, finish_kernel, update_kernel
-from aim_kernels.rows import DTYPES, FLAGS, MOMENTS, RULES
+from aim_kernels.launch import are_packed, rule_families
+from aim_kernels.rows import DTYPES, FAMILIES, MOMENTS
 
 if TYPE_CHECKING:
     from aim_kernels.launch import Share
@@ -88,11 +89,8 @@ _COUNTS = (len(DTYPES), 2, 2, len(MOMENTS))
 
 def variants_of(tensors: NDArray[np.void], groups: NDArray[np.void]) -> list[Variant]:
     """What there is among some tensor records."""
-    rule, flags = groups["rule"], groups["flags"]
-    sgd = rule == RULES.index("sgd")
-    other = (rule > RULES.index("sgd")) | (~sgd & ((flags & FLAGS["amsgrad"]) != 0))
-    packed = tensors["moments"] | tensors["weights"] | tensors["zero_grad"] | (tensors["ema"] != 0)
-    kinds = (tensors["dtype"], other[tensors["group"]].astype(np.int64), (packed != 0).astype(np.int64))
+    other = rule_families(groups) == FAMILIES.index("other")
+    kinds = (tensors["dtype"], other[tensors["group"]].astype(np.int64), are_packed(tensors).astype(np.int64))
     found = np.unique(np.ravel_multi_index((*kinds, tensors["moments"]), _COUNTS))
     columns = zip(*(column.tolist() for column in np.unravel_index(found, _COUNTS)), strict=True)
     return [Variant(dtype, bool(other), bool(packed), moments) for dtype, other, packed, moments in columns]

@@ -1,0 +1,33 @@
+"""Every method by its name: rivals of AIM and the controls that each method has to beat, on the same kernels."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from aim_kernels.methods.base import Blocks, Method, Outputs
+
+__all__ = ["METHODS", "Blocks", "Method", "Outputs", "make_method"]
+
+#: Name to the module and the class of a method, and the options that make it of the class.
+METHODS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "joint": ("aim_kernels.methods.base", "Method", {}),
+}
+
+
+def make_method(name: str, blocks: Blocks, optimizer: Any, **options: Any) -> Method:
+    """A method, ready to train: ``make_method("ogm-ge", blocks, optimizer, alpha=0.5)``.
+
+    Args:
+        name: a key of :data:`METHODS`.
+        blocks: the network.
+        optimizer: an :class:`AIMFusedOptimizer` over ``blocks.param_groups()``.
+        options: of the method's class.
+
+    Raises:
+        ValueError: an unknown name; what the class refuses.
+    """
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; it is one of {', '.join(METHODS)}")
+    module, cls, fixed = METHODS[name]
+    return getattr(importlib.import_module(module), cls)(blocks, optimizer, **{**fixed, **options})

@@ -1,0 +1,207 @@
+"""One protocol for every method that balances modalities, so that all of them train the same network on the same
+kernels.
+
+A method sees a network as :class:`Blocks`: modules, never names. A training step is :meth:`Method.step`; a method
+overrides the part that it changes: :meth:`Method.loss`, :meth:`Method.after_backward` (rows for the coming step), or
+the whole step where it needs more than one pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aim_kernels.modulated import unwrapped
+from aim_kernels.modulation.blocks import block_param_groups
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What one forward pass of a batch gave.
+
+    ``features``: the output of every encoder, in the order of the modalities; ``logits``: ``[B, K]`` of the whole
+    network; ``labels``: ``[B]`` (int64).
+    """
+
+    blocks: Blocks
+    features: list[Tensor]
+    logits: Tensor
+    labels: Tensor
+
+    def unimodal(self) -> list[Tensor]:
+        """``[B, K]`` of each modality alone, differentiable: see :meth:`Blocks.unimodal`."""
+        return self.blocks.unimodal(self.features)
+
+
+class Blocks:
+    """A multimodal network as methods see it: encoders made of blocks, and what turns their features into logits.
+
+    Args:
+        model: called as ``model(*inputs)``, one input a modality; returns logits.
+        encoders: modality to its blocks, shallow to deep, as for :func:`block_param_groups`.
+        fuse: ``fuse(features) -> logits``: everything behind the encoders, of the list of what their last blocks
+            return. ``model(*inputs)`` must equal ``fuse`` of the encoders' outputs.
+        unimodal: ``unimodal(features) -> [logits of each modality alone]``. None: ``fuse`` with the features of all
+            other modalities at zero. A linear head on concatenated features has a sharper answer:
+            ``lambda z: late_fusion_logits(head, z)``, whose parts add up to the joint logits.
+
+    Raises ValueError for fewer than two modalities and what :func:`block_param_groups` refuses.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        encoders: Mapping[str, Sequence[nn.Module]],
+        fuse: Callable[[list[Tensor]], Tensor],
+        unimodal: Callable[[list[Tensor]], list[Tensor]] | None = None,
+    ) -> None:
+        if len(encoders) < 2:
+            raise ValueError(f"encoders must name at least two modalities, got {list(encoders)}")
+        block_param_groups(model, encoders)  # for its checks
+        self.model, self.fuse, self._unimodal = model, fuse, unimodal
+        self.encoders = {modality: list(modules) for modality, modules in encoders.items()}
+        self.modalities = tuple(self.encoders)
+
+    def forward(self, inputs: Sequence[Tensor], labels: Tensor) -> Outputs:
+        """One pass of ``model(*inputs)``; the features are caught on their way."""
+        caught: dict[int, Tensor] = {}
+        handles = [
+            blocks[-1].register_forward_hook(lambda _module, _args, z, m=number: caught.__setitem__(m, z))
+            for number, blocks in enumerate(self.encoders.values())
+        ]
+        try:
+            logits = self.model(*inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        missing = [m for number, m in enumerate(self.modalities) if number not in caught]
+        if missing:
+            raise RuntimeError(f"the last block of {missing} was not called in the model's forward")
+        return Outputs(self, [caught[number] for number in range(len(self.modalities))], logits, labels)
+
+    def encode(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The encoders' features, block by block, without the rest of the model."""
+        features = []
+        for z, blocks in zip(inputs, self.encoders.values(), strict=True):
+            for block in blocks:
+                z = block(z)
+            features.append(z)
+        return features
+
+    def unimodal(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Logits ``[B, K]`` of each modality alone."""
+        if self._unimodal is not None:
+            return self._unimodal(list(features))
+        return [
+            self.fuse([z if own == other else torch.zeros_like(z) for other, z in enumerate(features)])
+            for own in range(len(features))
+        ]
+
+    def parameters(self, modality: str) -> list[nn.Parameter]:
+        """All parameters of one encoder, shallow to deep."""
+        return [p for block in self.encoders[modality] for p in block.parameters()]
+
+    def param_groups(self, weight_decay: float | None = None) -> list[dict[str, Any]]:
+        """Groups for :class:`AIMFusedOptimizer`."""
+        return block_param_groups(self.model, self.encoders, weight_decay)
+
+
+class Method:
+    """Joint training, and what all methods share.
+
+    ``optimizer`` is an :class:`AIMFusedOptimizer` over :meth:`Blocks.param_groups`. In a training loop of one's own::
+
+        method.update(inputs, labels, held_out)          # now and then, by default once an epoch
+        for *inputs, labels in loader:
+            method.step(inputs, labels)                  # zero_grad, forward, backward, rows, optimizer.step()
+
+    or, for methods that only write rows (``method.writes_rows_only``), ``method.after_backward(outputs)`` between one's
+    own ``backward()`` and ``optimizer.step()``.
+    """
+
+    #: Whether :meth:`after_backward` is all that a step needs, so that a user's own loop can call it.
+    writes_rows_only = True
+
+    def __init__(self, blocks: Blocks, optimizer: Any, *, seed: int = 0) -> None:
+        optimizer = unwrapped(optimizer)
+        if not hasattr(optimizer, "set_phase_rows"):
+            raise TypeError(f"methods write rows of an AIMFusedOptimizer; {type(optimizer).__name__} has none")
+        named = list(dict.fromkeys(g["modality"] for g in optimizer.param_groups if g.get("modality") is not None))
+        if named != list(blocks.modalities):
+            raise ValueError(
+                f"the optimizer's groups name the modalities {named}, the blocks {list(blocks.modalities)}; "
+                "make the groups with blocks.param_groups()"
+            )
+        self.blocks, self.optimizer, self.seed = blocks, optimizer, seed
+        self.updates = 0  # calls of update()
+        self.generator = torch.Generator().manual_seed(seed)
+
+    # -- what methods override ----------------------------------------------------------------------------------------
+
+    def update(
+        self,
+        inputs: Sequence[Tensor],
+        labels: Tensor | None = None,
+        held_out: tuple[Sequence[Tensor], Tensor | None] | None = None,
+    ) -> Any:
+        """Once an epoch, before it: a batch of training samples, and one that the network is not trained on."""
+        self.updates += 1
+        return None
+
+    def loss(self, outputs: Outputs) -> Tensor:
+        """Cross entropy of the joint logits."""
+        return nn.functional.cross_entropy(outputs.logits, outputs.labels)
+
+    def after_backward(self, outputs: Outputs) -> Any:
+        """Rows (or gradients) for the coming step; gradients are there."""
+        return None
+
+    def step(self, inputs: Sequence[Tensor], labels: Tensor) -> Tensor:
+        """One training step on one batch; returns the loss, detached."""
+        self.optimizer.zero_grad()
+        outputs = self.blocks.forward(inputs, labels)
+        loss = self.loss(outputs)
+        loss.backward()
+        self.after_backward(outputs)
+        self.optimizer.step()
+        return loss.detach()
+
+    def evaluating(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the module holds the weights to be judged; after, those to be trained on."""
+        return self.optimizer.true_parameters()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the method itself needs to go on bit for bit; rows are in the optimizer's state."""
+        return {"updates": self.updates, "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.updates = int(state["updates"])
+        self.generator.set_state(state["generator"].cpu())
+
+    # -- what methods use ---------------------------------------------------------------------------------------------
+
+    def scale(self, coefficients: Tensor, *, apply_to: str, noise: float = 0.0) -> None:
+        """One factor a modality (``[M]``, on any device, never waited for) into the rows of its modulated groups."""
+        for index, group in enumerate(self.optimizer.param_groups):
+            if group.get("modality") is not None and group.get("modulated"):
+                factor = coefficients[self.blocks.modalities.index(group["modality"])]
+                self.optimizer.set_modulation(
+                    index, **{f"{apply_to}_under": factor, f"{apply_to}_well": factor, "noise": noise}
+                )
+
+
+def check_apply_to(apply_to: str) -> None:
+    """``apply_to``: "grad" scales gradients as published (a constant factor nearly cancels under Adam-like rules),
+    "step" the updates."""
+    if apply_to not in ("grad", "step"):
+        raise ValueError(f"unknown apply_to {apply_to!r}; it is 'grad' or 'step'")
+
+
+def check_at_least(name: str, value: float, least: float) -> None:
+    if not value >= least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
