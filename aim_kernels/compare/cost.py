@@ -1,0 +1,107 @@
+"""``compare --cost``: time and peak memory of a training step under each method, measured by themselves.
+
+Every method gets a process of its own, one after the other: the peak of a process is never given back.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aim_kernels.bench.report import append_csv, circumstances
+from aim_kernels.compare.contestants import contestant
+from aim_kernels.data import DATA_SETS
+
+#: Steps before and within the measurement.
+WARM_UP, STEPS, ROUNDS = 20, 40, 5
+
+
+@dataclass(frozen=True)
+class CostLine:
+    """Times in milliseconds: median over rounds of the mean of 40 steps, with the quickest and slowest round;
+    ``update_ms`` is one call of :meth:`Method.update`. ``peak_mib``: what the process grew by, from before the network
+    to its peak."""
+
+    commit: str
+    date: str
+    cpu: str
+    os: str
+    python: str
+    torch: str
+    threads: int
+    isa: str
+    data: str
+    contestant: str
+    step_ms: float
+    fastest: float
+    slowest: float
+    update_ms: float
+    peak_mib: float
+
+
+def measure(folder: Path, data: Sequence[str], names: Sequence[str]) -> None:
+    """Appends to cost.csv."""
+    from rich.progress import track
+
+    for name, contestant_name in track([(d, n) for d in data for n in names], "cost"):
+        command = [sys.executable, "-m", "aim_kernels.compare.cost", name, contestant_name]
+        found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        append_csv(folder / "cost.csv", [CostLine(**circumstances() | {"threads": 1} | found)], CostLine)
+
+
+def _peak_mib() -> float:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def cost_of(name: str, contestant_name: str) -> dict[str, Any]:
+    """One data set and contestant, in this process. AIM's strengths are those that its first update finds."""
+    from aim_kernels.compare.training import PROBE_SAMPLES, build, draw, network_of
+
+    torch.set_num_threads(1)
+    task = DATA_SETS[name]
+    data = task.make(0)
+    batches = torch.randperm(len(data.train)).split(task.batch_size)
+    parts = [data.train.take(index) for index in batches[: min(len(batches) - 1, 20)] or batches]
+    before = _peak_mib()
+    network = network_of(data, 0)
+    method = build(contestant(contestant_name), 0, network, 0)
+    draws = torch.Generator().manual_seed(0)
+    seen, held_out = draw(data.train, PROBE_SAMPLES, draws), draw(data.validation, PROBE_SAMPLES, draws)
+
+    def steps(count: int) -> float:
+        start = time.perf_counter()
+        for number in range(count):
+            batch = parts[number % len(parts)]
+            method.step(batch.inputs, batch.labels)
+        return 1e3 * (time.perf_counter() - start) / count
+
+    steps(WARM_UP)
+    start = time.perf_counter()
+    method.update(seen.inputs, seen.labels, held_out=(held_out.inputs, held_out.labels))
+    update_ms = 1e3 * (time.perf_counter() - start)
+    steps(WARM_UP)
+    rounds = [steps(STEPS) for _ in range(ROUNDS)]
+    return {
+        "data": name,
+        "contestant": contestant_name,
+        "step_ms": statistics.median(rounds),
+        "fastest": min(rounds),
+        "slowest": max(rounds),
+        "update_ms": update_ms,
+        "peak_mib": _peak_mib() - before,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(cost_of(*sys.argv[1:])))

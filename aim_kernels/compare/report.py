@@ -1,0 +1,244 @@
+"""The report of a comparison: Markdown and HTML, tables and pictures, every figure from lines of results.csv."""
+
+from __future__ import annotations
+
+import csv
+import html
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from aim_kernels.compare import pictures
+from aim_kernels.compare.contestants import ALONE, BUDGET, TUNING_SEEDS, contestant
+from aim_kernels.compare.measures import paired
+from aim_kernels.compare.results import Folder
+from aim_kernels.compare.training import HYPERPARAMETERS, Line
+from aim_kernels.data import DATA_SETS
+
+#: The contestant of which the summary speaks.
+OURS = "aim"
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One contestant on one data set, over its seeds; errors are standard errors, ``half`` is the half width of the
+    95 % interval of the paired difference to joint training."""
+
+    data: str
+    contestant: str
+    seeds: int
+    test: float
+    error: float
+    difference: float
+    half: float
+    f1: float
+    calibration: float
+    probes: dict[str, float]
+    probe_differences: dict[str, tuple[float, float]]
+    kappa: float
+    options: str
+
+    @property
+    def lower(self) -> float:
+        return self.difference - self.half
+
+    @property
+    def upper(self) -> float:
+        return self.difference + self.half
+
+
+def reported(lines: Sequence[Line]) -> list[Line]:
+    """What was trained on seeds that nothing was chosen by; the latest line of a run that was done twice."""
+    latest = {(line.data, line.contestant, line.seed): line for line in lines if line.seed not in TUNING_SEEDS}
+    return list(latest.values())
+
+
+def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.fmean(values), error
+
+
+def standings(lines: Sequence[Line]) -> dict[str, list[Standing]]:
+    """By data set: joint training first, then by test accuracy; encoders trained alone last."""
+    found: dict[str, list[Standing]] = {}
+    lines = reported(lines)
+    for data in DATA_SETS:
+        here = [line for line in lines if line.data == data]
+        joint = {line.seed: line for line in here if line.contestant == "joint"}
+        for name in dict.fromkeys(line.contestant for line in here):
+            own = [line for line in here if line.contestant == name]
+            both = [(line, joint[line.seed]) for line in own if line.seed in joint]
+            difference, half = paired([a.test for a, _ in both], [b.test for _, b in both]) if both else (math.nan,) * 2
+            ours = [(json.loads(a.probes), json.loads(b.probes)) for a, b in both]
+            probes = [json.loads(line.probes) for line in own]
+            modalities = list(probes[0])
+            test, error = _mean_and_error([line.test for line in own])
+            found.setdefault(data, []).append(
+                Standing(
+                    data,
+                    name,
+                    len(own),
+                    test,
+                    error,
+                    difference,
+                    half,
+                    statistics.fmean(line.f1 for line in own),
+                    statistics.fmean(line.calibration for line in own),
+                    {m: statistics.fmean(p[m] for p in probes) for m in modalities},
+                    {m: paired([a[m] for a, _ in ours], [b[m] for _, b in ours]) for m in modalities if ours},
+                    statistics.fmean(line.kappa_mean for line in own),
+                    own[0].options,
+                )
+            )
+        if data in found:
+            found[data].sort(key=lambda s: (s.contestant.startswith(ALONE), s.contestant != "joint", -s.test))
+    return found
+
+
+def _number(value: float, sign: str = "") -> str:
+    return "" if math.isnan(value) else f"{value:{sign}.1f}"
+
+
+def _with(value: float, spread: float, sign: str = "") -> str:
+    return _number(value, sign) + ("" if math.isnan(spread) else f" ± {spread:.1f}")
+
+
+def table(rows: Sequence[Standing]) -> list[list[str]]:
+    """Header and lines of one data set."""
+    modalities = list(DATA_SETS[rows[0].data].modalities)
+    header = ["method", "seeds", "test accuracy", "vs joint (95 %)", "macro F1", "calibration error"]
+    lines = [[*header, *(f"probe {m}" for m in modalities), "configuration"]]
+    for s in rows:
+        versus = "" if s.contestant == "joint" else _with(s.difference, s.half, "+")
+        name = f"{s.contestant} (control)" if contestant(s.contestant).control else s.contestant
+        probes = [_number(s.probes.get(m, math.nan)) for m in modalities]
+        figures = [_with(s.test, s.error), versus, _number(s.f1), _number(s.calibration)]
+        lines.append([name, str(s.seeds), *figures, *probes, "" if s.options == "{}" else s.options])
+    return lines
+
+
+def findings(found: dict[str, list[Standing]]) -> list[str]:
+    """What the comparison says of AIM, whichever way it falls."""
+    said = []
+    best_or_near, worse, raised, lowered = [], [], [], []
+    for data, rows in found.items():
+        ours = next((s for s in rows if s.contestant == OURS), None)
+        if ours is None:
+            continue
+        rivals = [s for s in rows if not s.contestant.startswith((ALONE, f"{OURS} "))]
+        best = max(rivals, key=lambda s: s.test)
+        if ours.test >= best.test - (0.0 if math.isnan(best.error) else best.error):
+            best_or_near.append(data)
+        if ours.upper < 0.0:
+            worse.append(data)
+        for modality, (mean, half) in ours.probe_differences.items():
+            if mean - half > 0.0:
+                raised.append(f"{modality} of {data} ({mean:+.1f})")
+            elif mean + half < 0.0:
+                lowered.append(f"{modality} of {data} ({mean:+.1f})")
+    sets = [data for data, rows in found.items() if any(s.contestant == OURS for s in rows)]
+    if not sets:
+        return ["AIM was not among the methods."]
+    said.append(
+        f"AIM is the best, or within one standard error of the best method, on {len(best_or_near)} of {len(sets)} data "
+        f"sets ({', '.join(best_or_near) or 'none'})."
+    )
+    said.append(
+        f"It is worse than joint training by more than its 95 % interval on {len(worse)} "
+        f"({', '.join(worse) or 'none'})."
+    )
+    said.append(
+        "Linear probes of encoders, against joint training, outside of the interval: "
+        f"raised {', '.join(raised) or 'none'}; lowered {', '.join(lowered) or 'none'}."
+    )
+    return said
+
+
+def _costs(path: Path) -> list[list[str]]:
+    """Header and lines of cost.csv, relative to joint training on the same data set; the latest of each."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as stream:
+        latest = {(row["data"], row["contestant"]): row for row in csv.DictReader(stream)}
+    lines = [["data", "method", "ms a step", "x joint", "ms an update", "peak MiB"]]
+    for (data, name), row in latest.items():
+        joint = latest.get((data, "joint"))
+        ratio = f"{float(row['step_ms']) / float(joint['step_ms']):.2f}" if joint else ""
+        cells = [f"{float(row[key]):.2f}" for key in ("step_ms", "update_ms", "peak_mib")]
+        lines.append([data, name, cells[0], ratio, *cells[1:]])
+    return lines
+
+
+def protocol(lines: Sequence[Line]) -> str:
+    """How the numbers came about."""
+    versions = sorted({f"{line.commit or 'no checkout'}, torch {line.torch}" for line in lines})
+    settings = ", ".join(f"{name} {value}" for name, value in HYPERPARAMETERS.items())
+    return (
+        f"All methods: {settings}; equal splits, batches and initial weights for each seed; the network of the last "
+        f"epoch is judged, and the test split read once. A method with options chose one of at most {BUDGET} "
+        f"configurations by mean validation accuracy over the seeds {' and '.join(map(str, TUNING_SEEDS))}, which are "
+        "not reported (the default where no such runs are there). Accuracies, macro F1 and calibration error in "
+        "percent; ± is the standard error over seeds, in 'vs joint' the half width of the 95 % interval of the paired "
+        "difference (Student's t). Probes: test accuracy of a ridge classifier on an encoder's frozen features; for "
+        f"'alone:' the encoder was trained by itself. From results.csv, written by: {'; '.join(versions)}."
+    )
+
+
+def _markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    rows = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+    return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows)
+
+
+def _html_table(lines: Sequence[Sequence[str]]) -> str:
+    def row(cells: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    return "<table>" + row(lines[0], "th") + "".join(row(cells, "td") for cells in lines[1:]) + "</table>"
+
+
+STYLE = (
+    "body{font:15px/1.5 sans-serif;max-width:72em;margin:2em auto;padding:0 1em}table{border-collapse:collapse;"
+    "font-size:13px}td,th{padding:.2em .7em;border-bottom:1px solid #ddd;text-align:right}td:first-child,"
+    "th:first-child,td:last-child{text-align:left}img{max-width:100%}"
+)
+
+
+def write(folder: Folder) -> list[Path]:
+    """report.md, report.html and the pictures; returns what was written."""
+    lines = folder.lines()
+    found = standings(lines)
+    written = pictures.draw(folder.path, found)
+    sections: list[tuple[str, list[str], list[list[str]], str]] = []
+    if found:
+        sections.append(("What it says", findings(found), [], "differences.png"))
+    for data, rows in found.items():
+        sections.append((data, [], table(rows), f"{data}.png"))
+    costs = _costs(folder.path / "cost.csv")
+    if costs:
+        sections.append(("Cost of a step", ["One thread; each method in a process of its own."], costs, ""))
+    there = {path.name for path in written}
+    markdown, page = ["# Comparison\n"], [f"<!doctype html><meta charset=utf-8><title>Comparison</title><style>{STYLE}"]
+    page.append("</style><h1>Comparison</h1>")
+    for title, said, rows_of, picture in sections:
+        markdown.append(f"## {title}\n")
+        page.append(f"<h2>{html.escape(title)}</h2>")
+        for sentence in said:
+            markdown.append(f"- {sentence}")
+            page.append(f"<p>{html.escape(sentence)}</p>")
+        if said:
+            markdown.append("")
+        if rows_of:
+            markdown.append(_markdown_table(rows_of) + "\n")
+            page.append(_html_table(rows_of))
+        if picture in there:
+            markdown.append(f"![{title}]({picture})\n")
+            page.append(f'<img src="{picture}" alt="{html.escape(title)}">')
+    markdown.append(f"## How\n\n{protocol(lines)}\n")
+    page.append(f"<h2>How</h2><p>{html.escape(protocol(lines))}</p>")
+    for name, text in (("report.md", "\n".join(markdown)), ("report.html", "\n".join(page))):
+        (folder.path / name).write_text(text, encoding="utf-8")
+        written.append(folder.path / name)
+    return written

@@ -1,0 +1,103 @@
+"""The comparison's folder: results.csv grows by a line a run, everything else is drawn from it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from aim_kernels.bench.report import append_csv
+from aim_kernels.compare.contestants import ALONE, TUNING_SEEDS, contestant
+from aim_kernels.compare.training import Line, Run
+from aim_kernels.data import DATA_SETS
+from aim_kernels.modulation.strengths import ModulationTable
+
+
+class Folder:
+    """Reads and writes one output folder. A run counts as done once its line in results.csv is complete."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        (path / "history").mkdir(parents=True, exist_ok=True)
+        self.file = path / "results.csv"
+
+    def lines(self) -> list[Line]:
+        """The finished runs. A line that an interruption cut short is left out, and its run done again."""
+        if not self.file.exists():
+            return []
+        kinds = {f.name: {"int": int, "float": float}.get(str(f.type), str) for f in fields(Line)}
+        found = []
+        with self.file.open(newline="", encoding="utf-8") as stream:
+            for row in csv.DictReader(stream):
+                try:
+                    found.append(Line(**{name: kind(row[name]) for name, kind in kinds.items()}))
+                except (KeyError, TypeError, ValueError):
+                    continue
+        return found
+
+    def add(self, line: Line, history: list[dict[str, Any]]) -> None:
+        """The history first: a line in results.csv promises that it is there."""
+        if history:
+            self._history_file(line.run).write_text(json.dumps(history))
+        if self.file.exists():
+            text = self.file.read_bytes()
+            if text and not text.endswith(b"\n"):  # behind a line cut short
+                with self.file.open("ab") as stream:
+                    stream.write(b"\n")
+        append_csv(self.file, [line], Line)
+
+    def history(self, run: Run) -> list[ModulationTable]:
+        file = self._history_file(run)
+        return [ModulationTable.from_dict(table) for table in json.loads(file.read_text())] if file.exists() else []
+
+    def _history_file(self, run: Run) -> Path:
+        name = f"{run.data}-{run.contestant}-{run.choice}-seed{run.seed}-epochs{run.epochs}"
+        return self.path / "history" / f"{name.replace(' ', '').replace(':', '')}.json"
+
+
+def tuned(lines: Iterable[Line]) -> dict[tuple[str, str], int]:
+    """The configuration of each (data, contestant) with the best mean validation accuracy over the tuning seeds; the
+    default where two are equal, or where nothing was tuned."""
+    found: dict[tuple[str, str], dict[int, list[float]]] = {}
+    for line in lines:
+        if line.seed in TUNING_SEEDS:
+            found.setdefault((line.data, line.contestant), {}).setdefault(line.choice, []).append(line.validation)
+    best = {}
+    for key, choices in found.items():
+        complete = {c: statistics.fmean(v) for c, v in choices.items() if len(v) == len(TUNING_SEEDS)}
+        if complete:
+            best[key] = max(sorted(complete), key=lambda choice, of=complete: of[choice])  # type: ignore[misc]
+    return best
+
+
+def alone(data: str) -> list[str]:
+    """The contestants that are one encoder of a data set by itself."""
+    return [f"{ALONE}{modality}" for modality in DATA_SETS[data].modalities]
+
+
+def tuning_runs(data: Sequence[str], names: Sequence[str], epochs: int | None) -> list[Run]:
+    """Every configuration of those that have a choice, on the tuning seeds."""
+    return [
+        Run(d, name, choice, seed, epochs or DATA_SETS[d].epochs)
+        for seed in TUNING_SEEDS
+        for d in data
+        for name in names
+        if len(contestant(name).grid) > 1
+        for choice in range(len(contestant(name).grid))
+    ]
+
+
+def test_runs(
+    data: Sequence[str], names: Sequence[str], seeds: int, epochs: int | None, choices: dict[tuple[str, str], int]
+) -> list[Run]:
+    """Seed by seed, so that every comparison is complete as early as can be."""
+    return [
+        Run(d, name, choices.get((d, name), 0), seed, epochs or DATA_SETS[d].epochs)
+        for seed in range(seeds)
+        for d in data
+        for name in (*names, *alone(d))
+    ]
