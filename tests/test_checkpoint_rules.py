@@ -7,17 +7,8 @@ import copy
 import pytest
 import torch
 from checkpoint_helpers import PEERS, SHAPES, batches, drive, through_a_file, transplant
-from helpers import (
-    Gradients,
-    Twin,
-    build,
-    frozen,
-    parameter,
-    parameters_of,
-    run_twin,
-    same_bits,
-    set_row,
-)
+from helpers import Gradients, build, frozen, parameter, parameters_of, same_bits, set_row
+from twin import Twin, run_twin
 
 import aim_kernels as ak
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Gradients, Twin, assign, build, frozen, parameter, parameters_of, run_twin, same_bits, set_row
+from helpers import Gradients, assign, build, frozen, parameter, parameters_of, same_bits, set_row
+from twin import Twin, run_twin
 
 import aim_kernels as ak
 

@@ -10,21 +10,9 @@ import numpy as np
 import pytest
 import tolerances as tol
 import torch
-from helpers import (
-    DTYPES,
-    ROWS,
-    RULES,
-    Gradients,
-    Twin,
-    assign,
-    build,
-    frozen,
-    parameters_of,
-    run_twin,
-    same_bits,
-    set_row,
-)
+from helpers import DTYPES, ROWS, RULES, Gradients, assign, build, frozen, parameters_of, same_bits, set_row
 from places import CHUNK, DEVICE_PLACES, enter
+from twin import Twin, run_twin
 
 import aim_kernels as ak
 from aim_kernels import launch

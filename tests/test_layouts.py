@@ -10,16 +10,15 @@ from helpers import (
     PARAMETER_LAYOUTS,
     RULES,
     Gradients,
-    Twin,
     assign,
     build,
     frozen,
     layout,
     parameters_of,
-    run_twin,
     same_bits,
     set_row,
 )
+from twin import Twin, run_twin
 
 import aim_kernels as ak
 from aim_kernels import _C

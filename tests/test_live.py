@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import RULES, Gradients, Twin, assign, build, frozen, parameters_of, run_twin, same_bits, set_row
+from helpers import RULES, Gradients, assign, build, frozen, parameters_of, same_bits, set_row
+from twin import Twin, run_twin
 
 import aim_kernels as ak
 

@@ -7,18 +7,8 @@ import itertools
 from typing import Any
 
 import pytest
-from helpers import (
-    GRADIENT_LAYOUTS,
-    PARAMETER_LAYOUTS,
-    ROWS,
-    RULES,
-    Gradients,
-    Twin,
-    build,
-    parameters_of,
-    run_twin,
-    set_row,
-)
+from helpers import GRADIENT_LAYOUTS, PARAMETER_LAYOUTS, ROWS, RULES, Gradients, build, parameters_of, set_row
+from twin import Twin, run_twin
 
 from aim_kernels import _C
 

@@ -10,19 +10,8 @@ import pytest
 import tolerances as tol
 import torch
 from compile_helpers import Pair
-from helpers import (
-    GRADIENT_LAYOUTS,
-    Gradients,
-    Twin,
-    assign,
-    build,
-    frozen,
-    parameters_of,
-    run_twin,
-    same_bits,
-    set_row,
-    true_weights,
-)
+from helpers import GRADIENT_LAYOUTS, Gradients, assign, build, frozen, parameters_of, same_bits, set_row
+from twin import Twin, run_twin, true_weights
 
 from aim_kernels import _C, states
 

@@ -9,19 +9,8 @@ import oracle
 import pytest
 import tolerances as tol
 import torch
-from helpers import (
-    AUX_PHASE,
-    TRUE_PHASE,
-    Gradients,
-    Twin,
-    assign,
-    build,
-    frozen,
-    parameters_of,
-    run_twin,
-    same_bits,
-    set_row,
-)
+from helpers import AUX_PHASE, TRUE_PHASE, Gradients, assign, build, frozen, parameters_of, same_bits, set_row
+from twin import Twin, run_twin
 
 import aim_kernels as ak
 from aim_kernels import _C

@@ -20,7 +20,6 @@ from helpers import (
     ROWS,
     RULES,
     Gradients,
-    Twin,
     assign,
     build,
     frozen,
@@ -33,6 +32,7 @@ from hypothesis import assume, event, given
 from hypothesis import strategies as st
 from places import CHUNK as SMALL_CHUNK
 from places import EMULATED, enter
+from twin import Twin
 
 import aim_kernels as ak
 from aim_kernels import _C

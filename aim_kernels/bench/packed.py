@@ -235,17 +235,9 @@ def beside(arrays: Arrays) -> dict[str, tuple[Callable[[], Any], Callable[[], No
 
 
 @dataclass(frozen=True)
-class Line:
+class Line(report.Circumstances):
     """One line of the results file; times in nanoseconds a parameter."""
 
-    commit: str
-    date: str
-    cpu: str
-    os: str
-    python: str
-    torch: str
-    threads: int
-    isa: str
     numel: int
     rounds: int
     candidate: str

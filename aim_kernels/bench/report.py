@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Result:
-    """One line of the results file; times in nanoseconds a parameter, sizes in bytes a parameter."""
+class Circumstances:
+    """The columns that all lines of one run share."""
 
     commit: str
     date: str
@@ -31,6 +31,12 @@ class Result:
     torch: str
     threads: int
     isa: str
+
+
+@dataclass(frozen=True)
+class Result(Circumstances):
+    """One line of the results file; times in nanoseconds a parameter, sizes in bytes a parameter."""
+
     set: str
     candidate: str
     rounds: int
@@ -45,7 +51,7 @@ class Result:
 
 
 def circumstances() -> dict[str, Any]:
-    """The columns that all lines of one run share."""
+    """As keywords of what derives from :class:`Circumstances`."""
     from aim_kernels import _C
 
     return {

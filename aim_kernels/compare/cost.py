@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from aim_kernels.bench.report import append_csv, circumstances
+from aim_kernels.bench.report import Circumstances, append_csv, circumstances
 from aim_kernels.compare.contestants import contestant
 from aim_kernels.data import DATA_SETS
 
@@ -26,19 +26,11 @@ WARM_UP, STEPS, ROUNDS = 20, 40, 5
 
 
 @dataclass(frozen=True)
-class CostLine:
+class CostLine(Circumstances):
     """Times in milliseconds: median over rounds of the mean of 40 steps, with the quickest and slowest round;
     ``update_ms`` is one call of :meth:`Method.update`. ``peak_mib``: what the process grew by, from before the network
     to its peak."""
 
-    commit: str
-    date: str
-    cpu: str
-    os: str
-    python: str
-    torch: str
-    threads: int
-    isa: str
     data: str
     contestant: str
     step_ms: float
