@@ -1,4 +1,4 @@
-"""More of mutant_list.py: moments and weights in fewer bytes. All but the last four were there once."""
+"""More of mutant_list.py: moments and weights in fewer bytes. Most of them were there once."""
 
 from __future__ import annotations
 
@@ -105,5 +105,21 @@ PACKED = (
         "        pass\n",
         "what a moving average begins with, and a checkpoint is converted from, is what the module holds",
         ("test_packed_use.py::test_averages_begin_with_true_weights",),
+    ),
+    Mutant(
+        "kernels join what does not belong together",
+        "csrc/common/packing.h",
+        "select(stale, I{}, select(nan, lower, signed_lower))",
+        "select(nan, lower, signed_lower)",
+        "weights that were set to zero between steps become NaN by their old remainders",
+        ("test_packed_use.py::test_weights_that_are_set_to_zero_between_steps",),
+    ),
+    Mutant(
+        "zero redundancy leaves gradients of others",
+        "aim_kernels/zero.py",
+        "        if self.optim.zero_grad_in_step:\n",
+        "        if False:\n",
+        "the next backward adds to gradients that another process has stepped",
+        ("test_distributed.py::test_a_world[2]",),
     ),
 )

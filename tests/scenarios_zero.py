@@ -184,3 +184,27 @@ def zero_redundancy_by_hand(_: Path) -> None:
     if zero.optim.param_groups[0]["params"]:  # the processes that have none of its parameters have none to name
         with pytest.raises(ValueError, match="AIMZeroRedundancyOptimizer"):
             zero.optim.set_modulation(0, noise=0.5)
+
+
+@scenario(2)
+def zero_redundancy_clears_and_averages(_: Path) -> None:
+    """Gradients of what others step are cleared too; averages go again after an exception, on all processes."""
+    model = ddp()
+    zero = zero_of(model, zero_grad_in_step=True, ema_decay=0.5)
+    for number in range(2):
+        backward(model, number)
+        assert all(bool(p.grad.count_nonzero()) for p in model.parameters() if p.grad is not None)
+        zero.step()
+        assert not any(bool(p.grad.count_nonzero()) for p in model.parameters() if p.grad is not None)
+    trained = [p.detach().clone() for p in model.parameters()]
+
+    def evaluate() -> None:
+        with zero.ema_parameters():
+            for p, before in zip(model.parameters(), trained, strict=True):
+                assert not torch.equal(p, before)
+                agree(p, "averages")
+            raise KeyError("evaluation")
+
+    with pytest.raises(KeyError, match="evaluation"):
+        evaluate()
+    same_bits(trained, [p.detach() for p in model.parameters()])
