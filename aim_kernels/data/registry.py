@@ -13,7 +13,8 @@ from aim_kernels.data.watch import smartwatch
 
 
 class Task(NamedTuple):
-    """A data set and how long it is trained on: ``make(seed)``, epochs, samples a batch."""
+    """A data set and how long it is trained on: ``make(seed)``, the names of its modalities, epochs, samples a
+    batch."""
 
     make: Callable[[int], MultimodalData]
     modalities: tuple[str, ...]

@@ -20,8 +20,8 @@ def sinusoids(tokens: int, width: int) -> Tensor:
 class Tokens(nn.Module):
     """``[B, C, T]``, ``[B, C, H, W]`` or ``[B, C, T, H, W]`` to tokens ``[B, N, width]`` with their positions.
 
-    ``patch`` has one size an axis behind the channels; what does not fill a patch at the end is padded with zeros. Every
-    patch is flattened and goes through one linear layer; positions are sinusoids of the patch's number.
+    ``patch`` has one size an axis behind the channels; what does not fill a patch at the end is padded with zeros.
+    Every patch is flattened and goes through one linear layer; positions are sinusoids of the patch's number.
     """
 
     def __init__(self, channels: int, width: int, patch: tuple[int, ...]) -> None:
