@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-INSTALL = 'pip install "aim-kernels[demo]"'
+#: Packages that are not of the extra ``demo``, by the extra that installs them.
+EXTRAS = {"h5py": "compare", "av": "video", "scipy": "compare", "PIL": "compare"}
+#: Names of distributions that differ from what is imported.
+NAMES = {"sklearn": "scikit-learn", "PIL": "pillow"}
 
 
 class MissingPackageError(ImportError):
@@ -17,8 +20,10 @@ class MissingPackageError(ImportError):
 def require(package: str, purpose: str) -> None:
     """Raise :class:`MissingPackageError` unless the top-level ``package`` is installed. Imports nothing."""
     if importlib.util.find_spec(package) is None:
-        name = "scikit-learn" if package == "sklearn" else package
-        raise MissingPackageError(f"{purpose} needs the package {name}, which is not installed: {INSTALL}")
+        raise MissingPackageError(
+            f"{purpose} needs the package {NAMES.get(package, package)}, which is not installed: "
+            f'pip install "aim-kernels[{EXTRAS.get(package, "demo")}]"'
+        )
 
 
 @dataclass(frozen=True)

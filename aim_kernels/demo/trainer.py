@@ -6,30 +6,19 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from aim_kernels.data import MultimodalData, Split, coloured_digits, smartwatch
-from aim_kernels.demo.networks import LateFusion, network_for
-from aim_kernels.modulation import AIM, OGMGE, FeatureDrop, block_param_groups, late_fusion_logits
+from aim_kernels.data import DATA_SETS, MultimodalData, Split
+from aim_kernels.demo.networks import network_for
+from aim_kernels.modulation import AIM, OGMGE, FeatureDrop, block_param_groups
+from aim_kernels.networks import MultimodalNetwork
 from aim_kernels.optimizer import AIMFusedOptimizer
 
-
-class Task(NamedTuple):
-    """A data set of the demo and how long it is trained on."""
-
-    make: Callable[[int], MultimodalData]
-    modalities: tuple[str, str]
-    epochs: int
-    batch_size: int
-
-
-DATA = {
-    "digits": Task(coloured_digits, ("grey", "colour"), 40, 32),
-    "watch": Task(smartwatch, ("accelerometer", "gyroscope"), 8, 64),
-}
+#: The data sets of the demo.
+DATA = {name: DATA_SETS[name] for name in ("digits", "watch")}
 #: Option of the command line to the runs it stands for; OGM-GE is run with three values of its alpha.
 METHODS: dict[str, tuple[str, ...]] = {
     "joint": ("joint",),
@@ -69,7 +58,7 @@ def accuracy(model: nn.Module, split: Split) -> float:
 
 
 @torch.no_grad()
-def linear_probes(model: LateFusion, data: MultimodalData) -> list[float]:
+def linear_probes(model: MultimodalNetwork, data: MultimodalData) -> list[float]:
     """Test accuracy, in percent, of a ridge classifier on each encoder's frozen features, fitted on training."""
     from sklearn.linear_model import RidgeClassifier
     from sklearn.pipeline import make_pipeline
@@ -162,11 +151,10 @@ def train(
     return row, history
 
 
-def _step(model: LateFusion, optimizer: AIMFusedOptimizer, batch: Split, ogm: OGMGE | None) -> None:
+def _step(model: MultimodalNetwork, optimizer: AIMFusedOptimizer, batch: Split, ogm: OGMGE | None) -> None:
     optimizer.zero_grad()
-    features: list[Tensor] = model.features(*batch.inputs)
-    logits = model.head(torch.cat(features, 1))
-    nn.functional.cross_entropy(logits, batch.labels).backward()
+    features = model.features(*batch.inputs)
+    nn.functional.cross_entropy(model.fuse(features), batch.labels).backward()
     if ogm is not None:
-        ogm.update(late_fusion_logits(model.head, features), batch.labels)
+        ogm.update(model.fusion.unimodal(features), batch.labels)
     optimizer.step()

@@ -49,6 +49,9 @@ class Blocks:
         unimodal: ``unimodal(features) -> [logits of each modality alone]``. None: ``fuse`` with the features of all
             other modalities at zero. A linear head on concatenated features has a sharper answer:
             ``lambda z: late_fusion_logits(head, z)``, whose parts add up to the joint logits.
+        encode: ``encode(*inputs) -> features`` for networks that do more than call block after block, such as putting
+            something in the place of a missing input (None). ``fuse`` must then be a module of ``model``: what it is
+            called with are the features.
 
     Raises ValueError for fewer than two modalities and what :func:`block_param_groups` refuses.
     """
@@ -59,21 +62,27 @@ class Blocks:
         encoders: Mapping[str, Sequence[nn.Module]],
         fuse: Callable[[list[Tensor]], Tensor],
         unimodal: Callable[[list[Tensor]], list[Tensor]] | None = None,
+        encode: Callable[..., list[Tensor]] | None = None,
     ) -> None:
         if len(encoders) < 2:
             raise ValueError(f"encoders must name at least two modalities, got {list(encoders)}")
+        if encode is not None and not any(fuse is module for module in model.modules()):
+            raise ValueError("encode needs a fuse that is a module of the model")
         block_param_groups(model, encoders)  # for its checks
-        self.model, self.fuse, self._unimodal = model, fuse, unimodal
+        self.model, self.fuse, self._unimodal, self._encode = model, fuse, unimodal, encode
         self.encoders = {modality: list(modules) for modality, modules in encoders.items()}
         self.modalities = tuple(self.encoders)
 
     def forward(self, inputs: Sequence[Tensor], labels: Tensor) -> Outputs:
         """One pass of ``model(*inputs)``; the features are caught on their way."""
         caught: dict[int, Tensor] = {}
-        handles = [
-            blocks[-1].register_forward_hook(lambda _module, _args, z, m=number: caught.__setitem__(m, z))
-            for number, blocks in enumerate(self.encoders.values())
-        ]
+        if self._encode is not None and isinstance(self.fuse, nn.Module):
+            handles = [self.fuse.register_forward_pre_hook(lambda _module, args: caught.update(enumerate(args[0])))]
+        else:
+            handles = [
+                blocks[-1].register_forward_hook(lambda _module, _args, z, m=number: caught.__setitem__(m, z))
+                for number, blocks in enumerate(self.encoders.values())
+            ]
         try:
             logits = self.model(*inputs)
         finally:
@@ -86,6 +95,8 @@ class Blocks:
 
     def encode(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The encoders' features, block by block, without the rest of the model."""
+        if self._encode is not None:
+            return self._encode(*inputs)
         features = []
         for z, blocks in zip(inputs, self.encoders.values(), strict=True):
             for block in blocks:
