@@ -1,8 +1,9 @@
-"""``python -m aim_kernels``: what is installed, and the three jobs.
+"""``python -m aim_kernels``: what is installed, and the jobs.
 
 python -m aim_kernels                environment report: versions, backends and why one is missing, CPU instruction set
 python -m aim_kernels demo [...]     main job: joint training beside AIM on small data sets, with pictures
 python -m aim_kernels bench [...]    this machine's table: kernels, peers and the memory floor
+python -m aim_kernels compare [...]  every method on the same data, networks and batches, with a report
 python -m aim_kernels precision [...]  what fewer bytes cost in training, against float32
 """
 
@@ -13,7 +14,7 @@ from importlib import import_module
 
 from aim_kernels import report
 
-COMMANDS = ("demo", "bench", "precision")
+COMMANDS = ("demo", "bench", "compare", "precision")
 
 
 def main(argv: list[str] | None = None) -> int:

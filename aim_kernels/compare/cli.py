@@ -6,7 +6,7 @@ import argparse
 import multiprocessing
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,7 @@ def _trained(runs: Sequence[Run], jobs: int) -> Iterator[tuple[Line, list[dict[s
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _one_thread)
     try:
         left = list(reversed(runs))
-        running = set()
+        running: set[Future[tuple[Line, list[dict[str, Any]]]]] = set()
         while left or running:
             while left and len(running) < 2 * jobs:  # few at a time, so that an interruption does not wait for many
                 running.add(pool.submit(train, left.pop()))

@@ -113,7 +113,7 @@ def train(run: Run, on_epoch: Callable[[int], None] = lambda epoch: None) -> tup
             history: list[dict[str, Any]] = []
         else:
             line, history = _train_together(run, entry, data, network, on_epoch)
-    fixed = {
+    fixed: dict[str, Any] = {
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "torch": torch.__version__,
