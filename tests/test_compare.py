@@ -1,0 +1,174 @@
+"""The comparison: what it runs, measures, keeps and says."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from aim_kernels.compare import cli, cost, main, measures, report
+from aim_kernels.compare.contestants import BUDGET, CONTESTANTS, TUNING_SEEDS, Contestant, contestant
+from aim_kernels.compare.results import Folder, alone, test_runs, tuned, tuning_runs
+from aim_kernels.compare.training import Line, Run, train
+from aim_kernels.data import DATA_SETS
+from aim_kernels.methods import METHODS
+
+pytestmark = pytest.mark.usefixtures("one_thread")  # as the comparison itself does
+
+TINY = ["--data", "digits", "--methods", "joint", "--epochs", "1"]
+NOT_COMPARED = ("commit", "date", "step_ms", "update_ms", "seconds")
+
+
+def line(contestant: str = "joint", seed: int = 0, test: float = 50.0, **more: Any) -> Line:
+    numbers = dict.fromkeys(
+        ("validation", "train", "f1", "calibration", "kappa_mean", "kappa_max", "step_ms", "update_ms", "seconds"), 1.5
+    )
+    probes = json.dumps({"grey": 60.0, "colour": 20.0})
+    text = {"commit": "abc", "date": "today", "torch": "2", "data": "digits", "options": "{}", "probes": probes}
+    made: dict[str, Any] = {**text, **numbers, "contestant": contestant, "choice": 0, "seed": seed, "epochs": 2}
+    return Line(**made | {"test": test} | more)
+
+
+def trained(line: Line) -> dict[str, Any]:
+    return {name: value for name, value in vars(line).items() if name not in NOT_COMPARED}
+
+
+def test_it_writes_everything_and_continues(tmp_path: Path) -> None:
+    assert main([*TINY, "--seeds", "2", "--out", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.iterdir()} >= {"history", "report.html", "report.md", "results.csv"}
+    folder = Folder(tmp_path)
+    first = folder.lines()
+    names = ["joint", "alone:grey", "alone:colour"]
+    assert [(x.contestant, x.seed) for x in first] == [(name, seed) for seed in range(2) for name in names]
+    assert all(0.0 < x.test <= 100.0 and x.step_ms > 0.0 for x in first)
+    assert set(json.loads(first[0].probes)) == {"grey", "colour"}
+
+    # a line that an interruption cut short is done again, a finished one is not
+    folder.file.write_text(folder.file.read_text()[:-30])
+    done: list[Run] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "train", lambda run: done.append(run) or train(run))
+        assert main([*TINY, "--seeds", "2", "--out", str(tmp_path)]) == 0
+    assert [(run.contestant, run.seed) for run in done] == [("alone:colour", 1)]
+    assert [trained(x) for x in folder.lines()] == [trained(x) for x in first]
+
+
+def test_several_at_a_time_give_the_same(tmp_path: Path) -> None:
+    runs = [Run("digits", name, 0, 3, 1) for name in ("joint", "alone:grey")]
+    together = {x.contestant: trained(x) for x, _ in cli._trained(runs, 2)}
+    assert together == {run.contestant: trained(train(run)[0]) for run in runs}
+
+
+def test_interruption_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake(run: Run) -> tuple[Line, list[dict[str, Any]]]:
+        if run.seed == 1:
+            raise KeyboardInterrupt
+        return line(run.contestant, run.seed), []
+
+    monkeypatch.setattr(cli, "train", fake)
+    torch.set_num_threads(2)
+    assert main([*TINY, "--out", str(tmp_path)]) == 130
+    assert torch.get_num_threads() == 2
+    assert [x.seed for x in Folder(tmp_path).lines()] == [0, 0, 0]
+
+
+def test_contestants_begin_alike_and_history_is_kept(tmp_path: Path) -> None:
+    """A method that has nothing to balance is joint training, bit for bit."""
+    joint, _ = train(Run("digits", "joint", 0, 0, 1))
+    aim, history = train(Run("digits", "aim", 0, 0, 1))
+    assert not any(kappa for table in history for row in table["kappa"].values() for kappa in row)
+    differing = {name for name, value in trained(joint).items() if value != trained(aim)[name]}
+    assert differing == {"contestant"}
+    folder = Folder(tmp_path)
+    folder.add(aim, history)
+    assert [table.to_dict() for table in folder.history(aim.run)] == history
+    assert folder.history(joint.run) == []
+
+
+def test_contestants_are_methods_with_equal_budgets() -> None:
+    for name, entry in CONTESTANTS.items():
+        assert entry.method in METHODS, name
+        assert 1 <= len(entry.grid) <= BUDGET, name
+        assert contestant(name) is entry
+    with pytest.raises(ValueError, match="unknown contestant 'agn'"):
+        contestant("agn")
+    with pytest.raises(SystemExit):
+        main(["--methods", "agn"])
+
+
+def test_tuning_takes_the_best_complete_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CONTESTANTS, "x", Contestant("joint", ({}, {"a": 1}, {"a": 2})))
+    runs = tuning_runs(["digits"], ["joint", "x"], 2)
+    assert [(r.contestant, r.choice, r.seed) for r in runs] == [("x", c, s) for s in TUNING_SEEDS for c in range(3)]
+    first, second = TUNING_SEEDS
+    found = [line("x", first, validation=v, choice=c) for c, v in enumerate((70.0, 60.0, 99.0))]
+    found += [line("x", second, validation=v, choice=c) for c, v in enumerate((70.0, 81.0))]
+    assert tuned(found) == {("digits", "x"): 1}
+    found[1] = replace(found[1], validation=59.0)
+    assert tuned(found) == {("digits", "x"): 0}, "the default where two are equal"
+    assert tuned([line("x", 0)]) == {}
+    runs = test_runs(["digits"], ["joint", "x"], 1, None, {("digits", "x"): 1})
+    assert [(r.contestant, r.choice, r.epochs) for r in runs] == [
+        (name, int(name == "x"), DATA_SETS["digits"].epochs) for name in ("joint", "x", *alone("digits"))
+    ]
+
+
+def test_measures() -> None:
+    labels = torch.tensor([0, 0, 1, 1])
+    logits = torch.tensor([[2.0, 0.0], [0.0, 2.0], [0.0, 2.0], [0.0, 2.0]])
+    assert measures.accuracy(logits, labels) == 75.0
+    # class 0: precision 1, recall 1/2; class 1: precision 2/3, recall 1
+    assert measures.macro_f1(logits, labels) == pytest.approx(100.0 * (2.0 / 3.0 + 0.8) / 2.0)
+    confidence = 1.0 / (1.0 + math.exp(-2.0))
+    assert measures.calibration_error(logits, labels) == pytest.approx(100.0 * (confidence - 0.75))
+    assert measures.calibration_error(torch.tensor([[50.0, 0.0]]), torch.tensor([0])) == pytest.approx(0.0)
+    mean, half = measures.paired([3.0, 5.0, 7.0], [2.0, 3.0, 4.0])
+    assert mean == pytest.approx(2.0)
+    assert half == pytest.approx(4.302653 / math.sqrt(3.0), rel=1e-6)  # the quantile of t with 2 degrees of freedom
+    assert math.isnan(measures.paired([1.0], [0.0])[1])
+
+
+def test_report_says_where_aim_stands(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    for seed in range(3):
+        folder.add(line("joint", seed, 50.0 + seed), [])
+        better = json.dumps({"grey": 70.0 + seed / 10, "colour": 10.0 + seed / 10})
+        folder.add(line("aim", seed, 60.0 + seed, probes=better, options='{"alpha": 3}'), [])
+        folder.add(line("ogm", seed, 59.5 + seed), [])
+        folder.add(line("alone:grey", seed, 90.0, probes="{}"), [])
+    folder.add(line("aim", TUNING_SEEDS[0], 0.0), [])
+    rows = report.standings(folder.lines())["digits"]
+    assert [s.contestant for s in rows] == ["joint", "aim", "ogm", "alone:grey"]
+    aim = rows[1]
+    assert (aim.seeds, aim.test, aim.difference, aim.half) == (3, 61.0, 10.0, 0.0)
+    assert aim.error == pytest.approx(1.0 / math.sqrt(3.0))
+    said = report.findings({"digits": rows})
+    assert "on 1 of 1 data sets (digits)" in said[0]
+    assert "on 0 (none)" in said[1]
+    assert "raised grey of digits (+10.1); lowered colour of digits (-9.9)" in said[2]
+    worse = [replace(s, test=40.0, difference=-10.0) if s.contestant == "aim" else s for s in rows]
+    said = report.findings({"digits": worse})
+    assert "on 0 of 1 data sets (none)" in said[0]
+    assert "on 1 (digits)" in said[1]
+    assert report.findings({"digits": rows[:1]}) == ["AIM was not among the methods."]
+
+    written = report.write(folder)
+    assert {path.name for path in written} == {"digits.png", "differences.png", "report.md", "report.html"}
+    text = (tmp_path / "report.md").read_text()
+    assert '| aim | 3 | 61.0 ± 0.6 | +10.0 ± 0.0 | 1.5 | 1.5 | 70.1 | 10.1 | {"alpha": 3} |' in text
+    assert "abc, torch 2" in text
+    assert "&quot;alpha&quot;" in (tmp_path / "report.html").read_text()
+
+
+def test_cost_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "STEPS", 2)
+    found = cost.cost_of("digits", "joint")
+    assert found["fastest"] <= found["step_ms"] <= found["slowest"]
+    assert found["step_ms"] > 0.0
+    assert found["update_ms"] >= 0.0
+    assert found["peak_mib"] >= 0.0
