@@ -13,6 +13,8 @@ from aim_kernels.optimizer import AIMFusedOptimizer
 from aim_kernels.saving import save
 
 if TYPE_CHECKING:
+    from aim_kernels.methods import make_method
+    from aim_kernels.methods.base import Blocks
     from aim_kernels.modulation.aim import AIM
     from aim_kernels.modulation.blocks import block_param_groups
     from aim_kernels.modulation.ogm_ge import OGMGE
@@ -25,9 +27,11 @@ __all__ = [
     "AIM",
     "OGMGE",
     "AIMFusedOptimizer",
+    "Blocks",
     "__version__",
     "backends",
     "block_param_groups",
+    "make_method",
     "plot_modulation",
     "save",
     "step_in_backward",
@@ -35,8 +39,10 @@ __all__ = [
 
 _LAZY = {
     "AIM": "aim_kernels.modulation.aim",
+    "Blocks": "aim_kernels.methods.base",
     "OGMGE": "aim_kernels.modulation.ogm_ge",
     "block_param_groups": "aim_kernels.modulation.blocks",
+    "make_method": "aim_kernels.methods",
     "plot_modulation": "aim_kernels.plots",
     "step_in_backward": "aim_kernels.release",
 }

@@ -13,7 +13,7 @@ import torch
 
 from aim_kernels.compare import cli, cost, main, measures, report
 from aim_kernels.compare.contestants import BUDGET, CONTESTANTS, TUNING_SEEDS, Contestant, contestant
-from aim_kernels.compare.results import Folder, alone, test_runs, tuned, tuning_runs
+from aim_kernels.compare.results import Folder, alone, seed_runs, tuned, tuning_runs
 from aim_kernels.compare.training import Line, Run, train
 from aim_kernels.data import DATA_SETS
 from aim_kernels.methods import METHODS
@@ -112,7 +112,7 @@ def test_tuning_takes_the_best_complete_choice(monkeypatch: pytest.MonkeyPatch) 
     found[1] = replace(found[1], validation=59.0)
     assert tuned(found) == {("digits", "x"): 0}, "the default where two are equal"
     assert tuned([line("x", 0)]) == {}
-    runs = test_runs(["digits"], ["joint", "x"], 1, None, {("digits", "x"): 1})
+    runs = seed_runs(["digits"], ["joint", "x"], 1, None, {("digits", "x"): 1})
     assert [(r.contestant, r.choice, r.epochs) for r in runs] == [
         (name, int(name == "x"), DATA_SETS["digits"].epochs) for name in ("joint", "x", *alone("digits"))
     ]

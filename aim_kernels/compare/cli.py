@@ -14,7 +14,7 @@ import torch
 
 from aim_kernels.compare import cost, report
 from aim_kernels.compare.contestants import BUDGET, CONTESTANTS, TUNING_SEEDS
-from aim_kernels.compare.results import Folder, test_runs, tuned, tuning_runs
+from aim_kernels.compare.results import Folder, seed_runs, tuned, tuning_runs
 from aim_kernels.compare.training import Line, Run, train
 from aim_kernels.data import DATA_SETS
 from aim_kernels.data.common import MissingPackageError, require
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not options.no_tuning:
                 _train_all(folder, tuning_runs(data, names, options.epochs), options.jobs, "tuning")
             choices = {} if options.no_tuning else tuned(folder.lines())
-            _train_all(folder, test_runs(data, names, options.seeds, options.epochs, choices), options.jobs, "seeds")
+            _train_all(folder, seed_runs(data, names, options.seeds, options.epochs, choices), options.jobs, "seeds")
     except KeyboardInterrupt:
         print(f"\nInterrupted. Finished runs are in {folder.file}; the same command continues.", file=sys.stderr)
         return 130

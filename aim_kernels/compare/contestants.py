@@ -6,6 +6,7 @@ on the validation split of the tuning seeds, which are none of the seeds that ar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,8 +34,27 @@ class Contestant:
     control: bool = False
 
 
+def _of(name: str, values: Sequence[Any], **fixed: Any) -> tuple[dict[str, Any], ...]:
+    """One option at several values, the default first."""
+    return tuple({**fixed, name: value} for value in values)
+
+
 CONTESTANTS: dict[str, Contestant] = {
     "joint": Contestant("joint", control=True),
+    "aim": Contestant("aim"),
+    "aim (tuned)": Contestant("aim", ({}, {"alpha": 3.0}, {"dead_zone": 0.05})),
+    "ogm": Contestant("ogm", _of("alpha", (1.0, 0.3, 2.0))),
+    "ogm-ge": Contestant("ogm-ge", _of("alpha", (1.0, 0.3, 2.0))),
+    "ogm-ge (steps)": Contestant("ogm-ge", _of("alpha", (1.0, 0.3, 2.0), apply_to="step")),
+    "opm": Contestant("opm", _of("base", (0.5, 0.2, 0.8))),
+    "agm": Contestant("agm", _of("alpha", (1.0, 0.3, 2.0))),
+    "mlb": Contestant("mlb", _of("alpha", (1.0, 0.3, 2.0))),
+    "cggm": Contestant("cggm", _of("rou", (1.0, 0.5, 2.0))),
+    "pdmp": Contestant("pdmp", _of("gamma_p", (2.0, 1.5, 4.0), apply_to="step")),
+    "drop": Contestant("drop", control=True),
+    "feature-scale": Contestant("feature-scale", control=True),
+    "no-mask": Contestant("no-mask", control=True),
+    "sum-of-losses": Contestant("sum-of-losses", _of("encoder_factor", (1.0, 3.0)), control=True),
 }
 
 
@@ -45,3 +65,8 @@ def contestant(name: str) -> Contestant:
     if name not in CONTESTANTS:
         raise ValueError(f"unknown contestant {name!r}; it is one of {', '.join(CONTESTANTS)}")
     return CONTESTANTS[name]
+
+
+def is_control(name: str) -> bool:
+    """Also of results that a version with other contestants wrote."""
+    return name.startswith(ALONE) or (name in CONTESTANTS and CONTESTANTS[name].control)

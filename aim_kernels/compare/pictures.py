@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aim_kernels.compare.contestants import ALONE, contestant
+from aim_kernels.compare.contestants import ALONE, is_control
 
 if TYPE_CHECKING:
     from aim_kernels.compare.report import Standing
@@ -25,9 +25,7 @@ def _forest(path: Path, rows: Sequence[Standing], title: str) -> None:
     """One line a method: paired difference to joint training in points, with its 95 % interval."""
     figure, axes = _figure(7.5, 1.2 + 0.26 * len(rows))
     for y, row in enumerate(rows):
-        colour = (
-            "tab:red" if row.contestant.startswith("aim") else "0.55" if contestant(row.contestant).control else "C0"
-        )
+        colour = "tab:red" if row.contestant.startswith("aim") else "0.55" if is_control(row.contestant) else "C0"
         half = 0.0 if row.half != row.half else row.half
         axes.errorbar(row.difference, y, xerr=half, fmt="o", color=colour, capsize=3, markersize=5)
     axes.set_yticks(range(len(rows)), [row.contestant for row in rows])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aim_kernels.compare import pictures
-from aim_kernels.compare.contestants import ALONE, BUDGET, TUNING_SEEDS, contestant
+from aim_kernels.compare.contestants import ALONE, BUDGET, TUNING_SEEDS, is_control
 from aim_kernels.compare.measures import paired
 from aim_kernels.compare.results import Folder
 from aim_kernels.compare.training import HYPERPARAMETERS, Line
@@ -113,7 +113,7 @@ def table(rows: Sequence[Standing]) -> list[list[str]]:
     lines = [[*header, *(f"probe {m}" for m in modalities), "configuration"]]
     for s in rows:
         versus = "" if s.contestant == "joint" else _with(s.difference, s.half, "+")
-        name = f"{s.contestant} (control)" if contestant(s.contestant).control else s.contestant
+        name = f"{s.contestant} (control)" if is_control(s.contestant) else s.contestant
         probes = [_number(s.probes.get(m, math.nan)) for m in modalities]
         figures = [_with(s.test, s.error), versus, _number(s.f1), _number(s.calibration)]
         lines.append([name, str(s.seeds), *figures, *probes, "" if s.options == "{}" else s.options])

@@ -91,7 +91,7 @@ def tuning_runs(data: Sequence[str], names: Sequence[str], epochs: int | None) -
     ]
 
 
-def test_runs(
+def seed_runs(
     data: Sequence[str], names: Sequence[str], seeds: int, epochs: int | None, choices: dict[tuple[str, str], int]
 ) -> list[Run]:
     """Seed by seed, so that every comparison is complete as early as can be."""

@@ -12,6 +12,18 @@ __all__ = ["METHODS", "Blocks", "Method", "Outputs", "make_method"]
 #: Name to the module and the class of a method, and the options that make it of the class.
 METHODS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "joint": ("aim_kernels.methods.base", "Method", {}),
+    "aim": ("aim_kernels.methods.aim", "AIMMethod", {}),
+    "ogm": ("aim_kernels.methods.ogm", "OGM", {}),
+    "ogm-ge": ("aim_kernels.methods.ogm", "OGM", {"noise": 1.0}),
+    "opm": ("aim_kernels.methods.opm", "OPM", {}),
+    "agm": ("aim_kernels.methods.agm", "AGM", {}),
+    "mlb": ("aim_kernels.methods.mlb", "MLB", {}),
+    "cggm": ("aim_kernels.methods.cggm", "CGGM", {}),
+    "pdmp": ("aim_kernels.methods.pdmp", "PDMP", {}),
+    "drop": ("aim_kernels.methods.controls", "Drop", {}),
+    "feature-scale": ("aim_kernels.methods.controls", "FeatureScale", {}),
+    "no-mask": ("aim_kernels.methods.controls", "NoMask", {}),
+    "sum-of-losses": ("aim_kernels.methods.controls", "SumOfLosses", {}),
 }
 
 

@@ -52,6 +52,7 @@ class Blocks:
         encode: ``encode(*inputs) -> features`` for networks that do more than call block after block, such as putting
             something in the place of a missing input (None). ``fuse`` must then be a module of ``model``: what it is
             called with are the features.
+        num_classes: K, for methods that need it before they see labels.
 
     Raises ValueError for fewer than two modalities and what :func:`block_param_groups` refuses.
     """
@@ -63,6 +64,7 @@ class Blocks:
         fuse: Callable[[list[Tensor]], Tensor],
         unimodal: Callable[[list[Tensor]], list[Tensor]] | None = None,
         encode: Callable[..., list[Tensor]] | None = None,
+        num_classes: int | None = None,
     ) -> None:
         if len(encoders) < 2:
             raise ValueError(f"encoders must name at least two modalities, got {list(encoders)}")
@@ -70,6 +72,7 @@ class Blocks:
             raise ValueError("encode needs a fuse that is a module of the model")
         block_param_groups(model, encoders)  # for its checks
         self.model, self.fuse, self._unimodal, self._encode = model, fuse, unimodal, encode
+        self.num_classes = num_classes
         self.encoders = {modality: list(modules) for modality, modules in encoders.items()}
         self.modalities = tuple(self.encoders)
 
@@ -97,12 +100,13 @@ class Blocks:
         """The encoders' features, block by block, without the rest of the model."""
         if self._encode is not None:
             return self._encode(*inputs)
-        features = []
-        for z, blocks in zip(inputs, self.encoders.values(), strict=True):
-            for block in blocks:
-                z = block(z)
-            features.append(z)
-        return features
+        return [self.encode_one(number, x) for number, x in zip(range(len(self.modalities)), inputs, strict=True)]
+
+    def encode_one(self, number: int, x: Tensor) -> Tensor:
+        """Features of the modality with this number alone."""
+        for block in self.encoders[self.modalities[number]]:
+            x = block(x)
+        return x
 
     def unimodal(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Logits ``[B, K]`` of each modality alone."""
@@ -113,9 +117,10 @@ class Blocks:
             for own in range(len(features))
         ]
 
-    def parameters(self, modality: str) -> list[nn.Parameter]:
-        """All parameters of one encoder, shallow to deep."""
-        return [p for block in self.encoders[modality] for p in block.parameters()]
+    def parameters(self, modality: str, *, with_gradient: bool = False) -> list[nn.Parameter]:
+        """All parameters of one encoder, shallow to deep; with ``with_gradient`` those that have a gradient now."""
+        found = [p for block in self.encoders[modality] for p in block.parameters()]
+        return [p for p in found if p.grad is not None] if with_gradient else found
 
     def param_groups(self, weight_decay: float | None = None) -> list[dict[str, Any]]:
         """Groups for :class:`AIMFusedOptimizer`."""
@@ -196,14 +201,32 @@ class Method:
 
     # -- what methods use ---------------------------------------------------------------------------------------------
 
-    def scale(self, coefficients: Tensor, *, apply_to: str, noise: float = 0.0) -> None:
-        """One factor a modality (``[M]``, on any device, never waited for) into the rows of its modulated groups."""
+    @property
+    def epoch(self) -> int:
+        """Number of the epoch that :meth:`update` began, from 0; 0 without updates."""
+        return max(self.updates - 1, 0)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the optimizer keeps its tables."""
+        return self.optimizer.tables.rows.device
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Draws in [0, 1), float32. From a generator on the CPU, so that a seed gives the same ones on every device."""
+        draws = torch.rand(*shape, generator=self.generator)
+        # From ordinary memory the copy would wait for the device.
+        return draws.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else draws
+
+    def scale(self, coefficients: Tensor, *, apply_to: str, noise: float = 0.0, biases: bool = False) -> None:
+        """One factor a modality (``[M]``, on any device, never waited for) into the rows of its modulated groups; with
+        ``biases`` also into those of its biases and normalization parameters, which get no noise."""
         for index, group in enumerate(self.optimizer.param_groups):
-            if group.get("modality") is not None and group.get("modulated"):
-                factor = coefficients[self.blocks.modalities.index(group["modality"])]
-                self.optimizer.set_modulation(
-                    index, **{f"{apply_to}_under": factor, f"{apply_to}_well": factor, "noise": noise}
-                )
+            modulated = bool(group.get("modulated"))
+            if group.get("modality") is None or not (modulated or biases):
+                continue
+            factor = coefficients[self.blocks.modalities.index(group["modality"])]
+            columns: dict[str, Any] = {f"{apply_to}_under": factor, f"{apply_to}_well": factor}
+            self.optimizer.set_modulation(index, **columns, noise=noise if modulated else 0.0)
 
 
 def check_apply_to(apply_to: str) -> None:
@@ -216,3 +239,20 @@ def check_apply_to(apply_to: str) -> None:
 def check_at_least(name: str, value: float, least: float) -> None:
     if not value >= least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_within(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{name} must lie in [{low}, {high}], got {value}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"unknown {name} {value!r}; it is one of {', '.join(map(repr, choices))}")
+
+
+def check_window(starts: int, ends: int | None) -> None:
+    """``starts``, ``ends``: first and last epoch (of :meth:`Method.update`) in which a method acts; None: no end."""
+    check_at_least("starts", starts, 0)
+    if ends is not None:
+        check_at_least("ends", ends, starts)

@@ -40,10 +40,13 @@ class FeatureDrop(AIM):
                 raise TypeError(
                     f"the last block of {modality!r} returns a {type(output).__name__}; FeatureDrop needs a tensor"
                 )
-            keep = torch.rand(len(output), generator=self.drop_generator) >= probability
-            return output * keep.to(output).view(-1, *[1] * (output.dim() - 1))
+            return self._treat(output, probability)
 
         return hook
+
+    def _treat(self, output: Tensor, probability: float) -> Tensor:
+        keep = torch.rand(len(output), generator=self.drop_generator) >= probability
+        return output * keep.to(output).view(-1, *[1] * (output.dim() - 1))
 
     def _write_rows(self, table: ModulationTable) -> None:
         self.drop = {m: sum(row) / len(row) if m in table.dominant else 0.0 for m, row in table.kappa.items()}

@@ -60,16 +60,23 @@ class OGMGE:
         self.optimizer, self.alpha, self.apply_to, self.noise = optimizer, alpha, apply_to, noise
 
     @torch.no_grad()
-    def coefficients(self, logits: Sequence[Tensor], labels: Tensor) -> Tensor:
-        """``k`` as a float64 tensor ``[M]`` on the device of the logits. ``logits``: ``[B, K]`` a modality; ``labels``:
+    def ratios(self, logits: Sequence[Tensor], labels: Tensor) -> Tensor:
+        """``r`` as a float64 tensor ``[M]`` on the device of the logits. ``logits``: ``[B, K]`` a modality; ``labels``:
         ``[B]``."""
         if len(logits) != len(self.modalities):
             raise ValueError(
                 f"logits of {len(logits)} modalities, expected {len(self.modalities)}: {', '.join(self.modalities)}"
             )
         scores = torch.stack([x.float().softmax(1).gather(1, labels[:, None]).sum() for x in logits]).double()
-        ratio = scores / ((scores.sum() - scores) / (len(logits) - 1))
+        return scores / ((scores.sum() - scores) / (len(logits) - 1))
+
+    def damping(self, ratio: Tensor) -> Tensor:
+        """``k`` of ``r``."""
         return torch.where(ratio > 1.0, 1.0 - torch.tanh(self.alpha * ratio.relu()), torch.ones_like(ratio))
+
+    def coefficients(self, logits: Sequence[Tensor], labels: Tensor) -> Tensor:
+        """``k``, for what :meth:`ratios` takes."""
+        return self.damping(self.ratios(logits, labels))
 
     def update(self, logits: Sequence[Tensor], labels: Tensor) -> Tensor:
         """Write the coming step's rows from this batch's unimodal logits, without synchronizing; returns ``k``."""

@@ -94,4 +94,4 @@ class MultimodalNetwork(nn.Module):
 
     def as_blocks(self) -> Blocks:
         """The network as methods see it."""
-        return Blocks(self, self.blocks(), self.fusion, self.fusion.unimodal, self.features)
+        return Blocks(self, self.blocks(), self.fusion, self.fusion.unimodal, self.features, self.fusion.num_classes)

@@ -1,0 +1,62 @@
+"""AIM itself, on the protocol of its rivals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from aim_kernels.methods.base import Blocks, Method
+from aim_kernels.modulation.aim import AIM
+
+
+class AIMMethod(Method):
+    """:class:`aim_kernels.AIM` with all its options; :meth:`update` is its ``update``, and scores every depth.
+
+    ``num_classes=None``: that of the blocks. ``options`` go to AIM. Raises ValueError where neither tells the number of
+    classes, and what AIM raises.
+    """
+
+    #: What is made of the model, the optimizer and the number of classes.
+    make: Any = AIM
+
+    def __init__(
+        self, blocks: Blocks, optimizer: Any, *, num_classes: int | None = None, seed: int = 0, **options: Any
+    ) -> None:
+        super().__init__(blocks, optimizer, seed=seed)
+        num_classes = blocks.num_classes if num_classes is None else num_classes
+        if num_classes is None:
+            raise ValueError("num_classes is given neither here nor in the blocks")
+        self.aim = self.make(blocks.model, self.optimizer, num_classes, seed=seed, **options)
+
+    @property
+    def writes_rows_only(self) -> bool:  # type: ignore[override]
+        """Whether a training loop of one's own will do: not where a step takes two passes."""
+        return self.aim.mixing != "split"
+
+    def update(
+        self,
+        inputs: Sequence[Tensor],
+        labels: Tensor | None = None,
+        held_out: tuple[Sequence[Tensor], Tensor | None] | None = None,
+    ) -> Any:
+        """Returns AIM's table."""
+        table = self.aim.update(inputs, labels, held_out=held_out)
+        super().update(inputs, labels, held_out)
+        return table
+
+    def step(self, inputs: Sequence[Tensor], labels: Tensor) -> Tensor:
+        if self.writes_rows_only:
+            return super().step(inputs, labels)
+        self.optimizer.zero_grad()
+        loss: Tensor = self.aim.backward(lambda: self.loss(self.blocks.forward(inputs, labels)))
+        self.optimizer.step()
+        return loss.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "aim": self.aim.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.aim.load_state_dict(state["aim"])

@@ -1,0 +1,64 @@
+"""What every subset of the modalities would answer, and Shapley values of those answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from aim_kernels.methods.scores import wide
+
+#: ``2^M - 1`` passes through the fusion: more modalities than this are a mistake.
+MOST_MODALITIES = 10
+
+
+def coalition_logits(fuse: Callable[[list[Tensor]], Tensor], features: Sequence[Tensor]) -> Tensor:
+    """``[2^M - 1, B, K]``: the logits where only a coalition's features are there, the others' at zero.
+
+    Coalition c (from 1) holds modality m where bit m of c is set. Raises ValueError for more than ten modalities.
+    """
+    if len(features) > MOST_MODALITIES:
+        raise ValueError(f"{len(features)} modalities have {2 ** len(features) - 1} coalitions; at most 10 are tried")
+    zeros = [torch.zeros_like(z) for z in features]
+    return torch.stack(
+        [
+            fuse([z if coalition >> m & 1 else zeros[m] for m, z in enumerate(features)])
+            for coalition in range(1, 2 ** len(features))
+        ]
+    )
+
+
+def shapley_weights(modalities: int) -> list[list[float]]:
+    """``[M][2^M]``: what each coalition's value (the empty one's first) adds to each modality's Shapley value,
+    ``phi_m = sum_{S without m} |S|! (M - |S| - 1)! / M! * (v(S and m) - v(S))``."""
+    table = [[0.0] * 2**modalities for _ in range(modalities)]
+    for m in range(modalities):
+        for coalition in range(2**modalities):
+            if not coalition >> m & 1:
+                size = coalition.bit_count()
+                weight = math.factorial(size) * math.factorial(modalities - size - 1) / math.factorial(modalities)
+                table[m][coalition | 1 << m] += weight
+                table[m][coalition] -= weight
+    return table
+
+
+def shapley_logits(fuse: Callable[[list[Tensor]], Tensor], features: Sequence[Tensor]) -> Tensor:
+    """``[M, B, K]``: each modality's Shapley value of the logits themselves. The empty coalition counts as zero, so
+    that they add up to the joint logits."""
+    logits = wide(coalition_logits(fuse, features))
+    weights = torch.tensor(shapley_weights(len(features)), dtype=logits.dtype).to(logits.device, non_blocking=True)
+    return torch.einsum("mc,cbk->mbk", weights[:, 1:], logits)
+
+
+@torch.no_grad()
+def shapley_values(fuse: Callable[[list[Tensor]], Tensor], features: Sequence[Tensor], labels: Tensor) -> Tensor:
+    """``phi``, float64 ``[M]``: each modality's share of the mean probability of the true class, above the ``1 / K`` of
+    a network that sees nothing. They add up to the joint probability less ``1 / K``."""
+    logits = wide(coalition_logits(fuse, [z.detach() for z in features]))
+    index = labels[None, :, None].expand(len(logits), -1, 1)
+    values = logits.softmax(2).gather(2, index).double().mean((1, 2))
+    values = torch.cat([torch.full_like(values[:1], 1.0 / logits.shape[2]), values])
+    weights = torch.tensor(shapley_weights(len(features)), dtype=torch.float64).to(values.device, non_blocking=True)
+    return weights @ values

@@ -1,0 +1,75 @@
+"""OPM: features of the stronger modality are dropped, sample by sample."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aim_kernels.methods.base import Blocks, Method, Outputs, check_at_least, check_window, check_within
+from aim_kernels.methods.scores import mean_of_others, true_class_scores
+
+
+class OPM(Method):
+    """Each sample's features of modality m are zeroed with probability ``q_m = base * (1 + alpha * tanh(r_m - 1))``
+    (at most 1) where ``r_m > 1``, else 0; what stays is divided by ``1 - theta``.
+
+    ``r_m`` as in OGM, from this batch; ``theta = sum_m width_m q_m / sum_m width_m``. A batch is treated so with
+    ``probability``. Samples that lose every modality do not count. Source: GeWu-Lab/BML_TPAMI2024 (TPAMI 2024);
+    ``probability=0.7`` as in BalanceBenchmark, whose port takes the sum of the others for three modalities where we
+    take their mean. The defaults of ``base`` and ``alpha`` are ours.
+
+    The drop sits between encoders and fusion, so it is in :meth:`loss`: the joint logits of ``outputs`` go unused in a
+    batch that is treated, and ``blocks.fuse`` runs once more.
+
+    Raises ValueError for ``base`` or ``probability`` outside [0, 1], a negative ``alpha``.
+    """
+
+    writes_rows_only = False
+
+    def __init__(
+        self,
+        blocks: Blocks,
+        optimizer: Any,
+        *,
+        alpha: float = 1.0,
+        base: float = 0.5,
+        probability: float = 0.7,
+        starts: int = 0,
+        ends: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(blocks, optimizer, seed=seed)
+        check_at_least("alpha", alpha, 0.0)
+        check_within("base", base, 0.0, 1.0)
+        check_within("probability", probability, 0.0, 1.0)
+        check_window(starts, ends)
+        self.alpha, self.base, self.probability = alpha, base, probability
+        self.starts, self.ends = starts, ends
+
+    @torch.no_grad()
+    def probabilities(self, outputs: Outputs) -> Tensor:
+        """``q``, float64 ``[M]``."""
+        scores = true_class_scores(outputs.unimodal(), outputs.labels)
+        excess = scores / mean_of_others(scores) - 1.0
+        q = self.base * (1.0 + self.alpha * torch.tanh(excess.relu()))
+        return torch.where(excess > 0.0, q.clamp_max(1.0), torch.zeros_like(q))
+
+    def loss(self, outputs: Outputs) -> Tensor:
+        """Cross entropy of what the fusion makes of the features that are left."""
+        active = self.starts <= self.epoch and (self.ends is None or self.epoch <= self.ends)
+        # The first draw stays on the host: it decides what runs.
+        if not active or torch.rand((), generator=self.generator) >= self.probability:
+            return super().loss(outputs)
+        q = self.probabilities(outputs)
+        keep = self.uniform(len(q), len(outputs.labels)) >= q[:, None]
+        widths = [z[0].numel() for z in outputs.features]
+        theta = sum(width * q[m] for m, width in enumerate(widths)) / sum(widths)
+        left = [
+            z * keep[m].to(z.dtype).view(-1, *[1] * (z.dim() - 1)) / (1.0 - theta)
+            for m, z in enumerate(outputs.features)
+        ]
+        losses = nn.functional.cross_entropy(self.blocks.fuse(left), outputs.labels, reduction="none")
+        counted = keep.any(0)
+        return torch.where(counted, losses, torch.zeros_like(losses)).sum() / counted.sum().clamp_min(1)

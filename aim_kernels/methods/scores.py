@@ -1,0 +1,50 @@
+"""How well each modality does on a batch: what most methods compare. Nothing here waits for the device."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from aim_kernels.methods.base import Outputs
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32, or float64 where it is that already."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def true_class_scores(logits: Sequence[Tensor], labels: Tensor) -> Tensor:
+    """``s_m = sum_i softmax(logits_m[i])[y_i]``, float64 ``[M]``. ``logits``: ``[B, K]`` a modality; ``labels``:
+    ``[B]``."""
+    return torch.stack([wide(x).softmax(1).gather(1, labels[:, None]).double().sum() for x in logits])
+
+
+def accuracies(logits: Sequence[Tensor], labels: Tensor) -> Tensor:
+    """Share of the samples whose class each modality names, float64 ``[M]``."""
+    return torch.stack([(x.argmax(1) == labels).double().mean() for x in logits])
+
+
+def mean_of_others(scores: Tensor) -> Tensor:
+    """``mean_{m' != m} s_m'`` for each m; ``[M]``."""
+    return (scores.sum() - scores) / (len(scores) - 1)
+
+
+def unimodal_losses(outputs: Outputs) -> Tensor:
+    """Cross entropy of each modality's own logits, ``[M]``, differentiable."""
+    return torch.stack([nn.functional.cross_entropy(x, outputs.labels) for x in outputs.unimodal()])
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; every module's own flag after. ``model.train()`` would undo blocks that are frozen."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

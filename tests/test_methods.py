@@ -1,0 +1,145 @@
+"""What holds for every method: the protocol, resuming, three modalities, errors before anything is written."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+import torch
+from method_helpers import NEEDED, assert_same, batch, made, network, sgd
+
+import aim_kernels as ak
+from aim_kernels.methods import METHODS, make_method
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+EVERY = pytest.mark.parametrize("name", METHODS)
+
+
+def run(method: Any, steps: range) -> list[float]:
+    """Steps, and an update before every second one."""
+    losses = []
+    for step in steps:
+        inputs, labels = batch(3, seed=step)
+        if step % 2 == 0:
+            method.update(inputs, labels, held_out=batch(3, seed=100 + step))
+        losses.append(method.step(inputs, labels).item())
+    return losses
+
+
+@EVERY
+def test_it_learns_with_three_modalities(name: str) -> None:
+    net, method = made(name, 3)
+    before = [p.detach().clone() for p in net.parameters()]
+    losses = run(method, range(8))
+    assert all(torch.isfinite(p).all() for p in net.parameters())
+    assert all(not torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
+    assert losses[-1] < losses[0]
+    with method.evaluating():
+        assert all(torch.isfinite(p).all() for p in net.parameters())
+    assert method.updates == 4 and method.epoch == 3
+
+
+@EVERY
+def test_a_saved_run_goes_on_bit_for_bit(name: str) -> None:
+    net, method = made(name, 3)
+    run(method, range(5))
+    with method.optimizer.true_parameters():
+        weights = {key: value.clone() for key, value in net.state_dict().items()}
+    saved = {"optimizer": method.optimizer.state_dict(), "method": method.state_dict()}
+    torch.save(saved, path := io.BytesIO())
+    run(method, range(5, 9))
+
+    other, resumed = made(name, 3, seed=1)
+    path.seek(0)
+    saved = torch.load(path, weights_only=True)
+    other.load_state_dict(weights)
+    resumed.optimizer.load_state_dict(saved["optimizer"])
+    resumed.load_state_dict(saved["method"])
+    run(resumed, range(5, 9))
+    assert_same(net, other, rtol=0.0, atol=0.0)
+
+
+#: Methods of which a step is more than ``loss``, ``backward`` and ``after_backward`` on the module's own forward pass.
+NEED_STEP = {"opm", "sum-of-losses"}
+
+
+@EVERY
+def test_a_method_says_whether_a_loop_of_ones_own_will_do(name: str) -> None:
+    assert made(name)[1].writes_rows_only == (name not in NEED_STEP)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in NEED_STEP])
+def test_a_loop_of_ones_own_equals_step(name: str) -> None:
+    net, method = made(name, 2)
+    other, twin = made(name, 2)
+    for step in range(3):
+        inputs, labels = batch(2, seed=step)
+        method.step(inputs, labels)
+        twin.optimizer.zero_grad()
+        outputs = twin.blocks.forward(inputs, labels)
+        twin.loss(outputs).backward()
+        twin.after_backward(outputs)
+        twin.optimizer.step()
+    assert_same(net, other, rtol=0.0, atol=0.0)
+
+
+def test_names_are_public_and_wrong_ones_are_told() -> None:
+    _, blocks = network(2)
+    assert ak.make_method is make_method and isinstance(blocks, ak.Blocks)
+    with pytest.raises(ValueError, match="unknown method 'ogn'; it is one of joint, aim, "):
+        ak.make_method("ogn", blocks, sgd(blocks))
+    with pytest.raises(TypeError, match="SGD has none"):
+        make_method("joint", blocks, torch.optim.SGD(blocks.model.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match=r"groups name the modalities \[\].*blocks.param_groups"):
+        make_method("joint", blocks, ak.AIMFusedOptimizer(blocks.model.parameters()))
+
+
+def test_blocks_without_unimodal_logits_zero_the_other_features() -> None:
+    net, blocks = network(3)
+    plain = ak.Blocks(net, blocks.encoders, fuse=blocks.fuse)
+    inputs, labels = batch(3)
+    outputs = plain.forward(inputs, labels)
+    for m, logits in enumerate(outputs.unimodal()):
+        torch.testing.assert_close(logits, net.with_zeros(outputs.features, {m}), rtol=1e-12, atol=0.0)
+    for z, one in zip(plain.encode(inputs), outputs.features, strict=True):
+        assert torch.equal(z, one)
+
+
+REFUSED = [
+    ("ogm", {"alpha": -1.0}, "alpha must be"),
+    ("ogm", {"argument": "s"}, "unknown argument 's'; it is one of 'r', 'r-1'"),
+    ("ogm", {"boost": 0.5}, "boost must be at least 1"),
+    ("ogm-ge", {"noise": -1.0}, "noise must be"),
+    ("ogm", {"apply_to": "weights"}, "unknown apply_to"),
+    ("ogm", {"starts": -1}, "starts must be at least 0"),
+    ("ogm", {"starts": 3, "ends": 2}, "ends must be at least 3"),
+    ("opm", {"base": 1.5}, r"base must lie in \[0.0, 1.0\]"),
+    ("opm", {"probability": float("nan")}, "probability must lie"),
+    ("opm", {"alpha": -1.0}, "alpha must be"),
+    ("agm", {"sign": "minus"}, "unknown sign"),
+    ("agm", {"alpha": -1.0}, "alpha must be"),
+    ("mlb", {"beta_max": 0.0}, "beta_max must be at least 1"),
+    ("mlb", {"unimodal_weight": -1.0}, "unimodal_weight must be"),
+    ("cggm", {"rou": -1.0}, "rou must be"),
+    ("cggm", {"bounds": (2.0, 1.0)}, "low <= high"),
+    ("pdmp", {"dominant": "video"}, "dominant names 'video'; the modalities are a, b"),
+    ("pdmp", {"gamma_p": 0.5}, "gamma_p must be at least 1"),
+    ("sum-of-losses", {"encoder_factor": -3.0}, "encoder_factor must be"),
+    ("sum-of-losses", {"apply_to": "x"}, "unknown apply_to"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "message"), REFUSED)
+def test_options_out_of_range_are_refused_and_nothing_is_written(
+    name: str, options: dict[str, Any], message: str
+) -> None:
+    net, blocks = network(2)
+    optimizer = sgd(blocks)
+    rows = optimizer.tables.rows.clone()
+    before = [p.detach().clone() for p in net.parameters()]
+    with pytest.raises(ValueError, match=message):
+        make_method(name, blocks, optimizer, **{**NEEDED.get(name, {}), **options})
+    assert torch.equal(optimizer.tables.rows, rows)
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))

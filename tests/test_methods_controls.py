@@ -1,0 +1,195 @@
+"""AIM on the protocol, the controls that are made of it, and OPM."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from method_helpers import (
+    CLASSES,
+    Net,
+    assert_same,
+    batch,
+    cross_entropy,
+    follow,
+    made,
+    network,
+    sgd,
+    true_probabilities,
+)
+from torch import Tensor
+
+from aim_kernels import AIM, make_method
+from aim_kernels.rows import PHASES, ROW
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def probe(*rows: tuple[float, float]) -> Any:
+    return lambda _model, _inputs, _labels: rows
+
+
+LED_BY_A = probe((0.6, 0.8), (0.4, 0.4))
+
+
+def test_aim_as_a_method_is_aim() -> None:
+    net, method = made("aim", probe=LED_BY_A, alpha=1.0)
+    twin = copy.deepcopy(net)
+    _, blocks = network(2)
+    blocks = type(blocks)(twin, dict(zip("ab", map(list, twin.encoders), strict=True)), fuse=blocks.fuse)
+    optimizer = sgd(blocks)
+    aim = AIM(twin, optimizer, CLASSES, probe=LED_BY_A, alpha=1.0)
+    for step in range(6):
+        inputs, labels = batch(2, seed=step)
+        if step % 3 == 0:
+            assert repr(method.update(inputs, labels)) == repr(aim.update(inputs, labels))
+        method.step(inputs, labels)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(twin(*inputs), labels).backward()
+        optimizer.step()
+        assert_same(net, twin, rtol=0.0, atol=0.0)
+    assert method.aim.history[0].dominant == ("a",) and method.writes_rows_only
+    with method.evaluating(), optimizer.true_parameters():
+        assert_same(net, twin, rtol=0.0, atol=0.0)
+
+
+def test_two_passes_are_asked_of_aim() -> None:
+    _, method = made("aim", probe=LED_BY_A)
+    inputs, labels = batch(2)
+    asked = []
+
+    def backward(closure: Any) -> Tensor:
+        for _ in range(2):
+            loss = closure()
+            loss.backward()
+            asked.append(loss.item())
+        return loss
+
+    method.aim.mixing, method.aim.backward = "split", backward
+    assert not method.writes_rows_only
+    assert method.step(inputs, labels).item() == asked[0] == asked[1]
+
+
+@pytest.mark.parametrize("mixing", ["alternate", "weights"])
+def test_no_mask_degrades_every_weight_of_a_dominant_block(mixing: str) -> None:
+    net, method = made("no-mask", probe=LED_BY_A, mixing=mixing, alpha=0.5, probability=1.0)
+    table = method.update(*batch(2))
+    assert table.dominant == ("a",)
+    for group, row in zip(method.optimizer.param_groups, method.optimizer.tables.rows, strict=True):
+        for phase in PHASES:
+            pairs = [
+                [row[ROW[f"{phase}_{kind}_{c}"]].item() for c in ("under", "well")] for kind in ("grad", "step", "live")
+            ]
+            assert all(under == well for under, well in pairs), "no row tells classes apart"
+        degraded = group["modality"] == "a" and group["modulated"]
+        expected = 1.0 - table.kappa["a"][group["depth"]] if degraded else 1.0
+        assert row[ROW["aux_live_well"]].item() == pytest.approx(expected, abs=1e-12)
+    for _ in range(2):
+        method.step(*batch(2))
+    live = [p.detach().clone() for p in net.parameters()]
+    with method.evaluating():
+        for (name, p), seen in zip(net.named_parameters(), live, strict=True):
+            depth = int(name.split(".")[2]) if "encoders" in name else 0
+            degraded = "encoders.0" in name and p.dim() > 1
+            expected = (1.0 - table.kappa["a"][depth]) * p if degraded else p
+            torch.testing.assert_close(seen, expected.detach(), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", ["drop", "feature-scale"])
+def test_dominant_features_are_dropped_or_scaled_in_training_only(name: str) -> None:
+    net, method = made(name, probe=LED_BY_A, alpha=0.5)
+    neutral = method.optimizer.tables.rows.clone()
+    kappa = sum(method.update(*batch(2)).kappa["a"]) / 2
+    inputs, labels = batch(2, count=3000)
+    net.eval()
+    plain = net.features(inputs)
+    net.train()
+    a, b = method.blocks.forward(inputs, labels).features
+    assert torch.equal(b, plain[1])
+    if name == "feature-scale":
+        torch.testing.assert_close(a, plain[0] * (1.0 - kappa), rtol=1e-12, atol=0.0)
+    else:
+        dropped = (a == 0.0).all(1)
+        assert torch.equal(a[~dropped], plain[0][~dropped])
+        assert abs(dropped.double().mean() - kappa) < 0.05  # five standard errors of 3000 draws
+    assert torch.equal(method.optimizer.tables.rows, neutral)
+    method.remove()
+    assert torch.equal(net.features(inputs)[0], plain[0])
+
+
+def opm(alpha: float, base: float, probability: float) -> Any:
+    def step(net: Net, peer: Any, inputs: list[Tensor], labels: Tensor, memory: dict[str, Any]) -> None:
+        draws = memory.setdefault("draws", torch.Generator().manual_seed(0))
+        peer.zero_grad()
+        features = net.features(inputs)
+        count, modalities = len(labels), len(features)
+        if torch.rand((), generator=draws).item() >= probability:
+            cross_entropy(net(*inputs), labels).backward()
+            peer.step()
+            return
+        s = [sum(true_probabilities(x, labels)) for x in net.own_logits(features)]
+        q = []
+        for m in range(modalities):
+            r = s[m] * (modalities - 1) / (sum(s) - s[m])
+            q.append(min(base * (1 + alpha * torch.tensor(r - 1).tanh().item()), 1.0) if r > 1 else 0.0)
+        theta = sum(q) / modalities  # all features are equally wide
+        kept = (torch.rand(modalities, count, generator=draws).double() >= torch.tensor(q).double()[:, None]).tolist()
+        losses = []
+        for i in range(count):
+            if any(kept[m][i] for m in range(modalities)):
+                row = [features[m][i : i + 1] * float(kept[m][i]) / (1 - theta) for m in range(modalities)]
+                losses.append(cross_entropy(net.head(torch.cat(row, 1)), labels[i : i + 1]))
+        memory["lost"] = memory.get("lost", 0) + count - len(losses)
+        memory["q"] = q
+        (sum(losses) / len(losses)).backward()
+        peer.step()
+
+    return step
+
+
+@pytest.mark.parametrize("modalities", [2, 3])
+@pytest.mark.parametrize("probability", [0.5, 1.0])
+def test_opm(modalities: int, probability: float) -> None:
+    # q passes through float32 in the transcription's tanh
+    follow(
+        "opm",
+        opm(0.8, 0.4, probability),
+        modalities,
+        alpha=0.8,
+        base=0.4,
+        probability=probability,
+        tolerance={"rtol": 1e-5, "atol": 1e-7},
+    )
+
+
+def test_opm_drops_nothing_where_modalities_are_equally_good_or_outside_of_its_epochs() -> None:
+    net, method = made("opm", probability=1.0, base=1.0, starts=1)
+    inputs, labels = batch(2)
+    outputs = method.blocks.forward(inputs, labels)
+    torch.testing.assert_close(method.loss(outputs), cross_entropy(outputs.logits, labels), rtol=1e-12, atol=0.0)
+    method.update(inputs, labels)
+    method.update(inputs, labels)
+    assert method.probabilities(outputs).max() == 1.0, "else the loss above says nothing"
+    assert not torch.isclose(method.loss(outputs), cross_entropy(outputs.logits, labels))
+    net.head.weight.data[:, 4:] = net.head.weight.data[:, :4]
+    same = type(outputs)(
+        outputs.blocks, [outputs.features[0]] * 2, net.head(torch.cat([outputs.features[0]] * 2, 1)), labels
+    )
+    assert method.probabilities(same).tolist() == [0.0, 0.0]
+    torch.testing.assert_close(method.loss(same), cross_entropy(same.logits, labels), rtol=1e-12, atol=0.0)
+
+
+def test_opm_of_a_batch_that_lost_everything_is_zero() -> None:
+    _, method = made("opm", probability=1.0)
+    method.probabilities = lambda outputs: torch.ones(2, dtype=torch.float64) * torch.tensor([1.0, 1.0 - 1e-9])
+    method.uniform = lambda *shape: torch.zeros(*shape)
+    outputs = method.blocks.forward(*batch(2))
+    assert method.loss(outputs).item() == 0.0
+
+
+def test_no_mask_takes_aims_options() -> None:
+    _, blocks = network(2)
+    with pytest.raises(ValueError, match="unknown mixing"):
+        make_method("no-mask", blocks, sgd(blocks), num_classes=CLASSES, mixing="nothing")
