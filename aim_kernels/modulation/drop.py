@@ -5,6 +5,7 @@ Cheap and strong against a shortcut (specification section 6), so it belongs in 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,6 +48,12 @@ class FeatureDrop(AIM):
 
     def _write_rows(self, table: ModulationTable) -> None:
         self.drop = {m: sum(row) / len(row) if m in table.dominant else 0.0 for m, row in table.kappa.items()}
+
+    def backward(self, closure: Callable[[], Tensor], backward: Callable[[Tensor], Any] | None = None) -> Tensor:
+        """One plain pass: features are dropped in it, whatever ``mixing`` says."""
+        loss = closure()
+        (torch.Tensor.backward if backward is None else backward)(loss)
+        return loss.detach()
 
     def remove(self) -> None:
         """Take the hooks off the model."""
