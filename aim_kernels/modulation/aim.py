@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from aim_kernels.distributed import any_dtensor
 from aim_kernels.modulated import unwrapped
+from aim_kernels.modulation.features import FeatureMixing
 from aim_kernels.modulation.mixing import WRITERS
 from aim_kernels.modulation.mixing import backward as _backward
 from aim_kernels.modulation.options import DEAD_ZONES, check_at_least, check_choices, check_finite, factor_at
@@ -36,6 +37,11 @@ class AIM(Scoring):
         the auxiliary weights, the rest from the average.
     ``mixing="weights"``
         Always degraded, everything learns; ``coefficients`` as in ``optimizer.set_strength``.
+    ``mixing="features"``
+        A block of a dominant modality answers ``(1 - kappa) * E(z; theta) + kappa * E(z; theta_aux)`` in training mode,
+        with gradients to ``theta_aux`` through under-optimized elements only: two forward passes of the block by
+        ``torch.func.functional_call``, in eager PyTorch, which is slow and shows what the others stand for. Call
+        :meth:`remove` to take its hooks off the model again.
 
     Where nobody is dominant all of them are joint training. ``decouple="all"`` multiplies the update of a weak
     modality's under-optimized weights by ``1 + beta * weak_kappa``.
@@ -124,10 +130,10 @@ class AIM(Scoring):
         optimizer = unwrapped(optimizer)
         if not hasattr(optimizer, "set_phase_rows"):
             raise TypeError(f"AIM writes rows of an AIMFusedOptimizer; {type(optimizer).__name__} has none")
-        if mixing == "split" and any_dtensor(optimizer.param_groups):
+        if mixing in ("split", "features") and any_dtensor(optimizer.param_groups):
             raise ValueError(
-                "mixing='split' routes gradients by hooks on parameters, which sharded ones (DTensor, FSDP2) do not "
-                "call; use mixing='alternate'"
+                f"mixing={mixing!r} works on whole parameters, and the optimizer's are sharded (DTensor, FSDP2); "
+                "use mixing='alternate'"
             )
         self.wrapped = model
         if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -157,6 +163,7 @@ class AIM(Scoring):
         for name, way in pools.items():
             check_choices(pool=way)
             self._pools[name] = way if callable(way) else POOLS[way]
+        self._handles = self._install()
         running = [name for name, module in model.named_modules() if getattr(module, "running_mean", None) is not None]
         if running:
             warnings.warn(
@@ -216,6 +223,15 @@ class AIM(Scoring):
         self.updates += 1
         self.history.append(table)
         return table
+
+    def _install(self) -> list[Any]:
+        """Handles of the hooks that the method needs on the model."""
+        return FeatureMixing(self).handles if self.mixing == "features" else []
+
+    def remove(self) -> None:
+        """Takes the hooks off the model, where there are any; the method is then without effect on it."""
+        for handle in self._handles:
+            handle.remove()
 
     def _write_rows(self, table: ModulationTable) -> None:
         WRITERS[self.mixing](self, table)

@@ -68,11 +68,19 @@ def _write_weights(aim: AIM, table: ModulationTable) -> None:
             aim.optimizer.set_phase_rows(index, true=row, aux=row)
 
 
+def _write_features(aim: AIM, table: ModulationTable) -> None:
+    aim.optimizer.set_phases(0.0)
+    for index, group in enumerate(aim.optimizer.param_groups):
+        row = stimulus(aim, table, group)
+        aim.optimizer.set_phase_rows(index, true=row, aux=row)
+
+
 #: Writers of rows, by ``mixing``.
 WRITERS: dict[str, Callable[[AIM, ModulationTable], None]] = {
     "alternate": _write_alternate,
     "split": _write_split,
     "weights": _write_weights,
+    "features": _write_features,
 }
 
 # -- two passes -------------------------------------------------------------------------------------------------------

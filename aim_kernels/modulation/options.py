@@ -12,7 +12,7 @@ DEAD_ZONES = {"gap": 0.2, "ratio": 0.0}
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "decouple": ("dominant", "all"),
-    "mixing": ("alternate", "split", "weights"),
+    "mixing": ("alternate", "split", "weights", "features"),
     "probe": ("prototypes", "linear", "gradients"),
     "rule": ("gap", "ratio"),
     "init": ("noise", "mean"),
