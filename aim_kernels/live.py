@@ -27,6 +27,7 @@ class LiveWeights(Modulated):
     _inputs: compiled.GraphInputs | None
     _holds_true_weights: bool
     _holds_averages: bool
+    _in_true_pass: bool  # true weights are in the module until the next step, or may be
     _release: Release | None
     _leaving: set[int]  # groups whose masters the next step makes superfluous
 
@@ -107,6 +108,37 @@ class LiveWeights(Modulated):
                 for (p, _), values in zip(averaged, before, strict=True):
                     distributed.local_of(p).copy_(values)
                 distributed.reshard_all(p for p, _ in averaged)
+
+    def refuse_passes(self) -> None:
+        """Raises RuntimeError where two passes before a step cannot be had: what ``step()`` refuses, and steps inside
+        backward."""
+        if self._release is not None:
+            raise RuntimeError(
+                "the optimizer steps inside backward (step_in_backward), which would step in the first of two passes: "
+                "call release.remove()"
+            )
+        self._refuse_true_weights()
+
+    @compiled.outside_graphs
+    @torch.no_grad()
+    def begin_true_pass(self) -> None:
+        """Puts the true weights into the module for another forward pass before ``step()``.
+
+        The step reads the masters and writes the next live weights over them, so nothing is to be put back.
+        """
+        masters = self._masters()
+        for p, master in masters:
+            p.copy_(master)
+        self._in_true_pass = bool(masters)
+        distributed.reshard_all(p for p, _ in masters)
+
+    @compiled.outside_graphs
+    @torch.no_grad()
+    def begin_live_pass(self) -> None:
+        """Puts the live weights back after a true pass that no step has followed: batches are accumulated, or the step
+        was skipped."""
+        if self._in_true_pass:
+            self._emit()
 
     def _masters(self) -> list[tuple[Tensor, Tensor]]:
         return [

@@ -180,7 +180,7 @@ class AIMFusedOptimizer(LiveWeights):
         self._seed = seed
         self._step_supports_amp_scaling = bool(fused_scaling)  # GradScaler's question
         self._plan: StepPlan | None = None
-        self._holds_true_weights = self._holds_averages = False
+        self._holds_true_weights = self._holds_averages = self._in_true_pass = False
         self._leaving = set()
         self._release = None
         # Of parameters that have no state yet: torch.distributed.checkpoint makes states only where there are none.
@@ -320,6 +320,8 @@ class AIMFusedOptimizer(LiveWeights):
             self.grad_norm = clip(plan, backend, self.max_grad_norm)
         plan.read_hyperparameters(on_device=backend.ON_DEVICE)
         backend.step(plan)
+        if found_inf is None or not backend.ON_DEVICE:
+            self._in_true_pass = False  # a device may have skipped the step
         if capturing(self.tables.rows.device):
             self._captured.append((plan, plan.launch))
         plan.bump_versions()
@@ -369,6 +371,7 @@ class AIMFusedOptimizer(LiveWeights):
 
     def _emit(self) -> None:
         """Writes the live weights of the masters into the module."""
+        self._in_true_pass = False
         masters = self._masters()
         if not masters:
             return
@@ -454,7 +457,8 @@ class AIMFusedOptimizer(LiveWeights):
         return f"{super().__repr__().removesuffix(')')}{whole})"
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ["tables", "anchor", "backend", "_seed", "_holds_true_weights", "_step_supports_amp_scaling"]
+        kept = ["tables", "anchor", "backend", "_seed", "_holds_true_weights", "_in_true_pass"]
+        kept += ["_step_supports_amp_scaling"]
         kept += ["sync_every", "keep_masters", "max_grad_norm", "zero_grad_in_step", "_anchors", "_hidden_defaults"]
         group = None if self.process_group is None else distributed.Absent.PROCESS_GROUP
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}, "process_group": group}
@@ -463,7 +467,7 @@ class AIMFusedOptimizer(LiveWeights):
         # What an earlier release did not pickle.
         self.process_group, self.sync_every, self.keep_masters = None, 1, False
         self.max_grad_norm = self.grad_norm = None
-        self.zero_grad_in_step = self._holds_averages = False
+        self.zero_grad_in_step = self._holds_averages = self._in_true_pass = False
         self._anchors, self._hidden_defaults, self._release = {}, {}, None
         super().__setstate__(state)
         for group in (self.defaults, *self.param_groups):

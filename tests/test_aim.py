@@ -313,7 +313,7 @@ def test_pooling_may_differ_by_modality() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mixing": "split"}, "unknown mixing 'split'; it is one of 'alternate', 'weights'"),
+        ({"mixing": "mean"}, "unknown mixing 'mean'; it is one of 'alternate', 'split', 'weights', 'features'"),
         ({"decouple": "weak"}, "unknown decouple"),
         ({"probe": "knn"}, "unknown probe 'knn'; it is one of .* or a callable"),
         ({"rule": "difference"}, "unknown rule"),

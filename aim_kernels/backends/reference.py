@@ -234,6 +234,21 @@ def _emit(
     p.copy_(_live(state["master"], state.get("anchor"), under, live))
 
 
+def classes_of(
+    group: dict[str, Any], state: dict[str, Any], row: list[float], control: list[int], index: int
+) -> Tensor | None:
+    """Which elements of a parameter are under-optimized after its latest step: the class by which its live weights were
+    written. None where the group keeps no optimization state.
+
+    ``state``, ``row`` and ``control`` are the parameter's, its group's and the optimizer's; ``index`` is the
+    parameter's number among all.
+    """
+    m, v, _ = _moments(group, state)
+    if m is None or v is None:
+        return None
+    return _under(m, v, group, float(state["step"]), row[ROW["tau_prev"]])
+
+
 def _moments(group: dict[str, Any], state: dict[str, Any]) -> tuple[Any, Any, Any]:
     """First, second and extra moment in the arithmetic type, themselves where they are stored so; None where the group
     keeps none."""

@@ -5,6 +5,7 @@ Cheap and strong against a shortcut (specification section 6), so it belongs in 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,8 +29,10 @@ class FeatureDrop(AIM):
         super().__init__(model, optimizer, num_classes, **options)
         self.drop = dict.fromkeys(self.modalities, 0.0)
         self.drop_generator = torch.Generator().manual_seed(options.get("seed", 0) + 1)
+
+    def _install(self) -> list[Any]:
         modules = self._modules or self._find_modules()
-        self._handles = [modules[m][-1].register_forward_hook(self._hook_of(m)) for m in self.modalities]
+        return [modules[m][-1].register_forward_hook(self._hook_of(m)) for m in self.modalities]
 
     def _hook_of(self, modality: str) -> Any:
         def hook(module: nn.Module, _args: Any, output: Any) -> Any:
@@ -51,10 +54,11 @@ class FeatureDrop(AIM):
     def _write_rows(self, table: ModulationTable) -> None:
         self.drop = {m: sum(row) / len(row) if m in table.dominant else 0.0 for m, row in table.kappa.items()}
 
-    def remove(self) -> None:
-        """Take the hooks off the model."""
-        for handle in self._handles:
-            handle.remove()
+    def backward(self, closure: Callable[[], Tensor], backward: Callable[[Tensor], Any] | None = None) -> Tensor:
+        """One plain pass: features are dropped in it, whatever ``mixing`` says."""
+        loss = closure()
+        (torch.Tensor.backward if backward is None else backward)(loss)
+        return loss.detach()
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "drop": dict(self.drop), "drop_generator": self.drop_generator.get_state()}
