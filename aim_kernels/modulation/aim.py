@@ -94,7 +94,7 @@ class AIM(Scoring):
         probe: str | Probe = "prototypes",
         rule: str | None = None,
         dead_zone: float | None = None,
-        probability: float = 0.5,
+        probability: float | str = "strength",
         beta: float = 1.0,
         coefficients: str = "chain",
         prototype_steps: int = 30,
@@ -124,8 +124,10 @@ class AIM(Scoring):
         check_finite(
             alpha=alpha, beta=beta, dead_zone=dead_zone, prototype_lr=prototype_lr, auxiliary_weight=auxiliary_weight
         )
-        if not 0.0 <= probability <= 1.0:
-            raise ValueError(f"probability must lie in [0, 1], got {probability}")
+        if isinstance(probability, str):
+            check_choices(probability=probability)
+        elif not 0.0 <= probability <= 1.0:
+            raise ValueError(f"probability must be 'strength' or lie in [0, 1], got {probability}")
         check_at_least(num_classes=(num_classes, 2), batch_size=(batch_size, 1), prototype_steps=(prototype_steps, 0))
         optimizer = unwrapped(optimizer)
         if not hasattr(optimizer, "set_phase_rows"):

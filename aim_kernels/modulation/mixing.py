@@ -41,8 +41,17 @@ def _write_alternate(aim: AIM, table: ModulationTable) -> None:
         elif modality in table.weak:
             aux = stimulus(aim, table, group)
             true = {**({} if aim.learn_weak_in_true_phase else _HELD), **aux}
+        elif modality is None and table.dominant and aim.head_from != "average":
+            (true if aim.head_from == "auxiliary" else aux).update(_HELD)
         aim.optimizer.set_phase_rows(index, true=true, aux=aux)
-    aim.optimizer.set_phases(aim.probability if table.dominant else 0.0)
+    aim.optimizer.set_phases(_probability(aim, table) if table.dominant else 0.0)
+
+
+def _probability(aim: AIM, table: ModulationTable) -> float:
+    """Of the auxiliary phase: given, or the greatest strength of a dominant modality's blocks."""
+    if not isinstance(aim.probability, str):
+        return aim.probability
+    return max(kappa for modality in table.dominant for kappa in table.kappa[modality])
 
 
 def _write_split(aim: AIM, table: ModulationTable) -> None:
