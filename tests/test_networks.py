@@ -29,6 +29,8 @@ from aim_kernels.networks import (
 )
 from aim_kernels.networks.transformer import Tokens, sinusoids
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 #: The same float32 sums in another order: a few units in the last place of values around one.
 CLOSE = {"rtol": 1e-5, "atol": 2e-6}
 SHAPES = {"table": (7,), "signal": (3, 40), "image": (1, 16, 20), "video": (3, 2, 16, 16)}
@@ -40,11 +42,6 @@ DEPTHS = {
     "resnet18": (0, 0, 5, 5),
     "transformer": (0, 3, 3, 3),
 }
-
-
-@pytest.fixture(autouse=True)
-def _seed(one_thread: None) -> None:
-    torch.manual_seed(0)
 
 
 def features(count: int, batch: int = 5, widths: tuple[int, ...] = (8, 12, 6)) -> list[Tensor]:

@@ -92,7 +92,7 @@ def crema_d(
     Source: Cao et al., IEEE Transactions on Affective Computing 5, 2014 (Open Database License); lists and frames as
     the published code of OGM-GE (343dc1d).
     """
-    base = Path(root)
+    base = existing(root)
     check(split, validation, missing)
     if (base / "train.csv").exists():
         rows = [(name, label) for name, label in lines(base / f"{listed(split)}.csv", ",", 2)]
@@ -135,7 +135,7 @@ def kinetics_sounds(
     Source: Arandjelovic and Zisserman, arXiv 1705.08168, of Kinetics, arXiv 1705.06950 (annotations CC BY 4.0); the
     first layout as the published code of OGM-GE (343dc1d).
     """
-    base = Path(root)
+    base = existing(root)
     check(split, validation, missing)
     readers = {"audio": audio or LogSpectrogram(seconds=10.0), "video": video or Frames()}
     if (base / "my_train.txt").exists():
@@ -173,7 +173,7 @@ def ave(
     Options and errors as for :func:`crema_d`; sound is ten seconds by default.
     Source: Tian et al., arXiv 1803.08842.
     """
-    base = Path(root)
+    base = existing(root)
     check(split, 0.0, missing)
     lists = {"train": "trainSet.txt", "validation": "valSet.txt", "test": "testSet.txt"}
     rows = {name: [row for row in lines(base / own, "&", 5) if row[0] != "Category"] for name, own in lists.items()}
@@ -213,7 +213,7 @@ def ucf101(
     for :func:`crema_d`; ValueError for unknown modalities, fewer than two, or another fold.
     Source: Soomro et al., arXiv 1212.0402; frames and flow in the layout of Feichtenhofer et al., arXiv 1604.06573.
     """
-    base = Path(root)
+    base = existing(root)
     known: dict[str, Reader] = {"rgb": Frames(), "flow": Flow(), "audio": LogSpectrogram()}
     check(split, validation, missing)
     if len(modalities) < 2 or len(set(modalities)) != len(modalities) or not set(modalities) <= set(known):
@@ -241,6 +241,12 @@ def ucf101(
 
 
 # -- what they share ---------------------------------------------------------------------------------------------------
+
+
+def existing(root: str | os.PathLike[str]) -> Path:
+    if not Path(root).is_dir():
+        raise FileNotFoundError(f"root {os.fspath(root)!r} is not a folder")
+    return Path(root)
 
 
 def check(split: str, validation: float, missing: str) -> None:
@@ -296,8 +302,6 @@ def share_of(
 
 def folders(base: Path, pattern: str) -> list[str]:
     """Names of the folders in ``base`` that match, the last first: more frames a second go before fewer."""
-    if not base.is_dir():
-        raise FileNotFoundError(f"root {os.fspath(base)!r} is not a folder")
     return sorted((f.name for f in base.iterdir() if f.is_dir() and re.fullmatch(pattern, f.name)), reverse=True)
 
 
