@@ -1,8 +1,9 @@
 """Small multimodal data sets, built from files that installed packages or downloaded wheels carry: nothing is
-downloaded."""
+downloaded. And loaders for data sets of the field, in the layouts in which they are published."""
 
 from __future__ import annotations
 
+from aim_kernels.data.clips import Clips, ave, crema_d, kinetics_sounds, ucf101
 from aim_kernels.data.common import MissingPackageError, MultimodalData, Split
 from aim_kernels.data.digits import coloured_digits
 from aim_kernels.data.registry import DATA_SETS, Task
@@ -11,14 +12,19 @@ from aim_kernels.data.watch import smartwatch
 
 __all__ = [
     "DATA_SETS",
+    "Clips",
     "MissingPackageError",
     "MultimodalData",
     "Split",
     "Task",
+    "ave",
     "coloured_digits",
+    "crema_d",
     "htad",
+    "kinetics_sounds",
     "mnist_hog",
     "mnist_weak",
     "multiple_features",
     "smartwatch",
+    "ucf101",
 ]

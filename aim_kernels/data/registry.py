@@ -30,5 +30,5 @@ DATA_SETS: dict[str, Task] = {
     "mfeat-fou-zer": Task(partial(multiple_features, views=("fou", "zer")), ("fou", "zer"), 30, 32),
     "mfeat-six": Task(multiple_features, ("fou", "fac", "kar", "pix", "zer", "mor"), 20, 32),
     "mnist-hog": Task(mnist_hog, ("hog0", "hog1", "hog2", "hog3"), 20, 64),
-    "mnist-weak": Task(mnist_weak, ("image", "coarse"), 15, 64),
+    "mnist-weak": Task(mnist_weak, ("image", "coarse"), 20, 64),
 }
