@@ -34,7 +34,8 @@ def test_it_learns_with_three_modalities(name: str) -> None:
     before = [p.detach().clone() for p in net.parameters()]
     losses = run(method, range(8))
     assert all(torch.isfinite(p).all() for p in net.parameters())
-    assert all(not torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
+    changed = [not torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True)]
+    assert all(changed) or (name == "shapley-alternation" and all(changed[-2:])), "there an encoder may wait for its turn"
     assert losses[-1] < losses[0]
     with method.evaluating():
         assert all(torch.isfinite(p).all() for p in net.parameters())
@@ -62,7 +63,7 @@ def test_a_saved_run_goes_on_bit_for_bit(name: str) -> None:
 
 
 #: Methods of which a step is more than ``loss``, ``backward`` and ``after_backward`` on the module's own forward pass.
-NEED_STEP = {"opm", "sum-of-losses"}
+NEED_STEP = {"opm", "mlb", "sum-of-losses", "inforeg", "pmr", "mmpareto", "mla", "sam", "m-sam"}
 
 
 @EVERY
