@@ -69,15 +69,8 @@ def pmr(alpha: float, momentum: float, ratio: bool) -> Step:
 @BOTH
 @pytest.mark.parametrize("weighting", ["one", "ratio"])
 def test_pmr(modalities: int, weighting: str) -> None:
-    follow(
-        "pmr",
-        pmr(0.7, 0.4, weighting == "ratio"),
-        modalities,
-        update_every=2,
-        alpha=0.7,
-        momentum=0.4,
-        weighting=weighting,
-    )
+    options = {"alpha": 0.7, "momentum": 0.4, "weighting": weighting}
+    follow("pmr", pmr(0.7, 0.4, weighting == "ratio"), modalities, update_every=2, **options)
 
 
 def test_pmr_knows_classes_only_by_their_samples() -> None:
@@ -254,14 +247,11 @@ def test_relearning_moves_encoders_back_by_the_gap_of_purities(modalities: int) 
 
 
 def test_relearning_measures_purities_of_features() -> None:
-    net, method = made("diagnosing-relearning")
+    _, method = made("diagnosing-relearning")
     inputs, labels = batch(2, count=60)
-    plain = nn.functional.one_hot(labels, WIDTH).double()
-    net.encoders[0][1] = nn.Sequential(nn.Linear(8, WIDTH).double())
-    method.blocks.forward = lambda xs, ys: type(outputs)(
-        method.blocks, [plain, torch.zeros(60, WIDTH).double()], outputs.logits, ys
-    )
-    outputs = made("joint")[1].blocks.forward(inputs, labels)
+    outputs = method.blocks.forward(inputs, labels)
+    outputs.features[:] = [nn.functional.one_hot(labels, WIDTH).double(), torch.zeros(60, WIDTH).double()]
+    method.blocks.forward = lambda inputs, labels: outputs
     # the first modality's features are its classes; the second one's tell nothing, and every cluster is a third right
     assert method.purities(inputs, labels).tolist() == pytest.approx([1.0, 1 / 3])
 
@@ -269,7 +259,7 @@ def test_relearning_measures_purities_of_features() -> None:
 def test_relearning_changes_the_true_weights_where_live_ones_are_degraded() -> None:
     net, method = made("diagnosing-relearning", every=1)
     start = copy.deepcopy(net)
-    method.optimizer.set_strength("a", 0, 0.5)
+    method.optimizer.set_modulation(("a", 0), live_under=0.5, live_well=0.5)
     method.purities = lambda inputs, labels: torch.full((2,), 0.4 if inputs is seen else 0.1, dtype=torch.float64)
     seen, labels = batch(2)
     method.update(seen, labels, held_out=batch(2, seed=1))
