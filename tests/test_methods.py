@@ -34,7 +34,9 @@ def test_it_learns_with_three_modalities(name: str) -> None:
     before = [p.detach().clone() for p in net.parameters()]
     losses = run(method, range(8))
     assert all(torch.isfinite(p).all() for p in net.parameters())
-    assert all(not torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
+    changed = [not torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True)]
+    # of the last an encoder may wait long for its turn
+    assert all(changed) or (name == "shapley-alternation" and all(changed[-2:]))
     assert losses[-1] < losses[0]
     with method.evaluating():
         assert all(torch.isfinite(p).all() for p in net.parameters())
@@ -62,7 +64,7 @@ def test_a_saved_run_goes_on_bit_for_bit(name: str) -> None:
 
 
 #: Methods of which a step is more than ``loss``, ``backward`` and ``after_backward`` on the module's own forward pass.
-NEED_STEP = {"opm", "sum-of-losses"}
+NEED_STEP = {"opm", "mlb", "sum-of-losses", "inforeg", "pmr", "mmpareto", "mla", "sam", "m-sam"}
 
 
 @EVERY
@@ -128,6 +130,26 @@ REFUSED = [
     ("pdmp", {"gamma_p": 0.5}, "gamma_p must be at least 1"),
     ("sum-of-losses", {"encoder_factor": -3.0}, "encoder_factor must be"),
     ("sum-of-losses", {"apply_to": "x"}, "unknown apply_to"),
+    ("amss", {"sample": "best"}, "unknown sample"),
+    ("amss+", {"weight": "inverse"}, "use sample='bernoulli'"),
+    ("amss", {"significance": "g"}, "unknown significance"),
+    ("amss", {"label_entropy": "none"}, "unknown label_entropy"),
+    ("amss", {"temperature": 0.0}, "temperature must be positive"),
+    ("amss", {"low": 0.6, "high": 0.5}, r"high must lie in \[0.6, 1.0\]"),
+    ("mmpareto", {"gamma": -1.0}, "gamma must be"),
+    ("inforeg", {"strength": [0.1, 0.2, 0.3]}, "3 numbers for 2 modalities"),
+    ("inforeg", {"strength": -1.0}, "strength must be"),
+    ("inforeg", {"scores": "max"}, "unknown scores"),
+    ("pmr", {"momentum": 2.0}, "momentum must lie"),
+    ("pmr", {"weighting": "two"}, "unknown weighting"),
+    ("mla", {"projection": "svd"}, "unknown projection"),
+    ("diagnosing-relearning", {"every": 0}, "every must be at least 1"),
+    ("diagnosing-relearning", {"times": -1}, "times must be at least 0"),
+    ("sam", {"rho": -0.1}, "rho must be"),
+    ("m-sam", {"perturb": "some"}, "unknown perturb"),
+    ("shapley-alternation", {"period": "week"}, "unknown period"),
+    ("shapley-alternation", {"margin": -1.0}, "margin must be"),
+    ("weight-averaging", {"decay": -0.1}, "decay must lie"),
 ]
 
 

@@ -24,6 +24,17 @@ METHODS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "feature-scale": ("aim_kernels.methods.controls", "FeatureScale", {}),
     "no-mask": ("aim_kernels.methods.controls", "NoMask", {}),
     "sum-of-losses": ("aim_kernels.methods.controls", "SumOfLosses", {}),
+    "amss": ("aim_kernels.methods.amss", "AMSS", {}),
+    "amss+": ("aim_kernels.methods.amss", "AMSS", {"weight": "plus"}),
+    "inforeg": ("aim_kernels.methods.inforeg", "InfoReg", {}),
+    "mmpareto": ("aim_kernels.methods.mmpareto", "MMPareto", {}),
+    "pmr": ("aim_kernels.methods.pmr", "PMR", {}),
+    "mla": ("aim_kernels.methods.mla", "MLA", {}),
+    "diagnosing-relearning": ("aim_kernels.methods.relearning", "Relearning", {}),
+    "sam": ("aim_kernels.methods.sam", "SAM", {}),
+    "m-sam": ("aim_kernels.methods.sam", "MSAM", {}),
+    "weight-averaging": ("aim_kernels.methods.averaging", "WeightAveraging", {}),
+    "shapley-alternation": ("aim_kernels.methods.shapley", "ShapleyAlternation", {}),
 }
 
 

@@ -117,10 +117,9 @@ class Blocks:
             for own in range(len(features))
         ]
 
-    def parameters(self, modality: str, *, with_gradient: bool = False) -> list[nn.Parameter]:
-        """All parameters of one encoder, shallow to deep; with ``with_gradient`` those that have a gradient now."""
-        found = [p for block in self.encoders[modality] for p in block.parameters()]
-        return [p for p in found if p.grad is not None] if with_gradient else found
+    def parameters(self, modality: str) -> list[nn.Parameter]:
+        """All parameters of one encoder, shallow to deep."""
+        return [p for block in self.encoders[modality] for p in block.parameters()]
 
     def param_groups(self, weight_decay: float | None = None) -> list[dict[str, Any]]:
         """Groups for :class:`AIMFusedOptimizer`."""
@@ -140,7 +139,7 @@ class Method:
     own ``backward()`` and ``optimizer.step()``.
     """
 
-    #: Whether :meth:`after_backward` is all that a step needs, so that a user's own loop can call it.
+    #: Whether :meth:`after_backward` is all that a step needs beside the joint loss, so that a user's own loop will do.
     writes_rows_only = True
 
     def __init__(self, blocks: Blocks, optimizer: Any, *, seed: int = 0) -> None:
@@ -227,6 +226,14 @@ class Method:
             factor = coefficients[self.blocks.modalities.index(group["modality"])]
             columns: dict[str, Any] = {f"{apply_to}_under": factor, f"{apply_to}_well": factor}
             self.optimizer.set_modulation(index, **columns, noise=noise if modulated else 0.0)
+
+
+def gradients_of(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of parameters that have one. Raises RuntimeError where one has none."""
+    found = [p.grad for p in parameters if p.grad is not None]
+    if len(found) != len(parameters):
+        raise RuntimeError(f"{len(parameters) - len(found)} of {len(parameters)} parameters have no gradient")
+    return found
 
 
 def check_apply_to(apply_to: str) -> None:

@@ -52,6 +52,7 @@ class CGGM(Coefficients):
             raise ValueError(f"bounds must be (low, high) with low <= high, got {bounds}")
         self.rou, self.guard, self.bounds = rou, guard, bounds
         self.direction, self.head_weight = direction, head_weight
+        self.writes_rows_only = not (direction or head_weight)
         zeros = torch.zeros(len(blocks.modalities), dtype=torch.float64, device=self.device)
         self.accuracy, self.previous = zeros, zeros.clone()
         self.steps = 0

@@ -40,6 +40,7 @@ class MLB(Coefficients):
         check_at_least("beta_max", beta_max, 1.0)
         check_at_least("unimodal_weight", unimodal_weight, 0.0)
         self.alpha, self.beta_max, self.unimodal_weight = alpha, beta_max, unimodal_weight
+        self.writes_rows_only = unimodal_weight == 0.0
 
     def loss(self, outputs: Outputs) -> Tensor:
         joint = nn.functional.cross_entropy(outputs.logits, outputs.labels)
