@@ -181,11 +181,9 @@ def test_a_missing_library_names_the_cure(
 ) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda p, *rest: None if p == package else find(p, *rest))
-    read = (
-        (lambda: waveform(tmp_path / "x.wav", 4000)) if package == "scipy" else lambda: pictures(tmp_path / "x.avi", 1)
-    )
+    wav, avi = tmp_path / "x.wav", tmp_path / "x.avi"
     with pytest.raises(MissingPackageError, match=rf'{name}, which is not installed: pip install ".*\[{extra}\]"'):
-        read()
+        waveform(wav, 4000) if package == "scipy" else pictures(avi, 1)
     if package == "av":
         with pytest.raises(MissingPackageError, match="reading the sound of videos"):
             waveform(tmp_path / "x.avi", 4000)

@@ -64,7 +64,7 @@ class MultimodalNetwork(nn.Module):
         features = []
         for m, (encoder, x) in enumerate(zip(self.encoders.values(), inputs, strict=True)):
             if x is None:
-                # of the type that the encoder would return: under autocast or after .half() not the input's
+                # of the encoder's type and device; another modality's input may be of another
                 features.append(self._absent(m, next(encoder.parameters())).expand(batch, -1))
             elif present is None:
                 features.append(encoder(x))

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from aim_kernels.networks.encoders import check_depth, check_multiple
 
 
-def sinusoids(tokens: int, width: int) -> Tensor:
+def sinusoids(tokens: int, width: int, device: torch.device | None = None) -> Tensor:
     """``[tokens, width]``: ``sin(t / 10000^(2i / width))`` in the first half of the columns, ``cos`` in the second."""
-    rate = torch.exp(-math.log(10000.0) * torch.arange(width // 2) * 2 / width)
-    angle = torch.arange(tokens)[:, None] * rate
+    rate = torch.exp(-math.log(10000.0) * torch.arange(width // 2, device=device) * 2 / width)
+    angle = torch.arange(tokens, device=device)[:, None] * rate
     return torch.cat([angle.sin(), angle.cos()], 1)
 
 
@@ -39,7 +39,7 @@ class Tokens(nn.Module):
         axes = len(self.patch)
         places, within = [2 + 2 * a for a in range(axes)], [3 + 2 * a for a in range(axes)]
         z = self.linear(x.permute(0, *places, 1, *within).flatten(1 + axes).flatten(1, axes))
-        return z + sinusoids(z.shape[1], z.shape[2]).to(z)
+        return z + sinusoids(z.shape[1], z.shape[2], z.device).to(z.dtype)
 
 
 class Layer(nn.Module):
