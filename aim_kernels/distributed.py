@@ -259,6 +259,16 @@ def noisy_groups(tables: Tables) -> set[int]:
     return {number for number, level in enumerate(tables.rows[:, ROW["noise"]].tolist()) if level}
 
 
+def averaged(values: Tensor) -> Tensor:
+    """The mean over the ranks of an initialized process group, so that all of them decide alike; else the values."""
+    processes = torch.distributed
+    if not (processes.is_available() and processes.is_initialized() and processes.get_world_size() > 1):
+        return values
+    total = values.detach().clone()
+    processes.all_reduce(total)
+    return total / processes.get_world_size()
+
+
 def reshard(modules: Iterable[Any]) -> None:
     """Frees what FSDP2 modules have gathered, after their parameters were written outside of a step.
 

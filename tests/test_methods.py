@@ -10,7 +10,11 @@ import torch
 from method_helpers import NEEDED, assert_same, batch, made, network, sgd
 
 import aim_kernels as ak
-from aim_kernels.methods import METHODS, make_method
+from aim_kernels import checks
+from aim_kernels.methods import METHODS, Outputs, make_method
+from aim_kernels.methods.coalitions import shapley_values
+from aim_kernels.methods.scores import accuracies, true_class_scores
+from aim_kernels.modulation import OGMGE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -107,6 +111,103 @@ def test_blocks_without_unimodal_logits_zero_the_other_features() -> None:
         torch.testing.assert_close(logits, net.with_zeros(outputs.features, {m}), rtol=1e-12, atol=0.0)
     for z, one in zip(plain.encode(inputs), outputs.features, strict=True):
         assert torch.equal(z, one)
+
+
+def balanced(method: Any) -> Outputs:
+    """Outputs of a network to which both modalities are the same."""
+    net = method.blocks.model
+    with torch.no_grad():
+        net.head.weight[:, 4:] = net.head.weight[:, :4]
+    inputs, labels = batch(2)
+    z = net.encoders[0](inputs[0])
+    features = [z, z * 1.0]
+    return Outputs(method.blocks, features, net.head(torch.cat(features, 1)), labels)
+
+
+@pytest.mark.parametrize("name", ["ogm", "ogm-ge", "mlb", "agm", "pdmp", "shapley-alternation"])
+def test_factors_are_one_where_modalities_are_equally_good(name: str) -> None:
+    _, method = made(name)
+    outputs = balanced(method)
+    if name == "pdmp":  # it ranks by the samples of an update
+        method.blocks.forward = lambda inputs, labels: outputs
+        method.update(*batch(2))
+    for _ in range(3):  # AGM compares with the batches before
+        k = method.after_backward(outputs)
+        assert k.tolist() == pytest.approx([1.0, 1.0], abs=1e-12)
+
+
+def test_other_methods_leave_equally_good_modalities_alone() -> None:
+    _, method = made("amss")
+    assert method.shares(balanced(method)).tolist() == pytest.approx([0.5, 0.5])
+    _, method = made("inforeg")
+    method.update(*batch(2))
+    outputs = balanced(method)
+    method.loss(outputs).backward()  # the second encoder is not in this graph, and gets no gradient
+    assert method.after_backward(outputs).tolist() == [0.0, 0.0]
+    _, method = made("m-sam")
+    assert method.shares(balanced(method)).tolist() == pytest.approx([0.5, 0.5])
+    _, method = made("pmr")
+    outputs = balanced(method)
+    forward, method.blocks.forward = method.blocks.forward, lambda inputs, labels: outputs
+    method.update(*batch(2))
+    method.blocks.forward = forward
+    torch.testing.assert_close(method.loss(outputs), torch.nn.functional.cross_entropy(outputs.logits, outputs.labels))
+
+
+def test_methods_do_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything of a step but the optimizer's own, with every way of a tensor to the host closed."""
+    waits = ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__float__", "__int__", "__index__")
+
+    def refuse(self: torch.Tensor, *args: Any) -> Any:
+        raise AssertionError("a tensor was asked for its value")
+
+    for name in METHODS:
+        _, method = made(name, 3, **({"probability": 1.0} if name == "opm" else {}))
+        run(method, range(3))  # running means, prototypes and weights of an epoch's start are there
+        inputs, labels = batch(3)
+        with monkeypatch.context() as patch:
+            patch.setattr(method.optimizer, "step", lambda: None)
+            # as for tensors in a device's memory, which the rows' writers do not look at
+            patch.setattr(checks, "_on_device", lambda value: isinstance(value, torch.Tensor))
+            for wait in waits:
+                patch.setattr(torch.Tensor, wait, refuse)
+            with pytest.raises(AssertionError, match="asked for its value"):
+                bool(labels[0])
+            method.step(inputs, labels)
+
+
+def test_ranks_decide_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a second rank that has other samples, scores are the means of both."""
+    _, blocks = network(3)
+    here, there = (blocks.forward(*batch(3, seed=seed)) for seed in (0, 1))
+
+    def scores(outputs: Outputs) -> list[torch.Tensor]:
+        own = outputs.unimodal()
+        optimizer = sgd(blocks)
+        return [
+            true_class_scores(own, outputs.labels),
+            accuracies(own, outputs.labels),
+            shapley_values(blocks.fuse, outputs.features, outputs.labels),
+            OGMGE(optimizer).ratios(own, outputs.labels),
+            make_method("amss", blocks, optimizer).shares(outputs),
+            make_method("agm", blocks, optimizer, sign="published").coefficients(outputs),
+        ]
+
+    alone = [scores(outputs) for outputs in (here, there)]
+    sent: list[torch.Tensor] = []
+    world = torch.distributed
+    monkeypatch.setattr(world, "is_initialized", lambda: True)
+    monkeypatch.setattr(world, "get_world_size", lambda: 2)
+    monkeypatch.setattr(world, "all_reduce", lambda values: sent.append(values.clone()))
+    scores(there)
+    answers = iter(sent)
+    monkeypatch.setattr(world, "all_reduce", lambda values: values.add_(next(answers)))
+    together = scores(here)
+    for a, b, both in zip(*(row[:3] for row in alone), together[:3], strict=True):
+        torch.testing.assert_close(both, (a + b) / 2, rtol=1e-12, atol=1e-15)
+    for a, b, both in zip(*(row[3:] for row in alone), together[3:], strict=True):
+        assert not torch.allclose(both, a) and not torch.allclose(both, b)
+    assert next(answers, None) is None
 
 
 REFUSED = [

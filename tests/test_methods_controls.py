@@ -125,7 +125,7 @@ def opm(alpha: float, base: float, probability: float) -> Any:
         peer.zero_grad()
         features = net.features(inputs)
         count, modalities = len(labels), len(features)
-        if torch.rand((), generator=draws).item() >= probability:
+        if probability < 1.0 and torch.rand((), generator=draws).item() >= probability:
             cross_entropy(net(*inputs), labels).backward()
             peer.step()
             return

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aim_kernels.distributed import averaged
 from aim_kernels.methods.base import Blocks, Outputs, check_at_least, check_choice
 from aim_kernels.methods.coalitions import shapley_logits
 from aim_kernels.methods.coefficients import Coefficients
@@ -44,7 +45,7 @@ class AGM(Coefficients):
         with evaluation_mode(self.blocks.model):
             logits = shapley_logits(self.blocks.fuse, outputs.features)
         index = outputs.labels[None, :, None].expand(len(logits), -1, 1)
-        scores = logits.softmax(2).gather(2, index).clamp_min(1e-8).log().double().mean((1, 2))
+        scores = averaged(logits.softmax(2).gather(2, index).clamp_min(1e-8).log().double().mean((1, 2)))
         if self.sign == "published":
             scores = -scores
         k = torch.exp(self.alpha * (self.discrepancy(self.running) - self.discrepancy(scores)).clamp_max(7.0))

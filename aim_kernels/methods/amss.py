@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aim_kernels.distributed import averaged
 from aim_kernels.methods.base import Blocks, Method, Outputs, check_choice, check_window, check_within
 from aim_kernels.methods.scores import wide
 
@@ -85,13 +86,14 @@ class AMSS(Method):
     def shares(self, outputs: Outputs) -> Tensor:
         """``rho``, ``[M]``: the share of each encoder's filters that learn."""
         labels, classes = outputs.labels, outputs.logits.shape[1]
-        frequency = (labels[:, None] == torch.arange(classes, device=labels.device)).double().mean(0)
+        frequency = averaged((labels[:, None] == torch.arange(classes, device=labels.device)).double().mean(0))
         if self.label_entropy == "published":
             entropy = -(frequency * frequency.log_softmax(0)).sum()
         else:
             entropy = -torch.xlogy(frequency, frequency).sum()
         losses = torch.stack([nn.functional.cross_entropy(wide(x), labels).double() for x in outputs.unimodal()])
         spread = torch.stack([self.feature_entropy(z) for z in outputs.features])
+        losses, spread = averaged(torch.stack([losses, spread]))
         numerator = -losses + entropy + 0.5
         modalities = len(losses)
         ahead = (numerator / spread / self.temperature).softmax(0)

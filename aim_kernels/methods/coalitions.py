@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from aim_kernels.distributed import averaged
 from aim_kernels.methods.scores import wide
 
 #: ``2^M - 1`` passes through the fusion: more modalities than this are a mistake.
@@ -61,4 +62,4 @@ def shapley_values(fuse: Callable[[list[Tensor]], Tensor], features: Sequence[Te
     values = logits.softmax(2).gather(2, index).double().mean((1, 2))
     values = torch.cat([torch.full_like(values[:1], 1.0 / logits.shape[2]), values])
     weights = torch.tensor(shapley_weights(len(features)), dtype=torch.float64).to(values.device, non_blocking=True)
-    return weights @ values
+    return weights @ averaged(values)

@@ -91,19 +91,21 @@ class InfoReg(Method):
             scores = scores / len(outputs.labels)
         gap = scores - mean_of_others(scores)
         beta = torch.where(gap > 0.0, self.strength * torch.exp(torch.tanh(gap)), 0.0) * self.window()
-        traces = []
+        traces = torch.zeros_like(self.trace)
         for m, modality in enumerate(self.blocks.modalities):
             parameters = self.blocks.parameters(modality)
-            if self.start is not None:
-                pairs = [(p, start) for p, start in zip(parameters, self.start[m], strict=True) if p.grad is not None]
+            starts = parameters if self.start is None else self.start[m]
+            pairs = [(p, start) for p, start in zip(parameters, starts, strict=True) if p.grad is not None]
+            if pairs and self.start is not None:
                 away = torch._foreach_sub([p for p, _ in pairs], [start for _, start in pairs])
                 torch._foreach_mul_(away, beta[m].to(away[0].dtype))
                 torch._foreach_add_(gradients_of([p for p, _ in pairs]), away)
-            weights = gradients_of([p for p in parameters if p.grad is not None and p.dim() > 1])
-            norms = torch.stack(torch._foreach_norm(weights)).double()
-            sizes = torch.tensor([1.0 / g.numel() for g in weights], dtype=torch.float64)
-            traces.append((norms.square() * sizes.to(norms.device, non_blocking=True)).sum())
-        self.trace = self.trace + torch.stack(traces)
+            weights = gradients_of([p for p, _ in pairs if p.dim() > 1])
+            if weights:
+                norms = torch.stack(torch._foreach_norm(weights)).double()
+                sizes = torch.tensor([1.0 / g.numel() for g in weights], dtype=torch.float64)
+                traces[m] = (norms.square() * sizes.to(norms.device, non_blocking=True)).sum()
+        self.trace = self.trace + traces
         return beta
 
     def state_dict(self) -> dict[str, Any]:

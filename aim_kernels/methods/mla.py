@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aim_kernels.distributed import averaged
 from aim_kernels.methods.base import Blocks, Method, check_at_least, check_choice
 from aim_kernels.methods.scores import wide
 
@@ -105,7 +106,7 @@ class MLA(Method):
         assert self.head is not None and self.head.weight.grad is not None and self.projector is not None
         progress = self.batches / self.steps_per_epoch if self.steps_per_epoch else 0.0
         a = 0.1 ** (1.0 + progress)
-        r = wide(z).mean(0)
+        r = averaged(wide(z).mean(0))
         k = self.projector @ r
         if self.projection == "published":
             moved = self.projector - torch.outer(k, k) / (a + torch.outer(k, r))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aim_kernels.distributed import averaged
 from aim_kernels.methods.base import Blocks, Method, Outputs, check_at_least, check_choice, check_window, check_within
 from aim_kernels.methods.scores import evaluation_mode, mean_of_others, wide
 
@@ -66,9 +67,10 @@ class PMR(Method):
         members = (torch.arange(outputs.logits.shape[1], device=labels.device)[:, None] == labels).to(
             wide(outputs.logits).dtype
         )
-        count = members.sum(1)
+        count = averaged(members.sum(1))
         here = count > 0
-        means = [members @ wide(z).flatten(1) / count.clamp_min(1.0)[:, None] for z in outputs.features]
+        sums = [averaged(members @ wide(z).flatten(1)) for z in outputs.features]
+        means = [torch.where(here[:, None], total / count[:, None], 0.0) for total in sums]
         if self.prototypes is None or self.seen is None:
             self.prototypes, self.seen = means, here
         else:
@@ -91,7 +93,7 @@ class PMR(Method):
         own = torch.stack([self.log_probabilities(m, z, outputs.labels) for m, z in enumerate(outputs.features)])
         known = self.known(outputs.labels)
         with torch.no_grad():
-            scores = torch.where(known, own.exp(), 0.0).double().sum(1)
+            scores = averaged(torch.where(known, own.exp(), 0.0).double().sum(1))
             behind = mean_of_others(scores) / scores - 1.0
             weight = (behind > 0.0).double() if self.weighting == "one" else behind.clamp(0.0, 1.0)
         losses = -torch.where(known, own, torch.zeros_like(own)).mean(1)

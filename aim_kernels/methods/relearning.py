@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aim_kernels.distributed import averaged
 from aim_kernels.methods.base import Blocks, Method, check_at_least
 from aim_kernels.methods.scores import evaluation_mode, wide
 
@@ -103,7 +104,7 @@ class Relearning(Method):
             low, high = z.amin(0), z.amax(0)
             z = 2.0 * (z - low) / (high - low).clamp_min(1e-12) - 1.0
             found.append(purity(kmeans(z, outputs.logits.shape[1], self.generator), labels))
-        return torch.tensor(found, dtype=torch.float64)
+        return averaged(torch.tensor(found, dtype=torch.float64, device=self.device))
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "done": self.done, "start": [[p.clone() for p in row] for row in self.start]}

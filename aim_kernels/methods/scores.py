@@ -1,4 +1,7 @@
-"""How well each modality does on a batch: what most methods compare. Nothing here waits for the device."""
+"""How well each modality does on a batch: what most methods compare. Nothing here waits for the device.
+
+Scores are means over the ranks of an initialized process group, so that all of them set the same rows.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from aim_kernels.distributed import averaged
 from aim_kernels.methods.base import Outputs
 
 
@@ -19,12 +23,12 @@ def wide(x: Tensor) -> Tensor:
 def true_class_scores(logits: Sequence[Tensor], labels: Tensor) -> Tensor:
     """``s_m = sum_i softmax(logits_m[i])[y_i]``, float64 ``[M]``. ``logits``: ``[B, K]`` a modality; ``labels``:
     ``[B]``."""
-    return torch.stack([wide(x).softmax(1).gather(1, labels[:, None]).double().sum() for x in logits])
+    return averaged(torch.stack([wide(x).softmax(1).gather(1, labels[:, None]).double().sum() for x in logits]))
 
 
 def accuracies(logits: Sequence[Tensor], labels: Tensor) -> Tensor:
     """Share of the samples whose class each modality names, float64 ``[M]``."""
-    return torch.stack([(x.argmax(1) == labels).double().mean() for x in logits])
+    return averaged(torch.stack([(x.argmax(1) == labels).double().mean() for x in logits]))
 
 
 def mean_of_others(scores: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aim_kernels.distributed import averaged
+
 
 def late_fusion_logits(head: nn.Linear, features: Sequence[Tensor]) -> list[Tensor]:
     """Each modality's share ``z_m W_m^T + b / M`` of ``head(concat(z_1, ..., z_M))``; they sum to the joint logits.
@@ -68,6 +70,7 @@ class OGMGE:
                 f"logits of {len(logits)} modalities, expected {len(self.modalities)}: {', '.join(self.modalities)}"
             )
         scores = torch.stack([x.float().softmax(1).gather(1, labels[:, None]).sum() for x in logits]).double()
+        scores = averaged(scores)
         return scores / ((scores.sum() - scores) / (len(logits) - 1))
 
     def damping(self, ratio: Tensor) -> Tensor:
