@@ -23,7 +23,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_alternate_rows() -> None:
     model, optimizer = build()
-    table = AIM(model, optimizer, CLASSES, probe=DOMINANT_A, probability=0.25).update(*batch())
+    aim = AIM(model, optimizer, CLASSES, probe=DOMINANT_A, probability=0.25, learn_weak_in_true_phase=False)
+    table = aim.update(*batch())
     assert table.dominant == ("a",)
     held = {"grad_under": 0.0, "grad_well": 0.0}
     for depth, kappa in enumerate(table.kappa["a"]):
@@ -38,7 +39,7 @@ def test_alternate_rows() -> None:
 
 def test_alternate_options() -> None:
     model, optimizer = build()
-    aim = AIM(model, optimizer, CLASSES, probe=DOMINANT_A, learn_weak_in_true_phase=True, learn_dominant_in_aux="under")
+    aim = AIM(model, optimizer, CLASSES, probe=DOMINANT_A, learn_dominant_in_aux="under")
     kappa = aim.update(*batch()).kappa["a"][0]
     expected = {"grad_well": 0.0, "live_well": pytest.approx(1.0 - kappa)}
     assert phase_rows(optimizer, "a", 0, True) == ({}, expected)
@@ -63,11 +64,31 @@ def test_decouple_all_stimulates_the_weak_modality(mixing: str) -> None:
 def test_rows_are_taken_back_where_nobody_is_dominant() -> None:
     model, optimizer = build()
     AIM(model, optimizer, CLASSES, probe=DOMINANT_A).update(*batch())
-    assert probability(optimizer) == 0.5
+    assert probability(optimizer) > 0.0
     AIM(model, optimizer, CLASSES, probe=fixed((0.5, 0.5), (0.5, 0.5, 0.5))).update(*batch())
     assert probability(optimizer) == 0.0
     for group in optimizer.param_groups:
         assert phase_rows(optimizer, group["modality"], group["depth"], group["modulated"]) == ({}, {})
+
+
+def test_the_auxiliary_phase_is_as_frequent_as_it_is_told_or_as_blocks_are_dominant() -> None:
+    model, optimizer = build()
+    table = AIM(model, optimizer, CLASSES, probe=DOMINANT_A, alpha=0.3).update(*batch())
+    greatest = max(table.kappa["a"])
+    assert 0.0 < min(table.kappa["a"]) < greatest < 1.0
+    assert probability(optimizer) == pytest.approx(greatest, abs=2**-31)
+    AIM(model, optimizer, CLASSES, probe=DOMINANT_A, probability=0.25).update(*batch())
+    assert probability(optimizer) == 0.25
+
+
+@pytest.mark.parametrize("phase", ["average", "true", "auxiliary"])
+def test_the_head_learns_in_the_phases_it_is_told(phase: str) -> None:
+    model, optimizer = build()
+    AIM(model, optimizer, CLASSES, probe=DOMINANT_A, head_from=phase).update(*batch())
+    true, aux = phase_rows(optimizer, None, None, False)
+    held = {"grad_under": 0.0, "grad_well": 0.0}
+    assert true == (held if phase == "auxiliary" else {})
+    assert aux == (held if phase == "true" else {})
 
 
 def test_weights_rows_are_those_of_set_strength() -> None:
@@ -105,7 +126,7 @@ def test_a_shortcut_is_found_and_a_true_lead_is_not() -> None:
         table = AIM(model, optimizer, CLASSES).update(inputs, labels, held_out=held_out)
         assert table.rule == "gap"
         assert table.dominant == found
-        assert max(table.kappa["b"]) == pytest.approx(1.0 if found else 0.0, abs=1e-3)
+        assert max(table.kappa["b"]) > 0.9 if found else not any(table.kappa["b"])
         assert table.held_out_scores is not None
         assert all(0.0 < s < 1.0 for row in table.scores.values() for s in row)
 
@@ -129,9 +150,9 @@ def test_scores_are_those_of_hooked_features() -> None:
         )
         with torch.no_grad():
             z, p = model.a[0](inputs[0]), model.a[0](prototypes[0])
-            assert table.scores["a"][0] == pytest.approx(prototype_score(z, p, labels).item() / 24, rel=1e-5)
+            assert table.scores["a"][0] == pytest.approx(prototype_score(z, p, labels).mean().item(), rel=1e-5)
             z, p = model.b(inputs[1]), model.b(prototypes[1])
-            assert table.scores["b"][2] == pytest.approx(prototype_score(z, p, labels).item() / 24, rel=1e-5)
+            assert table.scores["b"][2] == pytest.approx(prototype_score(z, p, labels).mean().item(), rel=1e-5)
 
 
 def test_probing_sees_the_true_weights_in_evaluation_mode_and_touches_nothing() -> None:
@@ -187,7 +208,7 @@ def test_a_resumed_run_continues_bit_for_bit(kind: type[AIM]) -> None:
         train(model, optimizer, 15, seed=number)
 
     model, optimizer = build()
-    aim = kind(model, optimizer, CLASSES, seed=4)
+    aim = kind(model, optimizer, CLASSES, seed=4, confidence=0.0)
     for number in range(3):
         epoch(model, optimizer, aim, number)
     assert any(table.dominant for table in aim.history)
@@ -198,7 +219,7 @@ def test_a_resumed_run_continues_bit_for_bit(kind: type[AIM]) -> None:
     again, resumed = build(seed=9)
     again.load_state_dict(saved[0])
     resumed.load_state_dict(saved[1])
-    aim_again = kind(again, resumed, CLASSES, seed=4)
+    aim_again = kind(again, resumed, CLASSES, seed=4, confidence=0.0)
     aim_again.load_state_dict(saved[2])
     assert aim_again.updates == 3
     assert getattr(aim_again, "drop", None) == saved[2].get("drop")
@@ -324,7 +345,7 @@ def test_pooling_may_differ_by_modality() -> None:
         ({"alpha": -1.0}, "alpha must be"),
         ({"alpha": math.inf}, "alpha must be"),
         ({"dead_zone": -0.1}, "dead_zone must be"),
-        ({"probability": 1.5}, "probability must lie"),
+        ({"probability": 1.5}, "probability must be 'strength' or lie"),
         ({"num_classes": 1}, "num_classes must be at least 2"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
     ],

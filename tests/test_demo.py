@@ -14,7 +14,7 @@ from aim_kernels.demo import cli, main, results, trainer
 from aim_kernels.demo.networks import network_for
 from aim_kernels.demo.results import Folder, markdown, mean_and_error, summary, table_of
 from aim_kernels.demo.trainer import DATA, Run, train
-from aim_kernels.modulation.strengths import assess
+from aim_kernels.modulation.strengths import Measured, assess
 from aim_kernels.plots import plot_accuracy, plot_modulation
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # as the demo itself does
@@ -32,7 +32,9 @@ def history() -> list[dict[str, Any]]:
     for update in range(3):
         nan = {"grey": [math.nan] * 2, "colour": [math.nan] * 3}
         scores = {"grey": [0.1, 0.2], "colour": [0.3, 0.4, 0.5]}
-        tables.append(assess(update, scores, None, nan, rule="ratio", alpha=1.0, dead_zone=0.0).to_dict())
+        tables.append(
+            assess(update, Measured(scores, nan), None, nan, rule="ratio", alpha=1.0, dead_zone=0.0).to_dict()
+        )
     return tables
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from aim_kernels.modulation import ModulationTable
 from aim_kernels.modulation.prototypes import channels_first, channels_last, fit_prototypes, probing, prototype_score
-from aim_kernels.modulation.strengths import assess, ratios, strength
+from aim_kernels.modulation.strengths import Measured, assess, ratios, strength
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -26,9 +26,8 @@ def test_prototype_score_is_the_softmax_of_distances() -> None:
     z, p, y = random.normal(size=(7, 5)), random.normal(size=(3, 5)), random.integers(0, 3, 7)
     distance = ((z[:, None] - p[None]) ** 2).sum(-1) / 5
     share = np.exp(-distance) / np.exp(-distance).sum(1, keepdims=True)
-    expected = share[np.arange(7), y].sum()
     found = prototype_score(torch.tensor(z).float(), torch.tensor(p).float(), torch.tensor(y))
-    assert found.item() == pytest.approx(expected, rel=1e-5)
+    assert found.tolist() == pytest.approx(share[np.arange(7), y].tolist(), rel=1e-5)
 
 
 def test_pooling_keeps_the_channels() -> None:
@@ -118,7 +117,34 @@ def test_strength() -> None:
 
 def assessed(train_scores: Any, held_out: Any = None, **options: Any) -> ModulationTable:
     defaults: dict[str, Any] = {"rule": "ratio" if held_out is None else "gap", "alpha": 2.0, "dead_zone": 0.0}
-    return assess(0, train_scores, held_out, {m: [math.nan] for m in train_scores}, **defaults | options)
+    measured = [None if x is None else x if isinstance(x, Measured) else exact(x) for x in (train_scores, held_out)]
+    return assess(0, measured[0], measured[1], {m: [math.nan] for m in measured[0].scores}, **defaults | options)  # type: ignore[union-attr,arg-type]
+
+
+def exact(scores: dict[str, list[float]]) -> Measured:
+    return Measured(scores, {m: [0.0] * len(row) for m, row in scores.items()})
+
+
+def test_a_lead_counts_as_far_as_it_is_not_chance() -> None:
+    train = Measured({"a": [0.6], "b": [0.3]}, {"a": [0.06], "b": [0.015]})
+    held_out = Measured({"a": [0.4], "b": [0.4]}, {"a": [0.02], "b": [0.04]})
+    table = assessed(train, held_out, confidence=2.0, alpha=0.5)
+    # relative errors: 0.1 and 0.05 in training, 0.05 and 0.1 outside of it
+    error = 2.0 * math.sqrt(0.01 + 0.0025 + 0.0025 + 0.01)
+    assert table.excess == {"a": [pytest.approx(2.0)], "b": [pytest.approx(0.5)]}
+    assert table.excess_errors == {"a": [pytest.approx(error)], "b": [pytest.approx(error / 4.0)]}
+    assert table.kappa["a"] == [pytest.approx(math.tanh(0.5 * (2.0 - 2.0 * error - 1.0)))]
+    assert table.weak_kappa["b"] == [pytest.approx(table.kappa["a"][0])]
+    assert assessed(train, held_out, confidence=5.0).dominant == ()
+    # the mean of two others of equal error has half of its variance
+    three = Measured({"a": [0.6], "b": [0.3], "c": [0.3]}, {"a": [0.0], "b": [0.03], "c": [0.03]})
+    assert assessed(three).excess_errors["a"] == [pytest.approx(2.0 * 0.1 / math.sqrt(2.0))]
+
+
+def test_tables_of_earlier_versions_load() -> None:
+    state = assessed({"a": [0.6], "b": [0.3]}).to_dict()
+    del state["excess_errors"]
+    assert ModulationTable.from_dict(state).excess_errors == {}
 
 
 def test_gap_compares_training_with_held_out_ratios() -> None:

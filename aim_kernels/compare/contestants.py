@@ -42,7 +42,7 @@ def _of(name: str, values: Sequence[Any], **fixed: Any) -> tuple[dict[str, Any],
 CONTESTANTS: dict[str, Contestant] = {
     "joint": Contestant("joint", control=True),
     "aim": Contestant("aim"),
-    "aim (tuned)": Contestant("aim", ({}, {"alpha": 3.0}, {"dead_zone": 0.05})),
+    "aim (tuned)": Contestant("aim", _of("confidence", (3.0, 1.0, 0.0))),
     "ogm": Contestant("ogm", _of("alpha", (1.0, 0.3, 2.0))),
     "ogm-ge": Contestant("ogm-ge", _of("alpha", (1.0, 0.3, 2.0))),
     "ogm-ge (steps)": Contestant("ogm-ge", _of("alpha", (1.0, 0.3, 2.0), apply_to="step")),

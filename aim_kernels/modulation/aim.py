@@ -14,7 +14,7 @@ from aim_kernels.modulated import unwrapped
 from aim_kernels.modulation.features import FeatureMixing
 from aim_kernels.modulation.mixing import WRITERS
 from aim_kernels.modulation.mixing import backward as _backward
-from aim_kernels.modulation.options import DEAD_ZONES, check_at_least, check_choices, check_finite, factor_at
+from aim_kernels.modulation.options import CONFIDENCE, check_at_least, check_choices, check_finite, factor_at
 from aim_kernels.modulation.prototypes import POOLS, Pool, probing
 from aim_kernels.modulation.scoring import Probe, Scoring
 from aim_kernels.modulation.strengths import ModulationTable, assess
@@ -25,13 +25,13 @@ class AIM(Scoring):
 
     ``model`` is called as ``model(*inputs)``; ``optimizer`` holds param groups with the keys of
     :func:`block_param_groups`. At every :meth:`update` the blocks are scored and the strengths ``kappa = tanh(alpha *
-    max(excess - 1 - dead_zone, 0))`` computed (:func:`~aim_kernels.modulation.strengths.assess`); then the rows of all
-    groups are written:
+    max(excess - confidence * error - 1 - dead_zone, 0))`` computed
+    (:func:`~aim_kernels.modulation.strengths.assess`); then the rows of all groups are written:
 
     ``mixing="alternate"``
-        Before each step a seeded draw chooses the phase. In the auxiliary phase (probability ``probability``) the
-        dominant modality's well-optimized weights are live as ``(1 - kappa) * theta``, and all but the dominant
-        modality learns; in the true phase all but the weak one learns.
+        Before each step a seeded draw chooses the phase. In the auxiliary phase the dominant modality's well-optimized
+        weights are live as ``(1 - kappa) * theta``, and all but the dominant modality learns; in the true phase
+        everything does.
     ``mixing="split"``
         Two passes a step, by :meth:`backward`: the dominant encoder learns from the true weights, the weak ones from
         the auxiliary weights, the rest from the average.
@@ -48,9 +48,10 @@ class AIM(Scoring):
 
     Options
     -------
-    rule, dead_zone
+    rule, confidence, dead_zone
         "gap" compares training with held-out scores, "ratio" only modalities. None: "gap" in updates with ``held_out``,
-        else "ratio". ``dead_zone=None``: 0.2 for the gap, 0 for the ratio.
+        else "ratio". Of the excess, ``dead_zone`` and ``confidence`` standard errors (None: 3 for the gap, 0 for the
+        ratio) set no strength; a probe that is a callable, or "gradients", tells none.
     probe
         "prototypes" (``prototype_steps``, ``prototype_lr``, ``init``: see ``fit_prototypes``), "linear" (ridge readout,
         fitted on the first half of the batch), "gradients" (root mean square gradient of a block in the optimizer's
@@ -62,12 +63,15 @@ class AIM(Scoring):
     pool
         How a block's output becomes ``[B, C]``: "channels_first" (convolutions), "channels_last" (transformers, ``[B,
         T, C]``), a callable, or a dict from modality to one of these.
+    probability
+        Of the auxiliary phase: a number, or "strength", the greatest kappa of a dominant modality's blocks, so that a
+        lead that is wholly unconfirmed leaves next to no true phase, and a slight one next to no auxiliary phase.
     learn_weak_in_true_phase, learn_dominant_in_aux
-        Let the weak modality learn in both phases; let the dominant one's under-optimized weights ("under") learn in
-        the auxiliary phase.
+        Let the weak modality learn in the true phase too; let the dominant one's under-optimized weights ("under")
+        learn in the auxiliary phase.
     head_from, auxiliary_weight
-        Of "split": which pass the parameters of no modality (fusion, head) learn from, "average", "true" or
-        "auxiliary"; what multiplies all gradients of the auxiliary pass.
+        Which pass ("split") or phase ("alternate") the parameters of no modality (fusion, head) learn from: "average"
+        (both), "true" or "auxiliary"; of "split", what multiplies all gradients of the auxiliary pass.
     schedule
         ``schedule(update_index) -> factor`` in [0, 1] that multiplies every kappa.
     batch_size
@@ -93,7 +97,8 @@ class AIM(Scoring):
         mixing: str = "alternate",
         probe: str | Probe = "prototypes",
         rule: str | None = None,
-        dead_zone: float | None = None,
+        dead_zone: float = 0.0,
+        confidence: float | None = None,
         probability: float | str = "strength",
         beta: float = 1.0,
         coefficients: str = "chain",
@@ -103,7 +108,7 @@ class AIM(Scoring):
         loss: Callable[[Any, Tensor], Tensor] | None = None,
         pool: str | Pool | Mapping[str, str | Pool] = "channels_first",
         batch_size: int = 512,
-        learn_weak_in_true_phase: bool = False,
+        learn_weak_in_true_phase: bool = True,
         learn_dominant_in_aux: str = "none",
         head_from: str = "average",
         auxiliary_weight: float = 1.0,
@@ -122,7 +127,12 @@ class AIM(Scoring):
         if rule is not None:
             check_choices(rule=rule)
         check_finite(
-            alpha=alpha, beta=beta, dead_zone=dead_zone, prototype_lr=prototype_lr, auxiliary_weight=auxiliary_weight
+            alpha=alpha,
+            beta=beta,
+            dead_zone=dead_zone,
+            confidence=confidence,
+            prototype_lr=prototype_lr,
+            auxiliary_weight=auxiliary_weight,
         )
         if isinstance(probability, str):
             check_choices(probability=probability)
@@ -142,7 +152,8 @@ class AIM(Scoring):
             model = model.module  # probing needs no gradient exchange; prefixed names are handled below
         self.model, self.optimizer, self.num_classes = model, optimizer, num_classes
         self.alpha, self.decouple, self.mixing, self.probe = alpha, decouple, mixing, probe
-        self.rule, self.dead_zone, self.probability, self.beta = rule, dead_zone, probability, beta
+        self.rule, self.dead_zone, self.confidence = rule, dead_zone, confidence
+        self.probability, self.beta = probability, beta
         self.coefficients = coefficients
         self.prototype_steps, self.prototype_lr, self.init = prototype_steps, prototype_lr, init
         self.loss = nn.functional.cross_entropy if loss is None else loss
@@ -210,7 +221,6 @@ class AIM(Scoring):
         except BaseException:
             self.generator.set_state(generator_state)
             raise
-        dead_zone = DEAD_ZONES[rule] if self.dead_zone is None else self.dead_zone
         table = assess(
             self.updates,
             scores,
@@ -218,7 +228,8 @@ class AIM(Scoring):
             self._under_fraction(),
             rule=rule,
             alpha=self.alpha,
-            dead_zone=dead_zone,
+            dead_zone=self.dead_zone,
+            confidence=CONFIDENCE[rule] if self.confidence is None else self.confidence,
             factor=factor,
         )
         self._write_rows(table)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from aim_kernels.modulation.prototypes import POOLS
 
-#: Default width of the band around 1 in which an excess sets no strength, by rule.
-DEAD_ZONES = {"gap": 0.2, "ratio": 0.0}
+#: How many standard errors of an excess count as chance by default, by rule.
+CONFIDENCE = {"gap": 3.0, "ratio": 0.0}
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "decouple": ("dominant", "all"),

@@ -150,14 +150,14 @@ def fit_prototypes(
 
 
 def prototype_score(features: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
-    """Sum over samples of ``softmax_k(-||z - P_k||^2 / dim)[y]``.
+    """``softmax_k(-||z - P_k||^2 / dim)[y]`` of every sample, ``[B]``.
 
-    ``features``: ``[B, dim]``, ``prototypes``: ``[K, dim]``, ``labels``: ``[B]``. Returns a 0-dim tensor.
+    ``features``: ``[B, dim]``, ``prototypes``: ``[K, dim]``, ``labels``: ``[B]``.
     """
     # the expanded square |z|^2 - 2 z.P + |P|^2 cancels badly for large features
     distance = torch.cdist(features, prototypes, compute_mode="donot_use_mm_for_euclid_dist")
     probability = torch.softmax(-(distance**2) / features.shape[1], 1)
-    return probability.gather(1, labels[:, None]).sum()
+    return probability.gather(1, labels[:, None]).squeeze(1)
 
 
 class RidgeReadout:
@@ -176,6 +176,6 @@ class RidgeReadout:
         return torch.cat([z, torch.ones_like(z[:, :1])], 1)
 
     def score(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Sum over samples of the predicted share of the true class, clipped to [0, 1]."""
+        """The predicted share of the true class of every sample, ``[B]``, clipped to [0, 1]."""
         predicted = self._augmented(features.double()) @ self.weights
-        return predicted.gather(1, labels[:, None]).clamp(0.0, 1.0).sum()
+        return predicted.gather(1, labels[:, None]).clamp(0.0, 1.0).squeeze(1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from aim_kernels.modulation.prototypes import Pool, RidgeReadout, block_features, fit_prototypes, prototype_score
-from aim_kernels.modulation.strengths import Scores
+from aim_kernels.modulation.strengths import Measured, Scores
 
 #: A user's probe: ``probe(model, inputs, labels)`` returns an ``[M, D]``-like table of non-negative scores.
 Probe = Callable[[nn.Module, Sequence[Tensor], Tensor | None], Any]
@@ -108,7 +108,7 @@ class Scoring:
 
     def _scores(
         self, inputs: list[Tensor], labels: Tensor | None, held_out: tuple[Sequence[Tensor], Tensor | None] | None
-    ) -> tuple[Scores, Scores | None]:
+    ) -> tuple[Measured, Measured | None]:
         if self.probe == "gradients":
             return self._averaged(self._gradient_scores()), None
         if callable(self.probe):
@@ -158,28 +158,37 @@ class Scoring:
         judges: Mapping[str, Sequence[Callable[[Tensor, Tensor], Tensor]]],
         inputs: Sequence[Tensor],
         labels: Tensor,
-    ) -> Scores:
-        total: dict[str, list[Any]] = {m: [0.0] * n for m, n in self.depths.items()}
+    ) -> Measured:
+        found: dict[str, list[list[Tensor]]] = {m: [[] for _ in range(n)] for m, n in self.depths.items()}
         for start in range(0, len(labels), self.batch_size):
             part = slice(start, start + self.batch_size)
             features = self._features([x[part] for x in inputs])
             for modality, row in features.items():
                 for depth, z in enumerate(row):
-                    total[modality][depth] = total[modality][depth] + judges[modality][depth](z, labels[part])
-        flat = torch.stack([value for row in total.values() for value in row]) / len(labels)
-        numbers = iter(flat.tolist())
-        return self._averaged({m: [next(numbers) for _ in range(n)] for m, n in self.depths.items()})
+                    found[modality][depth].append(judges[modality][depth](z, labels[part]).double())
+        samples = torch.stack([torch.cat(pieces) for row in found.values() for pieces in row])  # [blocks, B]
+        spread = samples.std(1, correction=1) if len(labels) > 1 else torch.zeros(len(samples))
+        numbers = iter(torch.stack([samples.mean(1), spread.to(samples) / len(labels) ** 0.5]).T.tolist())
+        pairs = {m: [next(numbers) for _ in range(n)] for m, n in self.depths.items()}
+        return self._averaged(*({m: [pair[k] for pair in row] for m, row in pairs.items()} for k in range(2)))
 
-    def _averaged(self, scores: Scores) -> Scores:
-        """The mean over ranks, so that every rank sets the same rows."""
+    def _averaged(self, scores: Scores, errors: Scores | None = None) -> Measured:
+        """The mean over ranks, so that every rank sets the same rows. ``errors``: standard errors of the scores, where
+        they are known."""
+        errors = {m: [0.0] * len(row) for m, row in scores.items()} if errors is None else errors
         distributed = torch.distributed
         if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
-            return scores
-        device = next(self.model.parameters()).device
-        flat = torch.tensor([value for row in scores.values() for value in row], dtype=torch.float64, device=device)
+            return Measured(scores, errors)
+        world = distributed.get_world_size()
+        own = [(value, error**2 / world) for m in scores for value, error in zip(scores[m], errors[m], strict=True)]
+        flat = torch.tensor(own, dtype=torch.float64, device=next(self.model.parameters()).device)
         distributed.all_reduce(flat)
-        numbers = iter((flat / distributed.get_world_size()).tolist())
-        return {m: [next(numbers) for _ in row] for m, row in scores.items()}
+        pairs = iter((flat / world).tolist())
+        means = {m: [next(pairs) for _ in row] for m, row in scores.items()}
+        return Measured(
+            {m: [value for value, _ in row] for m, row in means.items()},
+            {m: [square**0.5 for _, square in row] for m, row in means.items()},
+        )
 
     def _as_scores(self, table: Any) -> Scores:
         rows = table.tolist() if hasattr(table, "tolist") else [list(row) for row in table]

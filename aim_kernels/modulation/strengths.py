@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
 
 #: One number a depth, for each modality.
 Scores = dict[str, list[float]]
+
+
+class Measured(NamedTuple):
+    """Mean scores, and their standard errors (0 where they are not known)."""
+
+    scores: Scores
+    errors: Scores
+
 
 #: Largest strength: below 1 also when stored as float32.
 KAPPA_MAX = 1.0 - 1e-6
@@ -42,6 +50,23 @@ def ratios(scores: Mapping[str, list[float]]) -> Scores:
     return table
 
 
+def relative_errors(measured: Measured) -> Scores:
+    """Standard error of ``rho`` over ``rho``. The scores of different modalities count as independent; those of the
+    same samples mostly rise and fall together, which makes the true error smaller."""
+    scores, errors = measured
+    table: Scores = {}
+    for modality, own in scores.items():
+        others = [name for name in scores if name != modality]
+        table[modality] = []
+        for depth, score in enumerate(own):
+            position = depth / (len(own) - 1) if len(own) > 1 else 1.0
+            mean = sum(at_relative_depth(scores[name], position) for name in others)
+            square = sum(at_relative_depth(errors[name], position) ** 2 for name in others)
+            here = errors[modality][depth] / max(score, 1e-12)
+            table[modality].append(math.sqrt(here**2 + square / max(mean, 1e-12) ** 2))
+    return table
+
+
 def strength(excess: float, alpha: float, dead_zone: float) -> float:
     """``tanh(alpha * max(excess - 1 - dead_zone, 0))``, at most :data:`KAPPA_MAX`; 0 where ``excess`` is not a
     number."""
@@ -57,6 +82,7 @@ class ModulationTable:
     ``excess`` is what became a strength: the ratio, or under the gap rule the training ratio over the held-out ratio.
     ``kappa`` holds back a dominant modality; ``weak_kappa`` is the same rule on the inverse excess, and acts where
     ``decouple="all"``. ``under_fraction`` is the optimizer's count at its latest step (NaN before the first).
+    ``excess_errors``: standard errors of ``excess``, 0 where the probe tells none.
     """
 
     update: int
@@ -72,6 +98,7 @@ class ModulationTable:
     under_fraction: Scores
     dominant: tuple[str, ...]
     weak: tuple[str, ...]
+    excess_errors: Scores = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for files and state dictionaries."""
@@ -100,39 +127,52 @@ class ModulationTable:
 
 def assess(
     update: int,
-    scores: Scores,
-    held_out: Scores | None,
+    measured: Measured,
+    held_out: Measured | None,
     under_fraction: Scores,
     *,
     rule: str,
     alpha: float,
     dead_zone: float,
+    confidence: float = 0.0,
     factor: float = 1.0,
 ) -> ModulationTable:
     """Strengths and roles from scores.
 
     ``rule="ratio"``: excess = rho. ``rule="gap"``: excess = rho_train / rho_heldout, large where a lead in training is
-    not confirmed by the held-out samples. ``kappa = factor * strength(excess)``. A modality is dominant where its kappa
-    averages more than 0.01 over depths, weak where another one is dominant and it is not.
+    not confirmed by the held-out samples. ``kappa = factor * strength(excess - confidence * e)``, ``e`` the standard
+    error of the excess: a lead counts as far as it is not chance. A modality is dominant where its kappa averages more
+    than 0.01 over depths, weak where another one is dominant and it is not.
     """
-    rho = ratios(scores)
-    rho_out = ratios(held_out) if held_out is not None else None
+    rho, relative = ratios(measured.scores), relative_errors(measured)
+    rho_out = ratios(held_out.scores) if held_out is not None else None
     excess = rho
     if rule == "gap":
-        assert rho_out is not None
+        assert rho_out is not None and held_out is not None
         excess = {m: [a / max(b, 1e-12) for a, b in zip(rho[m], rho_out[m], strict=True)] for m in rho}
-    kappa = {m: [factor * strength(x, alpha, dead_zone) for x in row] for m, row in excess.items()}
-    inverse = {m: [1.0 / max(x, 1e-12) for x in row] for m, row in excess.items()}
-    weak_kappa = {m: [factor * strength(x, alpha, dead_zone) for x in row] for m, row in inverse.items()}
+        out = relative_errors(held_out)
+        relative = {m: [math.hypot(a, b) for a, b in zip(relative[m], out[m], strict=True)] for m in rho}
+
+    def strengths(excess: Scores) -> Scores:
+        return {
+            m: [
+                factor * strength(x - confidence * e * x, alpha, dead_zone)
+                for x, e in zip(row, relative[m], strict=True)
+            ]
+            for m, row in excess.items()
+        }
+
+    kappa = strengths(excess)
+    weak_kappa = strengths({m: [1.0 / max(x, 1e-12) for x in row] for m, row in excess.items()})
     dominant = tuple(m for m, row in kappa.items() if sum(row) / len(row) > DOMINANT)
     weak = tuple(m for m in kappa if dominant and m not in dominant)
     return ModulationTable(
         update,
         rule,
-        tuple(scores),
-        scores,
+        tuple(measured.scores),
+        measured.scores,
         rho,
-        held_out,
+        held_out.scores if held_out is not None else None,
         rho_out,
         excess,
         kappa,
@@ -140,4 +180,5 @@ def assess(
         under_fraction,
         dominant,
         weak,
+        {m: [x * e for x, e in zip(row, relative[m], strict=True)] for m, row in excess.items()},
     )
