@@ -42,6 +42,47 @@ def ratios(scores: Mapping[str, list[float]]) -> Scores:
     return table
 
 
+def margins(scores: Mapping[str, list[float]], held_out: Mapping[str, list[float]]) -> Scores:
+    """``1 + g[m][d] - mean_{m' != m} g[m'][d]`` with ``g = (s_train - s_heldout) / s_train``: by how much the share of
+    its own training score that the held-out samples do not confirm is larger than the others' (our own rule).
+
+    Unlike the gap it does not compare scores of different modalities, whose features may differ in kind. Depths are
+    aligned as in :func:`ratios`.
+    """
+    lost = {m: [(a - b) / max(a, 1e-12) for a, b in zip(row, held_out[m], strict=True)] for m, row in scores.items()}
+    table: Scores = {}
+    for modality, own in lost.items():
+        others = [values for name, values in lost.items() if name != modality]
+        table[modality] = []
+        for depth, share in enumerate(own):
+            position = depth / (len(own) - 1) if len(own) > 1 else 1.0
+            mean = sum(at_relative_depth(values, position) for values in others) / len(others)
+            table[modality].append(1.0 + share - mean)
+    return table
+
+
+class Guard:
+    """A brake on all strengths: what the held-out joint loss says of them (our own).
+
+    The factor begins at 1. An update that finds a higher loss than the one before, where somebody was held back since,
+    halves it (below 0.01: 0); any other adds 0.1 up to 1.
+    """
+
+    def __init__(self) -> None:
+        self.factor = 1.0
+        self.loss: float | None = None
+
+    def update(self, loss: float, active: bool) -> float:
+        """The factor after an update that found this loss; ``active``: whether somebody was held back since the last
+        one."""
+        if self.loss is not None and active and not loss <= self.loss:  # NaN too
+            self.factor = self.factor / 2 if self.factor >= 0.02 else 0.0
+        else:
+            self.factor = min(self.factor + 0.1, 1.0)
+        self.loss = loss
+        return self.factor
+
+
 def strength(excess: float, alpha: float, dead_zone: float) -> float:
     """``tanh(alpha * max(excess - 1 - dead_zone, 0))``, at most :data:`KAPPA_MAX`; 0 where ``excess`` is not a
     number."""
@@ -54,8 +95,9 @@ def strength(excess: float, alpha: float, dead_zone: float) -> float:
 class ModulationTable:
     """What one :meth:`AIM.update` found and set. Every table maps a modality to one number a depth, shallow to deep.
 
-    ``excess`` is what became a strength: the ratio, or under the gap rule the training ratio over the held-out ratio.
-    ``kappa`` holds back a dominant modality; ``weak_kappa`` is the same rule on the inverse excess, and acts where
+    ``excess`` is what became a strength: the ratio, under the gap rule the training ratio over the held-out ratio, or
+    the margin. ``kappa`` holds back a dominant modality; ``weak_kappa`` is the same on the inverse excess (of a margin:
+    on ``2 - excess``), and acts where
     ``decouple="all"``. ``under_fraction`` is the optimizer's count at its latest step (NaN before the first).
     """
 
@@ -112,8 +154,9 @@ def assess(
     """Strengths and roles from scores.
 
     ``rule="ratio"``: excess = rho. ``rule="gap"``: excess = rho_train / rho_heldout, large where a lead in training is
-    not confirmed by the held-out samples. ``kappa = factor * strength(excess)``. A modality is dominant where its kappa
-    averages more than 0.01 over depths, weak where another one is dominant and it is not.
+    not confirmed by the held-out samples. ``rule="margin"``: :func:`margins`. ``kappa = factor * strength(excess)``. A
+    modality is dominant where its kappa averages more than 0.01 over depths, weak where another one is dominant and it
+    is not.
     """
     rho = ratios(scores)
     rho_out = ratios(held_out) if held_out is not None else None
@@ -121,8 +164,11 @@ def assess(
     if rule == "gap":
         assert rho_out is not None
         excess = {m: [a / max(b, 1e-12) for a, b in zip(rho[m], rho_out[m], strict=True)] for m in rho}
+    elif rule == "margin":
+        assert held_out is not None
+        excess = margins(scores, held_out)
     kappa = {m: [factor * strength(x, alpha, dead_zone) for x in row] for m, row in excess.items()}
-    inverse = {m: [1.0 / max(x, 1e-12) for x in row] for m, row in excess.items()}
+    inverse = {m: [2.0 - x if rule == "margin" else 1.0 / max(x, 1e-12) for x in row] for m, row in excess.items()}
     weak_kappa = {m: [factor * strength(x, alpha, dead_zone) for x in row] for m, row in inverse.items()}
     dominant = tuple(m for m, row in kappa.items() if sum(row) / len(row) > DOMINANT)
     weak = tuple(m for m in kappa if dominant and m not in dominant)
