@@ -28,6 +28,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "state_dtype": (None, "float32", "bfloat16", "int8"),
     "rounding": ("stochastic", "nearest"),
     "master": (None, "stochastic", "kahan", "split", "float32"),
+    "measure": ("snr", "fisher", "grad", "random"),
 }
 
 DTYPE_NUMBER = {getattr(torch, name): number for number, name in enumerate(DTYPES)}
@@ -122,6 +123,29 @@ def check_hyperparameters(group: Group, number: int) -> None:
             f"under_optimized{where}: expected ('fraction', q) or ('absolute', tau), got {group['under_optimized']!r}"
         )
     check_number(f"under_optimized{where}: {kind}", value, 0.0, 1.0)
+    if group["measure"] == "random" and kind == "absolute":
+        raise ValueError(
+            f"under_optimized{where}: measure='random' draws a share of the elements, an absolute threshold has none; "
+            "give ('fraction', q)"
+        )
+
+
+def check_anchor(group: Group, number: int, anchor: str) -> None:
+    """Raises ValueError where weights are to be withdrawn to an average that the group does not keep."""
+    if anchor == "ema" and group["modulated"] and group["ema_decay"] is None:
+        raise ValueError(
+            f"ema_decay (group {number}): anchor='ema' withdraws weights to their moving average, which this group "
+            "does not keep; give it an ema_decay such as 0.999"
+        )
+
+
+def check_measure(group: Group, number: int, backend: str) -> None:
+    """Raises ValueError on a measure that the backend has not."""
+    if group["measure"] == "random" and backend != "reference":
+        raise ValueError(
+            f"measure (group {number}): 'random' is a control that only the reference backend computes, the optimizer "
+            f"has backend={backend!r}; pass backend='reference'"
+        )
 
 
 #: Options of the optimizer as a whole.

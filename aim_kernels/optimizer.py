@@ -33,6 +33,7 @@ _SINCE_0_1 = {
     "rounding": "stochastic",
     "master": None,
     "ema_decay": None,
+    "measure": "snr",
 }
 
 #: Options that ``optimizer.defaults`` must not have under a rule: schedulers that cycle the momentum (OneCycleLR,
@@ -95,8 +96,13 @@ class AIMFusedOptimizer(LiveWeights):
         under_optimized: ("fraction", q) steers ``tau`` until a share q of the group is under-optimized;
             ("absolute", tau) holds it.
         threshold_rate: step size of that controller.
+        measure: what makes an element under-optimized: "snr" (above), "fisher" (``v_hat >= c``), "grad" (``m_hat^2 >=
+            c``), both with ``c = (tau / (1 - tau))^16``, so that the same controller reaches thresholds of any size;
+            "random" (a control, on ``backend="reference"`` only: a share q of the elements, drawn anew in every step).
+            All but "snr" are for ablation: they take a starved block, whose gradients are small, for converged.
         anchor: what a degraded weight is withdrawn to: "zero", or "init", the weights at construction (one more copy of
-            the ``modulated`` parameters; others are always withdrawn to zero).
+            the ``modulated`` parameters; others are always withdrawn to zero), or "ema", the moving average of the
+            weights, this step's included (``ema_decay`` of the ``modulated`` groups).
         backend: "auto", "cpu", "cuda", "triton" or "reference"; "auto" lets the parameters' device decide, and reads
             the environment variable AIM_KERNELS_BACKEND.
         seed: of the noise and of the phase draws.
@@ -152,6 +158,7 @@ class AIMFusedOptimizer(LiveWeights):
         master: str | None = None,
         ema_decay: float | None = None,
         under_optimized: tuple[str, float] = ("fraction", 0.1),
+        measure: str = "snr",
         threshold_rate: float = 0.1,
         anchor: str = "zero",
         backend: str = "auto",
@@ -163,8 +170,8 @@ class AIMFusedOptimizer(LiveWeights):
         keep_masters: bool = False,
         zero_grad_in_step: bool = False,
     ) -> None:
-        if anchor not in ("zero", "init"):
-            raise ValueError(f"anchor: expected 'zero' or 'init', got {anchor!r}")
+        if anchor not in ("zero", "init", "ema"):
+            raise ValueError(f"anchor: expected 'zero', 'init' or 'ema', got {anchor!r}")
         if not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise ValueError(f"seed: expected an integer in [0, 2^63), got {seed!r}")
         if not isinstance(sync_every, int) or sync_every < 1:
@@ -211,6 +218,7 @@ class AIMFusedOptimizer(LiveWeights):
             "master": master,
             "ema_decay": ema_decay,
             "under_optimized": under_optimized,
+            "measure": measure,
             "threshold_rate": threshold_rate,
             **_BLOCK_KEYS,
         }
@@ -240,6 +248,8 @@ class AIMFusedOptimizer(LiveWeights):
             checks.check_number(f"lr (group {number})", full["lr"], 0.0)
             full["reference_lr"] = group["reference_lr"] = float(full["lr"])
         checks.check_hyperparameters(full, number)
+        checks.check_measure(full, number, self.backend)
+        checks.check_anchor(full, number, self.anchor)
         first = next((t for t in tensors if isinstance(t, Tensor)), None)
         held = any(group["params"] for group in self.param_groups)
         device = self.tables.rows.device if held else first.device if first is not None else None
@@ -394,6 +404,8 @@ class AIMFusedOptimizer(LiveWeights):
             )
         for number, group in enumerate(self.param_groups):
             checks.check_hyperparameters(group, number)
+            checks.check_measure(group, number, self.backend)
+            checks.check_anchor(group, number, self.anchor)
             checks.check_parameters(self.param_groups, number, group["params"], self.tables.rows.device)
         checks.check_meshes(self.param_groups, self.process_group)
         if self.process_group is not None or distributed.any_dtensor(self.param_groups):

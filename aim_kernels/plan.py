@@ -81,6 +81,7 @@ class StepPlan:
         )
         self._process_group = optimizer.process_group
         self._zero_grad = bool(optimizer.zero_grad_in_step)
+        self._follows_average = optimizer.anchor == "ema"
         self.group_of = [number for number, group in enumerate(self.param_groups) for _ in group["params"]]
         self.grads: list[Tensor | None] = [None] * len(self.params)
         self.records = np.zeros(len(self.params), TENSOR_RECORD)
@@ -176,6 +177,8 @@ class StepPlan:
         for name in ("master", "anchor"):
             if name in state:
                 self._hold(index, name, name, wide)
+        if self._follows_average and group["modulated"]:
+            record["anchor"] = record["ema"]
         step = state.get("step")
         if step is not None:
             if step.dtype != torch.float32 or step.device != self.params[index].device:
@@ -209,6 +212,11 @@ class StepPlan:
             return tensor
         strides = torch.empty(p.shape, device="meta").stride() if flat else p.stride()
         return torch.empty_strided(p.shape, strides, dtype=kind, device=p.device).copy_(tensor)
+
+    def anchor_of(self, index: int) -> Tensor | None:
+        """What the live weights of a parameter are withdrawn to, of DTensors the local part; None: zero."""
+        record, state = self.records[index], self.state_of(index)
+        return None if not record["anchor"] else state["ema" if record["anchor"] == record["ema"] else "anchor"]
 
     def state_of(self, index: int) -> dict[str, Any]:
         """The states of a parameter, of DTensors their local parts."""
@@ -311,6 +319,7 @@ class StepPlan:
             if group["decouple_lr"]:
                 decay = decay / group["reference_lr"]
             kind, target = group["under_optimized"]
+            flags = FLAGS.get(group["measure"], 0)
             lr = group["lr"]
             if on_device and isinstance(lr, Tensor) and lr.device.type != "cpu":
                 self.lr_tensors[number] = lr
@@ -332,7 +341,7 @@ class StepPlan:
                 RULES.index(rule),
                 bool(group["nesterov"]),
                 0,
-                (_AMSGRAD if group["amsgrad"] else 0) | (_CENTERED if group["centered"] else 0),
+                flags | (_AMSGRAD if group["amsgrad"] else 0) | (_CENTERED if group["centered"] else 0),
             )
             if values != self._hyperparameters[number]:
                 check_hyperparameters(group, number)
@@ -432,9 +441,11 @@ class StepPlan:
 
 
 def _decisive(group: dict[str, Any]) -> tuple[Any, ...]:
-    """The options that decide which moments a group keeps (``states.moments_of``), cheaper to compare than those."""
+    """The options that decide which moments a group keeps (``states.moments_of``), cheaper to compare than those; and
+    the measure, of which a backend may not have all."""
     return (
         group["rule"],
+        group["measure"],
         group["modulated"],
         not group["momentum"],
         group["amsgrad"],

@@ -59,7 +59,7 @@ TENSOR_RECORD = np.dtype(
         ("exp_avg_sq", np.uint64),  # second moment, or Adagrad's sum
         ("extra", np.uint64),  # a third moment: AMSGrad's maximum, RMSprop's momentum buffer
         ("master", np.uint64),  # true weights, where live weights exist
-        ("anchor", np.uint64),  # initial weights, for anchor="init"
+        ("anchor", np.uint64),  # what live weights are withdrawn to; 0: zero
         ("step", np.uint64),  # float32 step count
         ("exp_avg_scale", np.uint64),  # moments of 8 bits: exponents of the blocks
         ("exp_avg_sq_scale", np.uint64),
@@ -105,8 +105,8 @@ GROUP_RECORD = np.dtype(
     align=True,
 )
 
-#: Variants of a rule (``aim::Flag``).
-FLAGS = {"amsgrad": 1, "centered": 2}
+#: Variants of a rule, and measures other than "snr" (``aim::Flag``).
+FLAGS = {"amsgrad": 1, "centered": 2, "fisher": 4, "grad": 8}
 
 #: What shares a CUDA kernel (``aim::cuda::Family``): rules (AMSGrad is of the others), and, of any rule, the tensors
 #: that keep moments or weights in fewer bits, have an average or leave their gradient as zeros.

@@ -186,13 +186,15 @@ class Oracle:
         unit, tiny = tol.UNIT[leaf.dtype], tol.TINY[leaf.dtype]
         c_v, c_0 = tau**2 * b**2 / bc2, tau**2 * hyper.eps**2 * b**2
         with np.errstate(all="ignore"):
+            c = (tau / (1 - tau)) ** 16 if tau < 1 else math.inf
+            if hyper.measure == "grad":
+                c_v, c_0 = 0.0, c * b**2
             left, right = leaf.m * leaf.m, c_v * leaf.v + c_0
-            margin = (
-                tol.CLASS_ROUNDOFFS * unit * (left + right)
-                + (2 * np.abs(leaf.m) + leaf.e_m) * leaf.e_m
-                + c_v * leaf.e_v
-                + 2 * tiny
-            )
+            margin = (2 * np.abs(leaf.m) + leaf.e_m) * leaf.e_m + c_v * leaf.e_v
+            if hyper.measure == "fisher":
+                # The kernels' m*m decides within 2^-80 of it.
+                left, right, margin = leaf.v, np.full(size, c * bc2), leaf.e_v + leaf.m**2 * 2.0**-80
+            margin = margin + tol.CLASS_ROUNDOFFS * unit * (left + right) + 2 * tiny
             under = left >= right
             tie = (np.abs(left - right) <= tol.SAFETY * margin) if tau else np.zeros(size, bool)
         self.decisions += size
@@ -385,14 +387,18 @@ class Oracle:
     ) -> np.ndarray:
         """Writes the live weight; returns the class, settled at near ties by what was observed."""
         unit = tol.UNIT[leaf.dtype]
+        anchor, e_anchor = (leaf.ema, leaf.e_ema) if leaf.follows else (leaf.anchor, 0.0)
+        if anchor is None:  # an average begins with the weights
+            anchor, e_anchor = leaf.theta, leaf.e_theta
 
         def emit(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             c = np.where(mask, live[0], live[1])
             with np.errstate(all="ignore"):
-                part = leaf.theta - leaf.anchor
-                value = leaf.anchor + part * c
+                part = leaf.theta - anchor
+                value = anchor + part * c
                 error = (
-                    np.abs(c) * (leaf.e_theta + unit * np.abs(part))
+                    np.abs(1 - c) * e_anchor
+                    + np.abs(c) * (leaf.e_theta + unit * np.abs(part))
                     + 2 * unit * np.abs(c * part)
                     + unit * np.abs(value)
                 )

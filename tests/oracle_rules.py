@@ -41,6 +41,7 @@ class Hyper:
     target: float = 0.1
     rate: float = 0.1
     ema_decay: float | None = None
+    measure: str = "snr"
 
     @property
     def keeps_first(self) -> bool:
@@ -87,6 +88,7 @@ class Leaf:
     e_v: np.ndarray | float = 0.0
     e_w: np.ndarray | float = 0.0
     e_live: np.ndarray | float = 0.0
+    follows: bool = False  # the anchor is the moving average
     under: np.ndarray | None = None  # class of the latest decision
     tie: np.ndarray | None = None
     # Fewer bytes: how moments are stored ("bfloat16", "int8"; None: as they are) and rounded, what is done for the true

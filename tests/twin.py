@@ -103,6 +103,7 @@ class Twin:
             target=self.target,
             rate=self.rate,
             ema_decay=group.get("ema_decay"),
+            measure=group.get("measure", "snr"),
         )
 
     def reload(self) -> None:
@@ -143,6 +144,7 @@ class Twin:
             v=v,
             w=w,
             live=live,
+            follows=self.optimizer.anchor == "ema" and bool(group.get("modulated")),
             anchor=flat(self.anchors[p], p) if p in self.anchors else 0.0,
         )
 

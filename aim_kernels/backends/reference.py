@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,6 +43,9 @@ def runs_on(device: torch.device) -> bool:
     """Whether tensors on ``device`` are this backend's: all are."""
     return device.type != "meta"
 
+
+#: ``aim::kSteep``: so steep that m^2 is nothing beside one rounding of v.
+_STEEP = 2.0**80
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "extra")
 
@@ -80,13 +84,16 @@ def update(plan: StepPlan, indices: Iterable[int]) -> list[Sums]:
         grad = plan.grads[index]
         if grad is None:
             if "master" in state:
-                _emit(p, group, state, float(state["step"]), row[ROW["tau"]], live)
+                draw = draw_of(tables.control.tolist(), index, ago=0)
+                _emit(p, group, state, row[ROW["tau"]], live, plan.anchor_of(index), draw)
             continue
         steps = (row[ROW[f"{now}_step_under"]], row[ROW[f"{now}_step_well"]])
         noise = _noise(plan, index, row[ROW["noise"]])
         into = Sums() if plan.records["uncounted"][index] else sums[number]
-        rounding = Rounding(plan, index)
-        _update(p, grad, group, state, row, steps, live, noise, float(plan.groups["scale"][number]), into, rounding)
+        draws = tuple(draw_of(tables.control.tolist(), index, ago) for ago in (1, 0))
+        scale, rounding = float(plan.groups["scale"][number]), Rounding(plan, index)
+        anchor = plan.anchor_of(index)
+        _update(p, grad, group, state, row, steps, live, anchor, noise, scale, into, rounding, draws)
     return sums
 
 
@@ -131,7 +138,8 @@ def emit(plan: StepPlan) -> None:
             row = rows[plan.group_of[index]]
             live = (row[ROW["emitted_under"]], row[ROW["emitted_well"]])
             group = plan.param_groups[plan.group_of[index]]
-            _emit(p, group, state, float(state["step"]), row[ROW["tau_prev"]], live)
+            draw = draw_of(plan.tables.control.tolist(), index, ago=1)
+            _emit(p, group, state, row[ROW["tau_prev"]], live, plan.anchor_of(index), draw)
 
 
 def _update(
@@ -142,10 +150,12 @@ def _update(
     row: list[float],
     steps: tuple[float, float],
     live: tuple[float, float],
+    anchor: Tensor | None,
     noise: Tensor | None,
     scale: float,
     sums: Sums,
     rounding: Rounding,
+    draws: tuple[Draw, ...],
 ) -> None:
     kind = arithmetic_dtype(p.dtype)
     theta = true_weights(p, state)
@@ -164,7 +174,7 @@ def _update(
     if m is None or v is None:
         g = g * grad_under
     else:
-        g = g * _choose(_under(m, v, group, taken, row[ROW["tau_prev"]]), grad_under, grad_well, g)
+        g = g * _choose(_under(m, v, group, taken, row[ROW["tau_prev"]], draws[0]), grad_under, grad_well, g)
     if noise is not None:
         g = g + noise.to(kind)
 
@@ -199,21 +209,21 @@ def _update(
         if w is not None:
             direction = w.mul_(group["momentum"]).add_(direction)
     kept = _keep_moments(p, group, state, (m, v, w), rounding)
-    under = None if m is None or v is None else _under(*kept, group, t, row[ROW["tau"]])
+    under = None if m is None or v is None else _under(*kept, group, t, row[ROW["tau"]], draws[1])
     if under is None:
         delta = direction * (rate * steps[0])
     else:
         delta = direction * _choose(under, rate * steps[0], rate * steps[1], direction)
     theta.mul_(1 - lr * decay if decoupled else 1.0).sub_(delta)
 
-    # 6: what the next forward pass sees
-    if "master" in state:
-        p.copy_(_live(theta, state.get("anchor"), under, live))
-    else:
-        _keep_weights(p, group, state, theta, rounding)
+    # 6: what the next forward pass sees; the anchor may be the average
     if "ema" in state:
         decay = group["ema_decay"]
         state["ema"].mul_(decay).add_(theta * (1 - decay))
+    if "master" in state:
+        p.copy_(_live(theta, anchor, under, live))
+    else:
+        _keep_weights(p, group, state, theta, rounding)
     state["step"] += 1
 
     sums.numel += p.numel()
@@ -227,11 +237,17 @@ def _update(
 
 
 def _emit(
-    p: Tensor, group: dict[str, Any], state: dict[str, Any], taken: float, tau: float, live: tuple[float, float]
+    p: Tensor,
+    group: dict[str, Any],
+    state: dict[str, Any],
+    tau: float,
+    live: tuple[float, float],
+    anchor: Tensor | None,
+    draw: Draw,
 ) -> None:
     m, v, _ = _moments(group, state)
-    under = None if m is None or v is None else _under(m, v, group, taken, tau)
-    p.copy_(_live(state["master"], state.get("anchor"), under, live))
+    under = None if m is None or v is None else _under(m, v, group, float(state["step"]), tau, draw)
+    p.copy_(_live(state["master"], anchor, under, live))
 
 
 def classes_of(
@@ -246,7 +262,7 @@ def classes_of(
     m, v, _ = _moments(group, state)
     if m is None or v is None:
         return None
-    return _under(m, v, group, float(state["step"]), row[ROW["tau_prev"]])
+    return _under(m, v, group, float(state["step"]), row[ROW["tau_prev"]], draw_of(control, index, ago=1))
 
 
 def _moments(group: dict[str, Any], state: dict[str, Any]) -> tuple[Any, Any, Any]:
@@ -293,10 +309,23 @@ def _betas(group: dict[str, Any]) -> tuple[float, float]:
     return beta1, beta2
 
 
-def _under(m: Tensor, v: Tensor, group: dict[str, Any], t: float, tau: float) -> Tensor:
-    """The class of moments that are ``t`` steps old: m_hat^2 >= tau^2 (v_hat + eps^2), without the divisions."""
+#: Where the classes of measure "random" come from: seed, number of the step, number of the parameter.
+Draw = tuple[int, int, int]
+
+
+def draw_of(control: list[int], index: int, ago: int) -> Draw:
+    """Of the step at hand (``ago=0``), or of the one before it, whose class the next gradient goes by."""
+    return control[CONTROL["seed"]], (control[CONTROL["counter"]] - ago) % 2**64, index
+
+
+def _under(m: Tensor, v: Tensor, group: dict[str, Any], t: float, tau: float, draw: Draw) -> Tensor:
+    """The class of moments that are ``t`` steps old; for "snr" m_hat^2 >= tau^2 (v_hat + eps^2), without the
+    divisions."""
     if t < 1:
         return torch.ones_like(m, dtype=torch.bool)
+    if group["measure"] == "random":
+        drawn = np.random.default_rng(draw).random(tuple(m.shape)) < group["under_optimized"][1]
+        return torch.from_numpy(np.asarray(drawn)).to(m.device)
     beta1, beta2 = _betas(group)
     if group["rule"] == "sgd" and group["momentum"]:
         mu = group["momentum"]
@@ -304,9 +333,21 @@ def _under(m: Tensor, v: Tensor, group: dict[str, Any], t: float, tau: float) ->
         weight = mu ** (t - 1) + (1 - group["dampening"]) * earlier
     else:
         weight = 1 - (beta2 if group["rule"] == "lion" else beta1) ** t
-    squared = tau * tau * weight * weight
     second_weight = t if group["rule"] == "adagrad" else 1 - beta2**t
+    if group["measure"] in ("fisher", "grad"):
+        c = math.inf if tau == 1 else tau / (1 - tau)
+        for _ in range(4):
+            c = c * c
+        if group["measure"] == "grad":
+            return m * m >= v * 0.0 + _limited(c * (weight * weight), v)
+        return m * m >= v * -_STEEP + _limited(c * second_weight * _STEEP, v)
+    squared = tau * tau * weight * weight
     return m * m >= v * (squared / second_weight) + squared * group["eps"] ** 2
+
+
+def _limited(number: float, like: Tensor) -> Tensor:
+    """A number in the type of a tensor, infinite where it is too large for it."""
+    return torch.tensor(number, dtype=torch.float64).to(like)
 
 
 def _sign(x: Tensor) -> Tensor:

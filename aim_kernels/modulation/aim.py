@@ -14,10 +14,17 @@ from aim_kernels.modulated import unwrapped
 from aim_kernels.modulation.features import FeatureMixing
 from aim_kernels.modulation.mixing import WRITERS
 from aim_kernels.modulation.mixing import backward as _backward
-from aim_kernels.modulation.options import CONFIDENCE, check_at_least, check_choices, check_finite, factor_at
+from aim_kernels.modulation.options import (
+    CONFIDENCE,
+    Schedule,
+    check_at_least,
+    check_choices,
+    check_finite,
+    schedule_of,
+)
 from aim_kernels.modulation.prototypes import POOLS, Pool, probing
 from aim_kernels.modulation.scoring import Probe, Scoring
-from aim_kernels.modulation.strengths import ModulationTable, assess
+from aim_kernels.modulation.strengths import Guard, ModulationTable, assess
 
 
 class AIM(Scoring):
@@ -49,17 +56,22 @@ class AIM(Scoring):
     Options
     -------
     rule, confidence, dead_zone
-        "gap" compares training with held-out scores, "ratio" only modalities. None: "gap" in updates with ``held_out``,
-        else "ratio". Of the excess, ``dead_zone`` and ``confidence`` standard errors (None: 3 for the gap, 0 for the
-        ratio) set no strength; a probe that is a callable, or "gradients", tells none.
+        "gap" compares the lead in training with the held-out one, "ratio" only modalities, "margin" what each
+        modality's own training score loses outside it (see ``strengths.margins``). None: "gap" in updates with
+        ``held_out``, else "ratio". Of the excess, ``dead_zone`` and ``confidence`` standard errors (None: 3, and 0 for
+        the ratio) set no strength; a probe that is a callable, or "gradient-norm", tells none.
     probe
         "prototypes" (``prototype_steps``, ``prototype_lr``, ``init``: see ``fit_prototypes``), "linear" (ridge readout,
-        fitted on the first half of the batch), "gradients" (root mean square gradient of a block in the optimizer's
-        latest step, no samples), or ``probe(model, inputs, labels)`` returning one row of scores (>= 0, higher is
-        better) a modality.
+        fitted on the first half of the batch), "gradient-norm" (also called "gradients": root mean square gradient of a
+        block in the optimizer's latest step, no samples), or ``probe(model, inputs, labels)`` returning one row of
+        scores (>= 0, higher is better) a modality.
     loss
-        ``loss(model(*prototypes), classes)`` for fitting prototypes; cross entropy by default. Where there are no
-        classes, give a callable probe.
+        ``loss(model(*prototypes), targets)`` for fitting prototypes, and the joint loss of the guard; cross entropy by
+        default.
+    targets
+        "classes", or "quantiles" for regression: labels are real numbers, which ``num_classes`` bins of equally many
+        training samples make classes of; a bin's prototype is fitted to its mean by ``loss``, which must be given.
+        Where neither fits, give a callable probe.
     pool
         How a block's output becomes ``[B, C]``: "channels_first" (convolutions), "channels_last" (transformers, ``[B,
         T, C]``), a callable, or a dict from modality to one of these.
@@ -73,14 +85,17 @@ class AIM(Scoring):
         Which pass ("split") or phase ("alternate") the parameters of no modality (fusion, head) learn from: "average"
         (both), "true" or "auxiliary"; of "split", what multiplies all gradients of the auxiliary pass.
     schedule
-        ``schedule(update_index) -> factor`` in [0, 1] that multiplies every kappa.
+        What multiplies every kappa: "constant", "linear-out" or "cosine-out" (to 0 in the last of ``total_updates``),
+        or ``schedule(update_index) -> factor`` in [0, 1]; in the first ``warmup_updates`` it rises from 0.
+    guard
+        Halves all strengths when the held-out joint loss has risen while somebody was held back, and gives a tenth
+        back in every other update (see ``strengths.Guard``). Needs ``held_out``.
     batch_size
         Scoring runs in pieces of this many samples.
 
     Scores are averaged over the ranks of an initialized process group, so that all set the same rows: each rank calls
     :meth:`update`, with samples of its own, of which every rank has equally many where the model is sharded (FSDP2).
-    Everything but S1-S5 of the specification (what
-    the abstracts say) is this library's reading.
+    Everything but S1-S5 of the specification (what the abstracts say) is this library's reading.
 
     Raises ValueError for fewer than two modalities, unknown choices and numbers out of range; TypeError for another
     optimizer.
@@ -112,9 +127,14 @@ class AIM(Scoring):
         learn_dominant_in_aux: str = "none",
         head_from: str = "average",
         auxiliary_weight: float = 1.0,
-        schedule: Callable[[int], float] | None = None,
+        targets: str = "classes",
+        schedule: str | Schedule | None = None,
+        total_updates: int | None = None,
+        warmup_updates: int = 0,
+        guard: bool = False,
         seed: int = 0,
     ) -> None:
+        schedule = "constant" if schedule is None else schedule
         check_choices(
             decouple=decouple,
             mixing=mixing,
@@ -123,6 +143,8 @@ class AIM(Scoring):
             learn_dominant_in_aux=learn_dominant_in_aux,
             head_from=head_from,
             probe=probe,
+            targets=targets,
+            schedule=schedule,
         )
         if rule is not None:
             check_choices(rule=rule)
@@ -139,6 +161,9 @@ class AIM(Scoring):
         elif not 0.0 <= probability <= 1.0:
             raise ValueError(f"probability must be 'strength' or lie in [0, 1], got {probability}")
         check_at_least(num_classes=(num_classes, 2), batch_size=(batch_size, 1), prototype_steps=(prototype_steps, 0))
+        check_at_least(warmup_updates=(warmup_updates, 0))
+        if targets == "quantiles" and loss is None:
+            raise ValueError("targets='quantiles' needs a loss for real numbers: loss=torch.nn.functional.mse_loss")
         optimizer = unwrapped(optimizer)
         if not hasattr(optimizer, "set_phase_rows"):
             raise TypeError(f"AIM writes rows of an AIMFusedOptimizer; {type(optimizer).__name__} has none")
@@ -152,6 +177,8 @@ class AIM(Scoring):
             model = model.module  # probing needs no gradient exchange; prefixed names are handled below
         self.model, self.optimizer, self.num_classes = model, optimizer, num_classes
         self.alpha, self.decouple, self.mixing, self.probe = alpha, decouple, mixing, probe
+        if probe == "gradients":
+            self.probe = "gradient-norm"
         self.rule, self.dead_zone, self.confidence = rule, dead_zone, confidence
         self.probability, self.beta = probability, beta
         self.coefficients = coefficients
@@ -161,7 +188,9 @@ class AIM(Scoring):
         self.learn_weak_in_true_phase = learn_weak_in_true_phase
         self.learn_dominant_in_aux = learn_dominant_in_aux
         self.head_from, self.auxiliary_weight = head_from, auxiliary_weight
-        self.schedule = schedule
+        self.targets = targets
+        self.schedule = schedule_of(schedule, total_updates, warmup_updates)
+        self.guard = Guard() if guard else None
         self.updates = 0
         self.history: list[ModulationTable] = []
         self.generator = torch.Generator().manual_seed(seed)
@@ -190,37 +219,46 @@ class AIM(Scoring):
 
     def update(
         self,
-        inputs: Sequence[Tensor],
+        inputs: Sequence[Tensor | None],
         labels: Tensor | None = None,
-        held_out: tuple[Sequence[Tensor], Tensor | None] | None = None,
+        held_out: tuple[Sequence[Tensor | None], Tensor | None] | None = None,
     ) -> ModulationTable:
         """Score every block on a batch, set the strengths, and return the table (also appended to ``history``).
 
-        ``inputs``: one tensor ``[B, ...]`` a modality, in the order of the blocks; ``labels``: int64 ``[B]``;
-        ``held_out``: another such pair that the network is not trained on. The held-out samples must look like the
+        ``inputs``: one tensor ``[B, ...]`` a modality, in the order of the blocks, or None for a modality that is not
+        there: it keeps the scores of the update before, and the model is called with None in its place. ``labels``:
+        int64 ``[B]`` (under ``targets="quantiles"`` real numbers); ``held_out``: another such pair that the network is
+        not trained on. The held-out samples must look like the
         deployment: a share of the training set shows memorization, but no shift. Synchronizes with the device. Model
         flags, gradients and the global random state stay as they were; where it raises, no row and no state has
         changed.
 
         Raises ValueError, saying what to do: missing labels, another number of inputs, unequal lengths, labels out of
-        range, ``rule="gap"`` without ``held_out``, a probe's table of another shape or with negative scores.
+        range, a rule or a guard that needs ``held_out`` without it, no input and no earlier score, a probe's table of
+        another shape or with negative scores.
         """
-        inputs, labels = self._checked("", inputs, labels)
+        samples = self._checked("", inputs, labels)
         rule = self.rule or ("ratio" if held_out is None else "gap")
-        if rule == "gap" and held_out is None:
-            raise ValueError("rule='gap' compares training with held-out scores; pass held_out=(inputs, labels)")
-        if self.probe == "gradients" and rule == "gap":
-            raise ValueError("probe='gradients' has no held-out scores; use rule='ratio'")
-        if held_out is not None:
-            held_out = self._checked("held-out ", *held_out)
-        factor = factor_at(self.schedule, self.updates)
+        if rule != "ratio" and held_out is None:
+            raise ValueError(f"rule={rule!r} compares training with held-out scores; pass held_out=(inputs, labels)")
+        if self.guard is not None and held_out is None:
+            raise ValueError("guard=True watches the held-out loss; pass held_out=(inputs, labels)")
+        if self.probe == "gradient-norm" and rule != "ratio":
+            raise ValueError("probe='gradient-norm' has no held-out scores; use rule='ratio'")
+        outside = None if held_out is None else self._checked("held-out ", *held_out)
+        factor, joint_loss = self.schedule(self.updates), None
         generator_state = self.generator.get_state()
         try:
             with self.optimizer.true_parameters(), probing(self.model):
-                scores, held_out_scores = self._scores(inputs, labels, held_out)
+                scores, held_out_scores = self._scores(samples, outside)
+                if self.guard is not None and outside is not None:
+                    joint_loss = self._joint_loss(outside)
         except BaseException:
             self.generator.set_state(generator_state)
             raise
+        if self.guard is not None and joint_loss is not None:
+            held_back = bool(self.history) and bool(self.history[-1].dominant)
+            factor *= self.guard.update(joint_loss, held_back)
         table = assess(
             self.updates,
             scores,
@@ -280,6 +318,7 @@ class AIM(Scoring):
             "updates": self.updates,
             "generator": self.generator.get_state(),
             "history": [table.to_dict() for table in self.history],
+            "guard": None if self.guard is None else vars(self.guard).copy(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -287,3 +326,5 @@ class AIM(Scoring):
         self.updates = int(state["updates"])
         self.generator.set_state(state["generator"].cpu())
         self.history = [ModulationTable.from_dict(row) for row in state["history"]]
+        if self.guard is not None and state.get("guard") is not None:
+            vars(self.guard).update(state["guard"])

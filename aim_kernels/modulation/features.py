@@ -36,7 +36,7 @@ def auxiliary_parameters(optimizer: Any, module: nn.Module, kappa: float) -> dic
             under = classes_of(group, state, rows[number].tolist(), optimizer.tables.control.tolist(), index)
             if under is None:
                 continue
-            anchor = state.get("anchor")
+            anchor = state.get("ema" if optimizer.anchor == "ema" else "anchor")
             wide = p.detach().to(torch.promote_types(p.dtype, torch.float32))
             degraded = wide * (1.0 - kappa) if anchor is None else anchor + (wide - anchor) * (1.0 - kappa)
             found[names[id(p)]] = torch.where(under, p, degraded.to(p.dtype))

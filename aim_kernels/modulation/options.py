@@ -8,13 +8,15 @@ from collections.abc import Callable
 from aim_kernels.modulation.prototypes import POOLS
 
 #: How many standard errors of an excess count as chance by default, by rule.
-CONFIDENCE = {"gap": 3.0, "ratio": 0.0}
+CONFIDENCE = {"gap": 3.0, "ratio": 0.0, "margin": 3.0}
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "decouple": ("dominant", "all"),
     "mixing": ("alternate", "split", "weights", "features"),
-    "probe": ("prototypes", "linear", "gradients"),
-    "rule": ("gap", "ratio"),
+    "probe": ("prototypes", "linear", "gradient-norm", "gradients"),
+    "rule": ("gap", "ratio", "margin"),
+    "targets": ("classes", "quantiles"),
+    "schedule": ("constant", "linear-out", "cosine-out"),
     "init": ("noise", "mean"),
     "coefficients": ("chain", "straight-through", "step"),
     "pool": tuple(POOLS),
@@ -23,7 +25,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "head_from": ("average", "true", "auxiliary"),
 }
 
-_OR_CALLABLE = ("probe", "pool")
+_OR_CALLABLE = ("probe", "pool", "schedule")
+
+#: What multiplies every strength, by the number of the update.
+Schedule = Callable[[int], float]
 
 
 def check_choices(**options: object) -> None:
@@ -51,9 +56,33 @@ def check_at_least(**counts: tuple[int, int]) -> None:
             raise ValueError(f"{name} must be at least {least}, got {count}")
 
 
-def factor_at(schedule: Callable[[int], float] | None, update: int) -> float:
-    """What multiplies every strength in an update; ValueError where a schedule gives no factor in [0, 1]."""
-    factor = 1.0 if schedule is None else float(schedule(update))
-    if not 0.0 <= factor <= 1.0:
-        raise ValueError(f"schedule({update}) returned {factor}; a factor lies in [0, 1]")
+def schedule_of(schedule: str | Schedule, total_updates: int | None, warmup_updates: int) -> Schedule:
+    """The factor of every update.
+
+    It rises linearly from 0 in update 0 to 1 in update ``warmup_updates``. From there on "constant" stays at 1,
+    "linear-out" and "cosine-out" fall to 0 in the last update, ``total_updates - 1``, and stay there; a callable
+    multiplies what the warm-up gives.
+
+    Raises ValueError: a schedule that ends without ``total_updates``, or one that ends before its warm-up does.
+    """
+    if schedule in ("linear-out", "cosine-out"):
+        if total_updates is None:
+            raise ValueError(f"schedule={schedule!r} ends with training; give total_updates, the number of updates")
+        if total_updates < warmup_updates + 2:
+            raise ValueError(
+                f"total_updates must be at least warmup_updates + 2, got {total_updates} and {warmup_updates}"
+            )
+
+    def factor(update: int) -> float:
+        value = min(update / warmup_updates, 1.0) if warmup_updates else 1.0
+        if callable(schedule):
+            given = float(schedule(update))
+            if not 0.0 <= given <= 1.0:
+                raise ValueError(f"schedule({update}) returned {given}; a factor lies in [0, 1]")
+            return value * given
+        if total_updates is None or schedule == "constant":
+            return value
+        way = min(max(update - warmup_updates, 0) / (total_updates - 1 - warmup_updates), 1.0)
+        return value * (1.0 - way if schedule == "linear-out" else 0.5 * (1.0 + math.cos(math.pi * way)))
+
     return factor

@@ -58,7 +58,10 @@ def probing(model: nn.Module) -> Iterator[None]:
 
 
 def block_features(
-    model: nn.Module, modules: Mapping[str, Sequence[nn.Module]], inputs: Sequence[Tensor], pools: Mapping[str, Pool]
+    model: nn.Module,
+    modules: Mapping[str, Sequence[nn.Module]],
+    inputs: Sequence[Tensor | None],
+    pools: Mapping[str, Pool],
 ) -> dict[str, list[Tensor]]:
     """One forward of ``model(*inputs)``; the pooled output ``[B, C]`` (float32) of each block of each modality.
 
@@ -97,7 +100,7 @@ def block_features(
 
 def fit_prototypes(
     model: nn.Module,
-    inputs: Sequence[Tensor],
+    inputs: Sequence[Tensor | None],
     labels: Tensor,
     num_classes: int,
     *,
@@ -106,25 +109,28 @@ def fit_prototypes(
     init: str,
     loss: Callable[[Any, Tensor], Tensor],
     generator: torch.Generator,
-) -> list[Tensor]:
+    targets: Tensor | None = None,
+) -> list[Tensor | None]:
     """K inputs a modality (``[K, *shape of one input]``) that the frozen network classifies as 0..K-1.
 
-    Minimizes ``loss(model(P[1], ..., P[M]), [0, ..., K-1])`` by ``steps`` Adam steps of rate ``lr``, in units of each
-    modality's standard deviation in ``inputs``, so one rate serves inputs of any scale. ``init="noise"`` starts from
-    Gaussian noise of the batch's mean and standard deviation, ``"mean"`` from the class means of the batch (noise for
-    classes it lacks). Only the prototypes are differentiated: no parameter gets a gradient.
+    Minimizes ``loss(model(P[1], ..., P[M]), targets)`` (``targets``: ``[0, ..., K-1]`` unless given) by ``steps`` Adam
+    steps of rate ``lr``, in units of each modality's standard deviation in ``inputs``, so one rate serves inputs of any
+    scale. ``init="noise"`` starts from Gaussian noise of the batch's mean and standard deviation, ``"mean"`` from the
+    class means of the batch (noise for classes it lacks). An input that is None has none, and the model is called with
+    None there. Only the prototypes are differentiated: no parameter gets a gradient.
 
     Raises TypeError for inputs that are not floating point (token ids cannot be learnt).
     """
     for number, x in enumerate(inputs):
-        if not x.is_floating_point():
+        if x is not None and not x.is_floating_point():
             raise TypeError(
                 f"input {number} has dtype {x.dtype}; prototypes are learnt and need floating-point inputs: "
                 "feed embeddings, or give probe='linear' or a callable"
             )
     free: list[Tensor] = []
     scales: list[tuple[Tensor, Tensor]] = []
-    for x in inputs:
+    given = [x for x in inputs if x is not None]
+    for x in given:
         wide = x.detach().float()
         mean, std = wide.mean(), wide.std(correction=0).clamp_min(1e-6)
         # drawn on the CPU, so that a seed gives the same prototypes on every device
@@ -135,10 +141,11 @@ def fit_prototypes(
         free.append(start.requires_grad_())
         scales.append((mean, std))
 
-    def inputs_of() -> list[Tensor]:
-        return [(mean + std * u).to(x.dtype) for u, (mean, std), x in zip(free, scales, inputs, strict=True)]
+    def inputs_of() -> list[Tensor | None]:
+        made = iter((mean + std * u).to(x.dtype) for u, (mean, std), x in zip(free, scales, given, strict=True))
+        return [None if x is None else next(made) for x in inputs]
 
-    targets = torch.arange(num_classes, device=labels.device)
+    targets = torch.arange(num_classes, device=labels.device) if targets is None else targets
     adam = torch.optim.Adam(free, lr=lr)
     with torch.enable_grad():
         for _ in range(steps):
@@ -146,7 +153,7 @@ def fit_prototypes(
             for u, gradient in zip(free, gradients, strict=True):
                 u.grad = gradient
             adam.step()
-    return [p.detach() for p in inputs_of()]
+    return [None if p is None else p.detach() for p in inputs_of()]
 
 
 def prototype_score(features: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:

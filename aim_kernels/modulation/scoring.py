@@ -10,10 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from aim_kernels.modulation.prototypes import Pool, RidgeReadout, block_features, fit_prototypes, prototype_score
-from aim_kernels.modulation.strengths import Measured, Scores
+from aim_kernels.modulation.strengths import Measured, ModulationTable, Scores
 
 #: A user's probe: ``probe(model, inputs, labels)`` returns an ``[M, D]``-like table of non-negative scores.
-Probe = Callable[[nn.Module, Sequence[Tensor], Tensor | None], Any]
+Probe = Callable[[nn.Module, Sequence[Tensor | None], Tensor | None], Any]
+
+
+#: Inputs, one a modality (None: not there), and labels.
+Samples = tuple[list[Tensor | None], Tensor | None]
 
 
 class Scoring:
@@ -27,7 +31,9 @@ class Scoring:
     prototype_lr: float
     init: str
     loss: Callable[[Any, Tensor], Tensor]
+    targets: str
     batch_size: int
+    history: list[ModulationTable]
     generator: torch.Generator
     depths: dict[str, int]
     modalities: tuple[str, ...]
@@ -75,119 +81,197 @@ class Scoring:
             modules[group["modality"]][group["depth"]] = module
         return {m: [module for module in row if module is not None] for m, row in modules.items()}
 
-    def _checked(
-        self, what: str, inputs: Sequence[Tensor] | Tensor, labels: Tensor | None
-    ) -> tuple[list[Tensor], Tensor | None]:
-        """Inputs and labels of one batch, or an exception that says what is wrong with them."""
+    def _checked(self, what: str, inputs: Sequence[Tensor | None] | Tensor, labels: Tensor | None) -> Samples:
+        """One batch, or an exception that says what is wrong with it."""
         if isinstance(inputs, Tensor) or len(inputs) != len(self.modalities):
             got = "one tensor" if isinstance(inputs, Tensor) else f"{len(inputs)}"
             raise ValueError(
                 f"{what}inputs must be {len(self.modalities)} tensors, one a modality in the order "
                 f"{', '.join(self.modalities)}; got {got}"
             )
+        if all(x is None for x in inputs):
+            raise ValueError(f"{what}inputs are all None; give at least one modality")
         if labels is None:
             if self.probe in ("prototypes", "linear"):
                 raise ValueError(
-                    f"probe={self.probe!r} needs {what}labels; pass them, or use probe='gradients' or a callable"
+                    f"probe={self.probe!r} needs {what}labels; pass them, or use probe='gradient-norm' or a callable"
                 )
             return list(inputs), None
+        for modality, x in zip(self.modalities, inputs, strict=True):
+            if x is not None and (len(x) != len(labels) or len(x) == 0):
+                raise ValueError(f"{what}input of {modality!r} has {len(x)} samples, {what}labels have {len(labels)}")
+        labels = labels.to(next(x.device for x in inputs if x is not None))
+        if self.targets == "quantiles":
+            if not labels.is_floating_point() or labels.dim() > 2 or labels[0].numel() != 1:
+                raise ValueError(
+                    f"{what}labels must be real numbers of shape [B] or [B, 1] under targets='quantiles', got "
+                    f"{labels.dtype} of shape {tuple(labels.shape)}"
+                )
+            if not bool(torch.isfinite(labels).all()):
+                raise ValueError(f"{what}labels are not all finite; leave such samples out")
+            return list(inputs), labels
+        if callable(self.probe):
+            return list(inputs), labels
         if labels.dim() != 1 or labels.is_floating_point():
             raise ValueError(
-                f"{what}labels must be class numbers of shape [B], got {labels.dtype} of shape {tuple(labels.shape)}"
+                f"{what}labels must be class numbers of shape [B], got {labels.dtype} of shape {tuple(labels.shape)}; "
+                "for real numbers use targets='quantiles' with a loss, or a callable probe"
             )
-        for modality, x in zip(self.modalities, inputs, strict=True):
-            if len(x) != len(labels) or len(x) == 0:
-                raise ValueError(f"{what}input of {modality!r} has {len(x)} samples, {what}labels have {len(labels)}")
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= self.num_classes:
             raise ValueError(
                 f"{what}labels range from {low} to {high}; "
                 f"with num_classes={self.num_classes} they lie in 0..{self.num_classes - 1}"
             )
-        return list(inputs), labels.to(inputs[0].device).long()
+        return list(inputs), labels.long()
 
-    def _scores(
-        self, inputs: list[Tensor], labels: Tensor | None, held_out: tuple[Sequence[Tensor], Tensor | None] | None
-    ) -> tuple[Measured, Measured | None]:
-        if self.probe == "gradients":
-            return self._averaged(self._gradient_scores()), None
+    def _scores(self, samples: Samples, held_out: Samples | None) -> tuple[Measured, Measured | None]:
+        if self.probe == "gradient-norm":
+            return self._averaged(_exactly(self._gradient_scores())), None
+        missing = [
+            modality
+            for number, modality in enumerate(self.modalities)
+            if samples[0][number] is None or (held_out is not None and held_out[0][number] is None)
+        ]
+        previous = self._previous(missing, held_out is not None)
         if callable(self.probe):
-            found = self._averaged(self._as_scores(self.probe(self.model, inputs, labels)))
-            if held_out is None:
-                return found, None
-            return found, self._averaged(self._as_scores(self.probe(self.model, *held_out)))
+            found = _exactly(self._as_scores(self.probe(self.model, *samples)))
+            found_out = None if held_out is None else _exactly(self._as_scores(self.probe(self.model, *held_out)))
+        else:
+            found, found_out = self._judged(_without(samples, self.modalities, missing), held_out, missing)
+
+        def whole(now: Measured, before: Measured) -> Measured:
+            parts = zip(now, before, strict=True)
+            return self._averaged(
+                Measured(*({m: (b if m in missing else a)[m] for m in self.modalities} for a, b in parts))
+            )
+
+        train = whole(found, previous[0])
+        return train, None if found_out is None else whole(found_out, previous[1])
+
+    def _previous(self, missing: Sequence[str], both: bool) -> tuple[Measured, Measured]:
+        """What the latest update measured in training and outside of it, for modalities that now have no input."""
+        latest = self.history[-1] if self.history else None
+        if missing and (latest is None or (both and latest.held_out_scores is None)):
+            raise ValueError(
+                f"the input of {missing[0]!r} is None, and there is no earlier update whose "
+                f"{'scores' if latest is None else 'held-out scores'} it could keep; give it once"
+            )
+        if latest is None:
+            return Measured({}, {}), Measured({}, {})
+        return latest.measured, latest.held_out or Measured({}, {})
+
+    def _judged(
+        self, samples: Samples, held_out: Samples | None, missing: Sequence[str]
+    ) -> tuple[Measured, Measured | None]:
+        """Scores of the prototypes or linear readouts fitted on ``samples``, there and on ``held_out``."""
+        inputs, labels = samples
         assert labels is not None
+        classes, means, edges = self._binned(labels)
         judges: dict[str, list[Callable[[Tensor, Tensor], Tensor]]]
-        scored = (inputs, labels)
+        scored = (inputs, classes)
         if self.probe == "linear":
             half = max(len(labels) // 2, 1)
             with torch.no_grad():
-                fitted = self._features([x[:half] for x in inputs])
+                fitted = self._features(_part(inputs, slice(half)))
             judges = {
-                m: [RidgeReadout(z, labels[:half], self.num_classes).score for z in row] for m, row in fitted.items()
+                m: [RidgeReadout(z, classes[:half], self.num_classes).score for z in row] for m, row in fitted.items()
             }
             if len(labels) > half:  # never score what it was fitted on, if there is anything else
-                scored = ([x[half:] for x in inputs], labels[half:])
+                scored = (_part(inputs, slice(half, None)), classes[half:])
         else:
             prototypes = fit_prototypes(
                 self.model,
                 inputs,
-                labels,
+                classes,
                 self.num_classes,
                 steps=self.prototype_steps,
                 lr=self.prototype_lr,
                 init=self.init,
                 loss=self.loss,
                 generator=self.generator,
+                targets=means,
             )
             with torch.no_grad():
                 fitted = self._features(prototypes)
             judges = {m: [_prototype_judge(p) for p in row] for m, row in fitted.items()}
-        found_train = self._mean_scores(judges, *scored)
+        found = self._mean_scores(judges, *scored)
         if held_out is None:
-            return found_train, None
-        assert held_out[1] is not None
-        return found_train, self._mean_scores(judges, held_out[0], held_out[1])
+            return found, None
+        inputs, labels = _without(held_out, self.modalities, missing)
+        assert labels is not None
+        return found, self._mean_scores(judges, inputs, labels if edges is None else _bins(labels, edges))
 
-    def _features(self, inputs: Sequence[Tensor]) -> dict[str, list[Tensor]]:
-        return block_features(self.model, self._modules, inputs, self._pools)
+    def _binned(self, labels: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Class numbers ``[B]``. Of real numbers: of bins that hold equally many of these; then also the mean of each
+        bin (the middle quantile of an empty one), shaped like labels, and the edges between them."""
+        if self.targets == "classes":
+            return labels, None, None
+        values, k = labels.flatten(), self.num_classes
+        places = torch.arange(2 * k + 1, device=values.device, dtype=values.dtype) / (2 * k)
+        quantiles = torch.quantile(values.float(), places.float()).to(values.dtype)
+        edges, middles = quantiles[2:-1:2].contiguous(), quantiles[1::2]
+        classes = _bins(labels, edges)
+        counts = torch.bincount(classes, minlength=k)
+        sums = torch.zeros(k, dtype=values.dtype, device=values.device).index_add_(0, classes, values)
+        means = torch.where(counts > 0, sums / counts.clamp_min(1), middles)
+        return classes, means.view(k, *labels.shape[1:]), edges
+
+    def _features(self, inputs: Sequence[Tensor | None]) -> dict[str, list[Tensor]]:
+        modules = {m: self._modules[m] for m, x in zip(self.modalities, inputs, strict=True) if x is not None}
+        return block_features(self.model, modules, inputs, self._pools)
 
     @torch.no_grad()
     def _mean_scores(
         self,
         judges: Mapping[str, Sequence[Callable[[Tensor, Tensor], Tensor]]],
-        inputs: Sequence[Tensor],
+        inputs: Sequence[Tensor | None],
         labels: Tensor,
     ) -> Measured:
-        found: dict[str, list[list[Tensor]]] = {m: [[] for _ in range(n)] for m, n in self.depths.items()}
+        """Means over the samples, with their standard errors."""
+        found: dict[str, list[list[Tensor]]] = {m: [[] for _ in row] for m, row in judges.items()}
         for start in range(0, len(labels), self.batch_size):
             part = slice(start, start + self.batch_size)
-            features = self._features([x[part] for x in inputs])
-            for modality, row in features.items():
+            for modality, row in self._features(_part(inputs, part)).items():
                 for depth, z in enumerate(row):
                     found[modality][depth].append(judges[modality][depth](z, labels[part]).double())
         samples = torch.stack([torch.cat(pieces) for row in found.values() for pieces in row])  # [blocks, B]
-        spread = samples.std(1, correction=1) if len(labels) > 1 else torch.zeros(len(samples))
-        numbers = iter(torch.stack([samples.mean(1), spread.to(samples) / len(labels) ** 0.5]).T.tolist())
-        pairs = {m: [next(numbers) for _ in range(n)] for m, n in self.depths.items()}
-        return self._averaged(*({m: [pair[k] for pair in row] for m, row in pairs.items()} for k in range(2)))
+        mean = samples.mean(1)
+        error = samples.std(1) / len(labels) ** 0.5 if len(labels) > 1 else torch.zeros_like(mean)
+        tables = []
+        for column in torch.stack([mean, error]).tolist():
+            numbers = iter(column)
+            tables.append({m: [next(numbers) for _ in row] for m, row in found.items()})
+        return Measured(*tables)
 
-    def _averaged(self, scores: Scores, errors: Scores | None = None) -> Measured:
-        """The mean over ranks, so that every rank sets the same rows. ``errors``: standard errors of the scores, where
-        they are known."""
-        errors = {m: [0.0] * len(row) for m, row in scores.items()} if errors is None else errors
+    @torch.no_grad()
+    def _joint_loss(self, samples: Samples) -> float:
+        """Mean of ``loss(model(*inputs), labels)`` over all samples and ranks."""
+        inputs, labels = samples
+        if labels is None:
+            raise ValueError("guard=True watches the held-out loss and needs held-out labels; pass them")
+        total = 0.0
+        for start in range(0, len(labels), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            here = labels[part]
+            total += float(self.loss(self.model(*_part(inputs, part)), here)) * len(here)
+        return self._averaged(_exactly({"joint": [total / len(labels)]})).scores["joint"][0]
+
+    def _averaged(self, measured: Measured) -> Measured:
+        """The mean over ranks, so that every rank sets the same rows."""
         distributed = torch.distributed
         if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
-            return Measured(scores, errors)
+            return measured
         world = distributed.get_world_size()
-        own = [(value, error**2 / world) for m in scores for value, error in zip(scores[m], errors[m], strict=True)]
+        scores, errors = measured
+        own = [[value for row in scores.values() for value in row], [e**2 for row in errors.values() for e in row]]
         flat = torch.tensor(own, dtype=torch.float64, device=next(self.model.parameters()).device)
         distributed.all_reduce(flat)
-        pairs = iter((flat / world).tolist())
-        means = {m: [next(pairs) for _ in row] for m, row in scores.items()}
+        means, squares = (flat / world).tolist()
+        numbers, variances = iter(means), iter(squares)
         return Measured(
-            {m: [value for value, _ in row] for m, row in means.items()},
-            {m: [square**0.5 for _, square in row] for m, row in means.items()},
+            {m: [next(numbers) for _ in row] for m, row in scores.items()},
+            {m: [(next(variances) / world) ** 0.5 for _ in row] for m, row in scores.items()},
         )
 
     def _as_scores(self, table: Any) -> Scores:
@@ -225,6 +309,25 @@ class Scoring:
             if group.get("modality") is not None and group.get("modulated"):
                 table[group["modality"]][group["depth"]] = float(row["under_fraction"])
         return table
+
+
+def _exactly(scores: Scores) -> Measured:
+    """Scores of which no errors are known."""
+    return Measured(scores, {m: [0.0] * len(row) for m, row in scores.items()})
+
+
+def _part(inputs: Sequence[Tensor | None], part: slice) -> list[Tensor | None]:
+    return [None if x is None else x[part] for x in inputs]
+
+
+def _without(samples: Samples, modalities: Sequence[str], missing: Sequence[str]) -> Samples:
+    """The same with None for all modalities that have no input somewhere."""
+    inputs, labels = samples
+    return [None if m in missing else x for m, x in zip(modalities, inputs, strict=True)], labels
+
+
+def _bins(labels: Tensor, edges: Tensor) -> Tensor:
+    return torch.bucketize(labels.flatten(), edges, right=True)
 
 
 def _prototype_judge(prototypes: Tensor) -> Callable[[Tensor, Tensor], Tensor]:

@@ -50,6 +50,25 @@ def ratios(scores: Mapping[str, list[float]]) -> Scores:
     return table
 
 
+def margins(scores: Mapping[str, list[float]], held_out: Mapping[str, list[float]]) -> Scores:
+    """``1 + g[m][d] - mean_{m' != m} g[m'][d]`` with ``g = (s_train - s_heldout) / s_train``: by how much the share of
+    its own training score that the held-out samples do not confirm is larger than the others' (our own rule).
+
+    Unlike the gap it does not compare scores of different modalities, whose features may differ in kind. Depths are
+    aligned as in :func:`ratios`.
+    """
+    lost = {m: [(a - b) / max(a, 1e-12) for a, b in zip(row, held_out[m], strict=True)] for m, row in scores.items()}
+    table: Scores = {}
+    for modality, own in lost.items():
+        others = [values for name, values in lost.items() if name != modality]
+        table[modality] = []
+        for depth, share in enumerate(own):
+            position = depth / (len(own) - 1) if len(own) > 1 else 1.0
+            mean = sum(at_relative_depth(values, position) for values in others) / len(others)
+            table[modality].append(1.0 + share - mean)
+    return table
+
+
 def relative_errors(measured: Measured) -> Scores:
     """Standard error of ``rho`` over ``rho``. The scores of different modalities count as independent; those of the
     same samples mostly rise and fall together, which makes the true error smaller."""
@@ -67,6 +86,52 @@ def relative_errors(measured: Measured) -> Scores:
     return table
 
 
+def margin_errors(measured: Measured, held_out: Measured) -> Scores:
+    """Standard errors of :func:`margins`, by the same assumption."""
+
+    def relative(table: Measured, modality: str, depth: int) -> float:
+        return table.errors[modality][depth] / max(table.scores[modality][depth], 1e-12)
+
+    lost = {
+        m: [
+            held_out.scores[m][d] / max(score, 1e-12) * math.hypot(relative(measured, m, d), relative(held_out, m, d))
+            for d, score in enumerate(row)
+        ]
+        for m, row in measured.scores.items()
+    }
+    table: Scores = {}
+    for modality, own in lost.items():
+        others = [values for name, values in lost.items() if name != modality]
+        table[modality] = []
+        for depth, error in enumerate(own):
+            position = depth / (len(own) - 1) if len(own) > 1 else 1.0
+            square = sum(at_relative_depth(values, position) ** 2 for values in others) / len(others) ** 2
+            table[modality].append(math.sqrt(error**2 + square))
+    return table
+
+
+class Guard:
+    """A brake on all strengths: what the held-out joint loss says of them (our own).
+
+    The factor begins at 1. An update that finds a higher loss than the one before, where somebody was held back since,
+    halves it (below 0.01: 0); any other adds 0.1 up to 1.
+    """
+
+    def __init__(self) -> None:
+        self.factor = 1.0
+        self.loss: float | None = None
+
+    def update(self, loss: float, active: bool) -> float:
+        """The factor after an update that found this loss; ``active``: whether somebody was held back since the last
+        one."""
+        if self.loss is not None and active and not loss <= self.loss:  # NaN too
+            self.factor = self.factor / 2 if self.factor >= 0.02 else 0.0
+        else:
+            self.factor = min(self.factor + 0.1, 1.0)
+        self.loss = loss
+        return self.factor
+
+
 def strength(excess: float, alpha: float, dead_zone: float) -> float:
     """``tanh(alpha * max(excess - 1 - dead_zone, 0))``, at most :data:`KAPPA_MAX`; 0 where ``excess`` is not a
     number."""
@@ -79,10 +144,11 @@ def strength(excess: float, alpha: float, dead_zone: float) -> float:
 class ModulationTable:
     """What one :meth:`AIM.update` found and set. Every table maps a modality to one number a depth, shallow to deep.
 
-    ``excess`` is what became a strength: the ratio, or under the gap rule the training ratio over the held-out ratio.
-    ``kappa`` holds back a dominant modality; ``weak_kappa`` is the same rule on the inverse excess, and acts where
-    ``decouple="all"``. ``under_fraction`` is the optimizer's count at its latest step (NaN before the first).
-    ``excess_errors``: standard errors of ``excess``, 0 where the probe tells none.
+    ``excess`` is what became a strength: the ratio, under the gap rule the training ratio over the held-out ratio, or
+    the margin. ``kappa`` holds back a dominant modality; ``weak_kappa`` is the same on the inverse excess (of a margin:
+    on ``2 - excess``), and acts where ``decouple="all"``.
+    ``under_fraction`` is the optimizer's count at its latest step (NaN before the first). ``errors``,
+    ``held_out_errors``, ``excess_errors``: standard errors, 0 where the probe tells none.
     """
 
     update: int
@@ -98,7 +164,19 @@ class ModulationTable:
     under_fraction: Scores
     dominant: tuple[str, ...]
     weak: tuple[str, ...]
+    errors: Scores = field(default_factory=dict)
+    held_out_errors: Scores = field(default_factory=dict)
     excess_errors: Scores = field(default_factory=dict)
+
+    @property
+    def measured(self) -> Measured:
+        """Training scores with their errors."""
+        return _with_errors(self.scores, self.errors)
+
+    @property
+    def held_out(self) -> Measured | None:
+        """Held-out scores with their errors, where there were any."""
+        return None if self.held_out_scores is None else _with_errors(self.held_out_scores, self.held_out_errors)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for files and state dictionaries."""
@@ -125,6 +203,11 @@ class ModulationTable:
         return "\n".join(lines)
 
 
+def _with_errors(scores: Scores, errors: Scores) -> Measured:
+    """Tables of earlier versions have no errors."""
+    return Measured(scores, {m: errors.get(m, [0.0] * len(row)) for m, row in scores.items()})
+
+
 def assess(
     update: int,
     measured: Measured,
@@ -140,37 +223,44 @@ def assess(
     """Strengths and roles from scores.
 
     ``rule="ratio"``: excess = rho. ``rule="gap"``: excess = rho_train / rho_heldout, large where a lead in training is
-    not confirmed by the held-out samples. ``kappa = factor * strength(excess - confidence * e)``, ``e`` the standard
-    error of the excess: a lead counts as far as it is not chance. A modality is dominant where its kappa averages more
-    than 0.01 over depths, weak where another one is dominant and it is not.
+    not confirmed by the held-out samples. ``rule="margin"``: :func:`margins`. ``kappa = factor * strength(excess -
+    confidence * e)``, ``e`` the standard error of the excess: a lead counts as far as it is not chance. A modality is
+    dominant where its kappa averages more than 0.01 over depths, weak where another one is dominant and it is not.
     """
-    rho, relative = ratios(measured.scores), relative_errors(measured)
+    scores, rho = measured.scores, ratios(measured.scores)
     rho_out = ratios(held_out.scores) if held_out is not None else None
-    excess = rho
+    relative = relative_errors(measured)
+    excess, errors = rho, {m: [x * e for x, e in zip(row, relative[m], strict=True)] for m, row in rho.items()}
     if rule == "gap":
         assert rho_out is not None and held_out is not None
         excess = {m: [a / max(b, 1e-12) for a, b in zip(rho[m], rho_out[m], strict=True)] for m in rho}
-        out = relative_errors(held_out)
-        relative = {m: [math.hypot(a, b) for a, b in zip(relative[m], out[m], strict=True)] for m in rho}
+        outside = relative_errors(held_out)
+        errors = {
+            m: [x * math.hypot(a, b) for x, a, b in zip(excess[m], relative[m], outside[m], strict=True)] for m in rho
+        }
+    elif rule == "margin":
+        assert held_out is not None
+        excess, errors = margins(scores, held_out.scores), margin_errors(measured, held_out)
+    if rule == "margin":
+        inverse, inverse_errors = {m: [2.0 - x for x in row] for m, row in excess.items()}, errors
+    else:
+        inverse = {m: [1.0 / max(x, 1e-12) for x in row] for m, row in excess.items()}
+        inverse_errors = {m: [e * y * y for e, y in zip(errors[m], inverse[m], strict=True)] for m in errors}
 
-    def strengths(excess: Scores) -> Scores:
+    def strengths(excess: Scores, errors: Scores) -> Scores:
         return {
-            m: [
-                factor * strength(x - confidence * e * x, alpha, dead_zone)
-                for x, e in zip(row, relative[m], strict=True)
-            ]
+            m: [factor * strength(x - confidence * e, alpha, dead_zone) for x, e in zip(row, errors[m], strict=True)]
             for m, row in excess.items()
         }
 
-    kappa = strengths(excess)
-    weak_kappa = strengths({m: [1.0 / max(x, 1e-12) for x in row] for m, row in excess.items()})
+    kappa, weak_kappa = strengths(excess, errors), strengths(inverse, inverse_errors)
     dominant = tuple(m for m, row in kappa.items() if sum(row) / len(row) > DOMINANT)
     weak = tuple(m for m in kappa if dominant and m not in dominant)
     return ModulationTable(
         update,
         rule,
-        tuple(measured.scores),
-        measured.scores,
+        tuple(scores),
+        scores,
         rho,
         held_out.scores if held_out is not None else None,
         rho_out,
@@ -180,5 +270,7 @@ def assess(
         under_fraction,
         dominant,
         weak,
-        {m: [x * e for x, e in zip(row, relative[m], strict=True)] for m, row in excess.items()},
+        measured.errors,
+        held_out.errors if held_out is not None else {},
+        errors,
     )

@@ -105,9 +105,22 @@ AIM_INLINE Age age_of(const Group& group, Kind kind, double t) {
   return {last + (1 - group.dampening) * earlier, 1 - squared};
 }
 
-// under: m^2 >= slope * v + offset, for moments of that age.
+// Of kFisher: so steep that m^2, which is less than 2^24 times v, is nothing beside one rounding of
+// v, and small enough for float32: steeper than 2^80, ordinary second moments would overflow.
+inline constexpr double kSteep = 0x1p80;
+
+// under: m^2 >= slope * v + offset, for moments of that age. kFisher: v_hat >= c, as
+// m^2 >= kSteep * (c - v_hat); kGrad: m_hat^2 >= c; c = (tau / (1 - tau))^16.
 AIM_INLINE void threshold(const Group& group, const Age& age, double tau, double* slope,
                           double* offset) {
+  if (group.flags & (kFisher | kGrad)) {
+    double c = tau / (1 - tau);
+    for (int doubled = 0; doubled < 4; ++doubled) c = c * c;
+    const bool fisher = (group.flags & kFisher) != 0;
+    *slope = fisher ? -kSteep : 0;
+    *offset = fisher ? c * age.rest * kSteep : c * (age.weight * age.weight);
+    return;
+  }
   const double squared = tau * tau * age.weight * age.weight;
   *slope = squared / age.rest;
   *offset = squared * group.eps * group.eps;

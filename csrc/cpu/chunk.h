@@ -242,6 +242,18 @@ AIM_INLINE T* part(void* moment, int64_t at) {
   return kKept && moment ? static_cast<T*>(moment) + at : nullptr;
 }
 
+// Live weights of `count` elements, by the class that their stored moments have at that boundary;
+// without both moments all are under-optimized.
+template <class S, class T>
+void write_live(const T* theta, const T* m, const T* v, const T* anchor, const T (&coefficients)[2],
+                T slope, T offset, int64_t count, S* live) {
+  for (int64_t i = 0; i < count; ++i) {
+    const bool under = !(m && v) || is_under(m[i], v[i], slope, offset);
+    const T c = coefficients[under ? kUnder : kWell];
+    live[i] = narrowed_to(live_weight(theta[i], anchor ? anchor[i] : T{0}, c), S{});
+  }
+}
+
 // S: storage type of parameter, gradient and live weights. T: of everything else.
 template <Kind kKind, bool kNoise, bool kLive, class S, class T>
 void update_chunk(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t end,
@@ -296,7 +308,14 @@ void update_chunk(const Tensor& tensor, const Shared& shared, int64_t begin, int
         keep_weights<S>(tensor, shared, random, stored, at, count);
       }
     }
-    if (tensor.ema) move_average(u, t.theta_out, count, static_cast<T*>(tensor.ema) + at);
+    if (tensor.ema) {
+      move_average(u, t.theta_out, count, static_cast<T*>(tensor.ema) + at);
+      // The loop above knew the average of the step before.
+      if (kLive && tensor.anchor == tensor.ema) {
+        write_live(t.theta_out, t.m, t.v, static_cast<const T*>(tensor.ema) + at, u.live, u.new_v,
+                   u.new_0, count, param + at);
+      }
+    }
     if (out_of_range(tile)) {
       tile.grad_sq = 0;
       rescan(t.grad, u.scale, count, tile);
@@ -313,16 +332,12 @@ void update_chunk(const Tensor& tensor, const Shared& shared, int64_t begin, int
 template <class S, class T>
 void emit_chunk(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t end) {
   const Uniforms<T> u = rounded<T>(shared.u);
-  const T* const theta = static_cast<const T*>(tensor.master);
-  const T* const m = static_cast<const T*>(tensor.exp_avg);
-  const T* const v = static_cast<const T*>(tensor.exp_avg_sq);
-  const T* const anchor = static_cast<const T*>(tensor.anchor);
-  S* const live = static_cast<S*>(tensor.param);
-  for (int64_t i = begin; i < end; ++i) {
-    const bool under = !(m && v) || is_under(m[i], v[i], u.old_v, u.old_0);
-    live[i] = narrowed_to(
-        live_weight(theta[i], anchor ? anchor[i] : T{0}, u.live[under ? kUnder : kWell]), S{});
-  }
+  const auto part = [begin](const void* values) {
+    return values ? static_cast<const T*>(values) + begin : nullptr;
+  };
+  write_live(part(tensor.master), part(tensor.exp_avg), part(tensor.exp_avg_sq),
+             part(tensor.anchor), u.live, u.old_v, u.old_0, end - begin,
+             static_cast<S*>(tensor.param) + begin);
 }
 
 }  // namespace AIM_ISA

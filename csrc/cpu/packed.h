@@ -236,11 +236,12 @@ AIM_INLINE void apply_block(const PackedStep<kKind>& s, int from, int to, W& wei
       const V delta = apply<kKind>(u, in, w, theta);
       if constexpr (kKind == Kind::kRms) store(b.w + lane, w);
       weights.template keep_theta<kLive>(lane, theta);
+      if (ema) store(ema + lane, load<V>(ema + lane) * u.ema_keep + theta * u.ema_add);
       if constexpr (kLive) {
+        // Which may be the average just stored.
         const V to = anchor ? load<V>(anchor + lane) : V{};
         weights.write_live(lane, live_weight(theta, to, in.live));
       }
-      if (ema) store(ema + lane, load<V>(ema + lane) * u.ema_keep + theta * u.ema_add);
       update_sq[part] += delta * delta;
       param_sq[part] += theta * theta;
     }
@@ -319,7 +320,9 @@ class PaddedBlock {
     take(&Tensor::master, 4, count);
     take(&Tensor::rest, 2, count);
     take(&Tensor::ema, 4, count);
-    if (tensor.anchor) {
+    if (tensor.anchor && tensor.anchor == tensor.ema) {
+      padded.anchor = padded.ema;
+    } else if (tensor.anchor) {
       __builtin_memcpy(anchor_, static_cast<const float*>(tensor.anchor) + at, count * 4);
       padded.anchor = anchor_;
     }

@@ -273,6 +273,7 @@ def step_chunk(
         rests = _pointer(tl.load(tensor + REST), STORAGE, FULL) + start
         averages = _pointer(tl.load(tensor + EMA), ARITHMETIC, FULL) + start
         averaged = tl.load(tensor + EMA) != 0
+        follows = anchored & (tl.load(tensor + ANCHOR) == tl.load(tensor + EMA))
         ema_keep = tl.load(group.to(tl.pointer_type(tl.float64)) + EMA_DECAY)
         ema_add = (1 - ema_keep).to(ARITHMETIC)
         ema_keep = ema_keep.to(ARITHMETIC)
@@ -353,6 +354,11 @@ def step_chunk(
         delta = direction * tl.where(under, step_under, step_well)
         theta = theta * decay - delta
         tl.store(master + begin + lane, theta, mask=inside & live)
+        if PACKED:
+            average = tl.load(averages + begin + lane, mask=inside & averaged, other=0)
+            average = average * ema_keep + theta * ema_add
+            tl.store(averages + begin + lane, average, mask=inside & averaged)
+            anchor = tl.where(follows, average, anchor)
         shown = tl.where(live, _live_weight(theta, anchor, tl.where(under, live_under, live_well)), theta)
         if PACKED and STORAGE.primitive_bitwidth == 16:
             random = tl.zeros((BLOCK,), tl.uint32)
@@ -363,10 +369,6 @@ def step_chunk(
             tl.store(rests + begin + lane, rest, mask=beside)
         else:
             tl.store(param + begin + lane, narrow(shown, STORAGE), mask=inside)
-        if PACKED:
-            average = tl.load(averages + begin + lane, mask=inside & averaged, other=0)
-            average = average * ema_keep + theta * ema_add
-            tl.store(averages + begin + lane, average, mask=inside & averaged)
 
         if not FULL:
             delta = tl.where(inside, delta, 0.0)

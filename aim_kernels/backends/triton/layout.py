@@ -124,6 +124,8 @@ RMSPROP = tl.constexpr(RULES.index("rmsprop"))
 LION = tl.constexpr(RULES.index("lion"))
 AMSGRAD = tl.constexpr(FLAGS["amsgrad"])
 CENTERED = tl.constexpr(FLAGS["centered"])
+BY_FISHER = tl.constexpr(FLAGS["fisher"])
+BY_GRAD = tl.constexpr(FLAGS["grad"])
 FLOAT64 = tl.constexpr(DTYPES.index("float64"))
 
 WIDE = tl.constexpr(MOMENTS.index("wide"))

@@ -17,6 +17,8 @@ from aim_kernels.backends.triton.layout import (
     AMSGRAD,
     BETA1,
     BETA2,
+    BY_FISHER,
+    BY_GRAD,
     COUNT,
     DAMPENING,
     EPS,
@@ -46,6 +48,9 @@ from aim_kernels.backends.triton.layout import (
     TAU_PREV,
     WEIGHT_DECAY,
 )
+
+#: ``aim::kSteep``.
+_STEEP = tl.constexpr(2.0**80)
 
 
 @triton.jit
@@ -147,8 +152,20 @@ def _boundary(group, state, t, tau, weight, rest):
     """(slope, offset): under-optimized where m^2 >= slope * v + offset. At t = 0, or without state, that is all."""
     eps = tl.load(group.to(tl.pointer_type(tl.float64)) + EPS)
     squared = tau * tau * weight * weight
+    slope = squared / rest
+    offset = squared * eps * eps
+    fisher = flag_of(group, BY_FISHER)
+    if fisher | flag_of(group, BY_GRAD):
+        left = 1 - tau
+        c = tl.where(left == 0, float("inf"), tau / tl.where(left == 0, 1.0, left))
+        c = c * c
+        c = c * c
+        c = c * c
+        c = c * c
+        slope = tl.where(fisher, -_STEEP, 0.0).to(tl.float64)
+        offset = tl.where(fisher, c * rest * _STEEP, c * (weight * weight))
     classed = state & (t >= 1)
-    return tl.where(classed, squared / rest, 0.0), tl.where(classed, squared * eps * eps, 0.0)
+    return tl.where(classed, slope, 0.0), tl.where(classed, offset, 0.0)
 
 
 @triton.jit

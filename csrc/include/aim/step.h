@@ -32,8 +32,8 @@ enum class Rule : int32_t { kAdamW, kAdam, kSgd, kAdagrad, kRmsprop, kLion };
 // Index into every {under, well} pair.
 enum Class : int { kUnder = 0, kWell = 1 };
 
-// Variants of a rule.
-enum Flag : int32_t { kAmsgrad = 1, kCentered = 2 };
+// Variants of a rule; what the classes go by, where it is not the signal-to-noise ratio.
+enum Flag : int32_t { kAmsgrad = 1, kCentered = 2, kFisher = 4, kGrad = 8 };
 
 // How moments are stored: in the arithmetic type, as bfloat16, or in 8 bits with one exponent for
 // every kPackedBlock elements.
@@ -52,7 +52,7 @@ struct Tensor {
   void* exp_avg_sq;           // second moment, or Adagrad's sum
   void* extra;                // a third moment: AMSGrad's maximum, RMSprop's momentum buffer
   void* master;               // true weights, where live weights exist
-  const void* anchor;         // null: zero
+  const void* anchor;         // null: zero; `ema`: the average after this step
   float* step;                // steps taken, incremented
   uint8_t* exp_avg_scale;     // Moments::kInt8: a block's exponent, as float32 has it
   uint8_t* exp_avg_sq_scale;  // the same of the second moment
