@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from method_helpers import NEEDED, assert_same, batch, made, network, sgd
+from torch import nn
 
 import aim_kernels as ak
 from aim_kernels import checks
@@ -113,6 +114,52 @@ def test_blocks_without_unimodal_logits_zero_the_other_features() -> None:
         assert torch.equal(z, one)
 
 
+def half_precision() -> tuple[ak.Blocks, torch.dtype, dict[str, Any]]:
+    return network(3)[1], torch.bfloat16, {"master": "split"}
+
+
+def with_a_frozen_encoder() -> tuple[ak.Blocks, torch.dtype, dict[str, Any]]:
+    net, blocks = network(3)
+    net.encoders[1].requires_grad_(False)
+    return blocks, torch.float32, {}
+
+
+def features_over_time() -> tuple[ak.Blocks, torch.dtype, dict[str, Any]]:
+    """Encoders that return ``[B, C, T]``, with dropout; whatever a modality says alone, it says with zeros beside it."""
+    net = network(3)[0]
+    for encoder in net.encoders:
+        encoder[0] = nn.Sequential(nn.Unflatten(1, (1, -1)) if encoder is not net.encoders[0] else nn.Identity())
+        encoder[0].append(nn.Conv1d(1, 4, 3, padding=1))
+        encoder[1] = nn.Sequential(nn.Conv1d(4, 4, 3), nn.GroupNorm(2, 4), nn.Dropout(0.2), nn.Tanh())
+    encoders = {name: list(encoder) for name, encoder in zip("abc", net.encoders, strict=True)}
+
+    def fuse(features: list[torch.Tensor]) -> torch.Tensor:
+        return net.head(torch.cat([z.mean(2) for z in features], 1))
+
+    net.forward = lambda *inputs: fuse(net.features(inputs))
+    return ak.Blocks(net, encoders, fuse=fuse), torch.float32, {"rule": "sgd", "momentum": 0.9}
+
+
+@EVERY
+@pytest.mark.parametrize("build", [half_precision, with_a_frozen_encoder, features_over_time])
+def test_other_networks_and_number_types(name: str, build: Any) -> None:
+    blocks, dtype, options = build()
+    blocks.model.to(dtype)
+    frozen = {id(p): p.clone() for p in blocks.model.parameters() if not p.requires_grad}
+    before = blocks.model.head.weight.detach().clone()
+    optimizer = ak.AIMFusedOptimizer(blocks.param_groups(), **{"lr": 1e-2, **options})
+    method = make_method(name, blocks, optimizer, **NEEDED.get(name, {}))
+    for step in range(4):
+        (inputs, labels), held_out = batch(3, seed=step), batch(3, seed=90 + step)
+        inputs, held = [x.to(dtype) for x in inputs], [x.to(dtype) for x in held_out[0]]
+        if step % 2 == 0:
+            method.update(inputs, labels, held_out=(held, held_out[1]))
+        assert method.step(inputs, labels).isfinite()
+    assert all(p.isfinite().all() and p.dtype == dtype for p in blocks.model.parameters())
+    assert all(torch.equal(p, frozen[id(p)]) for p in blocks.model.parameters() if id(p) in frozen)
+    assert not torch.equal(blocks.model.head.weight, before)
+
+
 def balanced(method: Any) -> Outputs:
     """Outputs of a network to which both modalities are the same."""
     net = method.blocks.model
@@ -151,7 +198,7 @@ def test_other_methods_leave_equally_good_modalities_alone() -> None:
     forward, method.blocks.forward = method.blocks.forward, lambda inputs, labels: outputs
     method.update(*batch(2))
     method.blocks.forward = forward
-    torch.testing.assert_close(method.loss(outputs), torch.nn.functional.cross_entropy(outputs.logits, outputs.labels))
+    torch.testing.assert_close(method.loss(outputs), nn.functional.cross_entropy(outputs.logits, outputs.labels))
 
 
 def test_methods_do_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
