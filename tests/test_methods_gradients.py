@@ -237,6 +237,11 @@ def test_mmpareto_weights_are_the_shortest_combination_and_clamped() -> None:
         torch.testing.assert_close(g, expected, rtol=0.02, atol=0.01)  # the grid is 1/2000 wide
     zeros = [torch.zeros_like(x) for x in a]
     assert all(torch.equal(g, z) for g, z in zip(combined(zeros, zeros), zeros, strict=True))
+    # k = 351 / 661: the first tensor is lengthened, the second, already longer than its sum of 1.4, is not shortened
+    pair = [[torch.tensor([x]).double() for x in xs] for xs in ((1.0, 1.0), (-1.5, 0.4))]
+    first, second = combined(*pair)
+    assert first.item() == pytest.approx(-0.5)
+    assert second.item() == pytest.approx(2 * 351 / 661 + 2 * 310 / 661 * 0.4)
     one_sided = combined(a, zeros)  # the shortest is all b; the clamp keeps a thousandth, which the norm undoes
     for x, g in zip(a, one_sided, strict=True):
         torch.testing.assert_close(g, x, **EXACT)
