@@ -151,7 +151,7 @@ def test_opm(modalities: int, probability: float) -> None:
 
 
 def test_opm_drops_nothing_where_modalities_are_equally_good_or_outside_of_its_epochs() -> None:
-    net, method = made("opm", probability=1.0, base=1.0, starts=1)
+    net, method = made("opm", probability=1.0, base=1.0, starts=1, ends=1)
     inputs, labels = batch(2)
     outputs = method.blocks.forward(inputs, labels)
     torch.testing.assert_close(method.loss(outputs), cross_entropy(outputs.logits, labels), rtol=1e-12, atol=0.0)
@@ -159,6 +159,9 @@ def test_opm_drops_nothing_where_modalities_are_equally_good_or_outside_of_its_e
     method.update(inputs, labels)
     assert method.probabilities(outputs).max() == 1.0, "else the loss above says nothing"
     assert not torch.isclose(method.loss(outputs), cross_entropy(outputs.logits, labels))
+    method.update(inputs, labels)
+    torch.testing.assert_close(method.loss(outputs), cross_entropy(outputs.logits, labels), rtol=1e-12, atol=0.0)
+    method.ends = None
     net.head.weight.data[:, 4:] = net.head.weight.data[:, :4]
     same = type(outputs)(
         outputs.blocks, [outputs.features[0]] * 2, net.head(torch.cat([outputs.features[0]] * 2, 1)), labels

@@ -95,6 +95,8 @@ def test_pmr_knows_classes_only_by_their_samples() -> None:
     assert method.seen.all()
     with pytest.raises(ValueError, match="pass labels"):
         method.update(inputs)
+    method.ends = 0
+    assert torch.equal(method.loss(outputs), nn.functional.cross_entropy(outputs.logits, labels)), "its epochs are over"
 
 
 class SharedNet(Net):

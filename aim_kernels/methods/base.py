@@ -127,6 +127,8 @@ class Method:
 
     #: Whether :meth:`after_backward` is all that a step needs beside the joint loss, so that a user's own loop will do.
     writes_rows_only = True
+    starts: int = 0
+    ends: int | None = None
 
     def __init__(self, blocks: Blocks, optimizer: Any, *, seed: int = 0) -> None:
         optimizer = unwrapped(optimizer)
@@ -190,6 +192,11 @@ class Method:
     def epoch(self) -> int:
         """Number of the epoch that :meth:`update` began, from 0; 0 without updates."""
         return max(self.updates - 1, 0)
+
+    @property
+    def active(self) -> bool:
+        """Whether this epoch lies between ``starts`` and ``ends``, of methods that have them."""
+        return self.starts <= self.epoch and (self.ends is None or self.epoch <= self.ends)
 
     @property
     def device(self) -> torch.device:

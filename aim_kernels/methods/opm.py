@@ -58,9 +58,8 @@ class OPM(Method):
 
     def loss(self, outputs: Outputs) -> Tensor:
         """Cross entropy of what the fusion makes of the features that are left."""
-        active = self.starts <= self.epoch and (self.ends is None or self.epoch <= self.ends)
         # This draw stays on the host: it decides what runs.
-        if not active or (self.probability < 1.0 and torch.rand((), generator=self.generator) >= self.probability):
+        if not self.active or (self.probability < 1.0 and torch.rand((), generator=self.generator) >= self.probability):
             return super().loss(outputs)
         q = self.probabilities(outputs)
         keep = self.uniform(len(q), len(outputs.labels)) >= q[:, None]
