@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import io
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -102,6 +105,21 @@ def test_names_are_public_and_wrong_ones_are_told() -> None:
         make_method("joint", blocks, torch.optim.SGD(blocks.model.parameters(), lr=0.1))
     with pytest.raises(ValueError, match=r"groups name the modalities \[\].*blocks.param_groups"):
         make_method("joint", blocks, ak.AIMFusedOptimizer(blocks.model.parameters()))
+
+
+def test_the_page_of_methods_names_every_one_and_its_options() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "methods.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    exec(code, {})
+    rows = [line.split("|")[1:-1] for line in page.splitlines() if line.startswith("| `")]
+    listed = {name: row[-1] for row in rows for name in re.findall(r"`([^`]+)`", row[0])}
+    assert set(listed) == set(METHODS)
+    shared = {"seed", "apply_to", "starts", "ends", "biases", "num_classes", "options"}
+    for name in METHODS:
+        known = set(inspect.signature(type(made(name)[1]).__init__).parameters) - {"self", "blocks", "optimizer"}
+        told = set(re.findall(r"`(\w+)", listed[name]))
+        assert known - shared <= told, f"{name}: options that the page does not tell"
+        assert told - known <= shared | {"ak"}, f"{name}: options that the class does not have"
 
 
 def test_blocks_without_unimodal_logits_zero_the_other_features() -> None:
