@@ -14,7 +14,8 @@ from aim_kernels.modulation.aim import AIM
 class AIMMethod(Method):
     """:class:`aim_kernels.AIM` with all its options; :meth:`update` is its ``update``, and scores every depth.
 
-    ``rule`` and ``options`` go to AIM. Raises what AIM raises.
+    With ``mixing="split"`` a step is ``AIM.backward(closure)``, two passes, and the optimizer's step. Raises what AIM
+    raises.
     """
 
     #: What is made of the model, the optimizer and the number of classes.

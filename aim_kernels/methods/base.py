@@ -207,7 +207,7 @@ class Method:
         """Draws in [0, 1), float32. From a generator on the CPU, so that a seed gives the same ones on every device."""
         draws = torch.rand(*shape, generator=self.generator)
         # From ordinary memory the copy would wait for the device.
-        return draws.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else draws
+        return (draws.pin_memory() if self.device.type == "cuda" else draws).to(self.device, non_blocking=True)
 
     def scale(self, coefficients: Tensor, *, apply_to: str, noise: float = 0.0, biases: bool = False) -> None:
         """One factor a modality (``[M]``, on any device, never waited for) into the rows of its modulated groups; with
