@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from aim_kernels.modulation import AIM, block_param_groups
 from aim_kernels.modulation.options import schedule_of
-from aim_kernels.modulation.strengths import Guard, assess, margins
+from aim_kernels.modulation.strengths import Guard, Measured, assess, margin_errors, margins
 from aim_kernels.optimizer import AIMFusedOptimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -52,10 +52,16 @@ def test_margins_by_hand() -> None:
     found = margins(scores, outside)
     assert found["a"] == pytest.approx([1 + 0.5 - 0.1, 1 + 0.0 - 1 / 3])
     assert found["b"] == pytest.approx([1 + 0.1 - 0.5, 1 + 0.0 - 0.25, 1 + 1 / 3])
-    table = assess(0, scores, outside, scores, rule="margin", alpha=1.0, dead_zone=0.1)
+    exact = {m: [0.0] * len(row) for m, row in scores.items()}
+    measured, held_out = Measured(scores, exact), Measured(outside, exact)
+    table = assess(0, measured, held_out, scores, rule="margin", alpha=1.0, dead_zone=0.1)
     assert table.kappa["a"] == pytest.approx([math.tanh(0.3), 0.0])
     assert table.weak_kappa["a"] == pytest.approx([0.0, math.tanh(1 / 3 - 0.1)])
     assert table.dominant == ("a", "b")
+    # a loses 0.4 / 0.8 with relative errors of 0.05 and 0.12; b's are exact
+    spread = [Measured(s, {**exact, "a": [e, 0.0]}) for s, e in ((scores, 0.04), (outside, 0.048))]
+    assert margin_errors(*spread)["a"] == pytest.approx([0.5 * 0.13, 0.0])
+    assert margin_errors(*spread)["b"] == pytest.approx([0.5 * 0.13, 0.25 * 0.13, 0.0])
     third = margins({"a": [1.0], "b": [1.0], "c": [1.0]}, {"a": [0.4], "b": [0.8], "c": [1.0]})
     assert third == {"a": pytest.approx([1.5]), "b": pytest.approx([0.9]), "c": pytest.approx([0.6])}
 

@@ -32,9 +32,8 @@ def history() -> list[dict[str, Any]]:
     for update in range(3):
         nan = {"grey": [math.nan] * 2, "colour": [math.nan] * 3}
         scores = {"grey": [0.1, 0.2], "colour": [0.3, 0.4, 0.5]}
-        tables.append(
-            assess(update, Measured(scores, nan), None, nan, rule="ratio", alpha=1.0, dead_zone=0.0).to_dict()
-        )
+        measured = Measured(scores, {m: [0.0] * len(row) for m, row in scores.items()})
+        tables.append(assess(update, measured, None, nan, rule="ratio", alpha=1.0, dead_zone=0.0).to_dict())
     return tables
 
 

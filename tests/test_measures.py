@@ -12,16 +12,15 @@ import torch
 from helpers import (
     RULES,
     Gradients,
-    Twin,
     assign,
     build,
     frozen,
     parameters_of,
-    run_twin,
     same_bits,
     set_row,
 )
 from places import EMULATED, enter
+from twin import Twin, run_twin
 
 import aim_kernels as ak
 from aim_kernels.backends.reference import classes_of

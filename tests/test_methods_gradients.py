@@ -152,9 +152,9 @@ def inclusion(p: list[float]) -> list[float]:
 
 
 def test_amss_leaves_other_gradients_and_other_epochs_alone() -> None:
-    net, method = made("amss", starts=1)
+    net, method = made("amss", starts=1, ends=1)
     inputs, labels = batch(2)
-    for epoch in range(3):
+    for updates in range(4):  # the second update begins epoch 1
         method.optimizer.zero_grad()
         outputs = method.blocks.forward(inputs, labels)
         method.loss(outputs).backward()
@@ -162,11 +162,11 @@ def test_amss_leaves_other_gradients_and_other_epochs_alone() -> None:
         acted = method.after_backward(outputs)
         same = [torch.equal(p.grad, g) for p, g in zip(net.parameters(), before, strict=True)]
         masked = [p.dim() > 1 and "encoders" in name for name, p in net.named_parameters()]
-        if epoch < 2:
+        if updates != 2:
             assert all(same)
         else:
             assert all(s or m for s, m in zip(same, masked, strict=True)) and not all(same)
-        assert (acted is None) == (epoch < 2)
+        assert (acted is None) == (updates != 2)
         method.update(inputs, labels)
 
 
@@ -237,6 +237,11 @@ def test_mmpareto_weights_are_the_shortest_combination_and_clamped() -> None:
         torch.testing.assert_close(g, expected, rtol=0.02, atol=0.01)  # the grid is 1/2000 wide
     zeros = [torch.zeros_like(x) for x in a]
     assert all(torch.equal(g, z) for g, z in zip(combined(zeros, zeros), zeros, strict=True))
+    # k = 351 / 661: the first tensor is lengthened, the second, already longer than its sum of 1.4, is not shortened
+    pair = [[torch.tensor([x]).double() for x in xs] for xs in ((1.0, 1.0), (-1.5, 0.4))]
+    first, second = combined(*pair)
+    assert first.item() == pytest.approx(-0.5)
+    assert second.item() == pytest.approx(2 * 351 / 661 + 2 * 310 / 661 * 0.4)
     one_sided = combined(a, zeros)  # the shortest is all b; the clamp keeps a thousandth, which the norm undoes
     for x, g in zip(a, one_sided, strict=True):
         torch.testing.assert_close(g, x, **EXACT)

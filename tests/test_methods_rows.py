@@ -90,6 +90,10 @@ def test_ogm_ge_adds_noise_of_the_gradients_size() -> None:
             noise.append(((plain - p.detach()) / 0.1).flatten() / p.grad.std())
         else:
             torch.testing.assert_close(p.detach(), plain, rtol=1e-10, atol=1e-12)
+    _, all_of_it = made("ogm-ge", biases=True)
+    all_of_it.after_backward(all_of_it.blocks.forward(inputs, labels))
+    for group, row in zip(all_of_it.optimizer.param_groups, all_of_it.optimizer.modulation(), strict=True):
+        assert row["noise"] == float(group["modulated"]), "biases are scaled, but get no noise"
     noise = torch.cat(noise)
     # 118 draws; the scale is the previous step's deviation over that of this step's tensor, between a half and two
     assert 0.4 < noise.std() < 2.5 and noise.mean().abs() < 0.5
@@ -283,13 +287,13 @@ def test_step_factors_act_where_gradient_factors_cancel() -> None:
 
     def way(**options: Any) -> Tensor:
         net, blocks = network(2)
-        optimizer = AIMFusedOptimizer(blocks.param_groups(), lr=1e-2, weight_decay=0.0)
+        optimizer = AIMFusedOptimizer(blocks.param_groups(), lr=1e-2, weight_decay=0.0, eps=1e-15)
         method = make_method("pdmp", blocks, optimizer, dominant="b", gamma_p=1.0, gamma_r=0.5, **options)
         before = net.encoders[0][1][0].weight.detach().clone()
         method.step(*batch(2))
         return (net.encoders[0][1][0].weight - before).detach()
 
-    torch.testing.assert_close(way(apply_to="step"), 0.5 * way(apply_to="grad"), rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(way(apply_to="step"), 0.5 * way(apply_to="grad"), rtol=1e-9, atol=1e-15)
 
 
 def test_joint_is_plain_training() -> None:

@@ -14,7 +14,8 @@ from aim_kernels.modulation.aim import AIM
 class AIMMethod(Method):
     """:class:`aim_kernels.AIM` with all its options; :meth:`update` is its ``update``, and scores every depth.
 
-    ``num_classes=None``: that of the blocks. ``options`` go to AIM. Raises ValueError where neither tells the number of
+    ``num_classes=None``: that of the blocks. ``options`` go to AIM. With ``mixing="split"`` a step is
+    ``AIM.backward(closure)``, two passes, and the optimizer's step. Raises ValueError where neither tells the number of
     classes, and what AIM raises.
     """
 

@@ -109,7 +109,7 @@ class AMSS(Method):
     @torch.no_grad()
     def after_backward(self, outputs: Outputs) -> Tensor | None:
         """Masks the gradients in place; returns ``rho``, None outside of the epochs."""
-        if not self.starts <= self.epoch or (self.ends is not None and self.epoch > self.ends):
+        if not self.active:
             return None
         rho = self.shares(outputs)
         found = [

@@ -141,6 +141,8 @@ class Method:
 
     #: Whether :meth:`after_backward` is all that a step needs beside the joint loss, so that a user's own loop will do.
     writes_rows_only = True
+    starts: int = 0
+    ends: int | None = None
 
     def __init__(self, blocks: Blocks, optimizer: Any, *, seed: int = 0) -> None:
         optimizer = unwrapped(optimizer)
@@ -206,6 +208,11 @@ class Method:
         return max(self.updates - 1, 0)
 
     @property
+    def active(self) -> bool:
+        """Whether this epoch lies between ``starts`` and ``ends``, of methods that have them."""
+        return self.starts <= self.epoch and (self.ends is None or self.epoch <= self.ends)
+
+    @property
     def device(self) -> torch.device:
         """Where the optimizer keeps its tables."""
         return self.optimizer.tables.rows.device
@@ -214,7 +221,7 @@ class Method:
         """Draws in [0, 1), float32. From a generator on the CPU, so that a seed gives the same ones on every device."""
         draws = torch.rand(*shape, generator=self.generator)
         # From ordinary memory the copy would wait for the device.
-        return draws.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else draws
+        return (draws.pin_memory() if self.device.type == "cuda" else draws).to(self.device, non_blocking=True)
 
     def scale(self, coefficients: Tensor, *, apply_to: str, noise: float = 0.0, biases: bool = False) -> None:
         """One factor a modality (``[M]``, on any device, never waited for) into the rows of its modulated groups; with

@@ -41,11 +41,6 @@ class Coefficients(Method):
         """``k``, float64 ``[M]``, of one batch; called without gradients."""
         raise NotImplementedError
 
-    @property
-    def active(self) -> bool:
-        """Whether this epoch lies between ``starts`` and ``ends``."""
-        return self.starts <= self.epoch and (self.ends is None or self.epoch <= self.ends)
-
     @torch.no_grad()
     def after_backward(self, outputs: Outputs) -> Tensor:
         """Writes the coming step's rows; returns ``k``."""

@@ -16,9 +16,9 @@ class OPM(Method):
     (at most 1) where ``r_m > 1``, else 0; what stays is divided by ``1 - theta``.
 
     ``r_m`` as in OGM, from this batch; ``theta = sum_m width_m q_m / sum_m width_m``. A batch is treated so with
-    ``probability``. Samples that lose every modality do not count. Source: GeWu-Lab/BML_TPAMI2024 (TPAMI 2024);
-    ``probability=0.7`` as in BalanceBenchmark, whose port takes the sum of the others for three modalities where we
-    take their mean. The defaults of ``base`` and ``alpha`` are ours.
+    ``probability``. The weakest modality is never dropped, so no sample loses all. Source: GeWu-Lab/BML_TPAMI2024
+    (TPAMI 2024); ``probability=0.7`` as in BalanceBenchmark, whose port takes the sum of the others for three
+    modalities where we take their mean. The defaults of ``base`` and ``alpha`` are ours.
 
     The drop sits between encoders and fusion, so it is in :meth:`loss`: the joint logits of ``outputs`` go unused in a
     batch that is treated, and ``blocks.fuse`` runs once more.
@@ -58,9 +58,8 @@ class OPM(Method):
 
     def loss(self, outputs: Outputs) -> Tensor:
         """Cross entropy of what the fusion makes of the features that are left."""
-        active = self.starts <= self.epoch and (self.ends is None or self.epoch <= self.ends)
         # This draw stays on the host: it decides what runs.
-        if not active or (self.probability < 1.0 and torch.rand((), generator=self.generator) >= self.probability):
+        if not self.active or (self.probability < 1.0 and torch.rand((), generator=self.generator) >= self.probability):
             return super().loss(outputs)
         q = self.probabilities(outputs)
         keep = self.uniform(len(q), len(outputs.labels)) >= q[:, None]
@@ -70,6 +69,4 @@ class OPM(Method):
             z * keep[m].to(z.dtype).view(-1, *[1] * (z.dim() - 1)) / (1.0 - theta)
             for m, z in enumerate(outputs.features)
         ]
-        losses = nn.functional.cross_entropy(self.blocks.fuse(left), outputs.labels, reduction="none")
-        counted = keep.any(0)
-        return torch.where(counted, losses, torch.zeros_like(losses)).sum() / counted.sum().clamp_min(1)
+        return nn.functional.cross_entropy(self.blocks.fuse(left), outputs.labels)

@@ -87,8 +87,7 @@ class PMR(Method):
 
     def loss(self, outputs: Outputs) -> Tensor:
         joint = nn.functional.cross_entropy(outputs.logits, outputs.labels)
-        late = self.ends is not None and self.epoch > self.ends
-        if self.prototypes is None or self.epoch < self.starts or late:
+        if self.prototypes is None or not self.active:
             return joint
         own = torch.stack([self.log_probabilities(m, z, outputs.labels) for m, z in enumerate(outputs.features)])
         known = self.known(outputs.labels)
