@@ -112,7 +112,7 @@ class RoundingBits {
     return numbers;
   }
 
-  uint32_t bits_[2 * kCount];
+  alignas(64) uint32_t bits_[2 * kCount];
   int64_t drawn_ = -1;
 };
 
