@@ -47,13 +47,15 @@ struct PackedStep {
   AIM_INLINE bool keeps_w() const { return has_extra(kKind) && (!may_lack(kKind) || tensor.extra); }
 };
 
-// Steps 1 to 3 for elements [from, to) of a block, a multiple of 16.
-template <Kind kKind, bool kNoise, bool kLive, class W, class M>
+// Steps 1 to 3 for elements [from, to) of a block, a multiple of 16. kSimple promises that gradients
+// are neither decayed nor routed.
+template <Kind kKind, bool kNoise, bool kLive, bool kSimple = false, class W, class M>
 AIM_INLINE void accumulate_block(const PackedStep<kKind>& s, int from, int to, W& weights,
                                  M& moments, PackedBlock& b, Sums<float>& sums) {
   using V = FloatVector;
   constexpr int kParts = kLanes / kStep;
-  const Uniforms<V>& u = s.u;
+  Uniforms<V> u = s.u;
+  if (kSimple) u.coupled = u.routed = false;
   V grad[kParts], grad_sq[kParts];
   __builtin_memcpy(grad, sums.grad, sizeof grad);
   __builtin_memcpy(grad_sq, sums.grad_sq, sizeof grad_sq);
@@ -88,9 +90,10 @@ AIM_INLINE void accumulate_block(const PackedStep<kKind>& s, int from, int to, W
 // What a block's elements have beside their moments.
 struct Beside {
   const uint32_t* drawn = nullptr;
-  const float* anchor;
-  float* ema;
+  const float* anchor = nullptr;
+  float* ema = nullptr;
 
+  Beside() = default;
   template <Kind kKind, class M>
   Beside(const PackedStep<kKind>& s, const M& moments, int64_t at, PackedBits& bits)
       : anchor(s.tensor.anchor ? static_cast<const float*>(s.tensor.anchor) + at : nullptr),
@@ -105,8 +108,9 @@ struct Beside {
   }
 };
 
-// Stores the moments; steps 4 to 6 by the class of what was stored.
-template <Kind kKind, bool kLive, class W, class M>
+// Stores the moments; steps 4 to 6 by the class of what was stored. kSimple promises
+// that no average is kept.
+template <Kind kKind, bool kLive, bool kSimple = false, class W, class M>
 AIM_INLINE void apply_block(const PackedStep<kKind>& s, int from, int to, W& weights, M& moments,
                             PackedBlock& b, const Beside& beside, Sums<float>& sums) {
   using V = FloatVector;
@@ -142,7 +146,7 @@ AIM_INLINE void apply_block(const PackedStep<kKind>& s, int from, int to, W& wei
         const V to = beside.anchor ? load<V>(beside.anchor + lane) : V{};
         weights.write_live(lane, live_weight(theta, to, in.live));
       }
-      if (beside.ema) {
+      if (!kSimple && beside.ema) {
         float* const ema = beside.ema + lane;
         store(ema, load<V>(ema) * u.ema_keep + theta * u.ema_add);
       }
@@ -219,6 +223,7 @@ template <Kind kKind, bool kLive, class W, class M>
 AIM_INLINE void step_blocks(const PackedStep<kKind>& s, const M& moments, int64_t begin,
                             int64_t end, PackedBlock (&b)[2], PackedBits& bits, Sums<float>& sums) {
   M next = moments;
+  Beside beside;
   for (int64_t at = begin; at <= end; at += kPackedBlock) {
     const int64_t before = at - kPackedBlock;
     M now = next;
@@ -226,17 +231,25 @@ AIM_INLINE void step_blocks(const PackedStep<kKind>& s, const M& moments, int64_
       W weights(s.tensor, at);
       next = moments;
       enter(s, next, at);
-      accumulate_block<kKind, false, kLive>(s, 0, kPackedBlock, weights, next,
-                                            b[at / kPackedBlock % 2], sums);
+      PackedBlock& into = b[at / kPackedBlock % 2];
+      if (s.u.coupled || s.u.routed) {
+        accumulate_block<kKind, false, kLive>(s, 0, kPackedBlock, weights, next, into, sums);
+      } else {
+        accumulate_block<kKind, false, kLive, true>(s, 0, kPackedBlock, weights, next, into, sums);
+      }
       close(s, next, at);
     }
     if (before >= begin) {
       W weights(s.tensor, before);
-      const Beside beside(s, now, before, bits);
-      apply_block<kKind, kLive>(s, 0, kPackedBlock, weights, now, b[before / kPackedBlock % 2],
-                                beside, sums);
+      PackedBlock& from = b[before / kPackedBlock % 2];
+      if (beside.ema) {
+        apply_block<kKind, kLive>(s, 0, kPackedBlock, weights, now, from, beside, sums);
+      } else {
+        apply_block<kKind, kLive, true>(s, 0, kPackedBlock, weights, now, from, beside, sums);
+      }
       leave(s, now);
     }
+    if (at < end) beside = Beside(s, next, at, bits);
   }
 }
 
