@@ -17,12 +17,12 @@ class PackedCodes {
     lowest_ = _mm512_set1_epi32(packed_lowest<Format>(exponent));
     below_ = _mm512_sub_epi32(lowest_, _mm512_set1_epi32(0x800000));
     finite_ = exponent == 255 ? 0 : 0xFFFF;
-    const __m512 sixteenths =
-        _mm512_set_ps(0.9375f, 0.875f, 0.8125f, 0.75f, 0.6875f, 0.625f, 0.5625f, 0.5f, 0.4375f,
-                      0.375f, 0.3125f, 0.25f, 0.1875f, 0.125f, 0.0625f, 0.0f);
-    linear_ =
-        _mm512_castps_si512(_mm512_mask_mul_ps(_mm512_castsi512_ps(_mm512_set1_epi32(0x7FC00000)),
-                                               finite_, sixteenths, _mm512_castsi512_ps(lowest_)));
+    const __m512i places = _mm512_slli_epi32(
+        _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), kPackedShift);
+    // A difference, which is +0 for code 0 under the exponent of new states, too.
+    linear_ = _mm512_castps_si512(_mm512_mask_sub_ps(
+        _mm512_castsi512_ps(_mm512_set1_epi32(0x7FC00000)), finite_,
+        _mm512_castsi512_ps(_mm512_add_epi32(places, lowest_)), _mm512_castsi512_ps(lowest_)));
   }
 
   AIM_INLINE bool is_finite() const { return finite_ != 0; }

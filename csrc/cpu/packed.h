@@ -47,8 +47,8 @@ struct PackedStep {
   AIM_INLINE bool keeps_w() const { return has_extra(kKind) && (!may_lack(kKind) || tensor.extra); }
 };
 
-// Steps 1 to 3 for elements [from, to) of a block, a multiple of 16. kSimple promises that gradients
-// are neither decayed nor routed.
+// Steps 1 to 3 for elements [from, to) of a block, a multiple of 16. kSimple promises that
+// gradients are neither decayed nor routed.
 template <Kind kKind, bool kNoise, bool kLive, bool kSimple = false, class W, class M>
 AIM_INLINE void accumulate_block(const PackedStep<kKind>& s, int from, int to, W& weights,
                                  M& moments, PackedBlock& b, Sums<float>& sums) {
