@@ -8,8 +8,8 @@ namespace AIM_ISA {
 
 #if defined(AIM_VECTOR_BYTES) && AIM_VECTOR_BYTES == 64 && defined(__AVX512F__)
 
-// What packed_place(), packed_magnitude() and packed_code() of common/packing.h compute, in half as
-// many instructions.
+// What packed_place(), packed_magnitude() and packed_code() of common/packing.h compute, in fewer
+// instructions.
 class PackedCodes {
  public:
   template <class Format>

@@ -13,8 +13,8 @@
 namespace aim {
 namespace AIM_ISA {
 
-// What the first loop leaves for the second. Vectors that lie across two cache lines are stored at
-// a third of the speed.
+// What the first loop leaves for the second. Aligned, since vectors that lie across two cache lines
+// are slow to store and to read.
 struct alignas(64) PackedBlock {
   float m[kPackedBlock], v[kPackedBlock], w[kPackedBlock], noise[kPackedBlock],
       numerator[kPackedBlock], denominator[kPackedBlock];
@@ -218,7 +218,7 @@ AIM_INLINE void step_block(const PackedStep<kKind>& s, M moments, int64_t at, in
 }
 
 // All blocks of [begin, end), whole ones. The moments of the next are computed before those of one
-// are stored: the exponents of a block come long after its last moment.
+// are stored: exponents and random bits come long after what they are made of.
 template <Kind kKind, bool kLive, class W, class M>
 AIM_INLINE void step_blocks(const PackedStep<kKind>& s, const M& moments, int64_t begin,
                             int64_t end, PackedBlock (&b)[2], PackedBits& bits, Sums<float>& sums) {
