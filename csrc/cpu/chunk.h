@@ -52,7 +52,7 @@ struct Tile {
 };
 
 template <class T>
-struct Sums {
+struct alignas(64) Sums {
   T grad[kLanes], grad_sq[kLanes], update_sq[kLanes], param_sq[kLanes];
   typename CounterOf<T>::type under[kLanes];
 };

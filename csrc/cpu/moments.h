@@ -2,7 +2,7 @@
 // while the new ones are computed, kept.
 #pragma once
 
-#include "cpu/codec.h"
+#include "cpu/codes.h"
 
 namespace aim {
 namespace AIM_ISA {
@@ -87,10 +87,9 @@ class Int8Moments {
     greatest_[which] = IntVector{};
   }
   AIM_INLINE FloatVector read(Which which, int i) const {
-    const IntVector code = from_small(block_[which] + i);
-    return with_poison(which, has_sign(which)
-                                  ? packed_value<PackedFirst, FloatVector>(code, lowest_[which])
-                                  : packed_value<PackedSecond, FloatVector>(code, lowest_[which]));
+    const uint8_t* const from = block_[which] + i;
+    return has_sign(which) ? codes_[which].template read<PackedFirst>(from)
+                           : codes_[which].template read<PackedSecond>(from);
   }
   // Every new moment of the block, before the first is kept.
   AIM_INLINE void gather(Which which, FloatVector x) {
@@ -105,11 +104,12 @@ class Int8Moments {
   }
   // After the last moment of the block: of what is not finite, only the exponent tells.
   AIM_INLINE void leave(Which which) const {
-    if (first_lane(poison_[which])) __builtin_memset(block_[which], 0, kPackedBlock);
+    if (!codes_[which].is_finite()) __builtin_memset(block_[which], 0, kPackedBlock);
   }
   AIM_INLINE FloatVector keep(Which which, int i, FloatVector x, IntVector bits) {
-    return has_sign(which) ? keep_as<PackedFirst>(which, i, x, bits)
-                           : keep_as<PackedSecond>(which, i, x, bits);
+    uint8_t* const to = block_[which] + i;
+    return has_sign(which) ? codes_[which].template keep<PackedFirst>(x, bits, to)
+                           : codes_[which].template keep<PackedSecond>(x, bits, to);
   }
 
  private:
@@ -117,26 +117,15 @@ class Int8Moments {
     return which == kFirstMoment || (which == kExtraMoment && kSignedExtra);
   }
   AIM_INLINE void set_exponent(Which which, int32_t exponent) {
-    lowest_[which] = splat<IntVector>(has_sign(which) ? packed_lowest<PackedFirst>(exponent)
-                                                      : packed_lowest<PackedSecond>(exponent));
-    poison_[which] = splat<IntVector>(exponent == 255 ? 0x7FC00000 : 0);
-  }
-  // Without a branch in the loops.
-  AIM_INLINE FloatVector with_poison(Which which, FloatVector x) const {
-    return as_float(as_int(x) | poison_[which]);
-  }
-  template <class Format>
-  AIM_INLINE FloatVector keep_as(Which which, int i, FloatVector x, IntVector bits) {
-    const FloatVector magnitude = as_float(as_int(x) & 0x7FFFFFFF);
-    const IntVector place = packed_place<Format>(magnitude, lowest_[which], bits);
-    to_small(packed_code<Format>(x, place), block_[which] + i);
-    return with_poison(which, packed_magnitude<FloatVector>(place, lowest_[which]));
+    has_sign(which) ? codes_[which].template set_exponent<PackedFirst>(exponent)
+                    : codes_[which].template set_exponent<PackedSecond>(exponent);
   }
 
   uint8_t* from_[3];
   uint8_t* scale_[3];
   uint8_t* block_[3] = {};
-  IntVector lowest_[3] = {}, greatest_[3] = {}, poison_[3] = {};
+  PackedCodes codes_[3];
+  IntVector greatest_[3] = {};
 };
 
 }  // namespace AIM_ISA

@@ -6,133 +6,16 @@
 // second stores the moments and takes the step; what is between stays in the first-level cache.
 #pragma once
 
-#include <type_traits>
-
 #include "cpu/chunk.h"
 #include "cpu/moments.h"
+#include "cpu/weights.h"
 
 namespace aim {
 namespace AIM_ISA {
 
-// Gradients and weights of a block as they lie in memory, for types that one instruction converts.
-template <class S>
-struct DirectWeights {
-  static constexpr bool kDirect = true;
-  const S* grad;
-  float* theta;  // where true weights are float32; null: they are in `param`
-  S* param;
-
-  DirectWeights(const Tensor& t, int64_t at)
-      : grad(static_cast<const S*>(t.grad) + at),
-        theta(t.master ? static_cast<float*>(t.master) + at : nullptr),
-        param(static_cast<S*>(t.param) + at) {}
-  AIM_INLINE FloatVector read_grad(int i) const { return read(grad + i); }
-  template <bool kLive>
-  AIM_INLINE FloatVector read_theta(int i) const {
-    return kLive ? load<FloatVector>(theta + i) : read(param + i);
-  }
-  template <bool kLive>
-  AIM_INLINE void keep_theta(int i, FloatVector x) const {
-    kLive ? store(theta + i, x) : write(param + i, x);
-  }
-  AIM_INLINE void write_live(int i, FloatVector x) const { write(param + i, x); }
-
- private:
-  static AIM_INLINE FloatVector read(const float* from) { return load<FloatVector>(from); }
-  static AIM_INLINE FloatVector read(const BFloat16* from) {
-    return as_float(from_small(&from->bits) << 16);
-  }
-  static AIM_INLINE void write(float* to, FloatVector x) { store(to, x); }
-  static AIM_INLINE void write(BFloat16* to, FloatVector x) {
-    to_small((bfloat16_bits<false>(x, IntVector{}) >> 16) & 0xFFFF, &to->bits);
-  }
-};
-
-// The same of bfloat16 weights that are whole with their remainder.
-struct SplitWeights {
-  static constexpr bool kDirect = true;
-  const uint16_t* grad;
-  uint16_t *upper, *rest;
-
-  SplitWeights(const Tensor& t, int64_t at)
-      : grad(static_cast<const uint16_t*>(t.grad) + at),
-        upper(static_cast<uint16_t*>(t.param) + at),
-        rest(static_cast<uint16_t*>(t.rest) + at) {}
-  AIM_INLINE FloatVector read_grad(int i) const { return as_float(from_small(grad + i) << 16); }
-  template <bool kLive>
-  AIM_INLINE FloatVector read_theta(int i) const {
-    return as_float(joined_bits(from_small(upper + i), from_small(rest + i)));
-  }
-  template <bool kLive>
-  AIM_INLINE void keep_theta(int i, FloatVector x) const {
-    IntVector high, low;
-    split_bits(as_int(x), &high, &low);
-    to_small(high, upper + i);
-    to_small(low, rest + i);
-  }
-  AIM_INLINE void write_live(int, FloatVector) const {}  // there is a master then
-};
-
-// Calls `run` with a null pointer to the storage type of a tensor.
-template <class Run>
-AIM_INLINE void with_storage(const Tensor& tensor, const Run& run) {
-  switch (static_cast<DType>(tensor.dtype)) {
-    case DType::kBFloat16:
-      return run(static_cast<BFloat16*>(nullptr));
-    case DType::kFloat16:
-      return run(static_cast<Float16*>(nullptr));
-    default:
-      return run(static_cast<float*>(nullptr));
-  }
-}
-
-AIM_CALLED void read_grads(const Tensor& tensor, int64_t at, int64_t count, float* to) {
-  with_storage(tensor, [&](auto* like) {
-    const auto* const from = static_cast<decltype(like)>(tensor.grad) + at;
-    for (int64_t i = 0; i < count; ++i) to[i] = widened_one(from[i]);
-  });
-}
-
-// The same of any type and any way to keep true weights, through buffers.
-struct BufferedWeights {
-  static constexpr bool kDirect = false;
-  const Tensor& tensor;
-  int64_t at;
-  float grad[kPackedBlock], theta[kPackedBlock], live[kPackedBlock];
-
-  BufferedWeights(const Tensor& t, int64_t at) : tensor(t), at(at) {
-    read_grads(t, at, kPackedBlock, grad);
-    if (t.master) {
-      __builtin_memcpy(theta, static_cast<const float*>(t.master) + at, sizeof theta);
-      return;
-    }
-    with_storage(t, [&](auto* like) {
-      read_weights<std::remove_pointer_t<decltype(like)>>(t, at, kPackedBlock, theta);
-    });
-  }
-  AIM_INLINE FloatVector read_grad(int i) const { return load<FloatVector>(grad + i); }
-  template <bool kLive>
-  AIM_INLINE FloatVector read_theta(int i) const {
-    return load<FloatVector>(theta + i);
-  }
-  template <bool kLive>
-  AIM_INLINE void keep_theta(int i, FloatVector x) {
-    store(theta + i, x);
-  }
-  AIM_INLINE void write_live(int i, FloatVector x) { store(live + i, x); }
-  void finish(const Shared& shared, RoundingBits& random) const {
-    with_storage(tensor, [&](auto* like) {
-      using S = std::remove_pointer_t<decltype(like)>;
-      if (!tensor.master) return keep_weights<S>(tensor, shared, random, theta, at, kPackedBlock);
-      __builtin_memcpy(static_cast<float*>(tensor.master) + at, theta, sizeof theta);
-      S* const to = static_cast<S*>(tensor.param) + at;
-      for (int64_t i = 0; i < kPackedBlock; ++i) to[i] = narrowed_to(live[i], S{});
-    });
-  }
-};
-
-// What the first loop leaves for the second.
-struct PackedBlock {
+// What the first loop leaves for the second. Aligned, since vectors that lie across two cache lines
+// are slow to store and to read.
+struct alignas(64) PackedBlock {
   float m[kPackedBlock], v[kPackedBlock], w[kPackedBlock], noise[kPackedBlock],
       numerator[kPackedBlock], denominator[kPackedBlock];
 };
@@ -164,13 +47,15 @@ struct PackedStep {
   AIM_INLINE bool keeps_w() const { return has_extra(kKind) && (!may_lack(kKind) || tensor.extra); }
 };
 
-// Steps 1 to 3 for elements [from, to) of a block, a multiple of 16.
-template <Kind kKind, bool kNoise, bool kLive, class W, class M>
+// Steps 1 to 3 for elements [from, to) of a block, a multiple of 16. kSimple promises that
+// gradients are neither decayed nor routed.
+template <Kind kKind, bool kNoise, bool kLive, bool kSimple = false, class W, class M>
 AIM_INLINE void accumulate_block(const PackedStep<kKind>& s, int from, int to, W& weights,
                                  M& moments, PackedBlock& b, Sums<float>& sums) {
   using V = FloatVector;
   constexpr int kParts = kLanes / kStep;
-  const Uniforms<V>& u = s.u;
+  Uniforms<V> u = s.u;
+  if (kSimple) u.coupled = u.routed = false;
   V grad[kParts], grad_sq[kParts];
   __builtin_memcpy(grad, sums.grad, sizeof grad);
   __builtin_memcpy(grad_sq, sums.grad_sq, sizeof grad_sq);
@@ -202,11 +87,32 @@ AIM_INLINE void accumulate_block(const PackedStep<kKind>& s, int from, int to, W
   __builtin_memcpy(sums.grad_sq, grad_sq, sizeof grad_sq);
 }
 
-// Stores the moments; steps 4 to 6 by the class of what was stored.
-template <Kind kKind, bool kLive, class W, class M>
+// What a block's elements have beside their moments.
+struct Beside {
+  const uint32_t* drawn = nullptr;
+  const float* anchor = nullptr;
+  float* ema = nullptr;
+
+  Beside() = default;
+  template <Kind kKind, class M>
+  Beside(const PackedStep<kKind>& s, const M& moments, int64_t at, PackedBits& bits)
+      : anchor(s.tensor.anchor ? static_cast<const float*>(s.tensor.anchor) + at : nullptr),
+        ema(s.tensor.ema ? static_cast<float*>(s.tensor.ema) + at : nullptr) {
+    if (!moments.random()) return;
+    drawn = bits.moments.of_block(s.shared, kMomentStream, s.tensor.first - s.tensor.offset,
+                                  s.tensor.offset + at);
+  }
+  template <class M>
+  AIM_INLINE IntVector bits(const M& moments, int lane) const {
+    return moments.random() ? load<IntVector>(drawn + lane) : IntVector{};
+  }
+};
+
+// Stores the moments; steps 4 to 6 by the class of what was stored. kSimple promises
+// that no average is kept.
+template <Kind kKind, bool kLive, bool kSimple = false, class W, class M>
 AIM_INLINE void apply_block(const PackedStep<kKind>& s, int from, int to, W& weights, M& moments,
-                            PackedBlock& b, const uint32_t* bits, const float* anchor, float* ema,
-                            Sums<float>& sums) {
+                            PackedBlock& b, const Beside& beside, Sums<float>& sums) {
   using V = FloatVector;
   constexpr int kParts = kLanes / kStep;
   const Uniforms<V>& u = s.u;
@@ -227,7 +133,7 @@ AIM_INLINE void apply_block(const PackedStep<kKind>& s, int from, int to, W& wei
       if constexpr (is_adam(kKind)) in.numerator = m;
       if constexpr (!is_adam(kKind)) in.numerator = load<V>(b.numerator + lane);
       if constexpr (has_root(kKind)) in.denominator = load<V>(b.denominator + lane);
-      const IntVector drawn = moments.random() ? load<IntVector>(bits + lane) : IntVector{};
+      const IntVector drawn = beside.bits(moments, lane);
       if (s.keeps_m()) m = moments.keep(kFirstMoment, lane, m, drawn);
       if (s.keeps_v()) v = moments.keep(kSecondMoment, lane, v, drawn);
       if constexpr (kKind == Kind::kAmsgrad) moments.keep(kExtraMoment, lane, w, drawn);
@@ -236,10 +142,13 @@ AIM_INLINE void apply_block(const PackedStep<kKind>& s, int from, int to, W& wei
       const V delta = apply<kKind>(u, in, w, theta);
       if constexpr (kKind == Kind::kRms) store(b.w + lane, w);
       weights.template keep_theta<kLive>(lane, theta);
-      if (ema) store(ema + lane, load<V>(ema + lane) * u.ema_keep + theta * u.ema_add);
+      if (!kSimple && beside.ema) {
+        float* const ema = beside.ema + lane;
+        store(ema, load<V>(ema) * u.ema_keep + theta * u.ema_add);
+      }
       if constexpr (kLive) {
         // Which may be the average just stored.
-        const V to = anchor ? load<V>(anchor + lane) : V{};
+        const V to = beside.anchor ? load<V>(beside.anchor + lane) : V{};
         weights.write_live(lane, live_weight(theta, to, in.live));
       }
       update_sq[part] += delta * delta;
@@ -251,25 +160,38 @@ AIM_INLINE void apply_block(const PackedStep<kKind>& s, int from, int to, W& wei
   __builtin_memcpy(sums.under, under, sizeof under);
 }
 
+template <Kind kKind, class M>
+AIM_INLINE void enter(const PackedStep<kKind>& s, M& moments, int64_t at) {
+  if (s.keeps_m()) moments.enter(kFirstMoment, at);
+  if (s.keeps_v()) moments.enter(kSecondMoment, at);
+  if (s.keeps_w()) moments.enter(kExtraMoment, at);
+}
+
+template <Kind kKind, class M>
+AIM_INLINE void close(const PackedStep<kKind>& s, M& moments, int64_t at) {
+  if (s.keeps_m()) moments.close(kFirstMoment, at);
+  if (s.keeps_v()) moments.close(kSecondMoment, at);
+  if (kKind == Kind::kAmsgrad) moments.close(kExtraMoment, at);
+}
+
+template <Kind kKind, class M>
+AIM_INLINE void leave(const PackedStep<kKind>& s, const M& moments) {
+  if (s.keeps_m()) moments.leave(kFirstMoment);
+  if (s.keeps_v()) moments.leave(kSecondMoment);
+  if (kKind == Kind::kAmsgrad) moments.leave(kExtraMoment);
+}
+
 // The block of 128 elements from `at` on, of which `filled` are there: sums go to `sums`, of the
 // last 16, if some of them are not there, to `ends`. The others are computed and stored.
 template <Kind kKind, bool kNoise, bool kLive, class W, class M>
 AIM_INLINE void step_block(const PackedStep<kKind>& s, M moments, int64_t at, int filled,
                            PackedBlock& b, PackedBits& bits, Sums<float>& sums, Sums<float>& ends) {
-  const Tensor& tensor = s.tensor;
-  W weights(tensor, at);
-  if (s.keeps_m()) moments.enter(kFirstMoment, at);
-  if (s.keeps_v()) moments.enter(kSecondMoment, at);
-  if (s.keeps_w()) moments.enter(kExtraMoment, at);
+  W weights(s.tensor, at);
+  enter(s, moments, at);
   if (kNoise) {
-    draw_noise(s.shared, tensor.first + at, filled, b.noise);
+    draw_noise(s.shared, s.tensor.first + at, filled, b.noise);
     // What is behind the last element stays zero, or it might be the greatest.
     for (int i = filled; i < kPackedBlock; ++i) b.noise[i] = 0;
-  }
-  const uint32_t* drawn = nullptr;
-  if (moments.random()) {
-    drawn = bits.moments.of_block(s.shared, kMomentStream, tensor.first - tensor.offset,
-                                  tensor.offset + at);
   }
   const int body = filled / kLanes * kLanes, end = body < filled ? body + kLanes : body;
   // Twice around rather than written twice: the code would be as much larger.
@@ -277,30 +199,59 @@ AIM_INLINE void step_block(const PackedStep<kKind>& s, M moments, int64_t at, in
     accumulate_block<kKind, kNoise, kLive>(s, part ? body : 0, part ? end : body, weights, moments,
                                            b, part ? ends : sums);
   }
-  if (s.keeps_m()) moments.close(kFirstMoment, at);
-  if (s.keeps_v()) moments.close(kSecondMoment, at);
-  if (kKind == Kind::kAmsgrad) moments.close(kExtraMoment, at);
-  const float* const anchor =
-      kLive && tensor.anchor ? static_cast<const float*>(tensor.anchor) + at : nullptr;
-  float* const ema = tensor.ema ? static_cast<float*>(tensor.ema) + at : nullptr;
+  close(s, moments, at);
+  const Beside beside(s, moments, at, bits);
   for (int part = body ? 0 : 1; part < (end > body ? 2 : 1); ++part) {
-    apply_block<kKind, kLive>(s, part ? body : 0, part ? end : body, weights, moments, b, drawn,
-                              anchor, ema, part ? ends : sums);
+    apply_block<kKind, kLive>(s, part ? body : 0, part ? end : body, weights, moments, b, beside,
+                              part ? ends : sums);
   }
-  if (s.keeps_m()) moments.leave(kFirstMoment);
-  if (s.keeps_v()) moments.leave(kSecondMoment);
-  if (kKind == Kind::kAmsgrad) moments.leave(kExtraMoment);
+  leave(s, moments);
   if (kKind == Kind::kRms && s.keeps_w()) {
     for (int i = filled; i < end; ++i) b.w[i] = 0;  // 0 / 0, where eps is
     for (int i = 0; i < end; i += kStep) moments.gather(kExtraMoment, load<FloatVector>(b.w + i));
     moments.close(kExtraMoment, at);
     for (int i = 0; i < end; i += kStep) {
-      const IntVector random = moments.random() ? load<IntVector>(drawn + i) : IntVector{};
-      moments.keep(kExtraMoment, i, load<FloatVector>(b.w + i), random);
+      moments.keep(kExtraMoment, i, load<FloatVector>(b.w + i), beside.bits(moments, i));
     }
     moments.leave(kExtraMoment);
   }
   if constexpr (!W::kDirect) weights.finish(s.shared, bits.weights);
+}
+
+// All blocks of [begin, end), whole ones. The moments of the next are computed before those of one
+// are stored: exponents and random bits come long after what they are made of.
+template <Kind kKind, bool kLive, class W, class M>
+AIM_INLINE void step_blocks(const PackedStep<kKind>& s, const M& moments, int64_t begin,
+                            int64_t end, PackedBlock (&b)[2], PackedBits& bits, Sums<float>& sums) {
+  M next = moments;
+  Beside beside;
+  for (int64_t at = begin; at <= end; at += kPackedBlock) {
+    const int64_t before = at - kPackedBlock;
+    M now = next;
+    if (at < end) {
+      W weights(s.tensor, at);
+      next = moments;
+      enter(s, next, at);
+      PackedBlock& into = b[at / kPackedBlock % 2];
+      if (s.u.coupled || s.u.routed) {
+        accumulate_block<kKind, false, kLive>(s, 0, kPackedBlock, weights, next, into, sums);
+      } else {
+        accumulate_block<kKind, false, kLive, true>(s, 0, kPackedBlock, weights, next, into, sums);
+      }
+      close(s, next, at);
+    }
+    if (before >= begin) {
+      W weights(s.tensor, before);
+      PackedBlock& from = b[before / kPackedBlock % 2];
+      if (beside.ema) {
+        apply_block<kKind, kLive>(s, 0, kPackedBlock, weights, now, from, beside, sums);
+      } else {
+        apply_block<kKind, kLive, true>(s, 0, kPackedBlock, weights, now, from, beside, sums);
+      }
+      leave(s, now);
+    }
+    if (at < end) beside = Beside(s, next, at, bits);
+  }
 }
 
 // A copy of the last elements of a tensor, padded with zeros to a block.
@@ -381,19 +332,25 @@ void update_packed(const Tensor& tensor, const Shared& shared, int64_t begin, in
                    Partial* partial) {
   const PackedStep<kKind> whole(tensor, shared);
   const M moments(tensor);
-  PackedBlock b{};
+  PackedBlock b[2]{};
   PackedBits bits;
   Partial total{};
   for (int64_t tile = begin; tile < end; tile += kConvertedTile) {
     const int64_t tile_end = end - tile < kConvertedTile ? end : tile + kConvertedTile;
     Sums<float> sums{}, ends{};
-    int64_t at = tile;
-    for (; at + kPackedBlock <= tile_end; at += kPackedBlock) {
-      step_block<kKind, kNoise, kLive, W>(whole, moments, at, kPackedBlock, b, bits, sums, ends);
+    const int64_t blocks_end = tile + (tile_end - tile) / kPackedBlock * kPackedBlock;
+    if constexpr (W::kDirect && !kNoise) {
+      step_blocks<kKind, kLive, W>(whole, moments, tile, blocks_end, b, bits, sums);
+    } else {
+      for (int64_t at = tile; at < blocks_end; at += kPackedBlock) {
+        step_block<kKind, kNoise, kLive, W>(whole, moments, at, kPackedBlock, b[0], bits, sums,
+                                            ends);
+      }
     }
-    const int filled = static_cast<int>(tile_end - at);
+    const int filled = static_cast<int>(tile_end - blocks_end);
     if (filled) {
-      step_last_block<kKind, kNoise, kLive, W, M>(tensor, shared, at, filled, b, bits, sums, ends);
+      step_last_block<kKind, kNoise, kLive, W, M>(tensor, shared, blocks_end, filled, b[0], bits,
+                                                  sums, ends);
     }
     Partial measured{};
     add(sums, kLanes, measured);

@@ -8,22 +8,55 @@
 namespace aim {
 namespace AIM_ISA {
 
+#if defined(AIM_VECTOR_BYTES) && ((AIM_VECTOR_BYTES == 64 && defined(__AVX512F__)) || \
+                                  (AIM_VECTOR_BYTES == 32 && defined(__AVX2__)))
+// Lanes 0, 2, 4, ... times a number, as whole products in the place of two lanes each.
+#if AIM_VECTOR_BYTES == 64
+AIM_INLINE IntVector even_products(IntVector x, uint32_t by) {
+  return (IntVector)_mm512_mul_epu32((__m512i)x, _mm512_set1_epi64(by));
+}
+// Lanes 1, 3, 5, ... in the place of those before them; and both together again.
+AIM_INLINE IntVector odd_lanes(IntVector x) { return (IntVector)_mm512_srli_epi64((__m512i)x, 32); }
+AIM_INLINE IntVector joined_lanes(IntVector even, IntVector odd) {
+  return (IntVector)_mm512_mask_blend_epi32(0xAAAA, (__m512i)even,
+                                            _mm512_slli_epi64((__m512i)odd, 32));
+}
+#else
+AIM_INLINE IntVector even_products(IntVector x, uint32_t by) {
+  return (IntVector)_mm256_mul_epu32((__m256i)x, _mm256_set1_epi64x(by));
+}
+AIM_INLINE IntVector odd_lanes(IntVector x) { return (IntVector)_mm256_srli_epi64((__m256i)x, 32); }
+AIM_INLINE IntVector joined_lanes(IntVector even, IntVector odd) {
+  return (IntVector)_mm256_blend_epi32((__m256i)even, _mm256_slli_epi64((__m256i)odd, 32), 0xAA);
+}
+#endif
+
+// philox4x32<kRoundingRounds>() of the counters `c`, lane by lane. Even and odd lanes apart: the
+// lower half of a product is where it is wanted, and nobody looks at what is above it.
+AIM_INLINE void rounding_lanes(uint64_t seed, IntVector (&c)[4]) {
+  IntVector halves[2][4];
+  for (int word = 0; word < 4; ++word) {
+    halves[0][word] = c[word];
+    halves[1][word] = odd_lanes(c[word]);
+  }
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < kRoundingRounds; ++round) {
+    for (auto& x : halves) {
+      const IntVector product0 = even_products(x[0], 0xD2511F53);
+      const IntVector product1 = even_products(x[2], 0xCD9E8D57);
+      x[0] = odd_lanes(product1) ^ x[1] ^ splat<IntVector>(static_cast<int32_t>(k0));
+      x[1] = product1;
+      x[2] = odd_lanes(product0) ^ x[3] ^ splat<IntVector>(static_cast<int32_t>(k1));
+      x[3] = product0;
+    }
+    k0 += 0x9E3779B9;
+    k1 += 0xBB67AE85;
+  }
+  for (int word = 0; word < 4; ++word) c[word] = joined_lanes(halves[0][word], halves[1][word]);
+}
+#else
 // High and low halves of the products of 32-bit lanes with a number.
-#if defined(AIM_VECTOR_BYTES) && AIM_VECTOR_BYTES == 64 && defined(__AVX512F__)
-AIM_INLINE void multiply_lanes(IntVector x, uint32_t by, IntVector* high, IntVector* low) {
-  const __m512i a = (__m512i)x, b = _mm512_set1_epi32(static_cast<int>(by));
-  const __m512i even = _mm512_mul_epu32(a, b), odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), b);
-  *high = (IntVector)_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
-  *low = (IntVector)_mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
-}
-#elif defined(AIM_VECTOR_BYTES) && AIM_VECTOR_BYTES == 32 && defined(__AVX2__)
-AIM_INLINE void multiply_lanes(IntVector x, uint32_t by, IntVector* high, IntVector* low) {
-  const __m256i a = (__m256i)x, b = _mm256_set1_epi32(static_cast<int>(by));
-  const __m256i even = _mm256_mul_epu32(a, b), odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), b);
-  *high = (IntVector)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
-  *low = (IntVector)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
-}
-#elif defined(AIM_VECTOR_BYTES)
+#if defined(AIM_VECTOR_BYTES)
 AIM_INLINE void multiply_lanes(IntVector x, uint32_t by, IntVector* high, IntVector* low) {
   for (unsigned lane = 0; lane < sizeof x / sizeof x[0]; ++lane) {
     const uint64_t product = uint64_t{static_cast<uint32_t>(x[lane])} * by;
@@ -54,6 +87,7 @@ AIM_INLINE void rounding_lanes(uint64_t seed, IntVector (&c)[4]) {
     k1 += 0xBB67AE85;
   }
 }
+#endif
 
 // The bits of one parameter's elements, drawn for 256 of them at a time.
 class RoundingBits {
@@ -112,7 +146,7 @@ class RoundingBits {
     return numbers;
   }
 
-  uint32_t bits_[2 * kCount];
+  alignas(64) uint32_t bits_[2 * kCount];
   int64_t drawn_ = -1;
 };
 
