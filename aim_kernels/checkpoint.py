@@ -145,6 +145,8 @@ def _merged_groups(optimizer: AIMFusedOptimizer, saved_groups: list[dict[str, An
         # JSON-like formats return lists; the options are tuples.
         result["betas"], result["under_optimized"] = tuple(result["betas"]), tuple(result["under_optimized"])
         checks.check_hyperparameters(result, number)
+        checks.check_measure(result, number, optimizer.backend)
+        checks.check_anchor(result, number, optimizer.anchor)
         merged.append(result)
     return merged
 

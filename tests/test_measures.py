@@ -263,6 +263,15 @@ def test_what_is_refused() -> None:
         same_bits(frozen(optimizer), before)
 
 
+def test_a_checkpoint_of_the_control_needs_its_backend() -> None:
+    saved = randomly()[0].state_dict()
+    optimizer = build("adamw", (((40, 50), (300,)),))
+    before = frozen(optimizer)
+    with pytest.raises(ValueError, match=r"measure \(group 0\): 'random' is a control"):
+        optimizer.load_state_dict(saved)
+    same_bits(frozen(optimizer), before)
+
+
 def test_groups_may_differ_and_change_in_mid_run() -> None:
     optimizer = build("adamw", (((60,),), ((60,),)))
     optimizer.param_groups[1]["measure"] = "grad"

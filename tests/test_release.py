@@ -54,6 +54,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "int8": {"state_dtype": "int8"},
     "bfloat16": {"state_dtype": "bfloat16", "ema_decay": 0.9},
     "anchor": {"anchor": "init", "zero_grad_in_step": True},
+    "average": {"anchor": "ema", "ema_decay": 0.9, "measure": "fisher"},
     "absolute": {"under_optimized": ("absolute", 0.3), "maximize": True},
 }
 

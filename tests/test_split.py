@@ -178,6 +178,20 @@ def test_a_skipped_step_of_a_scaler_leaves_the_next_one_right() -> None:
         torch.testing.assert_close(fused, plain, rtol=1e-6, atol=1e-8)
 
 
+def test_what_overflows_in_a_pass_that_does_not_count() -> None:
+    """The weak encoder overflows in the true pass only; its gradient is that of the auxiliary one."""
+    model, optimizer, aim = started({"head_from": "auxiliary"})
+    aim.update(*batch())
+    run(model, optimizer, aim, 5)
+    expected = torch.autograd.grad(loss_of(model), list(model.b.parameters()))
+    factors = iter((1.0, torch.inf))
+    optimizer.zero_grad()
+    aim.backward(lambda: loss_of(model) * next(factors))
+    for p, grad in zip(model.b.parameters(), expected, strict=True):
+        assert p.grad is not None
+        torch.testing.assert_close(p.grad, grad)
+
+
 def test_one_plain_pass_where_nobody_is_dominant() -> None:
     model, optimizer, aim = started()
     calls = []

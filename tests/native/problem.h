@@ -127,7 +127,7 @@ inline void fill_moment(Buffer& buffer, Buffer& scale, const Case& c, double dev
 inline std::vector<Case> variants(aim::DType dtype, int64_t numel, bool live, bool noisy) {
   using aim::Rule;
   return {{Rule::kAdamW, dtype, numel, live, noisy, noisy, false, true},
-          {Rule::kAdam, dtype, numel, live, false, noisy, false, true},
+          {Rule::kAdam, dtype, numel, live, false, noisy, false, true, aim::kFisher},
           {Rule::kAdamW, dtype, numel, live, noisy, noisy, false, true, aim::kAmsgrad},
           {Rule::kSgd, dtype, numel, live, false, noisy, false, false},
           {Rule::kSgd, dtype, numel, live, false, noisy, true, false},
@@ -140,7 +140,7 @@ inline std::vector<Case> variants(aim::DType dtype, int64_t numel, bool live, bo
           {Rule::kRmsprop, dtype, numel, live, false, noisy, false, true},
           {Rule::kRmsprop, dtype, numel, live, false, noisy, true, true, aim::kCentered},
           {Rule::kLion, dtype, numel, live, true, noisy, false, false},
-          {Rule::kLion, dtype, numel, live, false, noisy, false, true}};
+          {Rule::kLion, dtype, numel, live, false, noisy, false, true, aim::kGrad}};
 }
 
 // One parameter with everything around it.
