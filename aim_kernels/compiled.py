@@ -429,6 +429,7 @@ def _substituted(optimizer: AIMFusedOptimizer, elsewhere: dict[int, Tensor]) -> 
         process_group=optimizer.process_group,
         sync_every=optimizer.sync_every,
         zero_grad_in_step=optimizer.zero_grad_in_step,
+        anchor=optimizer.anchor,
     )
     yield StepPlan(standing)  # type: ignore[arg-type]
     optimizer.tables.steps = tables.steps
