@@ -43,6 +43,8 @@ CONTESTANTS: dict[str, Contestant] = {
     "joint": Contestant("joint", control=True),
     "aim": Contestant("aim"),
     "aim (tuned)": Contestant("aim", _of("confidence", (3.0, 1.0, 0.0))),
+    "aim (split)": Contestant("aim", ({"mixing": "split"},)),
+    "aim (weights)": Contestant("aim", ({"mixing": "weights"},)),
     "ogm": Contestant("ogm", _of("alpha", (1.0, 0.3, 2.0))),
     "ogm-ge": Contestant("ogm-ge", _of("alpha", (1.0, 0.3, 2.0))),
     "ogm-ge (steps)": Contestant("ogm-ge", _of("alpha", (1.0, 0.3, 2.0), apply_to="step")),
@@ -64,6 +66,7 @@ CONTESTANTS: dict[str, Contestant] = {
     "shapley-alternation": Contestant("shapley-alternation", _of("margin", (0.0, 0.1, 0.3))),
     "drop": Contestant("drop", control=True),
     "feature-scale": Contestant("feature-scale", control=True),
+    "random-mask": Contestant("aim", optimizer={"measure": "random", "backend": "reference"}, control=True),
     "no-mask": Contestant("no-mask", control=True),
     "sum-of-losses": Contestant("sum-of-losses", _of("encoder_factor", (1.0, 3.0)), control=True),
 }
