@@ -18,6 +18,7 @@ VARIABLES = {
     "AIM_KERNELS_CUDA": "whether a build makes the CUDA kernels: auto (where nvcc is found), 0, 1 (or fail)",
     "AIM_KERNELS_CUDA_ARCHS": "compute capabilities that a build makes them for, such as 80;90",
     "AIM_KERNELS_CXXFLAGS": "compiler flags that the build adds",
+    "AIM_KERNELS_DATA": "folder with downloaded wheels of data sets; without it aim-kernels in the user's cache",
     "AIM_KERNELS_ISA": "CPU instruction set of the kernels: scalar, avx2, avx512, neon",
     "AIM_KERNELS_NVCCFLAGS": "flags of nvcc that the build adds",
 }

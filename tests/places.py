@@ -11,6 +11,7 @@ import fcntl
 import functools
 import importlib
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 NATIVE = ROOT / "build" / "native"
+
+#: Environment variable of processes for which everything is built.
+BUILT = "AIM_TESTS_ARE_BUILT"
 
 #: Backends on the processor; the device ones with small chunks, so that small tensors have several.
 EMULATED = ("cuda", "triton")
@@ -35,7 +39,12 @@ CHUNK, THREADS = 1024, 64
 
 
 def make(target: str) -> Path:
-    """Builds a target of tests/native and returns its path; one process at a time, for tests that run side by side."""
+    """Builds a target of tests/native and returns its path; one process at a time, for tests that run side by side.
+
+    Processes that a test has started after it built what they need do not wait for what others build.
+    """
+    if BUILT in os.environ:
+        return NATIVE / target
     NATIVE.mkdir(parents=True, exist_ok=True)
     with (NATIVE / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -11,14 +11,15 @@ import scenarios_modules  # noqa: F401  registers its scenarios
 import scenarios_packed  # noqa: F401
 import scenarios_zero  # noqa: F401
 import worlds
-from places import cuda_on_cpu
+from places import BUILT, cuda_on_cpu
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
-def test_a_world(size: int, tmp_path: Path) -> None:
+def test_a_world(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One start of the processes serves all scenarios; the output says which one failed, on which rank."""
-    cuda_on_cpu()  # built once, not by all of them
+    cuda_on_cpu()
+    monkeypatch.setenv(BUILT, "1")
     for rank, said in enumerate(worlds.run(size, tmp_path)):
         passed = [line.split(" (")[0].removeprefix("passed ") for line in said.splitlines() if line[:7] == "passed "]
         wanted = [name for name in scenarios.of_world(size) if os.environ.get("AIM_SCENARIO", "") in name]
