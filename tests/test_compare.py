@@ -108,10 +108,12 @@ def test_tuning_takes_the_best_complete_choice(monkeypatch: pytest.MonkeyPatch) 
     first, second = TUNING_SEEDS
     found = [line("x", first, validation=v, choice=c) for c, v in enumerate((70.0, 60.0, 99.0))]
     found += [line("x", second, validation=v, choice=c) for c, v in enumerate((70.0, 81.0))]
-    assert tuned(found) == {("digits", "x"): 1}
+    assert tuned(found, runs) == {("digits", "x"): 1}
     found[1] = replace(found[1], validation=59.0)
-    assert tuned(found) == {("digits", "x"): 0}, "the default where two are equal"
-    assert tuned([line("x", 0)]) == {}
+    assert tuned(found, runs) == {("digits", "x"): 0}, "the default where two are equal"
+    longer = [replace(x, epochs=3, validation=90.0) for x in found[1::3]]
+    assert tuned([*found, *longer], runs) == {("digits", "x"): 0}, "other epochs are another comparison"
+    assert tuned([line("x", 0)], runs) == {}
     runs = seed_runs(["digits"], ["joint", "x"], 1, None, {("digits", "x"): 1})
     assert [(r.contestant, r.choice, r.epochs) for r in runs] == [
         (name, int(name == "x"), DATA_SETS["digits"].epochs) for name in ("joint", "x", *alone("digits"))
@@ -138,11 +140,13 @@ def test_report_says_where_aim_stands(tmp_path: Path) -> None:
     for seed in range(3):
         folder.add(line("joint", seed, 50.0 + seed), [])
         better = json.dumps({"grey": 70.0 + seed / 10, "colour": 10.0 + seed / 10})
-        folder.add(line("aim", seed, 60.0 + seed, probes=better, options='{"alpha": 3}'), [])
+        folder.add(line("aim", seed, 60.0 + seed, probes=better), [])
+        folder.add(line("aim", seed, 0.0, epochs=1), [])
+        folder.add(line("aim", seed, 1.0, options='{"alpha": 3}'), [])
         folder.add(line("ogm", seed, 59.5 + seed), [])
         folder.add(line("alone:grey", seed, 90.0, probes="{}"), [])
     folder.add(line("aim", TUNING_SEEDS[0], 0.0), [])
-    rows = report.standings(folder.lines())["digits"]
+    rows = report.standings(report.reported(folder.lines()))["digits"]
     assert [s.contestant for s in rows] == ["joint", "aim", "ogm", "alone:grey"]
     aim = rows[1]
     assert (aim.seeds, aim.test, aim.difference, aim.half) == (3, 61.0, 10.0, 0.0)
@@ -160,9 +164,22 @@ def test_report_says_where_aim_stands(tmp_path: Path) -> None:
     written = report.write(folder)
     assert {path.name for path in written} == {"digits.png", "differences.png", "report.md", "report.html"}
     text = (tmp_path / "report.md").read_text()
-    assert '| aim | 3 | 61.0 ± 0.6 | +10.0 ± 0.0 | 1.5 | 1.5 | 70.1 | 10.1 | {"alpha": 3} |' in text
+    assert "| aim | 3 | 61.0 ± 0.6 | +10.0 ± 0.0 | 1.5 | 1.5 | 70.1 | 10.1 |  |" in text
     assert "abc, torch 2" in text
-    assert "&quot;alpha&quot;" in (tmp_path / "report.html").read_text()
+    assert "<td>+10.0 ± 0.0</td>" in (tmp_path / "report.html").read_text()
+    report.write(folder, [Run("digits", "aim", 0, seed, 1) for seed in range(3)])
+    assert "| aim | 3 | 0.0 ± 0.0 |" in (tmp_path / "report.md").read_text()
+
+
+def test_a_line_that_was_cut_short_does_not_swallow_the_next(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    for seed in (1, 2):
+        folder.add(line(seed=seed), [])
+    text = folder.file.read_text()
+    folder.file.write_text(text[: text.rindex("colour") + 3])  # within a quoted field
+    for seed in (3, 4):
+        folder.add(line(seed=seed), [])
+    assert [x.seed for x in folder.lines()] == [1, 3, 4]
 
 
 def test_cost_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -172,6 +172,14 @@ def test_several_modalities_may_be_dominant() -> None:
     assert (table.dominant, table.weak) == (("a", "b"), ("c",))
 
 
+def test_of_all_modalities_only_the_strongest_is_held() -> None:
+    train = {"a": [0.6, 0.5, 0.5], "b": [0.5, 0.5, 0.7]}
+    flat = {m: [0.5] * 3 for m in train}
+    table = assessed(train, flat)
+    assert all(sum(row) / 3 > 0.01 for row in table.kappa.values())
+    assert (table.dominant, table.weak) == (("b",), ("a",))
+
+
 def test_table_survives_json_and_prints() -> None:
     table = assessed({"a": [0.6], "b": [0.3]}, {"a": [0.4], "b": [0.4]})
     again = ModulationTable.from_dict(json.loads(json.dumps(table.to_dict())))

@@ -77,19 +77,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MissingPackageError as error:
         print(f"{error}\n(--data chooses other data sets)", file=sys.stderr)
         return 1
-    folder = Folder(options.out)
+    folder, wanted = Folder(options.out), None
     try:
         if options.cost:
             cost.measure(folder.path, data, names)
         elif not options.report:
-            if not options.no_tuning:
-                _train_all(folder, tuning_runs(data, names, options.epochs), options.jobs, "tuning")
-            choices = {} if options.no_tuning else tuned(folder.lines())
-            _train_all(folder, seed_runs(data, names, options.seeds, options.epochs, choices), options.jobs, "seeds")
+            tuning = [] if options.no_tuning else tuning_runs(data, names, options.epochs)
+            _train_all(folder, tuning, options.jobs, "tuning")
+            wanted = seed_runs(data, names, options.seeds, options.epochs, tuned(folder.lines(), tuning))
+            _train_all(folder, wanted, options.jobs, "seeds")
     except KeyboardInterrupt:
         print(f"\nInterrupted. Finished runs are in {folder.file}; the same command continues.", file=sys.stderr)
         return 130
-    written = report.write(folder)
+    written = report.write(folder, wanted)
     print(f"Saved in {folder.path}: {', '.join(path.name for path in written)}")
     return 0
 

@@ -7,7 +7,7 @@ import html
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from aim_kernels.compare import pictures
 from aim_kernels.compare.contestants import ALONE, BUDGET, TUNING_SEEDS, is_control
 from aim_kernels.compare.measures import paired
 from aim_kernels.compare.results import Folder
-from aim_kernels.compare.training import HYPERPARAMETERS, Line
+from aim_kernels.compare.training import HYPERPARAMETERS, Line, Run
 from aim_kernels.data import DATA_SETS
 
 #: The contestant of which the summary speaks.
@@ -50,10 +50,19 @@ class Standing:
         return self.difference + self.half
 
 
-def reported(lines: Sequence[Line]) -> list[Line]:
-    """What was trained on seeds that nothing was chosen by; the latest line of a run that was done twice."""
-    latest = {(line.data, line.contestant, line.seed): line for line in lines if line.seed not in TUNING_SEEDS}
-    return list(latest.values())
+def reported(lines: Sequence[Line], wanted: Collection[Run] | None = None) -> list[Line]:
+    """What was trained on seeds that nothing was chosen by, once a run: the lines of ``wanted``; without it those of
+    the latest configuration of each contestant, with the epochs of the latest joint training on that data set."""
+    lines = [line for line in lines if line.seed not in TUNING_SEEDS]
+    if wanted is None:
+        epochs = {line.data: line.epochs for line in lines if line.contestant == "joint"}
+        choice = {(line.data, line.contestant): line.choice for line in lines if line.epochs == epochs.get(line.data)}
+        wanted = {
+            line.run
+            for line in lines
+            if line.epochs == epochs.get(line.data) and line.choice == choice[line.data, line.contestant]
+        }
+    return list({line.run: line for line in lines if line.run in wanted}.values())
 
 
 def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -62,9 +71,8 @@ def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def standings(lines: Sequence[Line]) -> dict[str, list[Standing]]:
-    """By data set: joint training first, then by test accuracy; encoders trained alone last."""
+    """Of reported lines, by data set: joint training first, then by test accuracy; encoders trained alone last."""
     found: dict[str, list[Standing]] = {}
-    lines = reported(lines)
     for data in DATA_SETS:
         here = [line for line in lines if line.data == data]
         joint = {line.seed: line for line in here if line.contestant == "joint"}
@@ -180,9 +188,12 @@ def protocol(lines: Sequence[Line]) -> str:
         f"All methods: {settings}; equal splits, batches and initial weights for each seed; the network of the last "
         f"epoch is judged, and the test split read once. A method with options chose one of at most {BUDGET} "
         f"configurations by mean validation accuracy over the seeds {' and '.join(map(str, TUNING_SEEDS))}, which are "
-        "not reported (the default where no such runs are there). Accuracies, macro F1 and calibration error in "
-        "percent; ± is the standard error over seeds, in 'vs joint' the half width of the 95 % interval of the paired "
-        "difference (Student's t). Probes: test accuracy of a ridge classifier on an encoder's frozen features; for "
+        "not reported (their splits are drawn from the same samples, so some of a reported test split was in them). "
+        "AIM, its controls, PDMP and re-learning also read labelled validation samples while they train; on the "
+        "coloured digits those have the shift of the test split. Accuracies, macro F1 and calibration error in percent; "
+        "± is the standard error over seeds, in 'vs joint' the half width of the 95 % interval of the paired difference "
+        "(Student's t, over seeds and splits of these samples). Probes: test accuracy of a ridge classifier on an "
+        "encoder's frozen features; for "
         f"'alone:' the encoder was trained by itself. From results.csv, written by: {'; '.join(versions)}."
     )
 
@@ -206,9 +217,9 @@ STYLE = (
 )
 
 
-def write(folder: Folder) -> list[Path]:
-    """report.md, report.html and the pictures; returns what was written."""
-    lines = folder.lines()
+def write(folder: Folder, wanted: Collection[Run] | None = None) -> list[Path]:
+    """report.md, report.html and the pictures, of :func:`reported` lines; returns what was written."""
+    lines = reported(folder.lines(), wanted)
     found = standings(lines)
     written = pictures.draw(folder.path, found)
     sections: list[tuple[str, list[str], list[list[str]], str]] = []

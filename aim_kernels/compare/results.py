@@ -26,17 +26,21 @@ class Folder:
         self.file = path / "results.csv"
 
     def lines(self) -> list[Line]:
-        """The finished runs. A line that an interruption cut short is left out, and its run done again."""
+        """The finished runs, as the contestants are now configured. A line that an interruption cut short, and one of
+        another configuration, is left out, and its run done again."""
         if not self.file.exists():
             return []
         kinds = {f.name: {"int": int, "float": float}.get(str(f.type), str) for f in fields(Line)}
         found = []
-        with self.file.open(newline="", encoding="utf-8") as stream:
-            for row in csv.DictReader(stream):
-                try:
-                    found.append(Line(**{name: kind(row[name]) for name, kind in kinds.items()}))
-                except (KeyError, TypeError, ValueError):
-                    continue
+        # One by one: a quote that was cut off would swallow the next line.
+        for text in self.file.read_text(encoding="utf-8").splitlines()[1:]:
+            try:
+                (row,) = csv.reader([text], strict=True)
+                line = Line(**{n: kind(value) for (n, kind), value in zip(kinds.items(), row, strict=True)})
+                if contestant(line.contestant).options(line.choice) == line.options:
+                    found.append(line)
+            except (csv.Error, ValueError):
+                continue
         return found
 
     def add(self, line: Line, history: list[dict[str, Any]]) -> None:
@@ -59,16 +63,17 @@ class Folder:
         return self.path / "history" / f"{name.replace(' ', '').replace(':', '')}.json"
 
 
-def tuned(lines: Iterable[Line]) -> dict[tuple[str, str], int]:
-    """The configuration of each (data, contestant) with the best mean validation accuracy over the tuning seeds; the
-    default where two are equal, or where nothing was tuned."""
-    found: dict[tuple[str, str], dict[int, list[float]]] = {}
+def tuned(lines: Iterable[Line], runs: Iterable[Run]) -> dict[tuple[str, str], int]:
+    """The configuration of each (data, contestant) of tuning ``runs`` with the best mean validation accuracy over the
+    tuning seeds; the default where two are equal."""
+    wanted = set(runs)
+    found: dict[tuple[str, str], dict[int, dict[int, float]]] = {}
     for line in lines:
-        if line.seed in TUNING_SEEDS:
-            found.setdefault((line.data, line.contestant), {}).setdefault(line.choice, []).append(line.validation)
+        if line.run in wanted:
+            found.setdefault((line.data, line.contestant), {}).setdefault(line.choice, {})[line.seed] = line.validation
     best = {}
     for key, choices in found.items():
-        complete = {c: statistics.fmean(v) for c, v in choices.items() if len(v) == len(TUNING_SEEDS)}
+        complete = {c: statistics.fmean(v.values()) for c, v in choices.items() if len(v) == len(TUNING_SEEDS)}
         if complete:
             best[key] = max(sorted(complete), key=lambda choice, of=complete: of[choice])  # type: ignore[misc]
     return best

@@ -120,7 +120,7 @@ def train(run: Run, on_epoch: Callable[[int], None] = lambda epoch: None) -> tup
         "data": run.data,
         "contestant": run.contestant,
         "choice": run.choice,
-        "options": json.dumps({**entry.optimizer, **entry.grid[run.choice]}),
+        "options": entry.options(run.choice),
         "seed": run.seed,
         "epochs": run.epochs,
         "seconds": time.perf_counter() - began,
@@ -154,7 +154,7 @@ def _train_together(
     on_epoch: Callable[[int], None],
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     method = build(entry, run.choice, network, run.seed)
-    batches, draws = torch.Generator().manual_seed(run.seed), torch.Generator().manual_seed(run.seed)
+    batches, draws = torch.Generator().manual_seed(run.seed), torch.Generator().manual_seed(run.seed + 1_000_003)
     step_ms, update_ms = [], []
     for epoch in range(run.epochs):
         network.train()

@@ -75,9 +75,11 @@ class MLA(Method):
         super().update(inputs, labels, held_out)
 
     def step(self, inputs: Sequence[Tensor], labels: Tensor) -> Tensor:
-        """As many optimizer steps as modalities; returns the sum of their losses."""
+        """As many optimizer steps as modalities that have an input; returns the sum of their losses."""
         losses = []
         for m in range(len(self.blocks.modalities)):
+            if inputs[m] is None:
+                continue
             self.optimizer.zero_grad()
             z, logits = self.own_logits(m, inputs)
             loss = nn.functional.cross_entropy(logits, labels)
@@ -96,7 +98,7 @@ class MLA(Method):
         if self.head is not None:
             return z, self.head(z)
         with torch.no_grad():
-            features = [z if n == m else self.blocks.encode_one(n, x) for n, x in enumerate(inputs)]
+            features = self.blocks.encode(inputs)
         features[m] = z
         return z, self.blocks.unimodal(features)[m]
 

@@ -225,7 +225,8 @@ def assess(
     ``rule="ratio"``: excess = rho. ``rule="gap"``: excess = rho_train / rho_heldout, large where a lead in training is
     not confirmed by the held-out samples. ``rule="margin"``: :func:`margins`. ``kappa = factor * strength(excess -
     confidence * e)``, ``e`` the standard error of the excess: a lead counts as far as it is not chance. A modality is
-    dominant where its kappa averages more than 0.01 over depths, weak where another one is dominant and it is not.
+    dominant where its kappa averages more than 0.01 over depths (of all modalities at once only the one whose average
+    is the greatest), weak where another one is dominant and it is not.
     """
     scores, rho = measured.scores, ratios(measured.scores)
     rho_out = ratios(held_out.scores) if held_out is not None else None
@@ -255,6 +256,8 @@ def assess(
 
     kappa, weak_kappa = strengths(excess, errors), strengths(inverse, inverse_errors)
     dominant = tuple(m for m, row in kappa.items() if sum(row) / len(row) > DOMINANT)
+    if len(dominant) == len(kappa):  # all held at once, nobody would learn
+        dominant = (max(kappa, key=lambda m: sum(kappa[m]) / len(kappa[m])),)
     weak = tuple(m for m in kappa if dominant and m not in dominant)
     return ModulationTable(
         update,
