@@ -192,8 +192,8 @@ def protocol(lines: Sequence[Line]) -> str:
         "AIM, its controls, PDMP and re-learning also read labelled validation samples while they train; on the "
         "coloured digits those have the shift of the test split. Accuracies, macro F1 and calibration error in "
         "percent; ± is the standard error over seeds, in 'vs joint' the half width of the 95 % interval of the paired "
-        "difference (Student's t, over seeds and splits of these samples). Probes: test accuracy of a ridge classifier on an "
-        "encoder's frozen features; for "
+        "difference (Student's t, over seeds and splits of these samples). Probes: test accuracy of a ridge classifier "
+        "on an encoder's frozen features; for "
         f"'alone:' the encoder was trained by itself. From results.csv, written by: {'; '.join(versions)}."
     )
 
