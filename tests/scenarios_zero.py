@@ -45,7 +45,8 @@ def alike(alone: ak.AIMFusedOptimizer, zero: AIMZeroRedundancyOptimizer, where: 
 def zero_redundancy(folder: Path, buckets: bool) -> None:
     """States in parts, with AIM and noise; then resumed from a consolidated checkpoint, and from one of one process."""
     model, single = ddp(), plain()
-    zero, alone = zero_of(model, parameters_as_bucket_view=buckets), optimizer_of(single)
+    options: dict[str, Any] = {"threshold_rate": 0.5}  # so that some elements are well-optimized after four steps
+    zero, alone = zero_of(model, parameters_as_bucket_view=buckets, **options), optimizer_of(single, **options)
     for group in (*zero.param_groups, *alone.param_groups):
         group["lr"] = 7e-3  # as a scheduler does; a loaded checkpoint has it
     pairs: Any = ((model, zero), (single, alone))
@@ -85,7 +86,7 @@ def zero_redundancy(folder: Path, buckets: bool) -> None:
     for state in (saved, copy.deepcopy(alone.state_dict())):
         before = [p.detach().clone() for p in parameters_of(zero)]
         zero.train()
-        zero = zero_of(model, parameters_as_bucket_view=buckets)
+        zero = zero_of(model, parameters_as_bucket_view=buckets, **options)
         for p in model.parameters():
             p.data.mul_(2.0)
         zero.load_state_dict(copy.deepcopy(state))
