@@ -149,7 +149,7 @@ class Launch:
         else:
             self.shares = [Share(plan, *place, chunk_size, home=False) for place in places]
             self.home = Share(plan, device, indices[:0], chunk_size, others=len(places))
-            self.home.next = self.shares[0].next
+            self.home.phases = self.shares[0].phases
 
     def send(self) -> None:
         for share in self.shares if self.home in self.shares else (*self.shares, self.home):
@@ -188,7 +188,8 @@ class Share:
         tensors, groups: the plan's records as int64 words, [T, words] and [G, words].
         rows, statistics, control: at home the optimizer's own, elsewhere copies.
         chunks, spans: int32 [C, 2] and int64 [G, 4], see :func:`chunk_table`.
-        partials: float64 [C, 7], what every chunk measured; next: int64 [1], the phase that update() drew for finish().
+        partials: float64 [C, 7], what every chunk measured; phases: int64 [2], this step's and the next,
+            which update() leaves for finish().
         sums: float64 [G, 7] where this is not home; others: float64 [devices, G, 7] at home, of the other devices.
         grad_scale, found_inf: one float32 number each, or None.
         call: what a backend made of all this for its calls; None again where anything moved.
@@ -197,7 +198,7 @@ class Share:
 
     tensors: Tensor
     groups: Tensor
-    next: Tensor
+    phases: Tensor
     call: Any = None
 
     def __init__(
@@ -225,7 +226,7 @@ class Share:
         self.spans = torch.from_numpy(spans.view(np.int64).reshape(-1, 4)).to(device)
         columns = len(STATISTICS_COLUMNS)
         self.partials = torch.zeros(len(chunks), columns, dtype=torch.float64, device=device)
-        self.next = torch.zeros(1, dtype=torch.int64, device=device)
+        self.phases = torch.zeros(2, dtype=torch.int64, device=device)
         self.sums = None if home else torch.zeros(group_count, columns, dtype=torch.float64, device=device)
         self.others = torch.zeros(others, group_count, columns, dtype=torch.float64, device=device) if others else None
         self.dtypes: tuple[int, ...] = tuple(np.unique(records["dtype"]).tolist())
@@ -244,7 +245,7 @@ class Share:
         stream = torch.cuda.current_stream(self.device)
         if stream == self._made_on:
             return
-        tables = (self.chunks, self.spans, self.partials, self.next, self.sums, self.others, self.tensors)
+        tables = (self.chunks, self.spans, self.partials, self.phases, self.sums, self.others, self.tensors)
         for table in (*tables, self.rows, self.statistics, self.control):
             if table is not None:
                 table.record_stream(stream)

@@ -60,7 +60,7 @@ def update(plan: StepPlan, kernels: Kernels, indices: list[int]) -> list[Tensor]
             kernels.finish(share)
         assert share.sums is not None
         measured.append(share.sums)
-        pieces.home.next.copy_(share.next, non_blocking=True)
+        pieces.home.phases.copy_(share.phases, non_blocking=True)
     plan.store_staged(indices)
     return measured
 

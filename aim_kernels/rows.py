@@ -134,7 +134,7 @@ WORK_RECORD = np.dtype(
                 "chunks",
                 "spans",
                 "partials",
-                "next",
+                "phases",
                 "sums",
                 "others",
                 "grad_scale",

@@ -67,7 +67,7 @@ py::dict layout() {
   AIM_FIELD(work, Work, chunks);
   AIM_FIELD(work, Work, spans);
   AIM_FIELD(work, Work, partials);
-  AIM_FIELD(work, Work, next);
+  AIM_FIELD(work, Work, phases);
   AIM_FIELD(work, Work, sums);
   AIM_FIELD(work, Work, others);
   AIM_FIELD(work, Work, grad_scale);

@@ -65,7 +65,7 @@ RULES: dict[str, dict[str, Any]] = {
     },
 }
 
-#: Rows by name: columns of ``set_modulation``. "alternate" differs between the phases, see ``set_row``.
+#: Rows by name: columns of ``set_modulation``. "alternate" and "held" differ between the phases, see ``set_row``.
 ROWS: dict[str, dict[str, float]] = {
     "ones": {},
     "chain": {"grad_well": 0.7, "live_well": 0.7},
@@ -84,6 +84,7 @@ ROWS: dict[str, dict[str, float]] = {
         "noise": 0.3,
     },
     "alternate": {},
+    "held": {},
 }
 TRUE_PHASE = {
     "grad_under": 1.0,
@@ -103,11 +104,15 @@ AUX_PHASE = {
 }
 
 
+#: Stays as it is in the auxiliary phase, but for what the module holds.
+HELD_PHASE = {"grad_under": 0.0, "grad_well": 0.0, "step_under": 0.0, "step_well": 0.0, "live_well": 0.4}
+
+
 def set_row(optimizer: ak.AIMFusedOptimizer, group: int, name: str) -> None:
-    """Sets a row of ROWS; "alternate" also makes the phase a fair draw."""
-    if name == "alternate":
+    """Sets a row of ROWS; "alternate" and "held" also make the phase a fair draw."""
+    if name in ("alternate", "held"):
         optimizer.set_phases(0.5)
-        optimizer.set_phase_rows(group, true=TRUE_PHASE, aux=AUX_PHASE)
+        optimizer.set_phase_rows(group, true=TRUE_PHASE, aux=AUX_PHASE if name == "alternate" else HELD_PHASE)
     elif ROWS[name]:
         optimizer.set_modulation(group, **ROWS[name])
 

@@ -353,6 +353,22 @@ MUTANTS = (
         (f"{LOCK_STEP}[adamw-grad-float32]",),
     ),
     Mutant(
+        "a held block fades",
+        SHARED,
+        "u->decay = u->first_keep = u->second_keep = u->extra_keep = 1;",
+        "u->decay = u->first_keep = u->extra_keep = 1;",
+        "moments that fade move the classes of a block that learns nothing",
+        ("test_phases.py::test_a_held_block_stays_as_it_is[cpu-adamw-4]",),
+    ),
+    Mutant(
+        "a held block ages",
+        SHARED,
+        "const double t = held ? steps_taken : steps_taken + 1;",
+        "const double t = steps_taken + 1;",
+        "its classes would be those of older moments",
+        (f"{LOCK_STEP}[adamw-held-float32]",),
+    ),
+    Mutant(
         "tau instead of tau_prev",
         SHARED,
         "threshold(group, old, row.tau_prev, &u.old_v, &u.old_0);",

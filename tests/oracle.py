@@ -32,7 +32,17 @@ from oracle_packing import (
     packed,
     unpacked,
 )
-from oracle_rules import Direction, Hyper, Leaf, direction, first_moment, first_weight, second_moment, second_weight
+from oracle_rules import (
+    Direction,
+    Hyper,
+    Leaf,
+    direction,
+    first_moment,
+    first_weight,
+    hold,
+    second_moment,
+    second_weight,
+)
 
 COLUMNS = (
     "grad_under grad_well tau_prev tau noise emitted_under emitted_well "
@@ -227,10 +237,11 @@ class Oracle:
                 g = g0 + coupled * leaf.theta
                 e_g = coupled * leaf.e_theta + 2 * unit * np.abs(coupled * leaf.theta) + unit * np.abs(g)
 
+            held = not any((row["grad_under"], row["grad_well"], *step))
             under, tie = self._class(hyper, leaf, leaf.t, row["tau_prev"])
-            leaf.t += 1
+            leaf.t += not held
             noise, e_noise = 0.0, 0.0
-            if row["noise"]:
+            if row["noise"] and not held:
                 z, radius = normals(self.seed, self.counter, leaf.first, g.size)
                 noise = sigma[0] * z
                 e_noise = sigma[0] * tol.NORMAL_ROUNDOFFS * tol.NORMAL_UNIT * radius + (
@@ -248,23 +259,28 @@ class Oracle:
                 )
                 return (scaled, e, *first_moment(hyper, leaf, scaled, e, unit, tiny))
 
-            scaled, e_scaled, m, e_m = moments(under)
+            if held:
+                hold(hyper, leaf)
+            scaled, e_scaled, m, e_m = (g, e_g, leaf.m, leaf.e_m) if held else moments(under)
             if tie.any() and seen is not None and row["grad_under"] != row["grad_well"]:
                 other = moments(~under)
                 swap = tie & (np.abs(other[2] - seen.m) < np.abs(m - seen.m))
                 scaled, e_scaled, m, e_m = (
                     np.where(swap, b, a) for a, b in zip((scaled, e_scaled, m, e_m), other, strict=True)
                 )
-            if hyper.keeps_second:
+            if hyper.keeps_second and not held:
                 leaf.v, leaf.e_v = second_moment(hyper, leaf, scaled, e_scaled, unit, tiny)
             m_old, e_m_old = leaf.m, leaf.e_m
             leaf.m, leaf.e_m = m, e_m
 
-            if hyper.decay != 1.0:
+            if hyper.decay != 1.0 and not held:
                 leaf.e_theta = abs(hyper.decay) * leaf.e_theta + 3 * unit * np.abs(leaf.theta)
                 leaf.theta = leaf.theta * hyper.decay
 
-            way = direction(hyper, leaf, m_old, e_m_old, scaled, e_scaled)
+            if held:
+                way = Direction(np.zeros_like(g), np.zeros_like(g), 0.0)
+            else:
+                way = direction(hyper, leaf, m_old, e_m_old, scaled, e_scaled)
             if leaf.stored is not None:
                 assert seen is not None, "only what was stored tells which of two neighbours it is"
                 self._keep_moments(hyper, leaf, seen)

@@ -173,6 +173,16 @@ def second_moment(
     return keep * old + square, error
 
 
+def hold(hyper: Hyper, leaf: Leaf) -> None:
+    """A step in which a block stays as it is: moments that are not there yet begin."""
+    if hyper.keeps_first and leaf.m is None:
+        leaf.m = np.zeros_like(leaf.theta)
+    if hyper.keeps_second and leaf.v is None:
+        leaf.v = np.full_like(leaf.theta, hyper.initial if hyper.rule == "adagrad" else 0.0)
+    if (hyper.amsgrad or (hyper.rule == "rmsprop" and hyper.momentum)) and leaf.w is None:
+        leaf.w = np.zeros_like(leaf.theta)
+
+
 def larger(
     a: np.ndarray, e_a: np.ndarray | float, b: np.ndarray, e_b: np.ndarray | float
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -47,6 +47,24 @@ def test_alternate_options() -> None:
     assert phase_rows(optimizer, "b", 0, True) == ({}, {})
 
 
+def test_freezing_holds_updates_too() -> None:
+    model, optimizer = build()
+    AIM(
+        model, optimizer, CLASSES, probe=DOMINANT_A, hold="freeze", learn_weak_in_true_phase=False, decouple="all"
+    ).update(*batch())
+    held = dict.fromkeys(("grad_under", "grad_well", "step_under", "step_well"), 0.0)
+    for depth in range(2):
+        assert phase_rows(optimizer, "a", depth, True)[1].items() >= held.items()
+        assert phase_rows(optimizer, "a", depth, False) == ({}, held)
+    true, aux = phase_rows(optimizer, "b", 0, True)
+    assert true == held
+    assert aux.keys() == {"step_under"}
+    model, optimizer = build()
+    AIM(model, optimizer, CLASSES, probe=DOMINANT_A, hold="freeze", learn_dominant_in_aux="under").update(*batch())
+    aux = phase_rows(optimizer, "a", 0, True)[1]
+    assert aux.keys() == {"grad_well", "step_well", "live_well"} and aux["grad_well"] == aux["step_well"] == 0.0
+
+
 @pytest.mark.parametrize("mixing", ["alternate", "weights"])
 def test_decouple_all_stimulates_the_weak_modality(mixing: str) -> None:
     model, optimizer = build()

@@ -48,8 +48,11 @@ def twin(backend: str, rule: str, row: str, dtype: str, free: bool) -> None:
 EVERY_ROW = ("adamw", "adam", "adam-maximize", "sgd", "sgd-momentum", "sgd-dampening", "sgd-nesterov", "lion")
 
 
+FULL_ROWS = ("all", "alternate", "held")
+
+
 @pytest.mark.parametrize(
-    ("rule", "row"), [(rule, row) for rule in RULES for row in (ROWS if rule in EVERY_ROW else ("all", "alternate"))]
+    ("rule", "row"), [(rule, row) for rule in RULES for row in (ROWS if rule in EVERY_ROW else FULL_ROWS)]
 )
 def test_oracle_in_lock_step(backend: str, rule: str, row: str) -> None:
     if interpreted(backend) and rule not in EVERY_ROW and row != "all":

@@ -9,11 +9,24 @@ import oracle
 import pytest
 import tolerances as tol
 import torch
-from helpers import AUX_PHASE, TRUE_PHASE, Gradients, assign, build, frozen, parameters_of, same_bits, set_row
+from helpers import (
+    AUX_PHASE,
+    RULES,
+    TRUE_PHASE,
+    Gradients,
+    assign,
+    build,
+    frozen,
+    parameters_of,
+    same_bits,
+    set_row,
+)
+from places import PLACES, enter
 from twin import Twin, run_twin
 
 import aim_kernels as ak
 from aim_kernels import _C
+from aim_kernels.rows import STATISTIC
 
 
 def plain(size: int, seed: int = 0, value: float = 0.0, **options: object) -> tuple[ak.AIMFusedOptimizer, torch.Tensor]:
@@ -77,6 +90,48 @@ def test_gradient_coefficients_are_latched_at_emission() -> None:
         seen.add(int(optimizer.tables.control[3]))
     assert seen == {0, 1}
     made.finish()
+
+
+@pytest.mark.parametrize("before", [0, 4])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("place", PLACES)
+def test_a_held_block_stays_as_it_is(place: str, rule: str, before: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, whatever noise, decay and momentum it has; its gradients are measured all the same, and when it is
+    let go it goes on as if nothing had been."""
+    backend = enter(place, monkeypatch)
+    held, free = (build(rule, (((5, 7), (33,)), ((16,),)), backend=backend) for _ in range(2))
+    gradients = Gradients(parameters_of(held))
+    first = [gradients() for _ in range(before)]
+    for optimizer in (held, free):
+        for grads in first:
+            assign(parameters_of(optimizer), [g.clone() for g in grads])
+            optimizer.step()
+    then = frozen(held)
+    zeros = dict.fromkeys(("grad_under", "grad_well", "step_under", "step_well"), 0.0)
+    for group in range(2):
+        held.set_modulation(group, **zeros, noise=0.5)
+    for _ in range(3):
+        grads = gradients()
+        assign(parameters_of(held), grads)
+        held.step()
+        squares = [sum(float(g.double().square().sum()) for g in part) for part in (grads[:2], grads[2:])]
+        sums = held.tables.statistics[:, [STATISTIC["grad_sq"], STATISTIC["update_sq"]]].tolist()
+        assert [row[0] for row in sums] == pytest.approx(squares, rel=1e-5)
+        assert [row[1] for row in sums] == [0.0, 0.0]
+    now = frozen(held)
+    same_bits(then["params"], now["params"])
+    if before:
+        same_bits(then["state"], now["state"])
+    for group in range(2):
+        held.set_modulation(group, **dict.fromkeys(zeros, 1.0), noise=0.0)
+    held.tables.rows.copy_(free.tables.rows)
+    last = gradients()
+    for optimizer in (held, free):
+        assign(parameters_of(optimizer), [g.clone() for g in last])
+        optimizer.step()
+    for p, q in zip(parameters_of(held), parameters_of(free), strict=True):
+        same_bits(p, q)
+        same_bits(dict(held.state[p]), dict(free.state[q]))
 
 
 def test_set_strength_shapes_the_next_emission_and_the_gradient_after_it() -> None:

@@ -20,7 +20,7 @@ from aim_kernels.backends.triton import CHUNK, driver, kernels
 from aim_kernels.rows import DTYPES, MOMENTS
 
 TYPES = {
-    **dict.fromkeys(("tensors", "groups", "control", "spans", "following"), "*i64"),
+    **dict.fromkeys(("tensors", "groups", "control", "spans", "phases"), "*i64"),
     **dict.fromkeys(("rows", "statistics", "partials", "sums", "others"), "*fp64"),
     **dict.fromkeys(("grad_scale", "found_inf"), "*fp32"),
     "chunks": "*i32",

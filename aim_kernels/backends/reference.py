@@ -160,7 +160,8 @@ def _update(
     kind = arithmetic_dtype(p.dtype)
     theta = true_weights(p, state)
     taken = float(state["step"])
-    t = taken + 1
+    held = steps == (0.0, 0.0) and row[ROW["grad_under"]] == row[ROW["grad_well"]] == 0.0
+    t = taken if held else taken + 1
     rule, lr, decay = group["rule"], float(group["lr"]), group["weight_decay"]
     decoupled = rule in ("adamw", "lion")
     if group["decouple_lr"]:
@@ -175,28 +176,24 @@ def _update(
         g = g * grad_under
     else:
         g = g * _choose(_under(m, v, group, taken, row[ROW["tau_prev"]], draws[0]), grad_under, grad_well, g)
-    if noise is not None:
+    if noise is not None and not held:
         g = g + noise.to(kind)
 
     # 3: moments; what Lion moves by is made of the old one
     beta1, beta2 = _betas(group)
     lead = _sign(m * beta1 + g * (1 - beta1)) if rule == "lion" else g
-    if m is not None and rule == "sgd" and group["momentum"]:
-        m.mul_(group["momentum"] if taken else 0.0).add_(g * (1 - group["dampening"] if taken else 1.0))
-    elif m is not None:
-        keep = beta2 if rule == "lion" else beta1
-        m.mul_(keep).add_(g * (1 - keep))
-    if v is not None and rule == "adagrad":
-        v.add_(g * g)
-    elif v is not None:
-        v.mul_(beta2).add_((g * g) * (1 - beta2))
+    first, second = _fading(group, taken)
+    if m is not None:
+        m.mul_(1.0 if held else first[0]).add_(g * first[1])
+    if v is not None:
+        v.mul_(1.0 if held else second[0]).add_((g * g) * second[1])
 
     # 4 and 5: decoupled decay, update, by the class that the new moments give as they are stored
     rate, direction = lr, lead
     if rule in ("adamw", "adam"):
         # m_hat / (sqrt(v_hat) + eps) = m / (sqrt(v) + eps * root) * root / (1 - beta1^t)
-        root = math.sqrt(1 - beta2**t)
-        rate = lr * (root / (1 - beta1**t))
+        root = math.sqrt(1 - beta2**t) if t else 1.0
+        rate = lr * (root / (1 - beta1**t)) if t else lr
         if w is not None:
             torch.maximum(w, v, out=w)
         direction = m / ((v if w is None else w).sqrt() + group["eps"] * root)
@@ -207,14 +204,14 @@ def _update(
         spread = (v - m * m).clamp_(min=0) if group["centered"] else v
         direction = g / (spread.sqrt() + group["eps"])
         if w is not None:
-            direction = w.mul_(group["momentum"]).add_(direction)
+            direction = w.mul_(1.0 if held else group["momentum"]).add_(direction)
     kept = _keep_moments(p, group, state, (m, v, w), rounding)
     under = None if m is None or v is None else _under(*kept, group, t, row[ROW["tau"]], draws[1])
     if under is None:
         delta = direction * (rate * steps[0])
     else:
         delta = direction * _choose(under, rate * steps[0], rate * steps[1], direction)
-    theta.mul_(1 - lr * decay if decoupled else 1.0).sub_(delta)
+    theta.mul_(1 - lr * decay if decoupled and not held else 1.0).sub_(delta)
 
     # 6: what the next forward pass sees; the anchor may be the average
     if "ema" in state:
@@ -224,7 +221,7 @@ def _update(
         p.copy_(_live(theta, anchor, under, live))
     else:
         _keep_weights(p, group, state, theta, rounding)
-    state["step"] += 1
+    state["step"] += not held
 
     sums.numel += p.numel()
     sums.under += math.nan if under is None else float(under.sum())
@@ -307,6 +304,16 @@ def _betas(group: dict[str, Any]) -> tuple[float, float]:
         beta2 = group["alpha"]
         beta1 = beta2 if group["centered"] else beta1
     return beta1, beta2
+
+
+def _fading(group: dict[str, Any], taken: float) -> tuple[tuple[float, float], tuple[float, float]]:
+    """What is kept of either moment, and what is added of the gradient and of its square."""
+    beta1, beta2 = _betas(group)
+    first = beta2 if group["rule"] == "lion" else beta1
+    second = (1.0, 1.0) if group["rule"] == "adagrad" else (beta2, 1 - beta2)
+    if group["rule"] == "sgd" and group["momentum"]:
+        return (group["momentum"], 1 - group["dampening"]) if taken else (0.0, 1.0), second
+    return (first, 1 - first), second
 
 
 #: Where the classes of measure "random" come from: seed, number of the step, number of the parameter.

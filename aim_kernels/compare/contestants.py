@@ -27,12 +27,14 @@ class Contestant:
         grid: options, the default first.
         optimizer: options of the optimizer that differ from the common ones.
         control: what every method has to beat, rather than a method.
+        held_out: also reads labelled validation samples while it trains.
     """
 
     method: str
     grid: tuple[dict[str, Any], ...] = ({},)
     optimizer: dict[str, Any] = field(default_factory=dict)
     control: bool = False
+    held_out: bool = False
 
     def options(self, choice: int) -> str:
         """One configuration as results.csv records it; empty for a choice that there is not."""
@@ -47,34 +49,41 @@ def _of(name: str, values: Sequence[Any], **fixed: Any) -> tuple[dict[str, Any],
 #: Factors on gradients nearly cancel under AdamW; on updates they act.
 AS_PUBLISHED_OR_STEPS: tuple[dict[str, Any], ...] = ({}, {"apply_to": "step"}, {"apply_to": "step", "alpha": 0.3})
 
+#: The auxiliary blocks keep a random share of equal size.
+RANDOM_MASK: dict[str, Any] = {"measure": "random", "backend": "reference"}
+
 CONTESTANTS: dict[str, Contestant] = {
     "joint": Contestant("joint", control=True),
-    "aim": Contestant("aim"),
-    "aim (tuned)": Contestant("aim", _of("confidence", (3.0, 1.0, 0.0))),
-    "aim (split)": Contestant("aim", ({"mixing": "split"},)),
-    "aim (weights)": Contestant("aim", ({"mixing": "weights"},)),
+    "aim": Contestant("aim", held_out=True),
+    "aim (tuned)": Contestant("aim", _of("confidence", (3.0, 1.0, 0.0)), held_out=True),
+    "aim (freeze)": Contestant("aim", ({"hold": "freeze"},), held_out=True),
+    "aim (split)": Contestant("aim", ({"mixing": "split"},), held_out=True),
+    "aim (weights)": Contestant("aim", ({"mixing": "weights"},), held_out=True),
     "ogm": Contestant("ogm", AS_PUBLISHED_OR_STEPS),
     "ogm-ge": Contestant("ogm-ge", AS_PUBLISHED_OR_STEPS),
     "opm": Contestant("opm", _of("base", (0.5, 0.2, 0.8))),
     "agm": Contestant("agm", AS_PUBLISHED_OR_STEPS),
     "mlb": Contestant("mlb", AS_PUBLISHED_OR_STEPS),
     "cggm": Contestant("cggm", ({}, {"apply_to": "step"}, {"apply_to": "step", "rou": 0.5})),
-    "pdmp": Contestant("pdmp", _of("gamma_p", (2.0, 1.5, 4.0), apply_to="step")),
+    "pdmp": Contestant("pdmp", _of("gamma_p", (2.0, 1.5, 4.0), apply_to="step"), held_out=True),
     "amss": Contestant("amss", _of("temperature", (1.0, 0.3, 3.0))),
     "amss+": Contestant("amss+", _of("temperature", (1.0, 0.3, 3.0))),
     "inforeg": Contestant("inforeg", _of("strength", (0.95, 0.1, 0.3))),
     "mmpareto": Contestant("mmpareto"),  # gamma is a constant factor, which AdamW takes no notice of
     "pmr": Contestant("pmr", _of("alpha", (1.0, 0.3, 3.0))),
     "mla": Contestant("mla"),
-    "diagnosing-relearning": Contestant("diagnosing-relearning", _of("strength", (1.0, 0.3, 3.0), every=3)),
+    "diagnosing-relearning": Contestant(
+        "diagnosing-relearning", _of("strength", (1.0, 0.3, 3.0), every=3), held_out=True
+    ),
     "sam": Contestant("sam", _of("rho", (0.05, 0.01, 0.2))),
     "m-sam": Contestant("m-sam", _of("rho", (0.05, 0.01, 0.2))),
     "weight-averaging": Contestant("weight-averaging", _of("decay", (0.99, 0.95, 0.999))),
     "shapley-alternation": Contestant("shapley-alternation", _of("margin", (0.0, 0.1, 0.3))),
-    "drop": Contestant("drop", control=True),
-    "feature-scale": Contestant("feature-scale", control=True),
-    "random-mask": Contestant("aim", optimizer={"measure": "random", "backend": "reference"}, control=True),
-    "no-mask": Contestant("no-mask", control=True),
+    "drop": Contestant("drop", control=True, held_out=True),
+    "feature-scale": Contestant("feature-scale", control=True, held_out=True),
+    "random-mask": Contestant("aim", optimizer=RANDOM_MASK, control=True, held_out=True),
+    "random-mask (freeze)": Contestant("aim", ({"hold": "freeze"},), RANDOM_MASK, control=True, held_out=True),
+    "no-mask": Contestant("no-mask", control=True, held_out=True),
     "sum-of-losses": Contestant("sum-of-losses", _of("encoder_factor", (1.0, 3.0), apply_to="step"), control=True),
 }
 
@@ -86,6 +95,11 @@ def contestant(name: str) -> Contestant:
     if name not in CONTESTANTS:
         raise ValueError(f"unknown contestant {name!r}; it is one of {', '.join(CONTESTANTS)}")
     return CONTESTANTS[name]
+
+
+def reads_held_out(name: str) -> bool:
+    """Whether it sees labelled validation samples while it trains."""
+    return name in CONTESTANTS and CONTESTANTS[name].held_out
 
 
 def is_control(name: str) -> bool:

@@ -64,9 +64,14 @@ def linear_probes(blocks: Blocks, data: MultimodalData) -> list[float]:
     return found
 
 
-def paired(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
+def paired(ours: Sequence[float], theirs: Sequence[float], test_share: float = 0.0) -> tuple[float, float]:
     """Mean of the paired differences and the half width of its 95 % interval (Student's t; not a number for one
-    pair)."""
+    pair).
+
+    Seeds that split the same samples anew have training samples in common, so they tell less than as many independent
+    ones: with ``test_share``, the number of test samples over that of training samples, the variance of the mean is
+    ``(1 / n + test_share) * s^2`` (the corrected resampled t-test of Nadeau and Bengio, Machine Learning 52, 2003).
+    """
     import numpy as np
     from scipy import stats
 
@@ -74,4 +79,5 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float
     n = len(difference)
     if n < 2:
         return float(difference.mean()), float("nan")
-    return float(difference.mean()), float(stats.t.ppf(0.975, n - 1) * difference.std(ddof=1) / n**0.5)
+    error = difference.std(ddof=1) * (1 / n + test_share) ** 0.5
+    return float(difference.mean()), float(stats.t.ppf(0.975, n - 1) * error)

@@ -57,6 +57,8 @@ class Line:
     options: str
     seed: int
     epochs: int
+    train_samples: int
+    test_samples: int
     test: float
     validation: float
     train: float
@@ -123,6 +125,8 @@ def train(run: Run, on_epoch: Callable[[int], None] = lambda epoch: None) -> tup
         "options": entry.options(run.choice),
         "seed": run.seed,
         "epochs": run.epochs,
+        "train_samples": len(data.train),
+        "test_samples": len(data.test),
         "seconds": time.perf_counter() - began,
     }
     return Line(**fixed, **line), history
@@ -194,7 +198,9 @@ def _train_alone(
     with torch.no_grad():
         width = encoder(data.train.inputs[number][:2]).shape[1]
     model = nn.Sequential(encoder, nn.Linear(width, data.num_classes))
-    optimizer = AIMFusedOptimizer(model.parameters(), seed=run.seed, **HYPERPARAMETERS)
+    decayed, plain = ([p for p in model.parameters() if (p.dim() > 1) == weights] for weights in (True, False))
+    groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]  # as in joint training
+    optimizer = AIMFusedOptimizer(groups, seed=run.seed, **HYPERPARAMETERS)
     batches = torch.Generator().manual_seed(run.seed)
     step_ms = []
     for epoch in range(run.epochs):

@@ -81,6 +81,11 @@ class AIM(Scoring):
     learn_weak_in_true_phase, learn_dominant_in_aux
         Let the weak modality learn in the true phase too; let the dominant one's under-optimized weights ("under")
         learn in the auxiliary phase.
+    hold
+        What becomes of a block that does not learn in a phase. "fade": its gradient is zero, so momentum moves it on
+        and its moments fade, the first faster than the second; after a few such steps in a row none of its elements,
+        then, as the threshold follows, all of them are under-optimized, and the mask says little. "freeze": weights,
+        moments and step count stay as they are, and so does the mask.
     head_from, auxiliary_weight
         Which pass ("split") or phase ("alternate") the parameters of no modality (fusion, head) learn from: "average"
         (both), "true" or "auxiliary"; of "split", what multiplies all gradients of the auxiliary pass.
@@ -125,6 +130,7 @@ class AIM(Scoring):
         batch_size: int = 512,
         learn_weak_in_true_phase: bool = True,
         learn_dominant_in_aux: str = "none",
+        hold: str = "fade",
         head_from: str = "average",
         auxiliary_weight: float = 1.0,
         targets: str = "classes",
@@ -141,6 +147,7 @@ class AIM(Scoring):
             init=init,
             coefficients=coefficients,
             learn_dominant_in_aux=learn_dominant_in_aux,
+            hold=hold,
             head_from=head_from,
             probe=probe,
             targets=targets,
@@ -187,6 +194,7 @@ class AIM(Scoring):
         self.batch_size = batch_size
         self.learn_weak_in_true_phase = learn_weak_in_true_phase
         self.learn_dominant_in_aux = learn_dominant_in_aux
+        self.hold = hold
         self.head_from, self.auxiliary_weight = head_from, auxiliary_weight
         self.targets = targets
         self.schedule = schedule_of(schedule, total_updates, warmup_updates)

@@ -15,7 +15,11 @@ from aim_kernels.modulation.strengths import ModulationTable
 if TYPE_CHECKING:
     from aim_kernels.modulation.aim import AIM
 
-_HELD = {"grad_under": 0.0, "grad_well": 0.0}
+#: Columns of a block that does not learn, by ``hold``: its gradient counts as zero, or it stays as it is.
+_HELD = {
+    "fade": {"grad_under": 0.0, "grad_well": 0.0},
+    "freeze": {"grad_under": 0.0, "grad_well": 0.0, "step_under": 0.0, "step_well": 0.0},
+}
 
 
 def stimulus(aim: AIM, table: ModulationTable, group: dict[str, Any]) -> dict[str, float]:
@@ -27,22 +31,23 @@ def stimulus(aim: AIM, table: ModulationTable, group: dict[str, Any]) -> dict[st
 
 
 def _write_alternate(aim: AIM, table: ModulationTable) -> None:
+    held = _HELD[aim.hold]
     for index, group in enumerate(aim.optimizer.param_groups):
         modality = group.get("modality")
         true: dict[str, float] = {}
         aux: dict[str, float] = {}
         if modality in table.dominant:
             # biases and normalization have no classes, but they are held with their block
-            aux = dict(_HELD)
+            aux = dict(held)
             if group.get("modulated"):
                 aux |= {"live_under": 1.0, "live_well": 1.0 - table.kappa[modality][group["depth"]]}
                 if aim.learn_dominant_in_aux == "under":
-                    aux["grad_under"] = 1.0
+                    aux |= {"grad_under": 1.0, "step_under": 1.0}
         elif modality in table.weak:
             aux = stimulus(aim, table, group)
-            true = {**({} if aim.learn_weak_in_true_phase else _HELD), **aux}
+            true = dict(aux) if aim.learn_weak_in_true_phase else {**aux, **held}
         elif modality is None and table.dominant and aim.head_from != "average":
-            (true if aim.head_from == "auxiliary" else aux).update(_HELD)
+            (true if aim.head_from == "auxiliary" else aux).update(held)
         aim.optimizer.set_phase_rows(index, true=true, aux=aux)
     aim.optimizer.set_phases(_probability(aim, table) if table.dominant else 0.0)
 

@@ -21,6 +21,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "coefficients": ("chain", "straight-through", "step"),
     "pool": tuple(POOLS),
     "learn_dominant_in_aux": ("none", "under"),
+    "hold": ("fade", "freeze"),
     "probability": ("strength",),
     "head_from": ("average", "true", "auxiliary"),
 }

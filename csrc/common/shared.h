@@ -131,6 +131,19 @@ AIM_INLINE void copy(const double from[2], double to[2]) {
   to[1] = from[1];
 }
 
+// Whether a block stays as it is in this step: nothing of its gradient gets through and no update
+// is applied. Moments that went on fading would change which elements are under-optimized.
+AIM_INLINE bool is_held(const Row& row, const PhaseRow& now) {
+  return row.grad[kUnder] == 0 && row.grad[kWell] == 0 && now.step[kUnder] == 0 &&
+         now.step[kWell] == 0;
+}
+
+// Moments and weights come out as they went in; the gradient is multiplied by zero anyway.
+AIM_INLINE void hold(Uniforms<double>* u) {
+  u->decay = u->first_keep = u->second_keep = u->extra_keep = 1;
+  u->sigma = 0;
+}
+
 // `classed` is has_classes() of the tensor, `scale` multiplies the gradient first, `lr` is the
 // learning rate (on devices either may live in memory that the host does not see), `deviation` is
 // standard_deviation() of the group.
@@ -139,7 +152,8 @@ AIM_INLINE Shared shared_of(const Group& group, const Row& row, const PhaseRow& 
                             double scale, double lr, double deviation, const Control& control) {
   Shared shared{};
   Uniforms<double>& u = shared.u;
-  const double t = steps_taken + 1;
+  const bool held = is_held(row, now);
+  const double t = held ? steps_taken : steps_taken + 1;
   const Rule rule = static_cast<Rule>(group.rule);
   const bool decoupled = rule == Rule::kAdamW || rule == Rule::kLion;
   u.scale = scale;
@@ -165,7 +179,8 @@ AIM_INLINE Shared shared_of(const Group& group, const Row& row, const PhaseRow& 
   u.ema_add = 1 - group.ema_decay;
   u.eps = group.eps;
   double rate = rule == Rule::kAdagrad ? lr / (1 + steps_taken * group.lr_decay) : lr;
-  if (classed) {
+  if (held) hold(&u);
+  if (classed && t >= 1) {
     const Age age = age_of(group, kind, t);
     threshold(group, age, row.tau, &u.new_v, &u.new_0);
     // Before the first step everything is under-optimized; without routing nobody asks.

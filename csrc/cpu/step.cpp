@@ -265,7 +265,9 @@ Status move(const Tensor* tensors, int64_t tensor_count, const Group* groups, co
 
   reduce(tensors, groups, work, partials, sums);
   for (int64_t i = 0; i < tensor_count; ++i) {
-    if (tensors[i].grad) *tensors[i].step += 1;
+    const Tensor& t = tensors[i];
+    const Row& row = rows[t.group];
+    if (t.grad && !is_held(row, row.phases[control->phase & 1])) *t.step += 1;
   }
   return Status::kOk;
 }

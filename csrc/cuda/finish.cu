@@ -7,20 +7,22 @@
 namespace aim {
 namespace device {
 
-// One block a group. Nobody reads control, which one of the blocks moves: update() left the phase
-// that it drew in `next`.
+// One block a group. Nobody reads control, which one of the blocks moves: update() left the phases
+// of this step and of the next in `phases`.
 __global__ void __launch_bounds__(kFinishThreads) finish(const __grid_constant__ cuda::Work work) {
   if (skipped(work)) return;
   constexpr int kColumns = sizeof(Statistics) / sizeof(double);
   const int64_t group = blockIdx.x;
   if (group == 0 && threadIdx.x == 0 && !work.sums) {
-    work.control->phase = *work.next;
+    work.control->phase = work.phases[1];
     work.control->counter += 1;
   }
   if (group >= work.group_count) return;
   const cuda::Span span = work.spans[group];
+  Row* const row = &work.rows[group];
+  const bool held = is_held(*row, row->phases[work.phases[0] & 1]);
   for (int64_t i = span.tensor_begin + threadIdx.x; i < span.tensor_end; i += blockDim.x) {
-    if (work.tensors[i].grad) *work.tensors[i].step += 1;
+    if (work.tensors[i].grad && !held) *work.tensors[i].step += 1;
   }
   double mine[kColumns] = {};
   for (int64_t i = span.chunk_begin + threadIdx.x; i < span.chunk_end; i += blockDim.x) {
@@ -43,7 +45,7 @@ __global__ void __launch_bounds__(kFinishThreads) finish(const __grid_constant__
     work.sums[group] = sums;
     return;
   }
-  finish_row(work.groups[group], sums, *work.next, &work.rows[group]);
+  finish_row(work.groups[group], sums, work.phases[1], row);
   if (sums.numel > 0) work.statistics[group] = sums;
 }
 

@@ -309,7 +309,10 @@ __device__ __forceinline__ void update_block(const cuda::Work& work) {
   __shared__ Statistics unread;
   const bool skip = skipped(work);
   if (skip && !Dispatch::kPacked) return;
-  if (blockIdx.x == 0 && threadIdx.x == 0 && !skip) *work.next = draw_phase(*work.control);
+  if (blockIdx.x == 0 && threadIdx.x == 0 && !skip) {
+    work.phases[0] = work.control->phase;
+    work.phases[1] = draw_phase(*work.control);
+  }
   if (blockIdx.x >= work.chunk_count) return;
   const cuda::Chunk chunk = work.chunks[blockIdx.x];
   const Tensor tensor = in_global(work.tensors[chunk.tensor]);

@@ -171,7 +171,7 @@ struct Device {
     work.chunks = chunks.data();
     work.spans = spans.data();
     work.partials = partials.data();
-    work.next = &next;
+    work.phases = phases;
     work.sums = home ? nullptr : sums.data();
     work.chunk_count = static_cast<int64_t>(chunks.size());
     work.group_count = static_cast<int64_t>(count);
@@ -188,7 +188,7 @@ struct Device {
   aim::Control control;
   std::vector<Chunk> chunks;
   std::vector<Span> spans;
-  int64_t next = -1;
+  int64_t phases[2] = {-1, -1};
   Work work{};
 };
 

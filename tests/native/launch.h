@@ -28,7 +28,7 @@ struct Launch {
     work.chunks = chunks.data();
     work.spans = &span;
     work.partials = partials.data();
-    work.next = &next;
+    work.phases = phases;
     work.chunk_count = static_cast<int64_t>(chunks.size());
     work.group_count = 1;
     work.chunk_size = chunk_size;
@@ -46,6 +46,6 @@ struct Launch {
   std::vector<aim::cuda::Chunk> chunks;
   std::vector<aim::Statistics> partials;
   aim::cuda::Span span;
-  int64_t next = -1;
+  int64_t phases[2] = {-1, -1};
   aim::cuda::Work work{};
 };

@@ -59,11 +59,11 @@ from aim_kernels.backends.triton.layout import (
     ZERO_GRAD,
 )
 from aim_kernels.backends.triton.normals import draw_phase
-from aim_kernels.backends.triton.uniforms import is_other, live_of
+from aim_kernels.backends.triton.uniforms import is_held, is_other, live_of
 
 # Arguments whose alignment says nothing about the tensors': a kernel compiled for either serves both.
 _TABLES = (
-    *("tensors", "groups", "rows", "statistics", "control", "chunks", "spans", "partials", "following"),
+    *("tensors", "groups", "rows", "statistics", "control", "chunks", "spans", "partials", "phases"),
     *("sums", "others", "grad_scale", "found_inf"),
 )
 
@@ -109,7 +109,7 @@ def update_kernel(
     control,
     chunks,
     partials,
-    following,
+    phases,
     grad_scale,
     found_inf,
     chunk_count,
@@ -124,7 +124,7 @@ def update_kernel(
 ):
     """Steps 0 to 6 for one chunk of the tensors whose storage type is NUMBER, whose rule is of the family "other"
     (OTHER) or not, and that keep something in fewer bytes, with moments stored as MOMENTS, or ask for something beside
-    the update (PACKED), or neither. ``following`` gets the phase drawn."""
+    the update (PACKED), or neither. ``phases`` gets this step's phase and the one drawn."""
     if not PACKED and found_inf is not None and tl.load(found_inf) != 0:
         return
     program = tl.program_id(0).to(tl.int64)
@@ -132,7 +132,8 @@ def update_kernel(
         tl.load(control + SEED), tl.load(control + COUNTER).to(tl.uint32), tl.load(control + THRESHOLD)
     )
     if program == 0:
-        tl.store(following, next_phase)
+        tl.store(phases, tl.load(control + PHASE))
+        tl.store(phases + 1, next_phase)
     if program >= chunk_count:
         return
     chunk = chunks + program * CHUNK_WORDS
@@ -284,7 +285,7 @@ def finish_kernel(
     control,
     spans,
     partials,
-    following,
+    phases,
     sums,
     others,
     found_inf,
@@ -294,18 +295,20 @@ def finish_kernel(
     """Step 7 for one group. Without ``sums`` this is home.
 
     Programs run in any order, so none of them reads control, which the first one moves: the phase was drawn by
-    ``update_kernel`` and left in ``following``. Nor do two of them write the same row or step count.
+    ``update_kernel`` and left in ``phases``, behind this step's. Nor do two of them write the same row or step count.
     """
     if found_inf is not None and tl.load(found_inf) != 0:
         return
     number = tl.program_id(0).to(tl.int64)
     span = spans + number * SPAN_WORDS
+    row = rows + number * ROW_WORDS
+    moves = is_held(row, tl.load(phases)) == 0
     last = tl.load(span + TENSOR_END)
     begin = tl.load(span + TENSOR_BEGIN)
     while begin < last:
         index = begin + tl.arange(0, BLOCK)
         tensor = tensors + index * TENSOR_WORDS
-        stepped = tl.load(tensor + GRAD, mask=index < last, other=0) != 0
+        stepped = (tl.load(tensor + GRAD, mask=index < last, other=0) != 0) & moves
         steps = tl.load(tensor + STEP, mask=stepped, other=0).to(tl.pointer_type(tl.float32))
         tl.store(steps, tl.load(steps, mask=stepped, other=0) + 1, mask=stepped)
         begin += BLOCK
@@ -333,10 +336,8 @@ def finish_kernel(
                 total += tl.load(others + other + line, mask=known, other=0)
                 other += stride
         numel = _column(total, column, COUNT)
-        next_phase = tl.load(following)
-        _finish_row(
-            groups + number * GROUP_WORDS, rows + number * ROW_WORDS, numel, _column(total, column, UNDER), next_phase
-        )
+        next_phase = tl.load(phases + 1)
+        _finish_row(groups + number * GROUP_WORDS, row, numel, _column(total, column, UNDER), next_phase)
         if numel > 0:
             tl.store(statistics + line, total, mask=known)
         if number == 0:

@@ -199,6 +199,14 @@ def _standard_deviation(statistics):
 
 
 @triton.jit
+def is_held(row, now):
+    """Whether a group stays as it is in phase ``now``: nothing of its gradient gets through, no update is applied."""
+    step = row + PHASE_ROWS + now * PHASE_WORDS + PHASE_STEP
+    grads = (tl.load(row + ROW_GRAD) == 0) & (tl.load(row + ROW_GRAD + 1) == 0)
+    return grads & (tl.load(step) == 0) & (tl.load(step + 1) == 0)
+
+
+@triton.jit
 def uniforms(group, row, statistics, now, following, grad_scale, adam, buffer, state, taken):
     """The numbers of ``aim::Uniforms`` for a parameter that took ``taken`` steps, in these tuples: gradient (scale,
     coupled decay, under, well, sigma), moments (keep and add of either), boundaries (old slope, old offset, new slope,
@@ -209,7 +217,8 @@ def uniforms(group, row, statistics, now, following, grad_scale, adam, buffer, s
     """
     g = group.to(tl.pointer_type(tl.float64))
     now_row = row + PHASE_ROWS + now * PHASE_WORDS
-    t = taken + 1
+    held = is_held(row, now)
+    t = tl.where(held, taken, taken + 1)
     lr = _learning_rate(group)
     weight_decay = tl.load(g + WEIGHT_DECAY)
     rule = rule_of(group)
@@ -218,7 +227,7 @@ def uniforms(group, row, statistics, now, following, grad_scale, adam, buffer, s
     if grad_scale is not None:
         scale = scale * (1.0 / tl.load(grad_scale).to(tl.float64))
     noise = tl.load(row + NOISE)
-    sigma = tl.where(noise != 0, noise * _standard_deviation(statistics), 0.0)
+    sigma = tl.where((noise != 0) & (held == 0), noise * _standard_deviation(statistics), 0.0)
     grad_under = tl.load(row + ROW_GRAD)
     grad_well = tl.load(row + ROW_GRAD + 1)
     routed = (grad_under != 1) | (grad_well != 1)
@@ -231,13 +240,13 @@ def uniforms(group, row, statistics, now, following, grad_scale, adam, buffer, s
     keep = tl.where(rule == LION, beta2, beta1)
     adagrad = rule == ADAGRAD
     moments = (
-        tl.where(buffer, tl.where(later, mu, 0.0), keep),
+        tl.where(held, 1.0, tl.where(buffer, tl.where(later, mu, 0.0), keep)),
         tl.where(buffer, tl.where(later, 1 - tl.load(g + DAMPENING), 1.0), 1 - keep),
-        tl.where(adagrad, 1.0, beta2),
+        tl.where(held | adagrad, 1.0, beta2),
         tl.where(adagrad, 1.0, 1 - beta2),
     )
 
-    weight, rest = _age(group, buffer, t)
+    weight, rest = _age(group, buffer, tl.maximum(t, 1.0))
     old_slope = tl.full((), 0.0, tl.float64)
     old_offset = tl.full((), 0.0, tl.float64)
     if routed:  # or nobody asks
@@ -252,8 +261,8 @@ def uniforms(group, row, statistics, now, following, grad_scale, adam, buffer, s
     eps = tl.load(g + EPS)
     update = (
         tl.where(adam, eps * root, eps),
-        mu,
-        tl.where(decoupled, 1 - lr * weight_decay, 1.0),
+        tl.where(held, 1.0, mu),
+        tl.where(decoupled & (held == 0), 1 - lr * weight_decay, 1.0),
         rate * tl.load(now_row + PHASE_STEP),
         rate * tl.load(now_row + PHASE_STEP + 1),
     )

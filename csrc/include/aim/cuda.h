@@ -39,7 +39,7 @@ struct Work {
   const Chunk* chunks;
   const Span* spans;     // [group_count]
   Statistics* partials;  // [chunk_count]; update() fills it, finish() adds it up
-  int64_t* next;         // update() leaves the phase here that it drew, for finish()
+  int64_t* phases;       // [2]: update() leaves its phase and the next here, for finish()
   // Where the tensors lie on several devices, one of them is home. Elsewhere finish() only writes
   // the group's sums here and counts steps; null: home.
   Statistics* sums;
