@@ -460,8 +460,8 @@ MUTANTS = (
     Mutant(
         "CUDA counts parameters without gradients",
         "csrc/cuda/finish.cu",
-        "if (work.tensors[i].grad) *work.tensors[i].step += 1;",
-        "*work.tensors[i].step += 1;",
+        "if (work.tensors[i].grad && !held) *work.tensors[i].step += 1;",
+        "if (!held) *work.tensors[i].step += 1;",
         "DeepSpeed FusedAdam the other way round: one count for all parameters of a group",
         ("test_device_step.py::test_the_bits_of_the_cpu_kernels[cuda-adamw-chain-float32]",),
     ),
