@@ -31,7 +31,7 @@ def line(contestant: str = "joint", seed: int = 0, test: float = 50.0, **more: A
     probes = json.dumps({"grey": 60.0, "colour": 20.0})
     text = {"commit": "abc", "date": "today", "torch": "2", "data": "digits", "options": "{}", "probes": probes}
     made: dict[str, Any] = {**text, **numbers, "contestant": contestant, "choice": 0, "seed": seed, "epochs": 2}
-    made |= {"train_samples": 100, "test_samples": 25}
+    made |= {"train_samples": 100, "test_samples": 25, "backbone": "auto", "width": 64}
     return Line(**made | {"test": test} | more)
 
 
@@ -176,6 +176,20 @@ def test_report_says_where_aim_stands(tmp_path: Path) -> None:
     assert "<td>+10.0 ± 0.0</td>" in (tmp_path / "report.html").read_text()
     report.write(folder, [Run("digits", "aim", 0, seed, 1) for seed in range(3)])
     assert "| aim † | 3 | 0.0 ± 0.0 |" in (tmp_path / "report.md").read_text()
+
+
+def test_other_networks_are_other_runs(tmp_path: Path) -> None:
+    made, _ = train(Run("digits", "joint", 0, 0, 1, "transformer", 16))
+    assert (made.backbone, made.width) == ("transformer", 16)
+    assert trained(made) != trained(train(Run("digits", "joint", 0, 0, 1))[0])
+    wide = [line(name, seed, width=128) for name in ("joint", "aim") for seed in range(2)]
+    narrow = [line(name, seed) for name in ("joint", "aim", "ogm") for seed in range(2)]
+    assert report.reported([*narrow, *wide]) == wide, "beside the latest joint training"
+    assert report.reported([*wide, *narrow]) == narrow
+    runs = seed_runs(["digits"], ["joint"], 1, 2, {}, "resnet18", 128)
+    assert {(run.backbone, run.width) for run in runs} == {("resnet18", 128)}
+    folder = Folder(tmp_path)
+    assert len({folder._history_file(run) for run in (runs[0], replace(runs[0], backbone="auto", width=64))}) == 2
 
 
 def test_a_line_that_was_cut_short_does_not_swallow_the_next(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from aim_kernels.data import (
     DATA_SETS,
     MissingPackageError,
     MultimodalData,
+    coloured_mnist,
     htad,
     mnist_hog,
     mnist_weak,
@@ -176,9 +177,36 @@ def test_weak_views_are_of_another_image_of_the_class_in_the_same_split() -> Non
         mnist_weak(0, noise=float("inf"))
 
 
+def test_coloured_mnist_tells_the_class_by_its_colour_in_training_only() -> None:
+    data = coloured_mnist(2, jitter=0.0)
+    assert [len(s) for s in (data.train, data.validation, data.test)] == [3000, 750, 1250]
+    for split, shortcut in ((data.train, True), (data.validation, False), (data.test, False)):
+        grey, colour = split.inputs
+        assert grey.shape[1:] == (1, 28, 28) and colour.shape[1:] == (3, 28, 28)
+        assert grey.min() == 0.0 and grey.max() == 1.0
+        tints = colour.amax((2, 3)) / grey.amax((2, 3))
+        assert torch.allclose(colour, grey * tints[:, :, None, None], atol=1e-6)
+        seen = {k: len(tints[split.labels == k].mul(100).round().unique(dim=0)) for k in range(10)}
+        assert set(seen.values()) == {1 if shortcut else 10}
+    assert equal(data, coloured_mnist(2, jitter=0.0)) and not equal(data, coloured_mnist(3, jitter=0.0))
+    assert torch.equal(data.test.inputs[0], coloured_mnist(2).test.inputs[0])
+    with pytest.raises(ValueError, match="jitter"):
+        coloured_mnist(0, jitter=float("nan"))
+
+
 def test_the_registry_names_what_the_data_sets_have(folder: Path) -> None:
     assert list(DATA_SETS) == [
-        *("digits", "watch", "htad", "mfeat-pix-mor", "mfeat-fou-zer", "mfeat-six", "mnist-hog", "mnist-weak"),
+        *(
+            "digits",
+            "mnist-colour",
+            "watch",
+            "htad",
+            "mfeat-pix-mor",
+            "mfeat-fou-zer",
+            "mfeat-six",
+            "mnist-hog",
+            "mnist-weak",
+        ),
     ]
     for name, task in DATA_SETS.items():
         data = task.make(0)

@@ -18,6 +18,7 @@ from aim_kernels.compare.results import Folder, seed_runs, tuned, tuning_runs
 from aim_kernels.compare.training import Line, Run, train
 from aim_kernels.data import DATA_SETS
 from aim_kernels.data.common import MissingPackageError, require
+from aim_kernels.networks import BACKBONES
 
 DESCRIPTION = f"""\
 Trains every method on every data set: identical splits, batches and initial weights for each seed. Methods with
@@ -51,6 +52,8 @@ def parser() -> argparse.ArgumentParser:
                    help=f"all, or some of: {', '.join(CONTESTANTS)}; joint training is always among them")  # fmt: skip
     p.add_argument("--seeds", type=_count, default=10, help="reported seeds 0, 1, ... (default: 10)")
     p.add_argument("--epochs", type=_count, help="passes over the training split (default: the data set's own number)")
+    p.add_argument("--backbone", choices=list(BACKBONES), default="auto", help="of every encoder (default: by samples)")
+    p.add_argument("--width", type=_count, default=64, help="features of every encoder (default: 64)")
     p.add_argument("--no-tuning", action="store_true", help="every method with its default configuration")
     p.add_argument("--jobs", type=_count, default=1, help="trainings at a time, one thread each (default: 1)")
     p.add_argument("--cost", action="store_true", help="measure time and memory of a step instead of training")
@@ -82,9 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.cost:
             cost.measure(folder.path, data, names)
         elif not options.report:
-            tuning = [] if options.no_tuning else tuning_runs(data, names, options.epochs)
+            network = options.backbone, options.width
+            tuning = [] if options.no_tuning else tuning_runs(data, names, options.epochs, *network)
             _train_all(folder, tuning, options.jobs, "tuning")
-            wanted = seed_runs(data, names, options.seeds, options.epochs, tuned(folder.lines(), tuning))
+            wanted = seed_runs(data, names, options.seeds, options.epochs, tuned(folder.lines(), tuning), *network)
             _train_all(folder, wanted, options.jobs, "seeds")
     except KeyboardInterrupt:
         print(f"\nInterrupted. Finished runs are in {folder.file}; the same command continues.", file=sys.stderr)

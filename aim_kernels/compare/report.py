@@ -52,18 +52,21 @@ class Standing:
         return self.difference + self.half
 
 
+def _setting(line: Line) -> tuple[int, str, int]:
+    """What lines have in common that stand beside each other."""
+    return line.epochs, line.backbone, line.width
+
+
 def reported(lines: Sequence[Line], wanted: Collection[Run] | None = None) -> list[Line]:
     """What was trained on seeds that nothing was chosen by, once a run: the lines of ``wanted``; without it those of
-    the latest configuration of each contestant, with the epochs of the latest joint training on that data set."""
+    the latest configuration of each contestant, with network and epochs of the latest joint training on that data
+    set."""
     lines = [line for line in lines if line.seed not in TUNING_SEEDS]
     if wanted is None:
-        epochs = {line.data: line.epochs for line in lines if line.contestant == "joint"}
-        choice = {(line.data, line.contestant): line.choice for line in lines if line.epochs == epochs.get(line.data)}
-        wanted = {
-            line.run
-            for line in lines
-            if line.epochs == epochs.get(line.data) and line.choice == choice[line.data, line.contestant]
-        }
+        latest = {line.data: _setting(line) for line in lines if line.contestant == "joint"}
+        alike = [line for line in lines if _setting(line) == latest.get(line.data)]
+        choice = {(line.data, line.contestant): line.choice for line in alike}
+        wanted = {line.run for line in alike if line.choice == choice[line.data, line.contestant]}
     return list({line.run: line for line in lines if line.run in wanted}.values())
 
 
@@ -200,10 +203,12 @@ def protocol(lines: Sequence[Line]) -> str:
     """How the numbers came about."""
     versions = sorted({f"{line.commit or 'no checkout'}, torch {line.torch}" for line in lines})
     settings = ", ".join(f"{name} {value}" for name, value in HYPERPARAMETERS.items())
+    networks = sorted({f"{line.backbone} {line.width}" for line in lines})
     return (
-        f"All methods: {settings}; equal splits, batches and initial weights for each seed; the network of the last "
-        f"epoch is judged, and the test split read once. A method with options chose one of at most {BUDGET} "
-        f"configurations by mean validation accuracy over the seeds {' and '.join(map(str, TUNING_SEEDS))}, which are "
+        f"All methods: {settings}; encoders (backbone and width) {', '.join(networks)}; equal splits, batches and "
+        "initial weights for each seed; the network of the last epoch is judged, and the test split read once. A "
+        f"method with options chose one of at most {BUDGET} configurations by mean validation accuracy over the seeds "
+        f"{' and '.join(map(str, TUNING_SEEDS))}, which are "
         "not reported (their splits are drawn from the same samples, so some of a reported test split was in them). "
         "Methods marked † also read labelled validation samples while they train; on the coloured digits those have "
         "the shift of the test split. Accuracies, macro F1 and calibration error in percent; ± is the standard error "

@@ -59,7 +59,8 @@ class Folder:
         return [ModulationTable.from_dict(table) for table in json.loads(file.read_text())] if file.exists() else []
 
     def _history_file(self, run: Run) -> Path:
-        name = f"{run.data}-{run.contestant}-{run.choice}-seed{run.seed}-epochs{run.epochs}"
+        network = "" if run.backbone == "auto" else f"-{run.backbone}{run.width}"
+        name = f"{run.data}{network}-{run.contestant}-{run.choice}-seed{run.seed}-epochs{run.epochs}"
         return self.path / "history" / f"{name.replace(' ', '').replace(':', '')}.json"
 
 
@@ -84,10 +85,12 @@ def alone(data: str) -> list[str]:
     return [f"{ALONE}{modality}" for modality in DATA_SETS[data].modalities]
 
 
-def tuning_runs(data: Sequence[str], names: Sequence[str], epochs: int | None) -> list[Run]:
+def tuning_runs(
+    data: Sequence[str], names: Sequence[str], epochs: int | None, backbone: str = "auto", width: int = 64
+) -> list[Run]:
     """Every configuration of those that have a choice, on the tuning seeds."""
     return [
-        Run(d, name, choice, seed, epochs or DATA_SETS[d].epochs)
+        Run(d, name, choice, seed, epochs or DATA_SETS[d].epochs, backbone, width)
         for seed in TUNING_SEEDS
         for d in data
         for name in names
@@ -97,11 +100,17 @@ def tuning_runs(data: Sequence[str], names: Sequence[str], epochs: int | None) -
 
 
 def seed_runs(
-    data: Sequence[str], names: Sequence[str], seeds: int, epochs: int | None, choices: dict[tuple[str, str], int]
+    data: Sequence[str],
+    names: Sequence[str],
+    seeds: int,
+    epochs: int | None,
+    choices: dict[tuple[str, str], int],
+    backbone: str = "auto",
+    width: int = 64,
 ) -> list[Run]:
     """Seed by seed, so that every comparison is complete as early as can be."""
     return [
-        Run(d, name, choices.get((d, name), 0), seed, epochs or DATA_SETS[d].epochs)
+        Run(d, name, choices.get((d, name), 0), seed, epochs or DATA_SETS[d].epochs, backbone, width)
         for seed in range(seeds)
         for d in data
         for name in (*names, *alone(d))

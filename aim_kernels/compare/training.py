@@ -31,7 +31,8 @@ PROBE_SAMPLES = 512
 class Run:
     """What identifies a training run; equal runs give equal results on one machine.
 
-    ``choice``: the number of the configuration in the contestant's grid.
+    ``choice``: the number of the configuration in the contestant's grid. ``backbone``, ``width``: of
+    :func:`~aim_kernels.networks.network_for`.
     """
 
     data: str
@@ -39,6 +40,8 @@ class Run:
     choice: int
     seed: int
     epochs: int
+    backbone: str = "auto"
+    width: int = 64
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class Line:
     options: str
     seed: int
     epochs: int
+    backbone: str
+    width: int
     train_samples: int
     test_samples: int
     test: float
@@ -73,7 +78,7 @@ class Line:
 
     @property
     def run(self) -> Run:
-        return Run(self.data, self.contestant, self.choice, self.seed, self.epochs)
+        return Run(self.data, self.contestant, self.choice, self.seed, self.epochs, self.backbone, self.width)
 
 
 def draw(split: Split, count: int, generator: torch.Generator) -> Split:
@@ -82,11 +87,11 @@ def draw(split: Split, count: int, generator: torch.Generator) -> Split:
     return split.take(index.to(split.labels.device))
 
 
-def network_of(data: MultimodalData, seed: int) -> MultimodalNetwork:
+def network_of(data: MultimodalData, seed: int, backbone: str = "auto", width: int = 64) -> MultimodalNetwork:
     """The network that all contestants of a seed begin with."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return network_for(data)
+        return network_for(data, backbone, width=width)
 
 
 def build(entry: Contestant, choice: int, network: MultimodalNetwork, seed: int) -> Method:
@@ -107,7 +112,7 @@ def train(run: Run, on_epoch: Callable[[int], None] = lambda epoch: None) -> tup
     began = time.perf_counter()
     entry, task = contestant(run.contestant), DATA_SETS[run.data]
     data = task.make(run.seed)
-    network = network_of(data, run.seed)
+    network = network_of(data, run.seed, run.backbone, run.width)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)  # for what a method draws without a generator of its own
         if run.contestant.startswith(ALONE):
@@ -125,6 +130,8 @@ def train(run: Run, on_epoch: Callable[[int], None] = lambda epoch: None) -> tup
         "options": entry.options(run.choice),
         "seed": run.seed,
         "epochs": run.epochs,
+        "backbone": run.backbone,
+        "width": run.width,
         "train_samples": len(data.train),
         "test_samples": len(data.test),
         "seconds": time.perf_counter() - began,

