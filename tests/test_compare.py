@@ -203,8 +203,28 @@ def test_a_line_that_was_cut_short_does_not_swallow_the_next(tmp_path: Path) -> 
     assert [x.seed for x in folder.lines()] == [1, 3, 4]
 
 
+def test_costs_are_medians_of_the_latest_commit(tmp_path: Path) -> None:
+    lines = ["commit,data,contestant,step_ms,update_ms,peak_mib", "old,digits,joint,9,9,9"]
+    lines += [f"new,digits,joint,{ms},0,10" for ms in (1.0, 5.0, 2.0)]
+    lines += [f"new,digits,aim,{ms},30,12" for ms in (2.5, 1.0, 9.0)]
+    (tmp_path / "cost.csv").write_text("\n".join(lines) + "\n")
+    assert report._costs(tmp_path / "cost.csv")[1:] == [
+        ["digits", "joint", "2.00", "1.00", "0.00", "10"],
+        ["digits", "aim", "2.50", "1.25", "30.00", "12"],
+    ]
+    assert report._costs(tmp_path / "none.csv") == []
+
+
 def test_cost_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost, "STEPS", 2)
+    held = []
+    monkeypatch.setattr(
+        cost, "_hold_the_first", lambda method, hold=cost._hold_the_first: (hold(method), held.append(method))
+    )
+    cost.cost_of("digits", "aim (weights)")
+    table = held[0].aim.history[-1]
+    assert table.dominant == ("grey",)
+    assert table.kappa["grey"] == pytest.approx([0.5] * len(table.kappa["grey"]))
     found = cost.cost_of("digits", "joint")
     assert found["fastest"] <= found["step_ms"] <= found["slowest"]
     assert found["step_ms"] > 0.0

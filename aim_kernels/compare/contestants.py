@@ -59,6 +59,7 @@ CONTESTANTS: dict[str, Contestant] = {
     "aim (freeze)": Contestant("aim", ({"hold": "freeze"},), held_out=True),
     "aim (split)": Contestant("aim", ({"mixing": "split"},), held_out=True),
     "aim (weights)": Contestant("aim", ({"mixing": "weights"},), held_out=True),
+    "aim (features)": Contestant("aim", ({"mixing": "features"},), held_out=True),
     "ogm": Contestant("ogm", AS_PUBLISHED_OR_STEPS),
     "ogm-ge": Contestant("ogm-ge", AS_PUBLISHED_OR_STEPS),
     "opm": Contestant("opm", _of("base", (0.5, 0.2, 0.8))),
