@@ -71,6 +71,9 @@ class Modulated(torch.optim.Optimizer):
     def set_modulation(self, group: int | tuple[str, int], **columns: float | Tensor) -> None:
         """Writes columns of a row by hand; they hold in both phases, from the next step on.
 
+        With all four ``grad_*`` and ``step_*`` at zero the block is held: weights (their decay too), moments, threshold
+        and step counts stay as they are. With ``grad_*`` at zero alone momentum goes on and moments fade.
+
         Args:
             group: index of a param group, or the (modality, depth) of a block.
             columns: any of grad_under, grad_well, step_under, step_well, live_under, live_well, tau_prev, tau, noise.

@@ -178,7 +178,8 @@ class Oracle:
                     continue
                 open_count += self._update(block, leaf, grad, sigma, step, live, seen, new, slack)
             if any(grad is not None for grad in block_grads):
-                self._control(block, new, slack, open_count, under_counts[index] if under_counts else None)
+                held = not any((block.row["grad_under"], block.row["grad_well"], *step))
+                self._control(block, new, slack, open_count, under_counts[index] if under_counts else None, held)
             else:
                 block.row["tau_prev"] = block.row["tau"]
             for side in (0, 1):
@@ -433,7 +434,12 @@ class Oracle:
 
     @staticmethod
     def _control(
-        block: Block, new: dict[str, float], slack: dict[str, float], open_count: int, seen: float | None
+        block: Block,
+        new: dict[str, float],
+        slack: dict[str, float],
+        open_count: int,
+        seen: float | None,
+        held: bool,
     ) -> None:
         """Statistics and threshold of a stepped group; the observed count stands in where near ties leave it open."""
         if open_count and seen is not None and abs(seen - new["under"]) <= open_count:
@@ -443,7 +449,7 @@ class Oracle:
         if not new["numel"]:
             return
         block.sums, block.slack = new, slack
-        if block.hyper.classes:
+        if block.hyper.classes and not held:
             moved = row["tau"] + block.hyper.rate * (new["under"] / new["numel"] - block.hyper.target)
             row["tau"] = min(max(moved, 0.0), 1.0)
 

@@ -186,10 +186,12 @@ def test_other_networks_are_other_runs(tmp_path: Path) -> None:
     narrow = [line(name, seed) for name in ("joint", "aim", "ogm") for seed in range(2)]
     assert report.reported([*narrow, *wide]) == wide, "beside the latest joint training"
     assert report.reported([*wide, *narrow]) == narrow
+    assert main([*TINY, "--backbone", "resnet18", "--data", "htad", "--out", str(tmp_path / "no")]) == 1
     runs = seed_runs(["digits"], ["joint"], 1, 2, {}, "resnet18", 128)
     assert {(run.backbone, run.width) for run in runs} == {("resnet18", 128)}
     folder = Folder(tmp_path)
-    assert len({folder._history_file(run) for run in (runs[0], replace(runs[0], backbone="auto", width=64))}) == 2
+    others = [replace(runs[0], backbone="auto", width=width) for width in (64, 128)]
+    assert len({folder._history_file(run) for run in (runs[0], *others)}) == 3
 
 
 def test_a_line_that_was_cut_short_does_not_swallow_the_next(tmp_path: Path) -> None:
@@ -201,6 +203,16 @@ def test_a_line_that_was_cut_short_does_not_swallow_the_next(tmp_path: Path) -> 
     for seed in (3, 4):
         folder.add(line(seed=seed), [])
     assert [x.seed for x in folder.lines()] == [1, 3, 4]
+
+
+def test_results_of_another_version_are_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "results.csv"
+    file.write_text("commit,date\nabc,today\n")
+    for more in ([], ["--report"]):
+        assert main([*TINY, *more, "--out", str(tmp_path)]) == 1
+        assert "results.csv is of another version; give another folder" in capsys.readouterr().err
+    assert file.read_text() == "commit,date\nabc,today\n"
+    assert not (tmp_path / "report.md").exists()
 
 
 def test_costs_are_medians_of_the_latest_commit(tmp_path: Path) -> None:

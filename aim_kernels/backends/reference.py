@@ -160,7 +160,7 @@ def _update(
     kind = arithmetic_dtype(p.dtype)
     theta = true_weights(p, state)
     taken = float(state["step"])
-    held = steps == (0.0, 0.0) and row[ROW["grad_under"]] == row[ROW["grad_well"]] == 0.0
+    held = _is_held(row, steps)
     t = taken if held else taken + 1
     rule, lr, decay = group["rule"], float(group["lr"]), group["weight_decay"]
     decoupled = rule in ("adamw", "lion")
@@ -306,6 +306,11 @@ def _betas(group: dict[str, Any]) -> tuple[float, float]:
     return beta1, beta2
 
 
+def _is_held(row: list[float], steps: tuple[float, float]) -> bool:
+    """Whether a block stays as it is: nothing of its gradient gets through and no update is applied."""
+    return row[ROW["grad_under"]] == row[ROW["grad_well"]] == steps[0] == steps[1] == 0.0
+
+
 def _fading(group: dict[str, Any], taken: float) -> tuple[tuple[float, float], tuple[float, float]]:
     """What is kept of either moment, and what is added of the gradient and of its square."""
     beta1, beta2 = _betas(group)
@@ -413,7 +418,9 @@ def _finish(plan: StepPlan, following: str, sums: list[Sums]) -> None:
             "emitted_well": row[ROW[f"{following}_live_well"]],
         }
         if total.numel:
-            if kind == "fraction" and not math.isnan(total.under):
+            now = PHASES[tables.phase()]
+            held = _is_held(row, (row[ROW[f"{now}_step_under"]], row[ROW[f"{now}_step_well"]]))
+            if kind == "fraction" and not math.isnan(total.under) and not held:
                 changed["tau"] = min(
                     max(tau + group["threshold_rate"] * (total.under / total.numel - target), 0.0), 1.0
                 )

@@ -14,8 +14,8 @@ import torch
 
 from aim_kernels.compare import cost, report
 from aim_kernels.compare.contestants import BUDGET, CONTESTANTS, TUNING_SEEDS
-from aim_kernels.compare.results import Folder, seed_runs, tuned, tuning_runs
-from aim_kernels.compare.training import Line, Run, train
+from aim_kernels.compare.results import Folder, OtherVersionError, seed_runs, tuned, tuning_runs
+from aim_kernels.compare.training import Line, Run, network_of, train
 from aim_kernels.data import DATA_SETS
 from aim_kernels.data.common import MissingPackageError, require
 from aim_kernels.networks import BACKBONES
@@ -75,15 +75,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         for package in ("rich", "matplotlib", "sklearn", "scipy"):
             require(package, "the comparison")
         if not options.report:
-            for name in data:
-                DATA_SETS[name].make(0)  # before an hour of training, not after it
-    except MissingPackageError as error:
+            for name in data:  # before an hour of training, not after it
+                network_of(DATA_SETS[name].make(0), 0, options.backbone, options.width)
+    except (MissingPackageError, ValueError) as error:
         print(f"{error}\n(--data chooses other data sets)", file=sys.stderr)
         return 1
     folder, wanted = Folder(options.out), None
     try:
+        folder.lines()
         if options.cost:
-            cost.measure(folder.path, data, names)
+            cost.measure(folder.path, data, names, options.backbone, options.width)
         elif not options.report:
             network = options.backbone, options.width
             tuning = [] if options.no_tuning else tuning_runs(data, names, options.epochs, *network)
@@ -93,6 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nInterrupted. Finished runs are in {folder.file}; the same command continues.", file=sys.stderr)
         return 130
+    except OtherVersionError as error:
+        print(error, file=sys.stderr)
+        return 1
     written = report.write(folder, wanted)
     print(f"Saved in {folder.path}: {', '.join(path.name for path in written)}")
     return 0

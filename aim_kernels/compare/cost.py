@@ -27,17 +27,21 @@ from aim_kernels.data import DATA_SETS
 WARM_UP, STEPS, ROUNDS = 20, 40, 5
 #: Processes of each method.
 PASSES = 3
+#: Calls of Method.update: re-learning acts in the fourth.
+UPDATES = 4
 
 
 @dataclass(frozen=True)
 class CostLine(Circumstances):
     """Times in milliseconds: median over rounds of the mean of 40 steps, with the quickest and slowest round;
-    ``update_ms`` is the longest of three calls of :meth:`Method.update` (some methods act in every third only).
+    ``update_ms`` is the longest of four calls of :meth:`Method.update` (some methods act in few of them).
     ``peak_mib``: resident memory at its peak, beyond what it was before the network was made (Linux; elsewhere not a
     number). AIM and its controls hold the first modality back while steps are timed."""
 
     data: str
     contestant: str
+    backbone: str
+    width: int
     step_ms: float
     fastest: float
     slowest: float
@@ -45,13 +49,13 @@ class CostLine(Circumstances):
     peak_mib: float
 
 
-def measure(folder: Path, data: Sequence[str], names: Sequence[str]) -> None:
+def measure(folder: Path, data: Sequence[str], names: Sequence[str], backbone: str = "auto", width: int = 64) -> None:
     """Appends to cost.csv."""
     from rich.progress import track
 
     # In turn, so that a machine that changes its pace does so for all.
     for name, contestant_name in track([(d, n) for d in data for _ in range(PASSES) for n in names], "cost"):
-        command = [sys.executable, "-m", "aim_kernels.compare.cost", name, contestant_name]
+        command = [sys.executable, "-m", "aim_kernels.compare.cost", name, contestant_name, backbone, str(width)]
         found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         append_csv(folder / "cost.csv", [CostLine(**circumstances() | {"threads": 1} | found)], CostLine)
 
@@ -82,7 +86,7 @@ def _hold_the_first(method: Any) -> None:
     aim.rule, aim.confidence, aim.dead_zone, aim.probe = "ratio", 0.0, 0.0, lambda *_: rows
 
 
-def cost_of(name: str, contestant_name: str) -> dict[str, Any]:
+def cost_of(name: str, contestant_name: str, backbone: str = "auto", width: int = 64) -> dict[str, Any]:
     """One data set and contestant, in this process."""
     from aim_kernels.compare.training import PROBE_SAMPLES, build, draw, network_of
 
@@ -93,7 +97,7 @@ def cost_of(name: str, contestant_name: str) -> dict[str, Any]:
     parts = [data.train.take(index) for index in batches[: min(len(batches) - 1, 20)] or batches]
     _forget_peak()
     before = _resident_mib(peak=False)
-    network = network_of(data, 0)
+    network = network_of(data, 0, backbone, width)
     method = build(contestant(contestant_name), 0, network, 0)
     draws = torch.Generator().manual_seed(0)
     seen, held_out = draw(data.train, PROBE_SAMPLES, draws), draw(data.validation, PROBE_SAMPLES, draws)
@@ -107,17 +111,19 @@ def cost_of(name: str, contestant_name: str) -> dict[str, Any]:
 
     steps(WARM_UP)
     updates = []
-    for _ in range(3):
+    for _ in range(UPDATES):
         start = time.perf_counter()
         method.update(seen.inputs, seen.labels, held_out=(held_out.inputs, held_out.labels))
         updates.append(1e3 * (time.perf_counter() - start))
     _hold_the_first(method)
-    method.update(seen.inputs, seen.labels)
+    method.update(seen.inputs, seen.labels, held_out=(held_out.inputs, held_out.labels))
     steps(WARM_UP)
     rounds = [steps(STEPS) for _ in range(ROUNDS)]
     return {
         "data": name,
         "contestant": contestant_name,
+        "backbone": backbone,
+        "width": width,
         "step_ms": statistics.median(rounds),
         "fastest": min(rounds),
         "slowest": max(rounds),
@@ -127,4 +133,5 @@ def cost_of(name: str, contestant_name: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(cost_of(*sys.argv[1:])))
+    _, data_name, method_name, backbone_name, features = sys.argv
+    print(json.dumps(cost_of(data_name, method_name, backbone_name, int(features))))

@@ -218,12 +218,12 @@ def protocol(lines: Sequence[Line]) -> str:
         f"method with options chose one of at most {BUDGET} configurations by mean validation accuracy over the seeds "
         f"{' and '.join(map(str, TUNING_SEEDS))}, which are "
         "not reported (their splits are drawn from the same samples, so some of a reported test split was in them). "
-        "Methods marked † also read labelled validation samples while they train; on the coloured digits those have "
-        "the shift of the test split. Accuracies, macro F1 and calibration error in percent; ± is the standard error "
-        "over seeds, in 'vs joint' the half width of the 95 % interval of the paired difference (Student's t over "
-        "seeds, corrected for splits of the same samples: Nadeau and Bengio 2003). Probes: test accuracy of a ridge "
-        "classifier on an encoder's frozen features; for 'alone:' the encoder was trained by itself. From results.csv, "
-        f"written by: {'; '.join(versions)}."
+        "Methods marked † also read labelled validation samples while they train; on coloured digits and MNIST those "
+        "have the shift of the test split. Accuracies, macro F1 and calibration error in percent; ± is the standard "
+        "error over seeds, in 'vs joint' the half width of the 95 % interval of the paired difference (Student's t "
+        "over seeds, corrected for splits of the same samples: Nadeau and Bengio 2003). Probes: test accuracy of a "
+        "ridge classifier on an encoder's frozen features; for 'alone:' the encoder was trained by itself. From "
+        f"results.csv, written by: {'; '.join(versions)}."
     )
 
 

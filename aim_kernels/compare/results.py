@@ -17,6 +17,10 @@ from aim_kernels.data import DATA_SETS
 from aim_kernels.modulation.strengths import ModulationTable
 
 
+class OtherVersionError(RuntimeError):
+    """Results that this version cannot go on with."""
+
+
 class Folder:
     """Reads and writes one output folder. A run counts as done once its line in results.csv is complete."""
 
@@ -32,8 +36,11 @@ class Folder:
             return []
         kinds = {f.name: {"int": int, "float": float}.get(str(f.type), str) for f in fields(Line)}
         found = []
+        header, *texts = self.file.read_text(encoding="utf-8").splitlines() or [""]
+        if header != ",".join(kinds):
+            raise OtherVersionError(f"{self.file} is of another version; give another folder, or move it away")
         # One by one: a quote that was cut off would swallow the next line.
-        for text in self.file.read_text(encoding="utf-8").splitlines()[1:]:
+        for text in texts:
             try:
                 (row,) = csv.reader([text], strict=True)
                 line = Line(**{n: kind(value) for (n, kind), value in zip(kinds.items(), row, strict=True)})
@@ -59,7 +66,7 @@ class Folder:
         return [ModulationTable.from_dict(table) for table in json.loads(file.read_text())] if file.exists() else []
 
     def _history_file(self, run: Run) -> Path:
-        network = "" if run.backbone == "auto" else f"-{run.backbone}{run.width}"
+        network = "" if (run.backbone, run.width) == ("auto", 64) else f"-{run.backbone}{run.width}"
         name = f"{run.data}{network}-{run.contestant}-{run.choice}-seed{run.seed}-epochs{run.epochs}"
         return self.path / "history" / f"{name.replace(' ', '').replace(':', '')}.json"
 

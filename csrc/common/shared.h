@@ -235,10 +235,12 @@ AIM_INLINE int64_t draw_phase(const Control& control) {
   return static_cast<int64_t>(drawn.x[0]) < control.threshold ? 1 : 0;
 }
 
-// After a step that measured `s`: the threshold moves, the gradient columns are latched.
-AIM_INLINE void finish_row(const Group& group, const Statistics& s, int64_t next, Row* row) {
+// After a step that measured `s`: the threshold moves, unless the block was held, the gradient
+// columns are latched.
+AIM_INLINE void finish_row(const Group& group, const Statistics& s, bool held, int64_t next,
+                           Row* row) {
   row->tau_prev = row->tau;
-  if (s.numel > 0 && group.rate != 0 && s.under == s.under) {
+  if (s.numel > 0 && group.rate != 0 && s.under == s.under && !held) {
     const double moved = row->tau + group.rate * (s.under / s.numel - group.target);
     row->tau = moved < 0 ? 0 : moved > 1 ? 1 : moved;
   }

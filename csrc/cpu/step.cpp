@@ -287,7 +287,8 @@ Status finish(const Group* groups, const Statistics* sums, Row* rows, Statistics
   if (group_count && (!groups || !sums || !rows || !statistics)) return Status::kNullPointer;
   const int64_t next = draw_phase(*control);
   for (int64_t g = 0; g < group_count; ++g) {
-    finish_row(groups[g], sums[g], next, &rows[g]);
+    finish_row(groups[g], sums[g], is_held(rows[g], rows[g].phases[control->phase & 1]), next,
+               &rows[g]);
     if (sums[g].numel > 0) statistics[g] = sums[g];
   }
   control->phase = next;

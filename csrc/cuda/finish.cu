@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kFinishThreads) finish(const __grid_constant__
     work.sums[group] = sums;
     return;
   }
-  finish_row(work.groups[group], sums, work.phases[1], row);
+  finish_row(work.groups[group], sums, held, work.phases[1], row);
   if (sums.numel > 0) work.statistics[group] = sums;
 }
 

@@ -255,15 +255,16 @@ def _column(total, column, COLUMN: tl.constexpr):
 
 
 @triton.jit
-def _finish_row(group, row, numel, under, following):
-    """``finish_row`` of ``csrc/common/shared.h``: the threshold moves, the columns of the emitted phase are latched."""
+def _finish_row(group, row, numel, under, held, following):
+    """``finish_row`` of ``csrc/common/shared.h``: the threshold moves, unless the block was held, the columns of the
+    emitted phase are latched."""
     g = group.to(tl.pointer_type(tl.float64))
     tau = tl.load(row + TAU)
     rate = tl.load(g + RATE)
     some = numel > 0
     moved = tau + rate * (under / tl.where(some, numel, 1.0) - tl.load(g + TARGET))
     moved = tl.where(moved < 0, 0.0, tl.where(moved > 1, 1.0, moved))
-    moves = some & (rate != 0) & (under == under)
+    moves = some & (rate != 0) & (under == under) & (held == 0)
     phase = row + PHASE_ROWS + following * PHASE_WORDS
     grad_under = tl.load(phase + PHASE_GRAD)
     grad_well = tl.load(phase + PHASE_GRAD + 1)
@@ -302,13 +303,13 @@ def finish_kernel(
     number = tl.program_id(0).to(tl.int64)
     span = spans + number * SPAN_WORDS
     row = rows + number * ROW_WORDS
-    moves = is_held(row, tl.load(phases)) == 0
+    held = is_held(row, tl.load(phases))
     last = tl.load(span + TENSOR_END)
     begin = tl.load(span + TENSOR_BEGIN)
     while begin < last:
         index = begin + tl.arange(0, BLOCK)
         tensor = tensors + index * TENSOR_WORDS
-        stepped = (tl.load(tensor + GRAD, mask=index < last, other=0) != 0) & moves
+        stepped = (tl.load(tensor + GRAD, mask=index < last, other=0) != 0) & (held == 0)
         steps = tl.load(tensor + STEP, mask=stepped, other=0).to(tl.pointer_type(tl.float32))
         tl.store(steps, tl.load(steps, mask=stepped, other=0) + 1, mask=stepped)
         begin += BLOCK
@@ -337,7 +338,7 @@ def finish_kernel(
                 other += stride
         numel = _column(total, column, COUNT)
         next_phase = tl.load(phases + 1)
-        _finish_row(groups + number * GROUP_WORDS, row, numel, _column(total, column, UNDER), next_phase)
+        _finish_row(groups + number * GROUP_WORDS, row, numel, _column(total, column, UNDER), held, next_phase)
         if numel > 0:
             tl.store(statistics + line, total, mask=known)
         if number == 0:
