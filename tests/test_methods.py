@@ -296,6 +296,7 @@ REFUSED = [
     ("pdmp", {"dominant": "video"}, "dominant names 'video'; the modalities are a, b"),
     ("pdmp", {"gamma_p": 0.5}, "gamma_p must be at least 1"),
     ("sum-of-losses", {"encoder_factor": -3.0}, "encoder_factor must be"),
+    ("aim", {"unimodal_weight": -0.1, "num_classes": 3}, "unimodal_weight must be"),
     ("sum-of-losses", {"apply_to": "x"}, "unknown apply_to"),
     ("amss", {"sample": "best"}, "unknown sample"),
     ("amss+", {"weight": "inverse"}, "use sample='bernoulli'"),

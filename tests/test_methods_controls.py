@@ -56,6 +56,30 @@ def test_aim_as_a_method_is_aim() -> None:
         assert_same(net, twin, rtol=0.0, atol=0.0)
 
 
+def test_aim_with_losses_of_the_modalities_own() -> None:
+    """Nobody leads: what is left is joint training, with half of the other losses; led by one, "split" takes both."""
+    net, method = made("aim", probe=probe((0.5, 0.5), (0.5, 0.5)), unimodal_weight=0.5)
+    assert not method.writes_rows_only
+    other, control = made("joint")
+    for step in range(4):
+        inputs, labels = batch(2, seed=step)
+        method.update(inputs, labels)
+        method.step(inputs, labels)
+        control.optimizer.zero_grad()
+        outputs = control.blocks.forward(inputs, labels)
+        own = sum(cross_entropy(logits, labels) for logits in outputs.unimodal())
+        (cross_entropy(outputs.logits, labels) + 0.5 * own).backward()
+        control.optimizer.step()
+    assert_same(net, other, rtol=1e-5, atol=1e-7)
+    for weight in (0.0, 0.5):
+        _, method = made("aim", probe=LED_BY_A, mixing="split", unimodal_weight=weight)
+        inputs, labels = batch(2, seed=0)
+        outputs = method.blocks.forward(inputs, labels)
+        own = sum(cross_entropy(logits, labels) for logits in outputs.unimodal())
+        expected = cross_entropy(outputs.logits, labels) + weight * own
+        assert method.step(inputs, labels).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_two_passes_are_asked_of_aim() -> None:
     _, method = made("aim", probe=LED_BY_A)
     inputs, labels = batch(2)

@@ -56,6 +56,7 @@ CONTESTANTS: dict[str, Contestant] = {
     "joint": Contestant("joint", control=True),
     "aim": Contestant("aim", held_out=True),
     "aim (tuned)": Contestant("aim", _of("confidence", (3.0, 1.0, 0.0)), held_out=True),
+    "aim (unimodal)": Contestant("aim", ({"unimodal_weight": 0.3},), held_out=True),
     "aim (freeze)": Contestant("aim", ({"hold": "freeze"},), held_out=True),
     "aim (split)": Contestant("aim", ({"mixing": "split"},), held_out=True),
     "aim (weights)": Contestant("aim", ({"mixing": "weights"},), held_out=True),

@@ -50,7 +50,8 @@ def _overview(path: Path, found: dict[str, list[Standing]]) -> None:
             if (name, data) in table:
                 s = table[name, data]
                 clear = s.lower > 0.0 or s.upper < 0.0
-                axes.text(x, y, f"{s.difference:+.1f}", ha="center", va="center", fontsize=8,
+                colour = "white" if abs(s.difference) > 6.0 else "black"
+                axes.text(x, y, f"{s.difference:+.1f}", ha="center", va="center", fontsize=8, color=colour,
                           fontweight="bold" if clear else "normal")  # fmt: skip
     axes.set_xticks(range(len(found)), list(found), rotation=30, ha="right")
     axes.set_yticks(range(len(names)), names)

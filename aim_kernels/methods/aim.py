@@ -7,25 +7,39 @@ from typing import Any
 
 from torch import Tensor
 
-from aim_kernels.methods.base import Blocks, Method
+from aim_kernels.methods.base import Blocks, Method, Outputs, check_at_least
+from aim_kernels.methods.scores import unimodal_losses
 from aim_kernels.modulation.aim import AIM
 
 
 class AIMMethod(Method):
     """:class:`aim_kernels.AIM` with all its options; :meth:`update` is its ``update``, and scores every depth.
 
-    ``num_classes=None``: that of the blocks. ``options`` go to AIM. With ``mixing="split"`` a step is
-    ``AIM.backward(closure)``, two passes, and the optimizer's step. Raises ValueError where neither tells the number of
-    classes, and what AIM raises.
+    ``num_classes=None``: that of the blocks. ``unimodal_weight`` times the sum of the modalities' own cross entropies
+    is added to the loss (0: the joint loss alone), which makes every encoder better by itself, held back or not: not
+    the paper's, but what several rivals owe their encoders to (docs/comparison.md). ``options`` go to AIM. With
+    ``mixing="split"`` a step is ``AIM.backward(closure)``, two passes, and the optimizer's step.
+
+    Raises ValueError where neither tells the number of classes, for a negative ``unimodal_weight``, and what AIM
+    raises.
     """
 
     #: What is made of the model, the optimizer and the number of classes.
     make: Any = AIM
 
     def __init__(
-        self, blocks: Blocks, optimizer: Any, *, num_classes: int | None = None, seed: int = 0, **options: Any
+        self,
+        blocks: Blocks,
+        optimizer: Any,
+        *,
+        num_classes: int | None = None,
+        unimodal_weight: float = 0.0,
+        seed: int = 0,
+        **options: Any,
     ) -> None:
         super().__init__(blocks, optimizer, seed=seed)
+        check_at_least("unimodal_weight", unimodal_weight, 0.0)
+        self.unimodal_weight = unimodal_weight
         num_classes = blocks.num_classes if num_classes is None else num_classes
         if num_classes is None:
             raise ValueError("num_classes is given neither here nor in the blocks")
@@ -33,8 +47,8 @@ class AIMMethod(Method):
 
     @property
     def writes_rows_only(self) -> bool:  # type: ignore[override]
-        """Whether a training loop of one's own will do: not where a step takes two passes."""
-        return self.aim.mixing != "split"
+        """Whether a training loop of one's own will do: not where a step takes two passes, or adds to the loss."""
+        return self.aim.mixing != "split" and not self.unimodal_weight
 
     def update(
         self,
@@ -47,8 +61,12 @@ class AIMMethod(Method):
         super().update(inputs, labels, held_out)
         return table
 
+    def loss(self, outputs: Outputs) -> Tensor:
+        loss = super().loss(outputs)
+        return loss + self.unimodal_weight * unimodal_losses(outputs).sum() if self.unimodal_weight else loss
+
     def step(self, inputs: Sequence[Tensor], labels: Tensor) -> Tensor:
-        if self.writes_rows_only:
+        if self.aim.mixing != "split":
             return super().step(inputs, labels)
         self.optimizer.zero_grad()
         loss: Tensor = self.aim.backward(lambda: self.loss(self.blocks.forward(inputs, labels)))
