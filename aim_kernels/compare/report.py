@@ -18,8 +18,8 @@ from aim_kernels.compare.results import Folder
 from aim_kernels.compare.training import HYPERPARAMETERS, Line, Run
 from aim_kernels.data import DATA_SETS
 
-#: The contestant of which the summary speaks.
-OURS = "aim"
+#: The contestants of which the summary speaks, and how.
+OURS = {"aim": "AIM", "aim (unimodal)": "AIM with losses of the modalities' own beside it"}
 
 
 @dataclass(frozen=True)
@@ -141,14 +141,19 @@ def table(rows: Sequence[Standing]) -> list[list[str]]:
 
 def findings(found: dict[str, list[Standing]]) -> list[str]:
     """What the comparison says of AIM, whichever way it falls."""
-    said = []
-    best_or_near, worse, raised, lowered, behind = [], [], [], [], []
+    said = [sentence for name, spoken in OURS.items() for sentence in _findings_of(found, name, spoken)]
+    return said or ["AIM was not among the methods."]
+
+
+def _findings_of(found: dict[str, list[Standing]], name: str, spoken: str) -> list[str]:
+    """The same of one contestant, which is set beside all others but variants of AIM."""
+    sets, best_or_near, worse, raised, lowered, behind = [], [], [], [], [], []
     for data, rows in found.items():
-        ours = next((s for s in rows if s.contestant == OURS), None)
+        ours = next((s for s in rows if s.contestant == name), None)
         if ours is None:
             continue
-        rivals = [s for s in rows if not s.contestant.startswith((ALONE, f"{OURS} "))]
-        best = max(rivals, key=lambda s: s.test)
+        sets.append(data)
+        best = max((s for s in rows if s is ours or not s.contestant.startswith((ALONE, "aim"))), key=lambda s: s.test)
         if ours.test >= best.test - (0.0 if math.isnan(best.error) else best.error):
             best_or_near.append(data)
         seeds = sorted(ours.by_seed.keys() & best.by_seed.keys())
@@ -162,26 +167,18 @@ def findings(found: dict[str, list[Standing]]) -> list[str]:
                 raised.append(f"{modality} of {data} ({mean:+.1f})")
             elif mean + half < 0.0:
                 lowered.append(f"{modality} of {data} ({mean:+.1f})")
-    sets = [data for data, rows in found.items() if any(s.contestant == OURS for s in rows)]
     if not sets:
-        return ["AIM was not among the methods."]
-    said.append(
-        f"AIM is the best, or within one standard error of the best method, on {len(best_or_near)} of {len(sets)} data "
-        f"sets ({', '.join(best_or_near) or 'none'})."
-    )
-    said.append(
-        "Compared seed by seed, the best method is ahead of AIM by more than its 95 % interval (chosen after the fact, "
-        f"so favoured) on {len(behind)}: {', '.join(behind) or 'none'}."
-    )
-    said.append(
+        return []
+    return [
+        f"{spoken} is the best, or within one standard error of the best method, on {len(best_or_near)} of {len(sets)} "
+        f"data sets ({', '.join(best_or_near) or 'none'}).",
+        "Compared seed by seed, the best method is ahead of it by more than its 95 % interval (chosen after the fact, "
+        f"so favoured) on {len(behind)}: {', '.join(behind) or 'none'}.",
         f"It is worse than joint training by more than its 95 % interval on {len(worse)} "
-        f"({', '.join(worse) or 'none'})."
-    )
-    said.append(
+        f"({', '.join(worse) or 'none'}).",
         "Linear probes of encoders, against joint training, outside of the interval: "
-        f"raised {', '.join(raised) or 'none'}; lowered {', '.join(lowered) or 'none'}."
-    )
-    return said
+        f"raised {', '.join(raised) or 'none'}; lowered {', '.join(lowered) or 'none'}.",
+    ]
 
 
 def _costs(path: Path) -> list[list[str]]:
