@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from aim_kernels.methods.base import Blocks, Method, Outputs, check_apply_to, check_window
 
 
-class Coefficients(Method):
+class Coefficients(Method, abc.ABC):
     """``g <- k_m g`` (or the update) of encoder m, with ``k`` of this batch; all on the device.
 
     Options: ``apply_to`` ("grad" as published; a factor that stays the same nearly cancels under Adam-like rules;
@@ -37,9 +38,9 @@ class Coefficients(Method):
         check_window(starts, ends)
         self.apply_to, self.starts, self.ends, self.biases, self.noise = apply_to, starts, ends, biases, noise
 
+    @abc.abstractmethod
     def coefficients(self, outputs: Outputs) -> Tensor:
         """``k``, float64 ``[M]``, of one batch; called without gradients."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def after_backward(self, outputs: Outputs) -> Tensor:
