@@ -23,9 +23,10 @@ EXACT = {"rtol": 1e-10, "atol": 1e-12}
 #: OGM's scores are taken in float32 (roundoff 6e-8), k is a smooth function of them, and four steps add up.
 FROM_FLOAT32 = {"rtol": 1e-6, "atol": 1e-7}
 
-#: Options without which a method cannot be made.
+#: Options without which a method cannot be made, and which leave the loss as it is.
 NEEDED: dict[str, dict[str, Any]] = {
-    name: {"num_classes": CLASSES, "prototype_steps": 2} for name in ("aim", "drop", "feature-scale", "no-mask")
+    name: {"num_classes": CLASSES, "prototype_steps": 2, "unimodal_weight": 0.0}
+    for name in ("aim", "drop", "feature-scale", "no-mask")
 }
 
 Step = Callable[["Net", torch.optim.Optimizer, list[Tensor], Tensor, dict[str, Any]], None]

@@ -78,13 +78,15 @@ def test_interruption_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.Mon
     assert [x.seed for x in Folder(tmp_path).lines()] == [0, 0, 0]
 
 
-def test_contestants_begin_alike_and_history_is_kept(tmp_path: Path) -> None:
-    """A method that has nothing to balance is joint training, bit for bit."""
+@pytest.mark.parametrize("name", ["aim (gap)", "aim (joint loss)"])
+def test_contestants_begin_alike_and_history_is_kept(name: str, tmp_path: Path) -> None:
+    """A method that has nothing to balance is joint training, bit for bit, also where it tried steps."""
     joint, _ = train(Run("digits", "joint", 0, 0, 1))
-    aim, history = train(Run("digits", "aim", 0, 0, 1))
+    aim, history = train(Run("digits", name, 0, 0, 1))
     assert not any(kappa for table in history for row in table["kappa"].values() for kappa in row)
+    assert bool(history[0]["trial_losses"]) == (name == "aim (joint loss)")
     differing = {name for name, value in trained(joint).items() if value != trained(aim)[name]}
-    assert differing == {"contestant"}
+    assert differing == {"contestant", "options"}
     folder = Folder(tmp_path)
     folder.add(aim, history)
     assert repr([table.to_dict() for table in folder.history(aim.run)]) == repr(history)  # there are NaNs in it
@@ -233,7 +235,7 @@ def test_cost_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         cost, "_hold_the_first", lambda method, hold=cost._hold_the_first: (hold(method), held.append(method))
     )
-    cost.cost_of("digits", "aim (weights)")
+    cost.cost_of("digits", "aim (gap, weights)")
     table = held[0].aim.history[-1]
     assert table.dominant == ("grey",)
     assert table.kappa["grey"] == pytest.approx([0.5] * len(table.kappa["grey"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from typing import Any
 
@@ -23,6 +24,7 @@ from method_helpers import (
 from torch import Tensor
 
 from aim_kernels import AIM, make_method
+from aim_kernels.methods.aim import AIMMethod
 from aim_kernels.rows import PHASES, ROW
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -78,6 +80,23 @@ def test_aim_with_losses_of_the_modalities_own() -> None:
         own = sum(cross_entropy(logits, labels) for logits in outputs.unimodal())
         expected = cross_entropy(outputs.logits, labels) + weight * own
         assert method.step(inputs, labels).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_by_its_defaults_aim_tries_and_adds_losses() -> None:
+    """Without held-out samples there is nothing to try by; with them, steps with the modalities' own losses."""
+    defaults = {name: p.default for name, p in inspect.signature(AIMMethod).parameters.items()}
+    assert defaults["unimodal_weight"] == 0.3
+    _, method = made("aim", probe=LED_BY_A)
+    inputs, labels = batch(2)
+    steps = []
+    method.step = lambda inputs, labels: steps.append(len(labels))
+    assert method.update(inputs, labels).rule == "ratio" and not steps
+    table = method.update(inputs, labels, held_out=batch(2, seed=1))
+    assert table.rule == "trial" and sum(steps) == 3 * len(labels) and set(table.trial_losses) == {"", "a", "b"}
+    control, control_loss = (made(name, **options)[1] for name, options in (
+        ("aim", {"unimodal_weight": 0.3}), ("sum-of-losses", {"unimodal_weight": 0.3})
+    ))  # fmt: skip
+    assert control.step(inputs, labels).item() == control_loss.step(inputs, labels).item()
 
 
 def test_two_passes_are_asked_of_aim() -> None:

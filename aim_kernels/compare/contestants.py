@@ -49,18 +49,23 @@ def _of(name: str, values: Sequence[Any], **fixed: Any) -> tuple[dict[str, Any],
 #: Factors on gradients nearly cancel under AdamW; on updates they act.
 AS_PUBLISHED_OR_STEPS: tuple[dict[str, Any], ...] = ({}, {"apply_to": "step"}, {"apply_to": "step", "alpha": 0.3})
 
+#: AIM by prototypes, the joint loss alone: what needs no trials.
+GAP: dict[str, Any] = {"rule": "gap", "unimodal_weight": 0.0}
+
 #: The auxiliary blocks keep a random share of equal size.
 RANDOM_MASK: dict[str, Any] = {"measure": "random", "backend": "reference"}
 
 CONTESTANTS: dict[str, Contestant] = {
     "joint": Contestant("joint", control=True),
     "aim": Contestant("aim", held_out=True),
-    "aim (tuned)": Contestant("aim", _of("confidence", (3.0, 1.0, 0.0)), held_out=True),
-    "aim (unimodal)": Contestant("aim", ({"unimodal_weight": 0.3},), held_out=True),
-    "aim (freeze)": Contestant("aim", ({"hold": "freeze"},), held_out=True),
-    "aim (split)": Contestant("aim", ({"mixing": "split"},), held_out=True),
-    "aim (weights)": Contestant("aim", ({"mixing": "weights"},), held_out=True),
-    "aim (features)": Contestant("aim", ({"mixing": "features"},), held_out=True),
+    "aim (joint loss)": Contestant("aim", ({"unimodal_weight": 0.0},), held_out=True),
+    "aim (gap)": Contestant("aim", (GAP,), held_out=True),
+    "aim (gap, tuned)": Contestant("aim", _of("confidence", (3.0, 1.0, 0.0), **GAP), held_out=True),
+    "aim (gap, own losses)": Contestant("aim", ({"rule": "gap", "unimodal_weight": 0.3},), held_out=True),
+    "aim (gap, freeze)": Contestant("aim", ({**GAP, "hold": "freeze"},), held_out=True),
+    "aim (gap, split)": Contestant("aim", ({**GAP, "mixing": "split"},), held_out=True),
+    "aim (gap, weights)": Contestant("aim", ({**GAP, "mixing": "weights"},), held_out=True),
+    "aim (gap, features)": Contestant("aim", ({**GAP, "mixing": "features"},), held_out=True),
     "ogm": Contestant("ogm", AS_PUBLISHED_OR_STEPS),
     "ogm-ge": Contestant("ogm-ge", AS_PUBLISHED_OR_STEPS),
     "opm": Contestant("opm", _of("base", (0.5, 0.2, 0.8))),
@@ -82,11 +87,18 @@ CONTESTANTS: dict[str, Contestant] = {
     "weight-averaging": Contestant("weight-averaging", _of("decay", (0.99, 0.95, 0.999))),
     "shapley-alternation": Contestant("shapley-alternation", _of("margin", (0.0, 0.1, 0.3))),
     "drop": Contestant("drop", control=True, held_out=True),
+    "drop (gap)": Contestant("drop", (GAP,), control=True, held_out=True),
     "feature-scale": Contestant("feature-scale", control=True, held_out=True),
+    "feature-scale (gap)": Contestant("feature-scale", (GAP,), control=True, held_out=True),
     "random-mask": Contestant("aim", optimizer=RANDOM_MASK, control=True, held_out=True),
-    "random-mask (freeze)": Contestant("aim", ({"hold": "freeze"},), RANDOM_MASK, control=True, held_out=True),
+    "random-mask (gap)": Contestant("aim", (GAP,), RANDOM_MASK, control=True, held_out=True),
+    "random-mask (gap, freeze)": Contestant(
+        "aim", ({**GAP, "hold": "freeze"},), RANDOM_MASK, control=True, held_out=True
+    ),
     "no-mask": Contestant("no-mask", control=True, held_out=True),
+    "no-mask (gap)": Contestant("no-mask", (GAP,), control=True, held_out=True),
     "sum-of-losses": Contestant("sum-of-losses", _of("encoder_factor", (1.0, 3.0), apply_to="step"), control=True),
+    "own-losses": Contestant("sum-of-losses", ({"unimodal_weight": 0.3},), control=True),
 }
 
 

@@ -17,8 +17,9 @@ class AIMMethod(Method):
 
     ``num_classes=None``: that of the blocks. ``unimodal_weight`` times the sum of the modalities' own cross entropies
     is added to the loss (0: the joint loss alone), which makes every encoder better by itself, held back or not: not
-    the paper's, but what several rivals owe their encoders to (docs/comparison.md). ``options`` go to AIM. With
-    ``mixing="split"`` a step is ``AIM.backward(closure)``, two passes, and the optimizer's step.
+    the paper's, but what several rivals owe their encoders to (docs/comparison.md). ``options`` go to AIM, whose rule
+    is "trial" in updates with ``held_out``: what is tried are steps of this method. With ``mixing="split"`` a step is
+    ``AIM.backward(closure)``, two passes, and the optimizer's step.
 
     Raises ValueError where neither tells the number of classes, for a negative ``unimodal_weight``, and what AIM
     raises.
@@ -33,7 +34,7 @@ class AIMMethod(Method):
         optimizer: Any,
         *,
         num_classes: int | None = None,
-        unimodal_weight: float = 0.0,
+        unimodal_weight: float = 0.3,
         seed: int = 0,
         **options: Any,
     ) -> None:
@@ -57,7 +58,7 @@ class AIMMethod(Method):
         held_out: tuple[Sequence[Tensor], Tensor | None] | None = None,
     ) -> Any:
         """Returns AIM's table."""
-        table = self.aim.update(inputs, labels, held_out=held_out)
+        table = self.aim.update(inputs, labels, held_out=held_out, train=self.step)
         super().update(inputs, labels, held_out)
         return table
 

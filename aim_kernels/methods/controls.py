@@ -62,22 +62,31 @@ class NoMask(AIMMethod):
 
 
 class SumOfLosses(Method):
-    """Cross entropy of the joint logits plus that of each modality's own; encoders' gradients (or updates) times
-    ``encoder_factor``.
+    """Cross entropy of the joint logits plus ``unimodal_weight`` times that of each modality's own; encoders' gradients
+    (or updates) times ``encoder_factor``. With ``unimodal_weight=0.3`` it is AIM by its defaults, without AIM.
 
     With ``encoder_factor=3`` it is what BalanceBenchmark's port of MMPareto (4c1482f) comes to: its gradients are
     cloned after all losses were summed, so no Pareto weight is ever found, and encoders get 3 times the sum's gradient.
 
-    Raises ValueError for a negative ``encoder_factor``, an unknown ``apply_to``.
+    Raises ValueError for a negative ``encoder_factor`` or ``unimodal_weight``, an unknown ``apply_to``.
     """
 
     writes_rows_only = False
 
     def __init__(
-        self, blocks: Blocks, optimizer: Any, *, encoder_factor: float = 1.0, apply_to: str = "grad", seed: int = 0
+        self,
+        blocks: Blocks,
+        optimizer: Any,
+        *,
+        unimodal_weight: float = 1.0,
+        encoder_factor: float = 1.0,
+        apply_to: str = "grad",
+        seed: int = 0,
     ) -> None:
         super().__init__(blocks, optimizer, seed=seed)
         check_at_least("encoder_factor", encoder_factor, 0.0)
+        check_at_least("unimodal_weight", unimodal_weight, 0.0)
+        self.unimodal_weight = unimodal_weight
         check_apply_to(apply_to)
         self.encoder_factor, self.apply_to = encoder_factor, apply_to
         if encoder_factor != 1.0:
@@ -85,4 +94,4 @@ class SumOfLosses(Method):
             self.scale(factors, apply_to=apply_to, biases=True)
 
     def loss(self, outputs: Outputs) -> Tensor:
-        return super().loss(outputs) + unimodal_losses(outputs).sum()
+        return super().loss(outputs) + self.unimodal_weight * unimodal_losses(outputs).sum()

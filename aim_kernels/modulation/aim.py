@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from aim_kernels.distributed import any_dtensor
 from aim_kernels.modulated import unwrapped
+from aim_kernels.modulation import trials
 from aim_kernels.modulation.features import FeatureMixing
 from aim_kernels.modulation.mixing import WRITERS
 from aim_kernels.modulation.mixing import backward as _backward
@@ -57,9 +58,12 @@ class AIM(Scoring):
     -------
     rule, confidence, dead_zone
         "gap" compares the lead in training with the held-out one, "ratio" only modalities, "margin" what each
-        modality's own training score loses outside it (see ``strengths.margins``). None: "gap" in updates with
-        ``held_out``, else "ratio". Of the excess, ``dead_zone`` and ``confidence`` standard errors (None: 3, and 0 for
-        the ratio) set no strength; a probe that is a callable, or "gradient-norm", tells none.
+        modality's own training score loses outside it (see ``strengths.margins``); "trial" does without a probe: see
+        :meth:`update`. None: "trial" in updates with ``held_out`` and ``train``, "gap" with ``held_out`` alone, else
+        "ratio". Of the excess, ``dead_zone`` and ``confidence`` standard errors (None: 3, and 0 for the ratio) set no
+        strength; a probe that is a callable, or "gradient-norm", tells none.
+    trial_steps
+        Of each trial.
     probe
         "prototypes" (``prototype_steps``, ``prototype_lr``, ``init``: see ``fit_prototypes``), "linear" (ridge readout,
         fitted on the first half of the batch), "gradient-norm" (also called "gradients": root mean square gradient of a
@@ -138,6 +142,7 @@ class AIM(Scoring):
         total_updates: int | None = None,
         warmup_updates: int = 0,
         guard: bool = False,
+        trial_steps: int = 16,
         seed: int = 0,
     ) -> None:
         schedule = "constant" if schedule is None else schedule
@@ -168,7 +173,7 @@ class AIM(Scoring):
         elif not 0.0 <= probability <= 1.0:
             raise ValueError(f"probability must be 'strength' or lie in [0, 1], got {probability}")
         check_at_least(num_classes=(num_classes, 2), batch_size=(batch_size, 1), prototype_steps=(prototype_steps, 0))
-        check_at_least(warmup_updates=(warmup_updates, 0))
+        check_at_least(warmup_updates=(warmup_updates, 0), trial_steps=(trial_steps, 1))
         if targets == "quantiles" and loss is None:
             raise ValueError("targets='quantiles' needs a loss for real numbers: loss=torch.nn.functional.mse_loss")
         optimizer = unwrapped(optimizer)
@@ -199,6 +204,8 @@ class AIM(Scoring):
         self.targets = targets
         self.schedule = schedule_of(schedule, total_updates, warmup_updates)
         self.guard = Guard() if guard else None
+        self.trial_steps = trial_steps
+        self.held_back: frozenset[str] = frozenset()  # what trials have come to
         self.updates = 0
         self.history: list[ModulationTable] = []
         self.generator = torch.Generator().manual_seed(seed)
@@ -230,6 +237,8 @@ class AIM(Scoring):
         inputs: Sequence[Tensor | None],
         labels: Tensor | None = None,
         held_out: tuple[Sequence[Tensor | None], Tensor | None] | None = None,
+        train: trials.Train | None = None,
+        restore: Sequence[Any] = (),
     ) -> ModulationTable:
         """Score every block on a batch, set the strengths, and return the table (also appended to ``history``).
 
@@ -241,24 +250,35 @@ class AIM(Scoring):
         flags, gradients and the global random state stay as they were; where it raises, no row and no state has
         changed.
 
+        Under ``rule="trial"`` ``trial_steps`` steps are tried on the samples and undone: as it is, then with each
+        modality wholly held back that is not, or let go that is. The move whose held-out loss is the lowest is made, if
+        it gains more than ``confidence`` standard errors of the paired difference; ``kappa`` is then 1 (1 - 1e-6) at
+        every depth, or 0. ``train(inputs, labels)`` is one step of your loop, from ``zero_grad`` to
+        ``optimizer.step()``, without the scheduler; ``restore``: whatever else it changes, with ``state_dict`` and
+        ``load_state_dict`` (a GradScaler). It costs at most (modalities + 1) x ``trial_steps`` steps and a copy of
+        weights and states. Other rules do not look at ``train``.
+
         Raises ValueError, saying what to do: missing labels, another number of inputs, unequal lengths, labels out of
         range, a rule or a guard that needs ``held_out`` without it, no input and no earlier score, a probe's table of
-        another shape or with negative scores.
+        another shape or with negative scores, trials without ``train``.
         """
         samples = self._checked("", inputs, labels)
-        rule = self.rule or ("ratio" if held_out is None else "gap")
+        rule = self.rule or ("ratio" if held_out is None else "gap" if train is None else "trial")
         if rule != "ratio" and held_out is None:
             raise ValueError(f"rule={rule!r} compares training with held-out scores; pass held_out=(inputs, labels)")
         if self.guard is not None and held_out is None:
             raise ValueError("guard=True watches the held-out loss; pass held_out=(inputs, labels)")
-        if self.probe == "gradient-norm" and rule != "ratio":
+        if self.probe == "gradient-norm" and rule not in ("ratio", "trial"):
             raise ValueError("probe='gradient-norm' has no held-out scores; use rule='ratio'")
         outside = None if held_out is None else self._checked("held-out ", *held_out)
         factor, joint_loss = self.schedule(self.updates), None
         generator_state = self.generator.get_state()
         try:
+            if rule == "trial":
+                tried = trials.measure(self, *trials.checked(samples, outside, train), restore)
             with self.optimizer.true_parameters(), probing(self.model):
-                scores, held_out_scores = self._scores(samples, outside)
+                if rule != "trial":
+                    scores, held_out_scores = self._scores(samples, outside)
                 if self.guard is not None and outside is not None:
                     joint_loss = self._joint_loss(outside)
         except BaseException:
@@ -267,17 +287,23 @@ class AIM(Scoring):
         if self.guard is not None and joint_loss is not None:
             held_back = bool(self.history) and bool(self.history[-1].dominant)
             factor *= self.guard.update(joint_loss, held_back)
-        table = assess(
-            self.updates,
-            scores,
-            held_out_scores,
-            self._under_fraction(),
-            rule=rule,
-            alpha=self.alpha,
-            dead_zone=self.dead_zone,
-            confidence=CONFIDENCE[rule] if self.confidence is None else self.confidence,
-            factor=factor,
-        )
+        confidence = CONFIDENCE[rule] if self.confidence is None else self.confidence
+        if rule == "trial":
+            before = self.held_back
+            self.held_back = trials.judge(before, *tried, self.dead_zone, confidence)
+            table = trials.table_of(self, before, *tried, factor)
+        else:
+            table = assess(
+                self.updates,
+                scores,
+                held_out_scores,
+                self._under_fraction(),
+                rule=rule,
+                alpha=self.alpha,
+                dead_zone=self.dead_zone,
+                confidence=confidence,
+                factor=factor,
+            )
         self._write_rows(table)
         self.updates += 1
         self.history.append(table)
@@ -291,6 +317,15 @@ class AIM(Scoring):
         """Takes the hooks off the model, where there are any; the method is then without effect on it."""
         for handle in self._handles:
             handle.remove()
+
+    def _remembered(self) -> Callable[[], None]:
+        """Brings back what steps change of the method itself."""
+        state = self.generator.get_state()
+
+        def back() -> None:
+            self.generator.set_state(state)
+
+        return back
 
     def _write_rows(self, table: ModulationTable) -> None:
         WRITERS[self.mixing](self, table)
@@ -327,6 +362,7 @@ class AIM(Scoring):
             "generator": self.generator.get_state(),
             "history": [table.to_dict() for table in self.history],
             "guard": None if self.guard is None else vars(self.guard).copy(),
+            "held_back": sorted(self.held_back),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -336,3 +372,4 @@ class AIM(Scoring):
         self.history = [ModulationTable.from_dict(row) for row in state["history"]]
         if self.guard is not None and state.get("guard") is not None:
             vars(self.guard).update(state["guard"])
+        self.held_back = frozenset(state.get("held_back", ()))  # an earlier release has none

@@ -54,6 +54,16 @@ class FeatureDrop(AIM):
     def _write_rows(self, table: ModulationTable) -> None:
         self.drop = {m: sum(row) / len(row) if m in table.dominant else 0.0 for m, row in table.kappa.items()}
 
+    def _remembered(self) -> Callable[[], None]:
+        rest, drop, state = super()._remembered(), self.drop, self.drop_generator.get_state()
+
+        def back() -> None:
+            rest()
+            self.drop = drop
+            self.drop_generator.set_state(state)
+
+        return back
+
     def backward(self, closure: Callable[[], Tensor], backward: Callable[[Tensor], Any] | None = None) -> Tensor:
         """One plain pass: features are dropped in it, whatever ``mixing`` says."""
         loss = closure()

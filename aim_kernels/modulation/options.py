@@ -8,13 +8,13 @@ from collections.abc import Callable
 from aim_kernels.modulation.prototypes import POOLS
 
 #: How many standard errors of an excess count as chance by default, by rule.
-CONFIDENCE = {"gap": 3.0, "ratio": 0.0, "margin": 3.0}
+CONFIDENCE = {"gap": 3.0, "ratio": 0.0, "margin": 3.0, "trial": 3.0}
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "decouple": ("dominant", "all"),
     "mixing": ("alternate", "split", "weights", "features"),
     "probe": ("prototypes", "linear", "gradient-norm", "gradients"),
-    "rule": ("gap", "ratio", "margin"),
+    "rule": ("gap", "ratio", "margin", "trial"),
     "targets": ("classes", "quantiles"),
     "schedule": ("constant", "linear-out", "cosine-out"),
     "init": ("noise", "mean"),

@@ -145,8 +145,10 @@ class ModulationTable:
     """What one :meth:`AIM.update` found and set. Every table maps a modality to one number a depth, shallow to deep.
 
     ``excess`` is what became a strength: the ratio, under the gap rule the training ratio over the held-out ratio, or
-    the margin. ``kappa`` holds back a dominant modality; ``weak_kappa`` is the same on the inverse excess (of a margin:
-    on ``2 - excess``), and acts where ``decouple="all"``.
+    the margin. Under the trial rule it is by how much holding this modality back improves the held-out loss (see
+    ``trials.table_of``), and ``trial_losses`` are those losses: as it is (""), and by the modality that changed.
+    ``kappa`` holds back a dominant modality; ``weak_kappa`` is the same on the inverse excess (of a margin: on ``2 -
+    excess``; under trials it is that of whoever is held back), and acts where ``decouple="all"``.
     ``under_fraction`` is the optimizer's count at its latest step (NaN before the first). ``errors``,
     ``held_out_errors``, ``excess_errors``: standard errors, 0 where the probe tells none.
     """
@@ -167,6 +169,7 @@ class ModulationTable:
     errors: Scores = field(default_factory=dict)
     held_out_errors: Scores = field(default_factory=dict)
     excess_errors: Scores = field(default_factory=dict)
+    trial_losses: dict[str, float] = field(default_factory=dict)
 
     @property
     def measured(self) -> Measured:
@@ -208,6 +211,16 @@ def _with_errors(scores: Scores, errors: Scores) -> Measured:
     return Measured(scores, {m: errors.get(m, [0.0] * len(row)) for m, row in scores.items()})
 
 
+def roles(kappa: Scores) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Who is dominant: whose strengths average more than 0.01 over depths (of all modalities at once only the one whose
+    average is the greatest); and who is weak: everybody else, where somebody is dominant."""
+    means = {m: sum(row) / len(row) for m, row in kappa.items()}
+    dominant = tuple(m for m, mean in means.items() if mean > DOMINANT)
+    if len(dominant) == len(means):  # all held at once, nobody would learn
+        dominant = (max(means, key=lambda m: means[m]),)
+    return dominant, tuple(m for m in means if dominant and m not in dominant)
+
+
 def assess(
     update: int,
     measured: Measured,
@@ -224,9 +237,8 @@ def assess(
 
     ``rule="ratio"``: excess = rho. ``rule="gap"``: excess = rho_train / rho_heldout, large where a lead in training is
     not confirmed by the held-out samples. ``rule="margin"``: :func:`margins`. ``kappa = factor * strength(excess -
-    confidence * e)``, ``e`` the standard error of the excess: a lead counts as far as it is not chance. A modality is
-    dominant where its kappa averages more than 0.01 over depths (of all modalities at once only the one whose average
-    is the greatest), weak where another one is dominant and it is not.
+    confidence * e)``, ``e`` the standard error of the excess: a lead counts as far as it is not chance. Roles:
+    :func:`roles`.
     """
     scores, rho = measured.scores, ratios(measured.scores)
     rho_out = ratios(held_out.scores) if held_out is not None else None
@@ -255,10 +267,6 @@ def assess(
         }
 
     kappa, weak_kappa = strengths(excess, errors), strengths(inverse, inverse_errors)
-    dominant = tuple(m for m, row in kappa.items() if sum(row) / len(row) > DOMINANT)
-    if len(dominant) == len(kappa):  # all held at once, nobody would learn
-        dominant = (max(kappa, key=lambda m: sum(kappa[m]) / len(kappa[m])),)
-    weak = tuple(m for m in kappa if dominant and m not in dominant)
     return ModulationTable(
         update,
         rule,
@@ -271,8 +279,7 @@ def assess(
         kappa,
         weak_kappa,
         under_fraction,
-        dominant,
-        weak,
+        *roles(kappa),
         measured.errors,
         held_out.errors if held_out is not None else {},
         errors,
