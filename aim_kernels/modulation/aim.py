@@ -205,7 +205,7 @@ class AIM(Scoring):
         self.schedule = schedule_of(schedule, total_updates, warmup_updates)
         self.guard = Guard() if guard else None
         self.trial_steps = trial_steps
-        self.held_back: frozenset[str] = frozenset()  # what trials have come to
+        self.held_back: frozenset[str] = frozenset()  # by what trials have shown
         self.updates = 0
         self.history: list[ModulationTable] = []
         self.generator = torch.Generator().manual_seed(seed)

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 Train = Callable[[list[Tensor | None], Tensor], Any]
 #: The arm in which everything goes on as it is; every other arm is the modality that changes.
 AS_IT_IS = ""
-#: Pieces of the held-out samples whose mean losses are compared: enough for a standard error good to an eighth.
-PIECES = 32
+#: Pieces of the held-out samples whose mean losses are compared: enough for a standard error good to a sixth.
+PIECES = 16
+#: How often a trial is looked at, in its latter half.
+LOOKS = 4
 
 
 def checked(samples: Samples, held_out: Samples | None, train: Train | None) -> tuple[Samples, Samples, Train]:
@@ -41,12 +43,14 @@ def checked(samples: Samples, held_out: Samples | None, train: Train | None) -> 
 def measure(
     aim: AIM, samples: Samples, held_out: Samples, train: Train, restore: Sequence[Any]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """The mean held-out loss after ``trial_steps`` steps of ``train``, and the standard error of its difference to
-    going on as it is, of every arm: as it is, and with each modality held back that is not, or let go that is. All
-    modalities are never held back at once.
+    """The held-out loss in the latter half of ``trial_steps`` steps of ``train``, and the standard error of its
+    difference to going on as it is, of every arm: as it is, and with each modality held back that is not, or let go
+    that is. All modalities are never held back at once.
 
-    Every arm begins with the weights, states and random state of now, and sees the same batches. Afterwards everything
-    is as it was, also where ``train`` raises.
+    The loss is a mean over four looks; the error joins that of the sample with how unsteadily the difference moves from
+    look to look, since two runs from one state also differ by where they happen to stop. Every arm begins with the
+    weights, states and random state of now, and sees the same batches. Afterwards everything is as it was, also where
+    ``train`` raises.
     """
     inputs, labels = samples
     assert labels is not None
@@ -61,7 +65,9 @@ def measure(
         remembered()
         del aim.history[history:]
 
-    losses: dict[str, Tensor] = {}
+    pieces = _pieces(len(labels), aim.trial_steps)
+    ahead = {look * max(len(pieces) // (2 * LOOKS), 1) for look in range(LOOKS)}  # steps to the end
+    losses: dict[str, Tensor] = {}  # [looks, pieces of the held-out samples]
     try:
         for arm in (AS_IT_IS, *aim.modalities):
             held = aim.held_back ^ ({arm} - {AS_IT_IS})
@@ -72,19 +78,38 @@ def measure(
             table = _table(aim, {m: KAPPA_MAX * (m in held) for m in aim.modalities})
             aim.history.append(table)  # two passes and hooks look there for who is held back
             aim._write_rows(table)
-            for part in torch.arange(len(labels)).tensor_split(min(aim.trial_steps, len(labels))):
-                piece = slice(int(part[0]), int(part[-1]) + 1)
+            looks = []
+            for number, piece in enumerate(pieces, 1):
                 train([None if x is None else x[piece] for x in inputs], labels[piece])
-            losses[arm] = _held_out_losses(aim, held_out)
+                if len(pieces) - number in ahead:
+                    looks.append(_held_out_losses(aim, held_out))
+            losses[arm] = torch.stack(looks)
     finally:
         back(gradients=True)
-    now = losses[AS_IT_IS]
     found = Measured(
         {arm: [float(loss.mean())] for arm, loss in losses.items()},
-        {arm: [float((now - loss).std()) / math.sqrt(len(now))] for arm, loss in losses.items()},
+        {arm: [_error(losses[AS_IT_IS] - loss)] for arm, loss in losses.items()},
     )
     means, errors = aim._averaged(found)
     return {arm: row[0] for arm, row in means.items()}, {arm: row[0] for arm, row in errors.items()}
+
+
+def _pieces(count: int, most: int) -> list[slice]:
+    """``count`` samples in at most so many parts."""
+    parts = torch.arange(count).tensor_split(min(most, count))
+    return [slice(int(part[0]), int(part[-1]) + 1) for part in parts]
+
+
+def _error(difference: Tensor) -> float:
+    """Of its mean; ``[looks, pieces]``."""
+    over_samples = float(difference.mean(0).std()) / math.sqrt(difference.shape[1])
+    looks = difference.mean(1)
+    if len(looks) < 3:
+        return over_samples
+    # Around a line: that the difference grows from look to look is what is looked for.
+    time = torch.linspace(-1.0, 1.0, len(looks), dtype=looks.dtype)
+    rest = looks - looks.mean() - time * (looks @ time) / (time @ time)
+    return math.hypot(over_samples, math.sqrt(float(rest @ rest) / (len(looks) - 2)))
 
 
 def judge(
@@ -150,8 +175,8 @@ def _held_out_losses(aim: AIM, held_out: Samples) -> Tensor:
     inputs, labels = held_out
     assert labels is not None
     with aim.optimizer.true_parameters(), probing(aim.model):
-        found = []
-        for part in torch.arange(len(labels)).tensor_split(min(PIECES, len(labels))):
-            piece = slice(int(part[0]), int(part[-1]) + 1)
-            found.append(aim.loss(aim.model(*(None if x is None else x[piece] for x in inputs)), labels[piece]))
+        found = [
+            aim.loss(aim.model(*(None if x is None else x[piece] for x in inputs)), labels[piece])
+            for piece in _pieces(len(labels), PIECES)
+        ]
         return torch.stack(found).double().cpu()
