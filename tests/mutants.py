@@ -21,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from mutant_list import MUTANTS, Mutant
+from mutant_methods import METHOD_BUGS
 from mutant_packed import PACKED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -151,7 +152,7 @@ def main() -> int:
     chosen, folder = options.names, options.folder.resolve()
     global TREE, KEPT
     TREE, KEPT = folder / "tree", folder / "kept"
-    mutants = [m for m in (*MUTANTS, *PACKED) if not chosen or any(part in m.name for part in chosen)]
+    mutants = [m for m in (*MUTANTS, *PACKED, *METHOD_BUGS) if not chosen or any(part in m.name for part in chosen)]
     if not mutants:
         parser.error(f"no mutant has {' or '.join(chosen)} in its name")
     if options.only:

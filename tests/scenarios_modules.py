@@ -129,6 +129,46 @@ def modules_with_aim(_: Path, kind: str) -> None:
     assert max(strengths) > 0.1 and {row["modality"] for row in together.modulation()} >= {"left", "right"}
 
 
+@scenario(2, kind=["ddp", "fsdp2", "fsdp2-mixed"])
+def trials_agree_and_leave_nothing(_: Path, kind: str) -> None:
+    """Processes whose held-out samples say different things try the same steps, come to one mean, and go back."""
+    model = MODELS[kind]()
+    optimizer = optimizer_of(model)
+    aim = ak.AIM(model, optimizer, CLASSES, trial_steps=4, confidence=0.0)
+    for number in range(30):
+        backward(model, number)
+        optimizer.step()
+    backward(model, 30)
+    optimizer.set_phases(0.0)  # as an update in which nobody is held back writes it
+
+    def everything() -> Any:
+        values = [whole(p).detach().clone() for p in parameters_of(optimizer)]
+        states = [{n: whole(v).clone() for n, v in optimizer.state[p].items()} for p in parameters_of(optimizer)]
+        return [values, states, [whole(p.grad).clone() for p in parameters_of(optimizer)]]
+
+    def train(inputs: Any, labels: Any) -> None:
+        model.zero_grad()
+        nn.functional.cross_entropy(model(*inputs), labels).backward()
+        for p in model.parameters():
+            if not isinstance(model, DistributedDataParallel) and type(p.grad) is Tensor:
+                dist.all_reduce(p.grad)
+                p.grad /= dist.get_world_size()
+        optimizer.step()
+
+    before = everything()
+    *inputs, labels = batch(2, count=12)
+    left, right, classes = batch(3 + dist.get_rank(), count=32)
+    others = [left, right.flip(0)]  # what tells most is of no use here
+    for _ in range(3):
+        table = aim.update(inputs, labels, held_out=(others, classes), train=train)
+        said: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(said, repr(table))
+        assert table.rule == "trial" and len(set(said)) == 1
+        if not aim.history[0].dominant:
+            same_bits(before, everything())
+    assert aim.held_back, "nobody was held back: this test tells little"
+
+
 @scenario(2)
 def gathered_weights_are_not_used_again(_: Path) -> None:
     """FSDP2 keeps the root's gathered weights after a forward pass without a backward one. Exchanging live for true

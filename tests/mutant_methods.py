@@ -1,0 +1,118 @@
+"""More of mutant_list.py: AIM's trials, its rivals and controls."""
+
+from __future__ import annotations
+
+from mutant_list import Mutant
+
+TRIALS, SNAPSHOT, METHODS = "aim_kernels/modulation/trials.py", "aim_kernels/snapshot.py", "aim_kernels/methods/"
+BY_HAND = "test_trials.py::test_losses_are_those_of_training_by_hand"
+UNDONE = "test_trials.py::test_everything_is_as_it_was"
+
+METHOD_BUGS = (
+    # -- trials
+    Mutant(
+        "trials are judged by live weights",
+        TRIALS,
+        "with aim.optimizer.true_parameters(), probing(aim.model):",
+        "with probing(aim.model):",
+        "the arm that is held back would be judged by its degraded network",
+        (BY_HAND,),
+    ),
+    Mutant(
+        "arms begin where the last one ended",
+        TRIALS,
+        "            back(gradients=False)\n",
+        "",
+        "three trials in a row instead of three trials from one state",
+        (BY_HAND,),
+    ),
+    Mutant(
+        "a growing difference counts as unsteady",
+        TRIALS,
+        "rest = looks - looks.mean() - time * (looks @ time) / (time @ time)",
+        "rest = looks - looks.mean()",
+        "what is looked for would be its own error; on coloured digits nobody is found then",
+        (BY_HAND,),
+    ),
+    Mutant(
+        "everybody is held back",
+        TRIALS,
+        "if len(held) == len(aim.modalities):",
+        "if False:",
+        "nobody would learn",
+        ("test_trials.py::test_a_shortcut_is_held_back_and_let_go_when_it_is_none",),
+    ),
+    Mutant(
+        "modalities that are not sure are held back",
+        TRIALS,
+        "if gain > confidence * errors[m] + dead_zone * abs(now)}",
+        "if gain > dead_zone * abs(now)}",
+        "chance decides",
+        ("test_trials.py::test_one_sure_move",),
+    ),
+    Mutant(
+        "states that a trial made stay",
+        SNAPSHOT,
+        "        optimizer.state.clear()\n",
+        "",
+        "masters that came in a trial would be the true weights of what is trained on",
+        (f"{UNDONE}[before the first step]",),
+    ),
+    Mutant(
+        "random numbers that a trial drew are gone",
+        SNAPSHOT,
+        "        torch.set_rng_state(self._random[0])\n",
+        "",
+        "dropout would differ from a run without trials, and from arm to arm",
+        (UNDONE, BY_HAND),
+    ),
+    Mutant(
+        "accumulated gradients are gone",
+        SNAPSHOT,
+        "p.grad = grad if gradients else None",
+        "p.grad = None",
+        "what was accumulated before the update",
+        (UNDONE,),
+    ),
+    Mutant(
+        "a failed trial leaves its features dropped",
+        "aim_kernels/modulation/drop.py",
+        "            self.drop = drop\n",
+        "",
+        "where the last arm was held back, training would go on as in it",
+        ("test_trials.py::test_a_trial_that_fails_leaves_nothing",),
+    ),
+    # -- rivals
+    Mutant(
+        "gradients that agree are weighed as if they did not",
+        f"{METHODS}mmpareto.py",
+        "k = torch.where(mm_own > 0.0, torch.full_like(shortest, 0.5), shortest)",
+        "k = shortest",
+        "MMPareto takes the shortest combination only where gradients point apart",
+        ("test_methods_gradients.py::test_mmpareto",),
+    ),
+    Mutant(
+        "the modality that is behind is held back",
+        f"{METHODS}inforeg.py",
+        "gap = scores - mean_of_others(scores)",
+        "gap = mean_of_others(scores) - scores",
+        "the sign of a difference",
+        ("test_methods_gradients.py::test_inforeg",),
+    ),
+    Mutant(
+        "a leader by training accuracy",
+        f"{METHODS}pdmp.py",
+        "xs, ys = (inputs, labels) if held_out is None else held_out",
+        "xs, ys = inputs, labels",
+        "the modality that is memorized first would lead",
+        ("test_methods_rows.py::test_pdmp_ranks_modalities_by_held_out_accuracy",),
+    ),
+    Mutant(
+        "the share of the weakest is flattened",
+        f"{METHODS}sam.py",
+        "v = self.share.max()",
+        "v = self.share.min()",
+        "M-SAM flattens the dominant modality's part of the loss",
+        ("test_methods_gradients.py::test_m_sam",),
+    ),
+)
