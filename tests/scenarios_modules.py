@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,11 @@ def batch(number: int, rank: int | None = None, count: int = 8) -> tuple[Tensor,
 
 def backward(model: nn.Module, number: int) -> None:
     *inputs, labels = batch(number)
+    backward_of(model, inputs, labels)
+
+
+def backward_of(model: nn.Module, inputs: Sequence[Tensor], labels: Tensor) -> None:
+    """Gradients that all ranks share: what DDP and FSDP2 do not average is averaged here."""
     model.zero_grad()
     nn.functional.cross_entropy(model(*inputs), labels).backward()
     for p in model.parameters():
@@ -147,12 +152,7 @@ def trials_agree_and_leave_nothing(_: Path, kind: str) -> None:
         return [values, states, [whole(p.grad).clone() for p in parameters_of(optimizer)]]
 
     def train(inputs: Any, labels: Any) -> None:
-        model.zero_grad()
-        nn.functional.cross_entropy(model(*inputs), labels).backward()
-        for p in model.parameters():
-            if not isinstance(model, DistributedDataParallel) and type(p.grad) is Tensor:
-                dist.all_reduce(p.grad)
-                p.grad /= dist.get_world_size()
+        backward_of(model, inputs, labels)
         optimizer.step()
 
     before = everything()
