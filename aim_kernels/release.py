@@ -184,6 +184,10 @@ class Release:
         finally:
             self._accumulating -= 1
 
+    def forget(self) -> None:
+        """Gives up a step that backward has begun, where the weights before it are back."""
+        self._open = self._plan = self._view = None
+
     def remove(self) -> None:
         """Undoes ``step_in_backward``.
 

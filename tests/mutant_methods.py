@@ -53,7 +53,7 @@ METHOD_BUGS = (
     Mutant(
         "states that a trial made stay",
         SNAPSHOT,
-        "        optimizer.state.clear()\n",
+        "        own.state.clear()\n",
         "",
         "masters that came in a trial would be the true weights of what is trained on",
         (f"{UNDONE}[before the first step]",),

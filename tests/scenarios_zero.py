@@ -13,7 +13,7 @@ import torch.distributed as dist
 from helpers import parameters_of, same_bits
 from places import enter
 from scenarios import agree, same_sums, scenario
-from scenarios_modules import CLASSES, backward, batch, ddp, follow, optimizer_of, plain
+from scenarios_modules import CLASSES, backward, batch, ddp, follow, optimizer_of, plain, tries_leave_nothing
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
@@ -98,6 +98,12 @@ def zero_redundancy(folder: Path, buckets: bool) -> None:
         alike(alone, zero, "loaded")
     for number in range(4, 7):
         step(number)
+
+
+@scenario(2)
+def trials_under_zero(_: Path) -> None:
+    model = ddp()
+    tries_leave_nothing(model, zero_of(model))
 
 
 @scenario(4, backend=["cpu", "reference", "cuda"])

@@ -86,13 +86,16 @@ def test_by_its_defaults_aim_tries_and_adds_losses() -> None:
     """Without held-out samples there is nothing to try by; with them, steps with the modalities' own losses."""
     defaults = {name: p.default for name, p in inspect.signature(AIMMethod).parameters.items()}
     assert defaults["unimodal_weight"] == 0.3
-    _, method = made("aim", probe=LED_BY_A)
     inputs, labels = batch(2)
-    steps = []
-    method.step = lambda inputs, labels: steps.append(len(labels))
-    assert method.update(inputs, labels).rule == "ratio" and not steps
-    table = method.update(inputs, labels, held_out=batch(2, seed=1))
-    assert table.rule == "trial" and sum(steps) == 3 * len(labels) and set(table.trial_losses) == {"", "a", "b"}
+    for options, rule in (({}, "trial"), ({"probe": LED_BY_A}, "gap"), ({"probe": LED_BY_A, "rule": "trial"}, "trial")):
+        _, method = made("aim", trial_steps=4, **options)
+        steps: list[int] = []
+        method.step = lambda inputs, labels, steps=steps: steps.append(len(labels))
+        if "rule" not in options:
+            assert method.update(inputs, labels).rule == "ratio" and not steps
+        table = method.update(inputs, labels, held_out=batch(2, seed=1))
+        assert table.rule == rule
+        assert sum(steps) == len(table.trial_losses) * len(labels) and bool(steps) == (rule == "trial")
     control, control_loss = (made(name, **options)[1] for name, options in (
         ("aim", {"unimodal_weight": 0.3}), ("sum-of-losses", {"unimodal_weight": 0.3})
     ))  # fmt: skip
@@ -139,6 +142,19 @@ def test_no_mask_degrades_every_weight_of_a_dominant_block(mixing: str) -> None:
             degraded = "encoders.0" in name and p.dim() > 1
             expected = (1.0 - table.kappa["a"][depth]) * p if degraded else p
             torch.testing.assert_close(seen, expected.detach(), rtol=1e-12, atol=1e-15)
+
+
+def test_no_mask_tries_rows_without_a_mask() -> None:
+    """What is tried as it is is what is in force."""
+    _, method = made("no-mask", rule="trial", trial_steps=2)
+    method.aim.held_back = frozenset({"a"})
+    seen = []
+    method.step = lambda *_: seen.append(method.optimizer.tables.rows.clone())
+    method.aim.confidence = 1e9
+    method.update(*batch(2), held_out=batch(2, seed=1))
+    rows = method.optimizer.tables.rows
+    assert torch.equal(seen[0], rows) and not torch.equal(seen[-1], rows)
+    assert rows[:, ROW["aux_live_under"]].min() < 1e-5
 
 
 @pytest.mark.parametrize("name", ["drop", "feature-scale"])

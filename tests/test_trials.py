@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from aim_helpers import CLASSES, Net, batch, build, phase_rows, train
+from aim_helpers import CLASSES, Net, batch, build, fixed, phase_rows, train
 from torch import nn
 
 import aim_kernels as ak
@@ -272,6 +273,115 @@ def test_what_else_a_step_changes_is_restored() -> None:
     assert scaler.state_dict() != state, "the case tells nothing"
 
 
+class Replacing(nn.Module):
+    """A buffer that every pass replaces, and one that shares memory with itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("ones", torch.ones(1).expand(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return x * self.ones - self.mean
+
+
+def test_buffers_options_and_random_numbers_are_restored() -> None:
+    model, optimizer = build(normalization=Replacing())
+    optimizer.param_groups[1]["lr"] = torch.tensor(0.01)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    aim = AIM(model, optimizer, CLASSES, rule="trial", confidence=1e9)
+    train(model, optimizer, 2)
+    draws: list[Any] = []
+
+    def step(inputs: Any, labels: Any) -> None:
+        draws.append((random.random(), np.random.rand(), torch.rand(()).item()))
+        stepper(model, optimizer)(inputs, labels)
+        scheduler.step()
+        optimizer.param_groups[0]["new"] = 1
+
+    def rates() -> list[Any]:
+        return [float(group["lr"]) for group in optimizer.param_groups]
+
+    buffers, rate = dict(model.a[1][1].named_buffers()), optimizer.param_groups[1]["lr"]
+    mean, before, chance = buffers["mean"].clone(), rates(), (random.getstate(), np.random.get_state()[1].copy())
+    aim.update(*batch(32), held_out=batch(32, seed=1), train=step, restore=[scheduler])
+    assert draws[:16] == draws[16:32] == draws[32:], "every arm draws the same"
+    assert random.getstate() == chance[0] and (np.random.get_state()[1] == chance[1]).all()
+    assert rates() == before and optimizer.param_groups[1]["lr"] is rate
+    assert "new" not in optimizer.param_groups[0]
+    after = dict(model.a[1][1].named_buffers())
+    assert after["mean"] is buffers["mean"] and torch.equal(after["mean"], mean)
+
+
+def test_steps_inside_backward() -> None:
+    """Undone to the bit; a backward that fails half way leaves no step open."""
+    model, optimizer = build()
+    release = ak.step_in_backward(optimizer, model)
+    aim = AIM(model, optimizer, CLASSES, rule="trial", confidence=1e9)
+    train(model, optimizer, 3)
+    before = everything(model, optimizer)
+    aim.update(*batch(), held_out=batch(seed=1), train=stepper(model, optimizer))
+    assert same(before, everything(model, optimizer))
+
+    def fails(inputs: Any, labels: Any) -> None:
+        nn.functional.cross_entropy(model(*inputs), labels).backward()
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        aim.update(*batch(), held_out=batch(seed=1), train=fails)
+    assert not release.is_open and same(before, everything(model, optimizer))
+    train(model, optimizer, 1)
+
+
+def test_labels_are_whatever_the_loss_takes_and_pieces_no_larger_than_batch_size() -> None:
+    model, optimizer = build()
+    sizes = []
+    model.register_forward_hook(lambda _module, inputs, _output: sizes.append(len(inputs[0])))
+
+    def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return nn.functional.binary_cross_entropy_with_logits(outputs, targets)
+
+    def step(inputs: Any, labels: Any) -> None:
+        optimizer.zero_grad()
+        loss(model(*inputs), labels).backward()
+        optimizer.step()
+
+    tables = []
+    for batch_size in (3, 512):
+        aim = AIM(model, optimizer, CLASSES, rule="trial", loss=loss, confidence=1e9, batch_size=batch_size)
+        (inputs, labels), (others, classes) = batch(32), batch(80, seed=1)
+        targets = [nn.functional.one_hot(y, CLASSES).float() for y in (labels, classes)]
+        sizes.clear()
+        torch.manual_seed(0)
+        tables.append(aim.update(inputs, targets[0], held_out=(others, targets[1]), train=step))
+        assert max(sizes) == min(batch_size, 5)  # 80 samples in 16 pieces
+    assert tables[0].trial_losses == pytest.approx(tables[1].trial_losses, rel=1e-5)
+
+
+def test_trials_train_in_training_mode() -> None:
+    """After a validation the model is in evaluation mode, in which features are not mixed."""
+    model, optimizer = build()
+    train(model, optimizer, 20)
+    model.eval()
+    aim = AIM(model, optimizer, CLASSES, rule="trial", mixing="features")
+    table = aim.update(*batch(), held_out=batch(seed=1, shortcut=False), train=stepper(model, optimizer))
+    assert not model.training and len(set(table.trial_losses.values())) == 3
+
+
+def test_after_another_rule_what_it_set_is_as_it_is() -> None:
+    model, optimizer = build()
+    aim = AIM(model, optimizer, CLASSES, probe=fixed((0.9, 0.9), (0.1, 0.1, 0.1)))
+    aim.held_back = frozenset({"b"})
+    aim.update(*batch())
+    assert aim.held_back == {"a"}
+    table = aim.update(*batch(), held_out=batch(seed=1), train=stepper(model, optimizer))
+    assert table.rule == "trial" and "b" not in table.trial_losses
+    inputs, labels = batch()
+    assert aim.update([None, inputs[1]], labels).scores["a"] == [0.9, 0.9], "not what trials made of it"
+
+
 def test_a_run_goes_on_from_its_state() -> None:
     held_out = batch(96, seed=1, shortcut=False)
 
@@ -329,6 +439,8 @@ def test_what_is_missing() -> None:
         AIM(model, optimizer, CLASSES, rule="trial", probe=lambda *_: 1 / 0).update(
             batch()[0], held_out=batch(seed=1), train=step
         )
+    with pytest.raises(ValueError, match="trial_steps=16 batches, and got 9 samples; pass 16 times your batch size"):
+        aim.update(*batch(9), held_out=batch(seed=1), train=step)
     with pytest.raises(ValueError, match="at least two held-out samples"):
         aim.update(*batch(), held_out=batch(1), train=step)
     with pytest.raises(ValueError, match="trial_steps must be at least 1, got 0"):

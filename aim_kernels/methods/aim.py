@@ -18,8 +18,8 @@ class AIMMethod(Method):
     ``num_classes=None``: that of the blocks. ``unimodal_weight`` times the sum of the modalities' own cross entropies
     is added to the loss (0: the joint loss alone), which makes every encoder better by itself, held back or not: not
     the paper's, but what several rivals owe their encoders to (docs/comparison.md). ``options`` go to AIM, whose rule
-    is "trial" in updates with ``held_out``: what is tried are steps of this method. With ``mixing="split"`` a step is
-    ``AIM.backward(closure)``, two passes, and the optimizer's step.
+    is "trial" in updates with labels and ``held_out``, unless a ``probe`` is named: tried are steps of this method.
+    With ``mixing="split"`` a step is ``AIM.backward(closure)``, two passes, and the optimizer's step.
 
     Raises ValueError where neither tells the number of classes, for a negative ``unimodal_weight``, and what AIM
     raises.
@@ -44,6 +44,7 @@ class AIMMethod(Method):
         num_classes = blocks.num_classes if num_classes is None else num_classes
         if num_classes is None:
             raise ValueError("num_classes is given neither here nor in the blocks")
+        self.tries = "probe" not in options  # whoever names a probe wants scores
         self.aim = self.make(blocks.model, self.optimizer, num_classes, seed=seed, **options)
 
     @property
@@ -58,7 +59,8 @@ class AIMMethod(Method):
         held_out: tuple[Sequence[Tensor], Tensor | None] | None = None,
     ) -> Any:
         """Returns AIM's table."""
-        table = self.aim.update(inputs, labels, held_out=held_out, train=self.step)
+        tries = self.aim.rule == "trial" or (self.tries and labels is not None)
+        table = self.aim.update(inputs, labels, held_out=held_out, train=self.step if tries else None)
         super().update(inputs, labels, held_out)
         return table
 

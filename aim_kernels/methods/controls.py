@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +10,9 @@ from torch import Tensor
 from aim_kernels.methods.aim import AIMMethod
 from aim_kernels.methods.base import Blocks, Method, Outputs, check_apply_to, check_at_least
 from aim_kernels.methods.scores import unimodal_losses
+from aim_kernels.modulation.aim import AIM
 from aim_kernels.modulation.drop import FeatureDrop
+from aim_kernels.modulation.strengths import ModulationTable
 from aim_kernels.rows import PHASE_COLUMNS, PHASES, ROW
 
 
@@ -39,17 +40,11 @@ class FeatureScale(Drop):
     make = FeatureScaling
 
 
-class NoMask(AIMMethod):
-    """AIM where every weight of a dominant block counts as well optimized: all of them are degraded, and learn as those
-    do. In the auxiliary phase ``live_under = live_well = 1 - kappa``. Source: this library's control."""
+class AIMWithoutMask(AIM):
+    """AIM whose rows do not tell classes apart: under-optimized weights get what well-optimized ones get."""
 
-    def update(
-        self,
-        inputs: Sequence[Tensor],
-        labels: Tensor | None = None,
-        held_out: tuple[Sequence[Tensor], Tensor | None] | None = None,
-    ) -> Any:
-        table = super().update(inputs, labels, held_out)
+    def _write_rows(self, table: ModulationTable) -> None:
+        super()._write_rows(table)
         for index, group in enumerate(self.optimizer.param_groups):
             if group.get("modulated") and group.get("modality") in table.dominant:
                 row = self.optimizer.tables.rows[index].tolist()
@@ -58,7 +53,13 @@ class NoMask(AIMMethod):
                     for phase in PHASES
                 }
                 self.optimizer.set_phase_rows(index, **columns)
-        return table
+
+
+class NoMask(AIMMethod):
+    """AIM where every weight of a dominant block counts as well optimized: all of them are degraded, and learn as those
+    do. In the auxiliary phase ``live_under = live_well = 1 - kappa``. Source: this library's control."""
+
+    make = AIMWithoutMask
 
 
 class SumOfLosses(Method):

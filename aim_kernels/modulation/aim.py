@@ -250,34 +250,37 @@ class AIM(Scoring):
         flags, gradients and the global random state stay as they were; where it raises, no row and no state has
         changed.
 
-        Under ``rule="trial"`` ``trial_steps`` steps are tried on the samples and undone: as it is, then with each
-        modality wholly held back that is not, or let go that is. The move whose held-out loss is the lowest is made, if
+        Under ``rule="trial"`` the samples are cut into ``trial_steps`` batches (so pass that many times your batch
+        size), on which steps are tried and undone: as it is, then with each modality wholly held back that is not, or
+        let go that is. The move whose held-out loss is the lowest is made, if
         it gains more than ``confidence`` standard errors of the paired difference; ``kappa`` is then 1 (1 - 1e-6) at
         every depth, or 0. ``train(inputs, labels)`` is one step of your loop, from ``zero_grad`` to
         ``optimizer.step()``, without the scheduler; ``restore``: whatever else it changes, with ``state_dict`` and
-        ``load_state_dict`` (a GradScaler). It costs at most (modalities + 1) x ``trial_steps`` steps and a copy of
-        weights and states. Other rules do not look at ``train``.
+        ``load_state_dict`` (a GradScaler). Labels may be whatever ``loss`` and ``train`` take. It costs at most
+        (modalities + 1) times ``trial_steps`` steps and four passes over the held-out samples, and a copy of weights,
+        states and gradients. Other rules do not look at ``train``.
 
         Raises ValueError, saying what to do: missing labels, another number of inputs, unequal lengths, labels out of
         range, a rule or a guard that needs ``held_out`` without it, no input and no earlier score, a probe's table of
         another shape or with negative scores, trials without ``train``.
         """
-        samples = self._checked("", inputs, labels)
         rule = self.rule or ("ratio" if held_out is None else "gap" if train is None else "trial")
+        tries = rule == "trial"
+        samples = self._checked("", inputs, labels, plain=tries)
         if rule != "ratio" and held_out is None:
             raise ValueError(f"rule={rule!r} compares training with held-out scores; pass held_out=(inputs, labels)")
         if self.guard is not None and held_out is None:
             raise ValueError("guard=True watches the held-out loss; pass held_out=(inputs, labels)")
         if self.probe == "gradient-norm" and rule not in ("ratio", "trial"):
             raise ValueError("probe='gradient-norm' has no held-out scores; use rule='ratio'")
-        outside = None if held_out is None else self._checked("held-out ", *held_out)
+        outside = None if held_out is None else self._checked("held-out ", *held_out, plain=tries)
         factor, joint_loss = self.schedule(self.updates), None
         generator_state = self.generator.get_state()
         try:
-            if rule == "trial":
-                tried = trials.measure(self, *trials.checked(samples, outside, train), restore)
+            if tries:
+                tried = trials.measure(self, *trials.checked(samples, outside, train, self.trial_steps), restore)
             with self.optimizer.true_parameters(), probing(self.model):
-                if rule != "trial":
+                if not tries:
                     scores, held_out_scores = self._scores(samples, outside)
                 if self.guard is not None and outside is not None:
                     joint_loss = self._joint_loss(outside)
@@ -288,7 +291,7 @@ class AIM(Scoring):
             held_back = bool(self.history) and bool(self.history[-1].dominant)
             factor *= self.guard.update(joint_loss, held_back)
         confidence = CONFIDENCE[rule] if self.confidence is None else self.confidence
-        if rule == "trial":
+        if tries:
             before = self.held_back
             self.held_back = trials.judge(before, *tried, self.dead_zone, confidence)
             table = trials.table_of(self, before, *tried, factor)
@@ -304,6 +307,7 @@ class AIM(Scoring):
                 confidence=confidence,
                 factor=factor,
             )
+            self.held_back = frozenset(table.dominant)
         self._write_rows(table)
         self.updates += 1
         self.history.append(table)

@@ -81,8 +81,11 @@ class Scoring:
             modules[group["modality"]][group["depth"]] = module
         return {m: [module for module in row if module is not None] for m, row in modules.items()}
 
-    def _checked(self, what: str, inputs: Sequence[Tensor | None] | Tensor, labels: Tensor | None) -> Samples:
-        """One batch, or an exception that says what is wrong with it."""
+    def _checked(
+        self, what: str, inputs: Sequence[Tensor | None] | Tensor, labels: Tensor | None, plain: bool = False
+    ) -> Samples:
+        """One batch, or an exception that says what is wrong with it. ``plain``: labels are for the loss alone, and may
+        be whatever it takes."""
         if isinstance(inputs, Tensor) or len(inputs) != len(self.modalities):
             got = "one tensor" if isinstance(inputs, Tensor) else f"{len(inputs)}"
             raise ValueError(
@@ -92,7 +95,7 @@ class Scoring:
         if all(x is None for x in inputs):
             raise ValueError(f"{what}inputs are all None; give at least one modality")
         if labels is None:
-            if self.probe in ("prototypes", "linear"):
+            if self.probe in ("prototypes", "linear") and not plain:
                 raise ValueError(
                     f"probe={self.probe!r} needs {what}labels; pass them, or use probe='gradient-norm' or a callable"
                 )
@@ -101,6 +104,8 @@ class Scoring:
             if x is not None and (len(x) != len(labels) or len(x) == 0):
                 raise ValueError(f"{what}input of {modality!r} has {len(x)} samples, {what}labels have {len(labels)}")
         labels = labels.to(next(x.device for x in inputs if x is not None))
+        if plain:
+            return list(inputs), labels
         if self.targets == "quantiles":
             if not labels.is_floating_point() or labels.dim() > 2 or labels[0].numel() != 1:
                 raise ValueError(
@@ -151,7 +156,8 @@ class Scoring:
 
     def _previous(self, missing: Sequence[str], both: bool) -> tuple[Measured, Measured]:
         """What the latest update measured in training and outside of it, for modalities that now have no input."""
-        latest = self.history[-1] if self.history else None
+        scored = (table for table in reversed(self.history) if table.rule != "trial")
+        latest = next(scored, None) if missing else None
         if missing and (latest is None or (both and latest.held_out_scores is None)):
             raise ValueError(
                 f"the input of {missing[0]!r} is None, and there is no earlier update whose "

@@ -29,12 +29,19 @@ PIECES = 16
 LOOKS = 4
 
 
-def checked(samples: Samples, held_out: Samples | None, train: Train | None) -> tuple[Samples, Samples, Train]:
+def checked(
+    samples: Samples, held_out: Samples | None, train: Train | None, steps: int
+) -> tuple[Samples, Samples, Train]:
     """What trials need. Raises ValueError where something is missing."""
     if train is None:
         raise ValueError("rule='trial' tries training steps; pass train=, one step as train(inputs, labels)")
     if held_out is None or samples[1] is None or held_out[1] is None:
         raise ValueError("rule='trial' compares held-out losses; pass labels and held_out=(inputs, labels)")
+    if len(samples[1]) < steps:
+        raise ValueError(
+            f"rule='trial' cuts the samples into trial_steps={steps} batches, and got {len(samples[1])} samples; pass "
+            f"{steps} times your batch size"
+        )
     if len(held_out[1]) < 2:
         raise ValueError("rule='trial' needs at least two held-out samples for a standard error")
     return samples, held_out, train
@@ -75,23 +82,32 @@ def measure(
                 continue
             back(gradients=False)
             aim.optimizer.train()
+            if not aim.model.training:  # after a validation
+                aim.model.train()
             table = _table(aim, {m: KAPPA_MAX * (m in held) for m in aim.modalities})
             aim.history.append(table)  # two passes and hooks look there for who is held back
             aim._write_rows(table)
-            looks = []
+            seen = []
             for number, piece in enumerate(pieces, 1):
                 train([None if x is None else x[piece] for x in inputs], labels[piece])
                 if len(pieces) - number in ahead:
-                    looks.append(_held_out_losses(aim, held_out))
-            losses[arm] = torch.stack(looks)
+                    seen.append(_held_out_losses(aim, held_out))
+            losses[arm] = torch.stack(seen)
     finally:
         back(gradients=True)
-    found = Measured(
-        {arm: [float(loss.mean())] for arm, loss in losses.items()},
-        {arm: [_error(losses[AS_IT_IS] - loss)] for arm, loss in losses.items()},
+    # Processes have samples of their own, which make the mean surer, and one path through the weights, which does not.
+    looks, sampled = aim._averaged(
+        Measured(
+            {arm: loss.mean(1).tolist() for arm, loss in losses.items()},
+            {arm: [_over_samples(losses[AS_IT_IS] - loss)] * len(loss) for arm, loss in losses.items()},
+        )
     )
-    means, errors = aim._averaged(found)
-    return {arm: row[0] for arm, row in means.items()}, {arm: row[0] for arm, row in errors.items()}
+    means = {arm: sum(row) / len(row) for arm, row in looks.items()}
+    errors = {
+        arm: math.hypot(sampled[arm][0], _unsteadiness([a - b for a, b in zip(looks[AS_IT_IS], row, strict=True)]))
+        for arm, row in looks.items()
+    }
+    return means, errors
 
 
 def _pieces(count: int, most: int) -> list[slice]:
@@ -100,16 +116,19 @@ def _pieces(count: int, most: int) -> list[slice]:
     return [slice(int(part[0]), int(part[-1]) + 1) for part in parts]
 
 
-def _error(difference: Tensor) -> float:
-    """Of its mean; ``[looks, pieces]``."""
-    over_samples = float(difference.mean(0).std()) / math.sqrt(difference.shape[1])
-    looks = difference.mean(1)
+def _over_samples(difference: Tensor) -> float:
+    """Standard error of the mean difference over samples; ``[looks, pieces]``."""
+    return float(difference.mean(0).std()) / math.sqrt(difference.shape[1])
+
+
+def _unsteadiness(differences: Sequence[float]) -> float:
+    """Standard deviation from look to look around a line: that the difference grows is what is looked for."""
+    looks = torch.tensor(differences, dtype=torch.float64)
     if len(looks) < 3:
-        return over_samples
-    # Around a line: that the difference grows from look to look is what is looked for.
+        return 0.0
     time = torch.linspace(-1.0, 1.0, len(looks), dtype=looks.dtype)
     rest = looks - looks.mean() - time * (looks @ time) / (time @ time)
-    return math.hypot(over_samples, math.sqrt(float(rest @ rest) / (len(looks) - 2)))
+    return math.sqrt(float(rest @ rest) / (len(looks) - 2))
 
 
 def judge(
@@ -175,8 +194,12 @@ def _held_out_losses(aim: AIM, held_out: Samples) -> Tensor:
     inputs, labels = held_out
     assert labels is not None
     with aim.optimizer.true_parameters(), probing(aim.model):
-        found = [
-            aim.loss(aim.model(*(None if x is None else x[piece] for x in inputs)), labels[piece])
-            for piece in _pieces(len(labels), PIECES)
-        ]
-        return torch.stack(found).double().cpu()
+        found = []
+        for piece in _pieces(len(labels), PIECES):
+            total = torch.zeros((), dtype=torch.float64)
+            for start in range(piece.start, piece.stop, aim.batch_size):
+                part = slice(start, min(start + aim.batch_size, piece.stop))
+                loss = aim.loss(aim.model(*(None if x is None else x[part] for x in inputs)), labels[part])
+                total = total.to(loss.device) + loss.double() * (part.stop - part.start)
+            found.append(total / (piece.stop - piece.start))
+        return torch.stack(found).cpu()
