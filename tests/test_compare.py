@@ -227,6 +227,9 @@ def test_costs_are_medians_of_the_latest_commit(tmp_path: Path) -> None:
         ["digits", "aim", "2.50", "1.25", "30.00", "12"],
     ]
     assert report._costs(tmp_path / "none.csv") == []
+    report.write(Folder(tmp_path))
+    written = (tmp_path / "report.md").read_text()
+    assert "| digits | aim | 2.50 | 1.25 |" in written and "Nothing was trained" in written
 
 
 def test_cost_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:

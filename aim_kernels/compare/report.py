@@ -210,6 +210,8 @@ def _costs(path: Path) -> list[list[str]]:
 
 def protocol(lines: Sequence[Line]) -> str:
     """How the numbers came about."""
+    if not lines:
+        return "Nothing was trained: results.csv has no lines that are reported."
     versions = sorted({f"{line.commit or 'no checkout'}, torch {line.torch}" for line in lines})
     settings = ", ".join(f"{name} {value}" for name, value in HYPERPARAMETERS.items())
     networks = sorted({f"{line.backbone} {line.width}" for line in lines})
