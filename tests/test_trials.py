@@ -439,8 +439,6 @@ def test_what_is_missing() -> None:
         AIM(model, optimizer, CLASSES, rule="trial", probe=lambda *_: 1 / 0).update(
             batch()[0], held_out=batch(seed=1), train=step
         )
-    with pytest.raises(ValueError, match="trial_steps=16 batches, and got 9 samples; pass 16 times your batch size"):
-        aim.update(*batch(9), held_out=batch(seed=1), train=step)
     with pytest.raises(ValueError, match="at least two held-out samples"):
         aim.update(*batch(), held_out=batch(1), train=step)
     with pytest.raises(ValueError, match="trial_steps must be at least 1, got 0"):

@@ -251,10 +251,10 @@ class AIM(Scoring):
         changed.
 
         Under ``rule="trial"`` the samples are cut into ``trial_steps`` batches (so pass that many times your batch
-        size), on which steps are tried and undone: as it is, then with each modality wholly held back that is not, or
-        let go that is. The move whose held-out loss is the lowest is made, if
-        it gains more than ``confidence`` standard errors of the paired difference; ``kappa`` is then 1 (1 - 1e-6) at
-        every depth, or 0. ``train(inputs, labels)`` is one step of your loop, from ``zero_grad`` to
+        size; fewer samples than that are as many batches of one), on which steps are tried and undone: as it is, then
+        with each modality wholly held back that is not, or let go that is. The move whose held-out loss is the lowest
+        is made, if it gains more than ``confidence`` standard errors of the paired difference; ``kappa`` is then 1
+        (1 - 1e-6) at every depth, or 0. ``train(inputs, labels)`` is one step of your loop, from ``zero_grad`` to
         ``optimizer.step()``, without the scheduler; ``restore``: whatever else it changes, with ``state_dict`` and
         ``load_state_dict`` (a GradScaler). Labels may be whatever ``loss`` and ``train`` take. It costs at most
         (modalities + 1) times ``trial_steps`` steps and four passes over the held-out samples, and a copy of weights,
@@ -278,7 +278,7 @@ class AIM(Scoring):
         generator_state = self.generator.get_state()
         try:
             if tries:
-                tried = trials.measure(self, *trials.checked(samples, outside, train, self.trial_steps), restore)
+                tried = trials.measure(self, *trials.checked(samples, outside, train), restore)
             with self.optimizer.true_parameters(), probing(self.model):
                 if not tries:
                     scores, held_out_scores = self._scores(samples, outside)

@@ -29,19 +29,12 @@ PIECES = 16
 LOOKS = 4
 
 
-def checked(
-    samples: Samples, held_out: Samples | None, train: Train | None, steps: int
-) -> tuple[Samples, Samples, Train]:
+def checked(samples: Samples, held_out: Samples | None, train: Train | None) -> tuple[Samples, Samples, Train]:
     """What trials need. Raises ValueError where something is missing."""
     if train is None:
         raise ValueError("rule='trial' tries training steps; pass train=, one step as train(inputs, labels)")
     if held_out is None or samples[1] is None or held_out[1] is None:
         raise ValueError("rule='trial' compares held-out losses; pass labels and held_out=(inputs, labels)")
-    if len(samples[1]) < steps:
-        raise ValueError(
-            f"rule='trial' cuts the samples into trial_steps={steps} batches, and got {len(samples[1])} samples; pass "
-            f"{steps} times your batch size"
-        )
     if len(held_out[1]) < 2:
         raise ValueError("rule='trial' needs at least two held-out samples for a standard error")
     return samples, held_out, train
