@@ -30,7 +30,7 @@ test: build  ## install, build and run every test that needs no GPU, style check
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not gpu" $(PYTEST_ARGS)
 
 MUTANTS ?=
-mutants: build  ## plant the bugs of tests/mutant_list.py, one at a time: every one has to be caught
+mutants: build  ## plant the bugs of tests/mutant_*.py, one at a time: every one has to be caught
 	$(BIN)/python tests/mutants.py $(MUTANTS)
 
 # Times the examples of the suite, and others in every run.

@@ -1,4 +1,4 @@
-"""Plants the bugs of mutant_list.py, one at a time, and tells which test catches each: ``make mutants``, or
+"""Plants the bugs of planted.py, one at a time, and tells which test catches each: ``make mutants``, or
 
     python tests/mutants.py [part of a name ...]
 
@@ -20,9 +20,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from mutant_list import MUTANTS, Mutant
-from mutant_methods import METHOD_BUGS
-from mutant_packed import PACKED
+from mutant_list import Mutant
+from planted import EVERYTHING
 
 ROOT = Path(__file__).resolve().parent.parent
 TREE, KEPT = (ROOT / "build" / "mutants" / name for name in ("tree", "kept"))
@@ -152,7 +151,7 @@ def main() -> int:
     chosen, folder = options.names, options.folder.resolve()
     global TREE, KEPT
     TREE, KEPT = folder / "tree", folder / "kept"
-    mutants = [m for m in (*MUTANTS, *PACKED, *METHOD_BUGS) if not chosen or any(part in m.name for part in chosen)]
+    mutants = [m for m in EVERYTHING if not chosen or any(part in m.name for part in chosen)]
     if not mutants:
         parser.error(f"no mutant has {' or '.join(chosen)} in its name")
     if options.only:

@@ -6,14 +6,13 @@ import re
 from pathlib import Path
 
 import pytest
-from mutant_list import MUTANTS, Mutant
-from mutant_methods import METHOD_BUGS
-from mutant_packed import PACKED
+from mutant_list import Mutant
+from planted import EVERYTHING
 
 TESTS = Path(__file__).resolve().parent
 
 
-@pytest.mark.parametrize("mutant", [*MUTANTS, *PACKED, *METHOD_BUGS], ids=lambda mutant: mutant.name.replace(" ", "-"))
+@pytest.mark.parametrize("mutant", EVERYTHING, ids=lambda mutant: mutant.name.replace(" ", "-"))
 def test_it_can_be_planted(mutant: Mutant) -> None:
     assert (TESTS.parent / mutant.file).read_text().count(mutant.old) == 1, "its text must stand there exactly once"
     assert mutant.new != mutant.old
@@ -24,5 +23,4 @@ def test_it_can_be_planted(mutant: Mutant) -> None:
 
 
 def test_names_are_unique_and_there_are_many() -> None:
-    everything = (*MUTANTS, *PACKED, *METHOD_BUGS)
-    assert len({mutant.name for mutant in everything}) == len(everything) >= 40
+    assert len({mutant.name for mutant in EVERYTHING}) == len(EVERYTHING) >= 80
