@@ -103,6 +103,7 @@ def load(optimizer: AIMFusedOptimizer, state_dict: dict[str, Any]) -> None:
         elif p in anchors:  # torch.distributed.checkpoint makes states only where there are none
             optimizer._anchors[p] = anchors[p]
     optimizer.param_groups[:] = groups
+    optimizer._tables.groups = list(groups)
     for number, group in enumerate(groups):
         for p in group["params"]:
             if "step" in optimizer.state.get(p, ()):

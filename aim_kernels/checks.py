@@ -10,7 +10,8 @@ from torch import Tensor
 
 from aim_kernels import distributed
 from aim_kernels.packing import blocks_of
-from aim_kernels.rows import DTYPES, PUBLIC_COLUMNS, RULES
+from aim_kernels.rows import PUBLIC_COLUMNS, RULES
+from aim_kernels.supported import has_memory, is_asleep, is_beside, is_estimated, reason_against
 
 Group = dict[str, Any]
 
@@ -30,8 +31,6 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "master": (None, "stochastic", "kahan", "split", "float32"),
     "measure": ("snr", "fisher", "grad", "random"),
 }
-
-DTYPE_NUMBER = {getattr(torch, name): number for number, name in enumerate(DTYPES)}
 
 
 def name_of(groups: list[Group], number: int, index: int) -> str:
@@ -188,13 +187,10 @@ def check_parameters(groups: list[Group], number: int, params: list[Any], device
         if id(p) in earlier:
             raise ValueError(f"{name}: appears more than once, in group {earlier[id(p)]} as well; pass it once")
         seen.add(id(p))
-        if p.layout != torch.strided:
-            raise ValueError(f"{name}: sparse parameters are not supported; use a dense one")
-        if p.is_complex():
-            raise ValueError(f"{name}: complex parameters are not supported; pass torch.view_as_real(parameter)")
-        if p.dtype not in DTYPE_NUMBER:
-            kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPE_NUMBER)
-            raise ValueError(f"{name}: {p.dtype} is not supported; use one of {kinds}")
+        if is_asleep(p):  # torch ignores it, whatever it is, until it has a gradient
+            continue
+        if reason := reason_against(p):
+            raise ValueError(f"{name}: {reason}")
         if p.dtype == torch.float64 and groups[number].get("state_dtype") in ("bfloat16", "int8"):
             raise ValueError(
                 f"{name}: state_dtype={groups[number]['state_dtype']!r} is for float32 and 16-bit parameters, this one "
@@ -205,15 +201,10 @@ def check_parameters(groups: list[Group], number: int, params: list[Any], device
                 f"{name}: master={groups[number]['master']!r} is for bfloat16 parameters, this one is float16; "
                 "use 'kahan' or 'float32'"
             )
-        if p.device.type == "meta":
-            raise ValueError(f"{name}: is on the meta device; give it memory first (module.to_empty)")
-        if device is not None and (p.device.type != device.type or (p.device != device and device.type == "cpu")):
+        if device is not None and not is_beside(p, device):
             raise ValueError(
                 f"{name}: is on {p.device}, the others on {device}; use one optimizer for each kind of device"
             )
-        # Empty tensors share nothing, whatever their strides (channels_last has zeros there).
-        if p.numel() and any(stride == 0 and size > 1 for size, stride in zip(p.shape, p.stride(), strict=True)):
-            raise ValueError(f"{name}: is expanded (several elements share memory); pass a contiguous parameter")
 
 
 def check_meshes(groups: list[Group], process_group: Any) -> None:
@@ -304,6 +295,11 @@ def check_gradients(groups: list[Group], grads: Sequence[Tensor | None] | None =
                 )
             if g.dtype != p.dtype:
                 raise RuntimeError(f"{name}: its gradient is {g.dtype}, the parameter {p.dtype}; cast one of them")
+            if not is_estimated(g) and not has_memory(g):
+                raise RuntimeError(
+                    f"{name}: its gradient has no memory (its storage was freed, or it is a wrapper of other tensors: "
+                    f"{type(g).__name__}); run backward() again, or give the parameter a plain gradient"
+                )
 
 
 def _placement(tensor: Tensor) -> str:

@@ -185,9 +185,9 @@ def _within(buffer: Tensor, view: Tensor) -> Tensor:
     base = _base(view)
     if base is view:
         return buffer
-    return buffer.as_strided(
-        view.shape, view.stride(), view.storage_offset() - base.storage_offset() + buffer.storage_offset()
-    )
+    # By address: states that lie side by side have storages of their own.
+    offset = (view.data_ptr() - base.data_ptr()) // view.element_size()
+    return buffer.as_strided(view.shape, view.stride(), offset + buffer.storage_offset())
 
 
 # -- masters -----------------------------------------------------------------------------------------------------------
@@ -221,6 +221,7 @@ def _pack_masters(
                 state[p]["master"] = buffer.as_strided(p.shape, strides, offset).copy_(_resolve(master, elsewhere))
                 offset += length
             optimizer._plan = None
+            optimizer._known_masters.note(state)
         result.append(buffer)
     return result
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from aim_kernels import compiled, distributed
+from aim_kernels import compiled, distributed, resets
 from aim_kernels.launch import capturing
 from aim_kernels.modulated import Modulated
 from aim_kernels.plan import StepPlan
@@ -29,6 +29,7 @@ class LiveWeights(Modulated):
     _holds_averages: bool
     _in_true_pass: bool  # true weights are in the module until the next step, or may be
     _release: Release | None
+    _known_masters: resets.Masters
     _leaving: set[int]  # groups whose masters the next step makes superfluous
 
     if TYPE_CHECKING:  # optimizer.py has them
@@ -44,6 +45,7 @@ class LiveWeights(Modulated):
         if self._holds_true_weights:
             return
         self._refuse_open_step("eval()")
+        resets.restore(self)  # type: ignore[arg-type]
         masters = self._masters()
         for p, master in masters:
             p.copy_(master)
@@ -126,6 +128,7 @@ class LiveWeights(Modulated):
 
         The step reads the masters and writes the next live weights over them, so nothing is to be put back.
         """
+        resets.restore(self)  # type: ignore[arg-type]
         masters = self._masters()
         for p, master in masters:
             p.copy_(master)
@@ -196,6 +199,7 @@ class LiveWeights(Modulated):
                 if master.is_cuda:  # the step may still be under way, on any stream
                     master.record_stream(torch.cuda.current_stream(master.device))
         self._leaving = self._leaving - leaving
+        self._known_masters.note(self.state)
         self._plan = None
 
     def _note_live_weights(self, number: int) -> None:

@@ -26,8 +26,26 @@ def unwrapped(optimizer: Any) -> Any:
 class Modulated(torch.optim.Optimizer):
     """An optimizer with a row, and statistics, for each param group."""
 
-    tables: Tables
     process_group: Any
+    keep_masters: bool
+    _tables: Tables
+
+    @property
+    def tables(self) -> Tables:
+        """Rows, statistics and control; a row belongs to its group, wherever that stands in ``param_groups``."""
+        self._follow_groups()
+        return self._tables
+
+    def _follow_groups(self) -> None:
+        if not self._tables.are_of(self.param_groups):
+            self._refuse_open_step("editing param_groups")
+            self._tables.follow(self.param_groups, self._begin_row)
+            self._reset()
+
+    def _begin_row(self, group: dict[str, Any]) -> tuple[float, bool]:
+        """Threshold of a group's first row, and whether it has masters at all times."""
+        kind, value = group["under_optimized"]
+        return float(value) if kind == "absolute" else 0.0, bool(self.keep_masters and group["modulated"])
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Lightning's wrapper imitates the class, so that our methods run with the wrapper as self: reading falls
@@ -39,6 +57,8 @@ class Modulated(torch.optim.Optimizer):
     if TYPE_CHECKING:  # live.py has it: called after the live columns of a group were written
 
         def _note_live_weights(self, number: int) -> None: ...
+        def _reset(self) -> None: ...
+        def _refuse_open_step(self, call: str) -> None: ...
 
     @outside_graphs
     def set_strength(self, modality: str, depth: int, kappa: float | Tensor, coefficients: str = "chain") -> None:

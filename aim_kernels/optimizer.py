@@ -8,13 +8,14 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from aim_kernels import checkpoint, checks, compiled, distributed
+from aim_kernels import checkpoint, checks, compiled, distributed, resets
 from aim_kernels.backends import check_name, select
 from aim_kernels.clipping import clip
 from aim_kernels.launch import capturing
 from aim_kernels.live import LiveWeights
 from aim_kernels.plan import StepPlan
 from aim_kernels.states import always_has_master, make_states, master_of
+from aim_kernels.supported import home_of, is_estimated, is_idle, reason_against
 from aim_kernels.tables import Tables
 
 #: Weight decay of torch.optim where the user gives none.
@@ -132,8 +133,6 @@ class AIMFusedOptimizer(LiveWeights):
         ValueError, TypeError: options or parameters that a step cannot work with, by name.
     """
 
-    tables: Tables  # rows, statistics, control: made with the first group
-
     def __init__(
         self,
         params: Iterable[Any],
@@ -194,6 +193,9 @@ class AIMFusedOptimizer(LiveWeights):
         self._anchors: dict[Tensor, Tensor] = {}
         # Whose states and tables graphs will read and write as long as they live.
         self._captured: list[tuple[StepPlan, Any]] = []
+        self._known_masters = resets.Masters()
+        # Tables are where the first parameter is that can be stepped.
+        self._tables, self._has_home = Tables(torch.device("cpu"), seed), False
         self._handle = compiled.register(self)
         self._inputs: compiled.GraphInputs | None = None
         defaults = {
@@ -233,6 +235,7 @@ class AIMFusedOptimizer(LiveWeights):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, at any time; its row starts neutral."""
         self._refuse_open_step("add_param_group()")
+        self._follow_groups()
         group = {**self._hidden_defaults, **param_group}
         params = group["params"]
         checks.check_ordered(params)
@@ -250,22 +253,21 @@ class AIMFusedOptimizer(LiveWeights):
         checks.check_hyperparameters(full, number)
         checks.check_measure(full, number, self.backend)
         checks.check_anchor(full, number, self.anchor)
-        first = next((t for t in tensors if isinstance(t, Tensor)), None)
-        held = any(group["params"] for group in self.param_groups)
-        device = self.tables.rows.device if held else first.device if first is not None else None
-        checks.check_parameters(preview, number, tensors, device)
+        home = self._tables.rows.device if self._has_home else None
+        if home is None:
+            home = home_of(t for t in tensors if isinstance(t, Tensor))
+        checks.check_parameters(preview, number, tensors, home)
         checks.check_meshes(preview, self.process_group)
         super().add_param_group(group)
 
-        if not hasattr(self, "tables"):
-            self.tables = Tables(tensors[0].device if tensors else torch.device("cpu"), self._seed)
-        elif not held and tensors:
-            self.tables.to(tensors[0].device)
-        kind, value = full["under_optimized"]
-        self.tables.add_group(float(value) if kind == "absolute" else 0.0, self.keep_masters and full["modulated"])
+        if home is not None and not self._has_home:
+            self._tables.to(home)
+            self._has_home = True
+        self._tables.add_group(made := self.param_groups[-1], *self._begin_row(made))
         if self.anchor == "init" and full["modulated"]:
             for p in tensors:
-                self._anchors[p] = master_of(p)
+                if not reason_against(p):
+                    self._anchors[p] = master_of(p)
         self._plan = self._inputs = None
         if self._release is not None:
             self._release.watch()
@@ -316,7 +318,7 @@ class AIMFusedOptimizer(LiveWeights):
             self._run(plan, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
 
     def _run(self, plan: StepPlan, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        backend = select(self.backend, self.tables.rows.device)
+        backend = select(self.backend, self._tables.rows.device)
         plan.grad_scale, plan.found_inf = grad_scale, found_inf
         if not backend.ON_DEVICE and plan.found_inf is not None and float(plan.found_inf):
             plan.clear_gradients(of_step=False)
@@ -329,10 +331,13 @@ class AIMFusedOptimizer(LiveWeights):
             checks.check_number("max_grad_norm", self.max_grad_norm, 0.0)
             self.grad_norm = clip(plan, backend, self.max_grad_norm)
         plan.read_hyperparameters(on_device=backend.ON_DEVICE)
-        backend.step(plan)
+        if plan.waves is None:
+            backend.step(plan)
+        else:
+            backend.finish(plan, [backend.update(plan, wave) for wave in plan.waves])
         if found_inf is None or not backend.ON_DEVICE:
             self._in_true_pass = False  # a device may have skipped the step
-        if capturing(self.tables.rows.device):
+        if capturing(self._tables.rows.device):
             self._captured.append((plan, plan.launch))
         plan.bump_versions()
         plan.clear_gradients(of_step=backend.ZEROES)
@@ -347,11 +352,14 @@ class AIMFusedOptimizer(LiveWeights):
             none = all(p.grad is None for group in self.param_groups for p in group["params"])
             if none and self.process_group is None:  # of which others may have gradients, and wait for this process
                 return None
-            if capturing(self.tables.rows.device):
+            if capturing(self._tables.rows.device):
                 raise RuntimeError(
                     "optimizer.step() cannot be captured before it has run with these parameters, gradients and "
                     "strengths: run one step outside of torch.cuda.graph, on a side stream"
                 )
+            if any(is_estimated(p.grad) for group in self.param_groups for p in group["params"]):
+                self._make_state()
+                return None
             self._check_before_building()
             checks.check_gradients(self.param_groups)
             only_states = distributed.makes_states_only(self)
@@ -368,9 +376,11 @@ class AIMFusedOptimizer(LiveWeights):
             live = self.tables.has_live_weights(number)
             # Also of parameters that meet no gradient now: once there is a plan, nobody asks again.
             params = [p for p in group["params"] if live or is_stepped(p) or "step" in self.state.get(p, ())]
+            params = [p for p in params if not is_idle(p, self._tables.rows.device)]
             self._make_states_of(group, params, live=live, masters=masters)
             if not live and any("master" in self.state[p] and not always_has_master(group, p) for p in params):
                 self._leaving.add(number)
+        self._known_masters.note(self.state)
 
     def _make_states_of(self, group: dict[str, Any], params: list[Tensor], *, live: bool, masters: bool = True) -> None:
         """The states of some parameters of one group, as its options ask for them."""
@@ -381,6 +391,7 @@ class AIMFusedOptimizer(LiveWeights):
 
     def _emit(self) -> None:
         """Writes the live weights of the masters into the module."""
+        resets.restore(self)
         self._in_true_pass = False
         masters = self._masters()
         if not masters:
@@ -395,9 +406,10 @@ class AIMFusedOptimizer(LiveWeights):
 
     def _check_before_building(self) -> None:
         """What may have changed behind the optimizer's back since it was last looked at."""
-        first = next((p for group in self.param_groups for p in group["params"]), None)
-        if first is not None and first.device != self.tables.rows.device:  # the module was moved
-            self.tables.to(first.device)
+        home = home_of(p for group in self.param_groups for p in group["params"])
+        if home is not None and home != self.tables.rows.device:  # the module was moved
+            self.tables.to(home)
+        resets.restore(self)
         if self.process_group is distributed.Absent.PROCESS_GROUP:
             raise RuntimeError(
                 "a process group is neither pickled nor copied: assign optimizer.process_group before the next step"
@@ -422,6 +434,7 @@ class AIMFusedOptimizer(LiveWeights):
     def state_dict(self) -> dict[str, Any]:
         """torch.optim's, plus ``master`` states (the true weights) and each group's row, statistics and control."""
         self._refuse_open_step("state_dict()")
+        resets.restore(self)
         # The hooks see it complete, so they wait until the tables are there.
         hooks = self._optimizer_state_dict_post_hooks
         self._optimizer_state_dict_post_hooks = type(hooks)()
@@ -447,6 +460,7 @@ class AIMFusedOptimizer(LiveWeights):
         """
         self._refuse_open_step("load_state_dict()")
         self._refuse_averages("load_state_dict()")
+        resets.restore(self)
         checkpoint.load(self, state_dict)
         self._reset()
         if self._holds_true_weights:
@@ -461,6 +475,7 @@ class AIMFusedOptimizer(LiveWeights):
         self._leaving = set()
         for number in range(len(self.param_groups)):
             self._note_live_weights(number)
+        self._known_masters.note(self.state)
         if self._inputs is not None:
             self._inputs.gather()
 
@@ -469,7 +484,7 @@ class AIMFusedOptimizer(LiveWeights):
         return f"{super().__repr__().removesuffix(')')}{whole})"
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ["tables", "anchor", "backend", "_seed", "_holds_true_weights", "_in_true_pass"]
+        kept = ["_tables", "_has_home", "anchor", "backend", "_seed", "_holds_true_weights", "_in_true_pass"]
         kept += ["_step_supports_amp_scaling"]
         kept += ["sync_every", "keep_masters", "max_grad_norm", "zero_grad_in_step", "_anchors", "_hidden_defaults"]
         group = None if self.process_group is None else distributed.Absent.PROCESS_GROUP
@@ -486,5 +501,6 @@ class AIMFusedOptimizer(LiveWeights):
             for option, value in _SINCE_0_1.items():
                 group.setdefault(option, value)
         self._captured = []  # graphs are of the original
+        self._known_masters = resets.Masters()
         self._handle, self._inputs = compiled.register(self), None
         self._reset()

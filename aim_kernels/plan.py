@@ -7,35 +7,30 @@ under the kernel, and notices when a state was replaced.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from aim_kernels import distributed
-from aim_kernels.checks import DTYPE_NUMBER, check_hyperparameters
+from aim_kernels.checks import check_hyperparameters, name_of
 from aim_kernels.rows import FLAGS, GROUP_RECORD, MOMENTS, RULES, TENSOR_RECORD, WEIGHTS
 from aim_kernels.states import (
     arithmetic_dtype,
     is_dense,
     keep_moment,
     moments_dtype,
-    moments_of,
     read_moment,
     scale_of,
     states_of,
     step_count,
     weights_of,
 )
-
-_C: Any
-try:
-    from aim_kernels import _C
-except ImportError:  # the reference backend works without the extension; its plans are built anew for every step
-    _C = None
+from aim_kernels.supported import DTYPE_NUMBER, has_memory, is_idle, numel_of
+from aim_kernels.watch import watch_over
 
 _AMSGRAD, _CENTERED = FLAGS["amsgrad"], FLAGS["centered"]
 _MOMENTS = {torch.bfloat16: MOMENTS.index("bfloat16"), torch.uint8: MOMENTS.index("int8")}
@@ -52,13 +47,16 @@ class StepPlan:
 
     Attributes:
         owners, group_of: the parameters as the groups hold them, by which states are kept, and their group numbers.
-        params: what is stepped of them here: a DTensor's local part, others as they are.
+        params: what is stepped of them here: a DTensor's local part, others as they are. In the place of one that is
+            passed by (``supported.is_idle``) stands an empty tensor.
         grads: this step's gradients as the user's tensors; None where there is none.
         records: ``rows.TENSOR_RECORD``, one a parameter; groups: ``rows.GROUP_RECORD``, one a group.
         grad_scale, found_inf: what GradScaler handed over for this step; None where it did not.
         clip_factor: what clipping multiplies gradients by, where the host knows it.
         lr_tensors: learning rates that a device reads by itself, by group.
         exchange: how the sums of a step become those of all processes; None where this process has everything.
+        waves: numbers of the parameters, in lists to be stepped one after the other, if parameters share memory that a
+            step writes; None if none do.
         launch, pieces: the same tables on devices, and those of single parameters; made by those backends that need
             them.
     """
@@ -74,8 +72,13 @@ class StepPlan:
         self.state = optimizer.state
         self.param_groups = optimizer.param_groups
         self.owners: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
+        home = self.tables.rows.device
+        self._idle = [is_idle(p, home) for p in self.owners]
         self._sharded = [index for index, p in enumerate(self.owners) if distributed.is_dtensor(p)]
         self.params = [distributed.local_of(p) for p in self.owners] if self._sharded else self.owners
+        if any(self._idle):
+            nothing = torch.empty(0, dtype=torch.float32, device=home)
+            self.params = [nothing if idle else p for p, idle in zip(self.params, self._idle, strict=True)]
         self.exchange = distributed.exchange_of(
             self.owners, optimizer.process_group, optimizer.sync_every, optimizer.tables
         )
@@ -93,8 +96,8 @@ class StepPlan:
         self._scale: float | None = None
         self._states: list[Tensor] = []
         self._anchors: list[Tensor] = []
-        # One state a parameter, by whose address a move of the states is seen.
-        self._moments: list[Tensor] = []
+        # The states that records point to, by parameter and name: others are nobody's business here.
+        self._known: dict[Tensor, dict[str, Tensor]] = {}
         # Parameters whose elements do not fill one aligned block are stepped in a contiguous copy.
         self._staged: dict[int, Tensor] = {}
         # Gradients copied into the memory order of their parameters, alive during the step.
@@ -111,11 +114,13 @@ class StepPlan:
         if self._sharded or self._process_group is not None:
             first = distributed.first_indices(self.param_groups, self._process_group)
             # None: there is no noise, and for rounding the place in an order of this process's will do.
-            starts = np.cumsum([p.numel() for p in self.owners]) - [p.numel() for p in self.owners]
+            sizes = [numel_of(p) for p in self.owners]
+            starts = np.cumsum(sizes) - sizes
             records["first"] = [at if index is None else index for index, at in zip(first, starts, strict=True)]
             records["uncounted"] = distributed.uncounted(self.owners)
         else:
-            records["first"] = np.cumsum(records["numel"]) - records["numel"]
+            sizes = [numel_of(p) for p in self.owners] if any(self._idle) else records["numel"]
+            records["first"] = np.cumsum(sizes) - sizes
         if self._sharded:
             # Where elements here are not consecutive in the whole, they are rounded as if they were.
             offsets = [distributed.offset_of(p) or 0 for p in self.owners]
@@ -130,18 +135,10 @@ class StepPlan:
                 self._staged[index] = buffer
                 records["param"][index] = buffer.data_ptr()
             self._read_state(index)
-        # The strides of a gradient that can be read as it is. None: contiguous, which is the cheapest to ask for.
-        strides = [None if p.is_contiguous() or index in self._staged else p.stride() for index, p in enumerate(params)]
-        kinds = [(p.shape, p.dtype) for p in self.owners]
-        held = list(chain.from_iterable(state.values() for state in self.state.values()))
-        methods: tuple[Any, ...] = (Tensor.data_ptr, Tensor.is_contiguous, Tensor.stride)
-        if self._sharded:
-            methods = tuple(map(_of_local, methods))
-        self._watch = (
-            None
-            if _C is None
-            else _C.Watch(self.param_groups, self.owners, *methods, strides, kinds, self.state, held, self._moments)
-        )
+        self.waves = self._waves()
+        # The strides of a gradient that can be read as it is.
+        strides = [_contiguous_strides(p) if index in self._staged else p.stride() for index, p in enumerate(params)]
+        self._watch = watch_over(self.param_groups, self.owners, self._idle, strides, self.state, self._known)
         self._decisive = list(map(_decisive, self.param_groups))
         # A tensor can be given other memory and stay the same object (tensor.data = ...); the old one must not go.
         self._storages = [tensor.untyped_storage() for tensor in (*self._states, *self._anchors)]
@@ -157,22 +154,19 @@ class StepPlan:
         record["stochastic"] = record["moments"] and group["rounding"] == "stochastic"
         record["zero_grad"] = self._zero_grad
         state = self.state.get(self.owners[index])
-        if not state:
+        if not state or self._idle[index]:
             return
         has_master = "master" in state
         kept = states_of(group, self.owners[index], has_master)
         how = weights_of(group, self.owners[index])
         record["weights"] = WEIGHTS.index(how) if how in WEIGHTS and not has_master else 0
-        seen = next(iter(moments_of(group)), None)
         for field, (name, dtype) in kept.items():
             if name in state:
                 self._hold(index, field, name, dtype)
-                if field == seen:
-                    self._moments.append(state[name])
             if dtype == torch.uint8 and scale_of(name) in state:
                 scale = state[scale_of(name)]
                 record[f"{field}_scale"] = scale.data_ptr()
-                self._states.append(scale)
+                self._keep(index, scale_of(name), scale)
         wide = arithmetic_dtype(self.params[index].dtype)
         for name in ("master", "anchor"):
             if name in state:
@@ -184,7 +178,7 @@ class StepPlan:
             if step.dtype != torch.float32 or step.device != self.params[index].device:
                 step = state["step"] = step_count(self.params[index], float(step))
             record["step"] = step.data_ptr()
-            self._states.append(step)
+            self._keep(index, "step", step)
 
     def _hold(self, index: int, field: str, name: str, dtype: torch.dtype) -> None:
         """Takes a state of one number an element into the record."""
@@ -200,8 +194,54 @@ class StepPlan:
         if ordered is not local:
             state[name] = distributed.like(self.owners[index], ordered)
         self.records[field][index] = ordered.data_ptr()
+        self._keep(index, name, ordered)
+
+    def _keep(self, index: int, name: str, tensor: Tensor) -> None:
         # An anchor is only read: held, but its version stays.
-        (self._anchors if name == "anchor" else self._states).append(ordered)
+        (self._anchors if name == "anchor" else self._states).append(tensor)
+        owner = self.owners[index]
+        self._known.setdefault(owner, {})[name] = self.state[owner][name]
+
+    def _waves(self) -> list[list[int]] | None:
+        """Parameters that share memory are stepped one after the other, in their order, as torch.optim steps them."""
+        records = self.records
+        begins, ends, owners = [], [], []
+        for field, size in self._written_fields():
+            there = np.flatnonzero((records[field] != 0) & (records["numel"] != 0))
+            begins.append(records[field][there].astype(np.int64))
+            ends.append(begins[-1] + (size * records["numel"])[there])
+            owners.append(there)
+        for index in self._staged:  # written in a copy first
+            p = self.params[index]
+            extent = sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True)) + 1
+            begins.append(np.array([p.data_ptr()]))
+            ends.append(begins[-1] + extent * p.element_size())
+            owners.append(np.array([index]))
+        pairs = _overlaps(np.concatenate(begins), np.concatenate(ends), np.concatenate(owners))
+        if not pairs:
+            return None
+        for pair in pairs:
+            if self.exchange is not None or records["master"][list(pair)].any():
+                names = " and ".join(
+                    name_of(self.param_groups, number, index - self.group_of.index(number))
+                    for index, number in ((index, self.group_of[index]) for index in pair)
+                )
+                raise RuntimeError(
+                    f"{names} share memory, which neither live weights nor steps of several processes can have; make "
+                    "them one parameter"
+                )
+        wave = [0] * len(records)
+        for first, later in sorted(pairs, key=lambda pair: (pair[1], pair[0])):
+            wave[later] = max(wave[later], wave[first] + 1)
+        return [[index for index, at in enumerate(wave) if at == number] for number in range(max(wave) + 1)]
+
+    def _written_fields(self) -> list[tuple[str, NDArray[np.int64]]]:
+        """What a step writes: fields of the records, and the bytes that an element takes there."""
+        wide = np.where(self._itemsize == 8, 8, 4).astype(np.int64)
+        moment = np.select([self.records["moments"] == 1, self.records["moments"] == 2], [2, 1], wide)
+        sizes = {"param": self._itemsize.astype(np.int64), "master": wide, "ema": wide, "rest": wide * 0 + 2}
+        sizes |= dict.fromkeys(("exp_avg", "exp_avg_sq", "extra"), moment)
+        return list(sizes.items())
 
     def _in_order(self, index: int, tensor: Tensor, kind: torch.dtype) -> Tensor:
         """A state in the type and memory order that the kernel reads: itself, or a copy where the parameter was laid
@@ -210,7 +250,7 @@ class StepPlan:
         flat = index in self._staged or p.is_contiguous()
         if tensor.dtype == kind and (tensor.is_contiguous() if flat else tensor.stride() == p.stride()):
             return tensor
-        strides = torch.empty(p.shape, device="meta").stride() if flat else p.stride()
+        strides = _contiguous_strides(p) if flat else p.stride()
         return torch.empty_strided(p.shape, strides, dtype=kind, device=p.device).copy_(tensor)
 
     def anchor_of(self, index: int) -> Tensor | None:
@@ -230,7 +270,7 @@ class StepPlan:
         return (
             self.param_groups is optimizer.param_groups
             and self.state is optimizer.state
-            and self.tables is optimizer.tables
+            and self.tables is optimizer._tables
             and self._process_group is optimizer.process_group
             and self._zero_grad == optimizer.zero_grad_in_step
         )
@@ -252,7 +292,12 @@ class StepPlan:
         self._matched = []
         odd = self._odd | (addresses % self._itemsize != 0)
         for index in odd.nonzero()[0] if odd.any() else ():
-            records["grad"][index] = self._match(index, self.grads[index])
+            grad = self.grads[index]
+            assert grad is not None
+            if not has_memory(grad):
+                return False
+            records["grad"][index] = self._match(index, grad)
+        self._spare_shared_gradients()
         return True
 
     def _keeps_the_same_moments(self) -> bool:
@@ -266,6 +311,20 @@ class StepPlan:
         self._matched = []
         for index, grad in enumerate(self.grads):
             self.records["grad"][index] = 0 if grad is None else self._match(index, grad)
+        self._spare_shared_gradients()
+
+    def _spare_shared_gradients(self) -> None:
+        """Leaves it to :meth:`clear_gradients` to clear a gradient that several parameters have, which the step of the
+        first of them would clear for the others."""
+        if not self._zero_grad:
+            return
+        records = self.records
+        there = np.flatnonzero((records["grad"] != 0) & (records["numel"] != 0))
+        begin = records["grad"][there].astype(np.int64)
+        end = begin + records["numel"][there] * self._itemsize[there].astype(np.int64)
+        records["zero_grad"] = 1
+        for pair in _overlaps(begin, end, there):
+            records["zero_grad"][list(pair)] = 0
 
     def _take_local(self) -> bool:
         """Makes gradients local. False where one is placed in another way than its parameter."""
@@ -282,9 +341,11 @@ class StepPlan:
         p = self.params[index]
         flat = index in self._staged or p.is_contiguous()
         same = grad.is_contiguous() if flat else grad.stride() == p.stride()
-        if same and grad.data_ptr() % grad.element_size() == 0:
+        # Values in memory as they are: autograd makes gradients that are to be negated when they are read.
+        plain = not (grad.is_neg() or grad._is_zerotensor())
+        if same and plain and grad.data_ptr() % grad.element_size() == 0:
             return grad.data_ptr() or 8  # an empty gradient has no address, but it is there; nothing reads it
-        strides = torch.empty(p.shape, device="meta").stride() if flat else p.stride()
+        strides = _contiguous_strides(p) if flat else p.stride()
         copy = torch.empty_strided(p.shape, strides, dtype=grad.dtype, device=grad.device)
         self._matched.append(copy.copy_(grad))
         return copy.data_ptr()
@@ -430,8 +491,11 @@ class StepPlan:
                 torch._foreach_zero_(given)
             return
         for index, grad in enumerate(self.grads):
-            if grad is not None and self.records["grad"][index] != (grad.data_ptr() or 8):
-                grad.zero_()  # the kernel has read a copy in another order
+            if grad is None:
+                continue
+            # The kernel has read a copy in another order, or others have the gradient, too.
+            if self.records["grad"][index] != (grad.data_ptr() or 8) or not self.records["zero_grad"][index]:
+                grad.zero_()
         torch.autograd.graph.increment_version(given)
 
     def forget_gradients(self) -> None:
@@ -457,5 +521,23 @@ def _decisive(group: dict[str, Any]) -> tuple[Any, ...]:
     )
 
 
-def _of_local(method: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-    return lambda tensor: method(distributed.local_of(tensor))
+def _overlaps(
+    begin: NDArray[np.int64], end: NDArray[np.int64], owner: NDArray[np.int64]
+) -> set[tuple[int, int]]:
+    """Pairs of owners, the lesser first, of which some ranges [begin, end) of addresses overlap."""
+    order = np.argsort(begin, kind="stable")
+    begin, end, owner = begin[order], end[order], owner[order]
+    if not (begin[1:] < np.maximum.accumulate(end)[:-1]).any():
+        return set()
+    pairs = set()
+    for i in range(len(begin)):
+        for j in range(i + 1, len(begin)):
+            if begin[j] >= end[i]:
+                break
+            if owner[i] != owner[j]:
+                pairs.add((min(int(owner[i]), int(owner[j])), max(int(owner[i]), int(owner[j]))))
+    return pairs
+
+
+def _contiguous_strides(p: Tensor) -> tuple[int, ...]:
+    return torch.empty(p.shape, device="meta").stride()

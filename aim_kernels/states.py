@@ -10,6 +10,7 @@ from torch import Tensor
 
 from aim_kernels import packing
 from aim_kernels.distributed import is_dtensor, like, local_of
+from aim_kernels.supported import is_estimated
 
 #: States of parameters up to this many elements share a buffer: fewer allocations, and one version counter to bump.
 _SMALL = 1 << 16
@@ -232,6 +233,15 @@ def step_count(p: Tensor, steps: float = 0.0) -> Tensor:
     return torch.tensor(steps, dtype=torch.float32, device=p.device)
 
 
+def _step_counts(params: Sequence[Tensor]) -> list[Tensor]:
+    here = [p.device.type == "cpu" and not is_estimated(p) for p in params]
+    near = iter(_side_by_side([torch.Size(())] * sum(here), torch.float32, 1))
+    return [
+        next(near) if is_here else local_of(p).new_zeros((), dtype=torch.float32, requires_grad=False)
+        for p, is_here in zip(params, here, strict=True)
+    ]
+
+
 def state_layout(p: Tensor) -> torch.memory_format:
     """Memory order of a parameter's states: its own, or contiguous where it fills no block of memory."""
     return torch.preserve_format if is_dense(local_of(p)) else torch.contiguous_format
@@ -247,29 +257,45 @@ def master_of(p: Tensor) -> Tensor:
     return like(p, local_of(p).detach().to(dtype=arithmetic_dtype(p.dtype), memory_format=state_layout(p), copy=True))
 
 
+@torch.no_grad()
 def zeros_like_all(params: Sequence[Tensor], dtypes: Sequence[torch.dtype] | None = None) -> list[Tensor]:
-    """A zero state for every parameter (by default a moment in the arithmetic type), small ones as views of shared
-    buffers."""
+    """A zero state for every parameter (by default a moment in the arithmetic type), small ones side by side
+    (:func:`_side_by_side`)."""
     wanted = [arithmetic_dtype(p.dtype) for p in params] if dtypes is None else dtypes
     result: dict[int, Tensor] = {}
-    buffers: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    buffers: dict[torch.dtype, list[int]] = {}
     for index, (p, dtype) in enumerate(zip(params, wanted, strict=True)):
-        if not is_dtensor(p) and p.is_contiguous() and 0 < p.numel() <= _SMALL:
-            buffers.setdefault((dtype, p.device), []).append(index)
+        is_small = p.device.type == "cpu" and p.is_contiguous() and 0 < p.numel() <= _SMALL
+        if is_small and not is_dtensor(p) and not is_estimated(p):
+            buffers.setdefault(dtype, []).append(index)
         else:
             local = local_of(p)
             zeros = torch.zeros_like(local, dtype=dtype, memory_format=state_layout(p), requires_grad=False)
             result[index] = like(p, zeros)
-    for (dtype, device), members in buffers.items():
-        align = _LINE // dtype.itemsize
-        sizes = [-(-params[i].numel() // align) * align for i in members]
-        buffer = torch.zeros(sum(sizes), dtype=dtype, device=device)
-        offset = 0
-        for index, size in zip(members, sizes, strict=True):
-            p = params[index]
-            result[index] = buffer[offset : offset + p.numel()].view(p.shape)
-            offset += size
+    for dtype, members in buffers.items():
+        made = _side_by_side([params[index].shape for index in members], dtype, _LINE // dtype.itemsize)
+        result.update(zip(members, made, strict=True))
     return [result[index] for index in range(len(params))]
+
+
+@torch.no_grad()
+def _side_by_side(shapes: Sequence[torch.Size], dtype: torch.dtype, align: int) -> list[Tensor]:
+    """Zeros on the CPU, in one allocation and with one version counter, which the buffer in ``_base`` has as well.
+
+    Each has a storage of its own size: who saves, pickles or copies one does not take the others along.
+
+    Args:
+        align: elements that each begins at a multiple of.
+    """
+    sizes = [-(-shape.numel() // align) * align for shape in shapes]
+    buffer = torch.zeros(sum(sizes), dtype=dtype, device="cpu")
+    memory, result, offset = buffer.view(torch.uint8).numpy(), [], 0
+    for shape, size in zip(shapes, sizes, strict=True):
+        count = shape.numel()
+        own = torch.frombuffer(memory, dtype=dtype, count=count, offset=offset * dtype.itemsize)
+        result.append(buffer[offset : offset + count].set_(own.untyped_storage(), 0, shape))  # type: ignore[call-overload]
+        offset += size
+    return result
 
 
 def exponents_of(p: Tensor) -> Tensor:
@@ -290,10 +316,8 @@ def make_states(
         masters: whether masters may be made; they hold the parameters' values.
     """
     fresh = [p for p in params if "step" not in state[p]]
-    for device in {p.device for p in fresh}:
-        there = [p for p in fresh if p.device == device]
-        for p, step in zip(there, torch.zeros(len(there), dtype=torch.float32, device=device), strict=True):
-            state[p]["step"] = step
+    for p, step in zip(fresh, _step_counts(fresh), strict=True):
+        state[p]["step"] = step
     for p in params:
         conform(group, p, state[p], live)
         if masters and "master" not in state[p] and (live or always_has_master(group, p)):

@@ -3,14 +3,19 @@ them."""
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from aim_kernels.philox import draw_phase
 from aim_kernels.rows import CONTROL, PHASE_COLUMNS, PHASES, ROW, ROW_COLUMNS, STATISTICS_COLUMNS, neutral_row
+
+Group = dict[str, Any]
 
 _LIVE_COLUMNS = tuple(f"{phase}_live_{kind}" for phase in PHASES for kind in ("under", "well"))
 
@@ -25,6 +30,11 @@ class Tables:
 
     steps: int = 0
 
+    #: The group dicts whose rows these are, in the order of the rows, and the rows of groups that were taken out of the
+    #: list of groups, with them: whoever comes back finds its own.
+    groups: list[Group]
+    _away: list[tuple[Group, Tensor, Tensor, dict[str, float], bool]]
+
     def __init__(self, device: torch.device, seed: int) -> None:
         self.rows = torch.empty(0, len(ROW_COLUMNS), dtype=torch.float64, device=device)
         self.statistics = torch.empty(0, len(STATISTICS_COLUMNS), dtype=torch.float64, device=device)
@@ -33,14 +43,59 @@ class Tables:
         self._live: list[dict[str, float]] = []
         self._always_live: list[bool] = []
         self._arrays: Any = None
+        self.groups, self._away = [], []
 
-    def add_group(self, tau: float, always_live: bool = False) -> None:
-        """Appends a neutral row. ``always_live``: as if its live columns always degraded."""
+    def add_group(self, group: Group, tau: float, always_live: bool = False) -> None:
+        """Appends a neutral row for a group dict. ``always_live``: as if its live columns always degraded."""
+        self.groups.append(group)
         self._always_live.append(always_live)
         row = torch.tensor([neutral_row(tau)], dtype=torch.float64, device=self.rows.device)
         self._live.append(dict.fromkeys(_LIVE_COLUMNS, 1.0))
         self.rows = torch.cat([self.rows, row])
         self.statistics = torch.cat([self.statistics, self.statistics.new_zeros(1, len(STATISTICS_COLUMNS))])
+
+    def are_of(self, groups: list[Group]) -> bool:
+        """Whether the rows are those of the groups in a list, in its order."""
+        return len(groups) == len(self.groups) and all(map(operator.is_, groups, self.groups))
+
+    def follow(self, groups: list[Group], begin: Callable[[Group], tuple[float, bool]]) -> None:
+        """Puts the rows into the order in which their groups now stand in a list.
+
+        A group is the same as before if its dict is, or if it has all the parameters of a dict that has left the list
+        (frameworks copy groups); others begin with a neutral row.
+
+        Args:
+            begin: threshold, and ``always_live``, of a group that is new.
+        """
+        held = zip(self.groups, self.rows, self.statistics, self._live, self._always_live, strict=True)
+        known = [*held, *self._away]
+        by_dict = {id(entry[0]): number for number, entry in reversed(list(enumerate(known)))}
+        staying = {by_dict[id(group)] for group in groups if id(group) in by_dict}
+        by_params = {_identities(known[n][0]): n for n in reversed(range(len(known))) if n not in staying}
+        rows, statistics = [], []
+        live, always = self._live, self._always_live = [], []
+        used = set()
+        for group in groups:
+            number = by_dict.get(id(group), by_params.get(_identities(group)) if group["params"] else None)
+            if number is None:
+                tau, always_live = begin(group)
+                row = torch.tensor(neutral_row(tau), dtype=torch.float64, device=self.rows.device)
+                found = (row, torch.zeros_like(self.statistics[0:1].sum(0)), dict.fromkeys(_LIVE_COLUMNS, 1.0))
+                entry: Any = (group, *found, always_live)
+            else:
+                entry = known[number]
+                used.add(number)
+            rows.append(entry[1].clone())
+            statistics.append(entry[2].clone())
+            live.append(dict(entry[3]))
+            always.append(entry[4])
+        self._away = [(e[0], e[1].clone(), e[2].clone(), *e[3:]) for n, e in enumerate(known) if n not in used]
+        self.groups = list(groups)
+        for name, table in (("rows", rows), ("statistics", statistics)):
+            old = getattr(self, name)
+            new = torch.stack(table) if table else old[:0].clone()
+            # In place if it fits: graphs and views hold the tensor.
+            setattr(self, name, old.copy_(new) if old.shape == new.shape else new)
 
     def set_columns(self, group: int, **columns: float | torch.Tensor) -> None:
         for name, value in columns.items():
@@ -141,3 +196,7 @@ class Tables:
         if "control" in saved:
             self.control.copy_(torch.tensor(saved["control"], dtype=torch.int64))
             self.steps = int(saved["control"][CONTROL["counter"]])
+
+
+def _identities(group: Group) -> tuple[int, ...]:
+    return tuple(map(id, group["params"]))

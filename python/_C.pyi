@@ -48,17 +48,21 @@ class Watch:
     def __init__(
         self,
         param_groups: list[dict[str, Any]],
+        groups: list[dict[str, Any]],
         params: list[Any],
-        data_ptr: Callable[..., Any],
-        is_contiguous: Callable[..., Any],
-        stride: Callable[..., Any],
-        strides: list[tuple[int, ...] | None],
-        kinds: list[tuple[Any, Any]],
+        idle: list[bool],
+        strides: list[tuple[int, ...]],
         states: dict[Any, Any],
-        held: list[Any],
-        moments: list[Any],
+        keys: list[Any],
+        names: list[list[str] | None],
+        values: list[list[Any]],
+        kind: object,
+        describe: Callable[..., Any],
+        is_negative: Callable[..., Any],
+        quick: object,
     ) -> None: ...
     def read(self, addresses: NDArray[np.uint64], odd: NDArray[np.bool_], grads: list[Any]) -> bool: ...
+    def sees(self, other: "Watch") -> bool: ...
 
 def stream_runs(
     runs: NDArray[np.void], numel: int, chunk: int, add: int, threads: int, team: object = None

@@ -12,6 +12,7 @@
 #include "aim/isa.h"
 #include "aim/step.h"
 #include "aim/stream.h"
+#include "watch.h"
 
 namespace py = pybind11;
 
@@ -145,151 +146,6 @@ double squares(py::array tensors, int threads, const py::object& team) {
   raise(status, how.isa);
   return sum;
 }
-
-// Calls an unbound method, such as torch.Tensor.data_ptr, on one object.
-py::object call(const py::object& method, PyObject* self) {
-  PyObject* result = PyObject_Vectorcall(method.ptr(), &self, 1, nullptr);
-  if (!result) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(result);
-}
-
-py::object attribute(PyObject* self, const py::str& name) {
-  PyObject* result = PyObject_GetAttr(self, name.ptr());
-  if (!result) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(result);
-}
-
-bool equal(const py::object& a, PyObject* b) {
-  const int result = PyObject_RichCompareBool(a.ptr(), b, Py_EQ);
-  if (result < 0) throw py::error_already_set();
-  return result == 1;
-}
-
-// What aim_kernels/plan.py looks at before every step, in one call: thousands of small questions to
-// tensors, which a loop in Python asks three times slower. Knows nothing of tensors but the names
-// of the methods that plan.py passes.
-class Watch {
- public:
-  Watch(py::list param_groups, py::list params, py::object data_ptr, py::object is_contiguous,
-        py::object stride, py::list strides, py::list kinds, py::dict states, py::list held,
-        py::list moments)
-      : param_groups_(std::move(param_groups)),
-        params_(std::move(params)),
-        data_ptr_(std::move(data_ptr)),
-        is_contiguous_(std::move(is_contiguous)),
-        stride_(std::move(stride)),
-        strides_(std::move(strides)),
-        kinds_(std::move(kinds)),
-        states_(std::move(states)),
-        held_(std::move(held)),
-        moments_(std::move(moments)),
-        grad_addresses_(params_.size(), 0) {
-    for (const py::handle& p : params_) {
-      addresses_.push_back(address_of(p.ptr()));
-      flat_.push_back(call(is_contiguous_, p.ptr()).ptr() == Py_True);
-    }
-    for (const py::handle& moment : moments_) {
-      moment_addresses_.push_back(address_of(moment.ptr()));
-    }
-  }
-
-  // Stands for the address of an empty gradient, which has none; nothing reads it.
-  static constexpr uint64_t kEmpty = 8;
-
-  // Fills `addresses` with those of the gradients (0: none), `odd` with whether a gradient's
-  // strides are not the expected ones, `grads` with the gradients. False where a parameter, a state
-  // tensor, or the kind of a gradient changed.
-  bool read(py::array_t<uint64_t, py::array::c_style> addresses,
-            py::array_t<bool, py::array::c_style> odd, py::list grads) {
-    const size_t count = addresses_.size();
-    if (params_.size() != count || static_cast<size_t>(addresses.size()) != count ||
-        static_cast<size_t>(odd.size()) != count || grads.size() != count) {
-      throw std::invalid_argument("addresses, odd, grads: expected one entry a parameter");
-    }
-    if (!same_parameters() || !same_states()) return false;
-    uint64_t* address = addresses.mutable_data();
-    bool* is_odd = odd.mutable_data();
-    for (size_t i = 0; i < count; ++i) {
-      PyObject* p = item(params_, i);
-      if (address_of(p) != addresses_[i]) return false;
-      if ((call(is_contiguous_, p).ptr() == Py_True) != flat_[i]) return false;
-      py::object grad = attribute(p, grad_name_);
-      address[i] = 0;
-      is_odd[i] = false;
-      if (!grad.is_none()) {
-        address[i] = address_of(grad.ptr());
-        if (address[i] == 0) address[i] = kEmpty;
-        PyObject* const strides = item(strides_, i);
-        is_odd[i] = strides == Py_None ? call(is_contiguous_, grad.ptr()).ptr() != Py_True
-                                       : !equal(call(stride_, grad.ptr()), strides);
-        // Autograd looks at shape and dtype when a gradient is set: enough for one that has not
-        // moved since.
-        if (address[i] != grad_addresses_[i]) {
-          PyObject* kind = item(kinds_, i);
-          if (!PyTuple_Check(kind) || PyTuple_GET_SIZE(kind) != 2) return false;
-          if (!equal(attribute(grad.ptr(), shape_name_), PyTuple_GET_ITEM(kind, 0)) ||
-              attribute(grad.ptr(), dtype_name_).ptr() != PyTuple_GET_ITEM(kind, 1)) {
-            return false;
-          }
-        }
-      }
-      grad_addresses_[i] = address[i];
-      grads[i] = std::move(grad);
-    }
-    return true;
-  }
-
- private:
-  // The lists are the plan's own, but anybody may have shortened them.
-  static PyObject* item(const py::list& list, size_t i) {
-    PyObject* found = PyList_GetItem(list.ptr(), static_cast<py::ssize_t>(i));
-    if (!found) throw py::error_already_set();
-    return found;
-  }
-
-  uint64_t address_of(PyObject* tensor) const { return call(data_ptr_, tensor).cast<uint64_t>(); }
-
-  // Whether the groups still hold the very parameters of the plan, in its order.
-  bool same_parameters() const {
-    size_t at = 0;
-    for (const py::handle& group : param_groups_) {
-      PyObject* list =
-          PyDict_Check(group.ptr()) ? PyDict_GetItem(group.ptr(), params_name_.ptr()) : nullptr;
-      if (!list || !PyList_Check(list)) return false;
-      for (py::ssize_t i = 0; i < PyList_GET_SIZE(list); ++i, ++at) {
-        if (at >= params_.size() || PyList_GET_ITEM(list, i) != item(params_, at)) return false;
-      }
-    }
-    return at == params_.size();
-  }
-
-  // Whether all values of all states are the very objects that the plan holds, where they were.
-  bool same_states() const {
-    size_t at = 0;
-    PyObject *key, *state, *name, *value;
-    for (py::ssize_t outer = 0; PyDict_Next(states_.ptr(), &outer, &key, &state);) {
-      if (!PyDict_Check(state)) return false;
-      for (py::ssize_t inner = 0; PyDict_Next(state, &inner, &name, &value); ++at) {
-        if (at >= held_.size() || item(held_, at) != value) return false;
-      }
-    }
-    if (at != held_.size()) return false;
-    for (size_t i = 0; i < moment_addresses_.size(); ++i) {
-      if (address_of(item(moments_, i)) != moment_addresses_[i]) return false;
-    }
-    return true;
-  }
-
-  py::list param_groups_;
-  py::list params_;
-  py::object data_ptr_, is_contiguous_, stride_;
-  py::list strides_, kinds_;
-  py::dict states_;
-  py::list held_, moments_;
-  py::str params_name_{"params"}, grad_name_{"grad"}, shape_name_{"shape"}, dtype_name_{"dtype"};
-  std::vector<uint64_t> addresses_, moment_addresses_, grad_addresses_;
-  std::vector<bool> flat_;
-};
 
 void stream_runs(py::array runs, int64_t numel, int64_t chunk, int32_t add, int threads,
                  const py::object& team) {
@@ -443,15 +299,19 @@ PYBIND11_MODULE(_C, module) {
              "The sum of squares of all gradients but the uncounted ones'.");
   module.def("check", &check, py::arg("tensors"), py::arg("groups"),
              "Raises on tables that no step could work with; rows are not looked at.");
+  using aim_python::Watch;
   py::class_<Watch>(module, "Watch", "What a plan looks at before every step, in one call.")
-      .def(py::init<py::list, py::list, py::object, py::object, py::object, py::list, py::list,
-                    py::dict, py::list, py::list>(),
-           py::arg("param_groups"), py::arg("params"), py::arg("data_ptr"),
-           py::arg("is_contiguous"), py::arg("stride"), py::arg("strides"), py::arg("kinds"),
-           py::arg("states"), py::arg("held"), py::arg("moments"))
+      .def(py::init<py::list, py::list, py::list, py::list, py::list, py::dict, py::list, py::list,
+                    py::list, py::object, py::object, py::object, py::object>(),
+           py::arg("param_groups"), py::arg("groups"), py::arg("params"), py::arg("idle"),
+           py::arg("strides"), py::arg("states"), py::arg("keys"), py::arg("names"),
+           py::arg("values"), py::arg("kind"), py::arg("describe"), py::arg("is_negative"),
+           py::arg("quick"))
       .def("read", &Watch::read, py::arg("addresses"), py::arg("odd"), py::arg("grads"),
            "Takes the gradients; False where something changed that the plan must be built anew "
-           "for.");
+           "for.")
+      .def("sees", &Watch::sees, py::arg("other"),
+           "Whether another watch found the states as this one did.");
   module.def("stream_runs", &stream_runs, py::arg("runs"), py::arg("numel"), py::arg("chunk"),
              py::arg("add"), py::arg("threads"), py::arg("team") = py::none(),
              "The memory floor of any arrays of `numel` elements.");

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aim_kernels import _C, rows
+from aim_kernels.watch import _quick
 
 SIZE, GUARD = 40, 64
 FIELDS = tuple(name for name in rows.TENSOR_RECORD.names if rows.TENSOR_RECORD[name] == np.uint64)  # addresses
@@ -235,19 +236,23 @@ def fuzz_watch(data: st.DataObject) -> None:
     things: list[Any] = [Thing(answers) for _ in range(data.draw(st.integers(0, 3)))]
     supply = itertools.cycle(answers)
     plain = data.draw(st.booleans())
-    pointer = (lambda thing: 64) if plain else (lambda thing: next(supply))
+    described = (64, 6, (2, 3), (3, 1))
     groups: list[Any] = [{"params": things}] if data.draw(st.booleans()) else data.draw(LISTS)
+    states: Any = {} if plain else {thing: data.draw(st.just({}) | JUNK) for thing in things}
     lists: list[Any] = [
         groups,
+        list(groups) if data.draw(st.booleans()) else data.draw(LISTS),
         list(things) if data.draw(st.booleans()) else data.draw(LISTS),
-        pointer,
+        [data.draw(st.booleans()) for _ in things] if plain else data.draw(LISTS),
+        [(3, 1) for _ in things] if plain else data.draw(LISTS),
+        states,
+        list(states) if data.draw(st.booleans()) else data.draw(LISTS),
+        [list(state) if isinstance(state, dict) else None for state in states.values()] if plain else data.draw(LISTS),
+        [list(state.values()) if isinstance(state, dict) else [] for state in states.values()],
+        data.draw(st.sampled_from([None, Thing, 5])),
+        (lambda thing: described) if plain else (lambda thing: next(supply)),
         lambda thing: next(supply),
-        lambda thing: next(supply),
-        data.draw(LISTS),
-        data.draw(st.lists(st.tuples(JUNK, JUNK) | JUNK, max_size=4)),
-        {} if plain else {thing: data.draw(st.just({}) | JUNK) for thing in things},
-        data.draw(LISTS) if not plain else [],
-        data.draw(LISTS) if not plain else [],
+        data.draw(st.sampled_from([None, _quick(), _quick()[:3], (Thing, *_quick()[1:])])),
     ]
     if data.draw(st.sampled_from([False] * 4 + [True])):
         lists[data.draw(st.integers(0, len(lists) - 1))] = data.draw(JUNK)

@@ -127,11 +127,8 @@ def test_repeated_parameters() -> None:
 
 
 def test_parameters_that_cannot_be_stepped() -> None:
-    for bad in (torch.zeros(3, dtype=torch.complex64), torch.zeros(3, dtype=torch.int32)):
-        if bad.is_complex():
-            bad.requires_grad_()
-        with pytest.raises((TypeError, ValueError), match=r"(?i)complex|dtype|int|float"):
-            AK([bad])
+    with pytest.raises(ValueError, match="complex"):
+        AK([torch.zeros(3, dtype=torch.complex64, requires_grad=True)])
     with pytest.raises((TypeError, ValueError), match="meta"):
         AK([torch.zeros(3, device="meta", requires_grad=True)])
     with pytest.raises(ValueError, match="leaf"):

@@ -218,7 +218,7 @@ def _update(
         decay = group["ema_decay"]
         state["ema"].mul_(decay).add_(theta * (1 - decay))
     if "master" in state:
-        p.copy_(_live(theta, anchor, under, live))
+        p.copy_(live_weights(theta, anchor, under, live))
     else:
         _keep_weights(p, group, state, theta, rounding)
     state["step"] += not held
@@ -244,7 +244,7 @@ def _emit(
 ) -> None:
     m, v, _ = _moments(group, state)
     under = None if m is None or v is None else _under(m, v, group, float(state["step"]), tau, draw)
-    p.copy_(_live(state["master"], anchor, under, live))
+    p.copy_(live_weights(state["master"], anchor, under, live))
 
 
 def classes_of(
@@ -372,7 +372,10 @@ def _choose(under: Tensor, if_under: float, if_well: float, like: Tensor) -> Ten
     return torch.where(under, torch.full_like(like, if_under), torch.full_like(like, if_well))
 
 
-def _live(theta: Tensor, anchor: Tensor | None, under: Tensor | None, live: tuple[float, float]) -> Tensor:
+def live_weights(
+    theta: Tensor, anchor: Tensor | None, under: Tensor | None, live: tuple[float, float]
+) -> Tensor:
+    """Degraded weights, in the arithmetic type: ``anchor + (theta - anchor) * c``, ``theta`` itself if c is 1."""
     c = torch.full_like(theta, live[0]) if under is None else _choose(under, live[0], live[1], theta)
     degraded = theta * c if anchor is None else anchor + (theta - anchor) * c
     return torch.where(c == 1, theta, degraded)
