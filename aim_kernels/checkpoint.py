@@ -247,7 +247,7 @@ def _checked_state(
             f"{checks.name_of(groups, *place)}: the checkpoint has the states {sorted(map(str, foreign))}, which rule "
             f"{group['rule']!r} does not know; it is of another rule"
         )
-    saved = _of_other_blocks(p, saved)
+    saved = _of_other_blocks(p, saved) if saved else {}
     for key, value in saved.items():
         if value is None:  # torch.optim.SGD without momentum
             continue

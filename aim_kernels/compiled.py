@@ -185,8 +185,8 @@ def _within(buffer: Tensor, view: Tensor) -> Tensor:
     base = _base(view)
     if base is view:
         return buffer
-    # By address: states that lie side by side have storages of their own.
-    offset = (view.data_ptr() - base.data_ptr()) // view.element_size()
+    # By address, which only an empty one has not: states that lie side by side have storages of their own.
+    offset = (view.data_ptr() - base.data_ptr()) // view.element_size() if view.numel() else 0
     return buffer.as_strided(view.shape, view.stride(), offset + buffer.storage_offset())
 
 

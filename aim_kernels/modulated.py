@@ -12,6 +12,7 @@ from aim_kernels import checks
 from aim_kernels.compiled import outside_graphs
 from aim_kernels.rows import PHASE_COLUMNS, PHASES, ROW, STATISTIC
 from aim_kernels.states import has_classes
+from aim_kernels.supported import numel_of
 from aim_kernels.tables import Tables
 
 
@@ -163,7 +164,7 @@ class Modulated(torch.optim.Optimizer):
         clipped where the step does that), update_norm (of what the step subtracted), param_norm (of the true weights),
         nonfinite (NaN and infinite gradient elements). Norms are L2.
         """
-        rows, sums = self.tables.rows.tolist(), self.tables.statistics.tolist()
+        rows, sums = self.tables.lists()
         result = []
         for number, group in enumerate(self.param_groups):
             row, total = rows[number], sums[number]
@@ -172,7 +173,7 @@ class Modulated(torch.optim.Optimizer):
                 {
                     "modality": group["modality"],
                     "depth": group["depth"],
-                    "numel": sum(p.numel() for p in group["params"]),
+                    "numel": sum(map(numel_of, group["params"])),
                     "under_fraction": total[STATISTIC["under"]] / stepped if stepped else float("nan"),
                     "threshold": row[ROW["tau"]],
                     "grad_norm": total[STATISTIC["grad_sq"]] ** 0.5,

@@ -14,7 +14,7 @@ from aim_kernels.clipping import clip
 from aim_kernels.launch import capturing
 from aim_kernels.live import LiveWeights
 from aim_kernels.plan import StepPlan
-from aim_kernels.states import always_has_master, make_states, master_of
+from aim_kernels.states import always_has_master, arithmetic_dtype, make_states, master_of
 from aim_kernels.supported import home_of, is_estimated, is_idle, reason_against
 from aim_kernels.tables import Tables
 
@@ -263,7 +263,8 @@ class AIMFusedOptimizer(LiveWeights):
         if home is not None and not self._has_home:
             self._tables.to(home)
             self._has_home = True
-        self._tables.add_group(made := self.param_groups[-1], *self._begin_row(made))
+        made = self.param_groups[-1]
+        self._tables.add_group(made, *self._begin_row(made))
         if self.anchor == "init" and full["modulated"]:
             for p in tensors:
                 if not reason_against(p):
@@ -358,7 +359,7 @@ class AIMFusedOptimizer(LiveWeights):
                     "strengths: run one step outside of torch.cuda.graph, on a side stream"
                 )
             if any(is_estimated(p.grad) for group in self.param_groups for p in group["params"]):
-                self._make_state()
+                self._estimate()
                 return None
             self._check_before_building()
             checks.check_gradients(self.param_groups)
@@ -369,6 +370,15 @@ class AIMFusedOptimizer(LiveWeights):
             plan = self._plan = StepPlan(self)
             plan.take()
         return plan if plan.has_gradients() or self.process_group is not None else None
+
+    def _estimate(self) -> None:
+        """A step of shapes without numbers (FakeTensorMode): there are states after it, and nothing is computed."""
+        for number, group in enumerate(self.param_groups):
+            checks.check_hyperparameters(group, number)
+        self._make_state()
+        if self.max_grad_norm is not None:
+            given = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+            self.grad_norm = given[0].new_zeros((), dtype=arithmetic_dtype(given[0].dtype))
 
     def _make_state(self, is_stepped: Callable[[Tensor], bool] = _has_gradient, *, masters: bool = True) -> None:
         """States of parameters that meet their first gradient, and masters where live weights are to exist."""

@@ -119,8 +119,8 @@ class StepPlan:
             records["first"] = [at if index is None else index for index, at in zip(first, starts, strict=True)]
             records["uncounted"] = distributed.uncounted(self.owners)
         else:
-            sizes = [numel_of(p) for p in self.owners] if any(self._idle) else records["numel"]
-            records["first"] = np.cumsum(sizes) - sizes
+            each = np.array([numel_of(p) for p in self.owners]) if any(self._idle) else records["numel"]
+            records["first"] = np.cumsum(each) - each
         if self._sharded:
             # Where elements here are not consecutive in the whole, they are rounded as if they were.
             offsets = [distributed.offset_of(p) or 0 for p in self.owners]
@@ -521,9 +521,7 @@ def _decisive(group: dict[str, Any]) -> tuple[Any, ...]:
     )
 
 
-def _overlaps(
-    begin: NDArray[np.int64], end: NDArray[np.int64], owner: NDArray[np.int64]
-) -> set[tuple[int, int]]:
+def _overlaps(begin: NDArray[np.int64], end: NDArray[np.int64], owner: NDArray[np.int64]) -> set[tuple[int, int]]:
     """Pairs of owners, the lesser first, of which some ranges [begin, end) of addresses overlap."""
     order = np.argsort(begin, kind="stable")
     begin, end, owner = begin[order], end[order], owner[order]

@@ -235,7 +235,7 @@ def step_count(p: Tensor, steps: float = 0.0) -> Tensor:
 
 def _step_counts(params: Sequence[Tensor]) -> list[Tensor]:
     here = [p.device.type == "cpu" and not is_estimated(p) for p in params]
-    near = iter(_side_by_side([torch.Size(())] * sum(here), torch.float32, 1))
+    near = iter(_side_by_side([torch.Size(())] * sum(here), torch.float32, 1) if any(here) else [])
     return [
         next(near) if is_here else local_of(p).new_zeros((), dtype=torch.float32, requires_grad=False)
         for p, is_here in zip(params, here, strict=True)

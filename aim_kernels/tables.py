@@ -3,21 +3,38 @@ them."""
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes, is_in_torch_dispatch_mode
 
 from aim_kernels.philox import draw_phase
 from aim_kernels.rows import CONTROL, PHASE_COLUMNS, PHASES, ROW, ROW_COLUMNS, STATISTICS_COLUMNS, neutral_row
 
 Group = dict[str, Any]
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _LIVE_COLUMNS = tuple(f"{phase}_live_{kind}" for phase in PHASES for kind in ("under", "well"))
+
+
+def _outside_modes(method: Callable[P, T]) -> Callable[P, T]:
+    """A table holds numbers also inside of FakeTensorMode and its like, which would make shapes of them."""
+
+    @functools.wraps(method)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        if not is_in_torch_dispatch_mode():
+            return method(*args, **kwargs)
+        with _disable_current_modes():
+            return method(*args, **kwargs)
+
+    return wrapped
 
 
 class Tables:
@@ -35,6 +52,7 @@ class Tables:
     groups: list[Group]
     _away: list[tuple[Group, Tensor, Tensor, dict[str, float], bool]]
 
+    @_outside_modes
     def __init__(self, device: torch.device, seed: int) -> None:
         self.rows = torch.empty(0, len(ROW_COLUMNS), dtype=torch.float64, device=device)
         self.statistics = torch.empty(0, len(STATISTICS_COLUMNS), dtype=torch.float64, device=device)
@@ -45,6 +63,7 @@ class Tables:
         self._arrays: Any = None
         self.groups, self._away = [], []
 
+    @_outside_modes
     def add_group(self, group: Group, tau: float, always_live: bool = False) -> None:
         """Appends a neutral row for a group dict. ``always_live``: as if its live columns always degraded."""
         self.groups.append(group)
@@ -58,6 +77,7 @@ class Tables:
         """Whether the rows are those of the groups in a list, in its order."""
         return len(groups) == len(self.groups) and all(map(operator.is_, groups, self.groups))
 
+    @_outside_modes
     def follow(self, groups: list[Group], begin: Callable[[Group], tuple[float, bool]]) -> None:
         """Puts the rows into the order in which their groups now stand in a list.
 
@@ -97,6 +117,7 @@ class Tables:
             # In place if it fits: graphs and views hold the tensor.
             setattr(self, name, old.copy_(new) if old.shape == new.shape else new)
 
+    @_outside_modes
     def set_columns(self, group: int, **columns: float | torch.Tensor) -> None:
         for name, value in columns.items():
             cell = self.rows[group, ROW[name]]
@@ -109,6 +130,7 @@ class Tables:
                 unknown = isinstance(value, torch.Tensor) and value.device.type != "cpu"
                 self._live[group][name] = float("nan") if unknown else float(value)
 
+    @_outside_modes
     def set_phase_row(self, group: int, phase: str, columns: dict[str, Any]) -> None:
         """Writes the six columns of one phase; columns not named become one."""
         self.set_columns(group, **{f"{phase}_{column}": columns.get(column, 1.0) for column in PHASE_COLUMNS})
@@ -117,6 +139,11 @@ class Tables:
         """Whether a phase of this group degrades its live weights, or may: numbers in a device's memory are not looked
         at, and count as degrading."""
         return self._always_live[group] or any(value != 1.0 for value in self._live[group].values())
+
+    @_outside_modes
+    def lists(self) -> tuple[list[list[float]], list[list[float]]]:
+        """Rows and statistics as numbers; waits for a device."""
+        return self.rows.tolist(), self.statistics.tolist()
 
     def arrays(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
         """Rows, statistics and control as numpy sees their memory; on a CPU."""
@@ -133,23 +160,28 @@ class Tables:
         self._always_live = [False] * len(state["_live"])  # an earlier release has none
         self.__dict__.update(state)
 
+    @_outside_modes
     def to(self, device: torch.device) -> None:
         """Moves the tables."""
         self.rows, self.statistics, self.control = (t.to(device) for t in (self.rows, self.statistics, self.control))
 
+    @_outside_modes
     def set_threshold(self, threshold: int) -> None:
         """The next phase is auxiliary where a 32-bit draw lies below it."""
         self.control[CONTROL["threshold"]].fill_(threshold)
 
+    @_outside_modes
     def phase(self) -> int:
         """Phase of the live weights now in the module: 0 true, 1 auxiliary."""
         return int(self.control[CONTROL["phase"]])
 
+    @_outside_modes
     def next_phase(self) -> int:
         """Phase of the live weights that the next step will write."""
         seed, counter, threshold, _ = self.control.tolist()
         return draw_phase(seed, counter, threshold)
 
+    @_outside_modes
     def public_row(self, group: int) -> dict[str, float]:
         """The nine columns as the next step will apply them."""
         row = self.rows[group].tolist()
@@ -166,6 +198,7 @@ class Tables:
             "noise": row[ROW["noise"]],
         }
 
+    @_outside_modes
     def to_lists(self, group: int) -> dict[str, list[float] | list[int]]:
         """What a checkpoint keeps of one group (plain numbers, so ``weights_only`` loading works)."""
         return {
@@ -186,6 +219,7 @@ class Tables:
                     f"{len(tables[key])}; load it with the version that saved it"
                 )
 
+    @_outside_modes
     def from_lists(self, group: int, saved: dict[str, Any]) -> None:
         """The inverse of :meth:`to_lists`; keys that are absent leave the tables as they are."""
         if "modulation_row" in saved:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import sys
@@ -76,10 +77,8 @@ def _dtype_numbers() -> dict[torch.dtype, int]:
         numbers[dtype] = -1 - fallback
         name = str(dtype).removeprefix("torch.")
         if name in names:
-            try:
+            with contextlib.suppress(OSError, AttributeError):
                 numbers[dtype] = int(getattr(_library(), f"aoti_torch_dtype_{name}")())
-            except (OSError, AttributeError):
-                pass
     return numbers
 
 

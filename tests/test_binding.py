@@ -59,9 +59,7 @@ def test_a_watch_notices_whatever_moves(means: str, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("means", ["quick", "by methods"])
-def test_a_watch_tells_which_gradients_cannot_be_read_as_they_are(
-    means: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_watch_tells_which_gradients_cannot_be_read_as_they_are(means: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if means == "by methods":
         monkeypatch.setattr(watch, "_quick", lambda: None)
     p = torch.nn.Parameter(torch.ones(2, 3))

@@ -50,6 +50,12 @@ THRESHOLD = 64 * 2.0**-53
 #: bias corrections where the kernel multiplies), each good to half an ulp of its terms.
 PEER_ULPS = 8
 
+
+def peer_error(steps: int) -> float:
+    """Of float32 weights of up to 2 after some steps beside torch.optim's: each step adds its own difference."""
+    return steps * PEER_ULPS * UNIT["float32"] * 2.0
+
+
 #: Of a mean of draws: standard errors that hundreds of comparisons exceed with a probability of 1e-6 (a normal beyond
 #: six of them has 2e-9). Draws are those of a fixed seed, so a test that passes once passes always.
 SIGMAS = 6.0

@@ -372,9 +372,7 @@ def _choose(under: Tensor, if_under: float, if_well: float, like: Tensor) -> Ten
     return torch.where(under, torch.full_like(like, if_under), torch.full_like(like, if_well))
 
 
-def live_weights(
-    theta: Tensor, anchor: Tensor | None, under: Tensor | None, live: tuple[float, float]
-) -> Tensor:
+def live_weights(theta: Tensor, anchor: Tensor | None, under: Tensor | None, live: tuple[float, float]) -> Tensor:
     """Degraded weights, in the arithmetic type: ``anchor + (theta - anchor) * c``, ``theta`` itself if c is 1."""
     c = torch.full_like(theta, live[0]) if under is None else _choose(under, live[0], live[1], theta)
     degraded = theta * c if anchor is None else anchor + (theta - anchor) * c
