@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from aim_kernels.command_line import write_text
 from aim_kernels.compare import pictures
 from aim_kernels.compare.contestants import ALONE, BUDGET, TUNING_SEEDS, is_control, reads_held_out
 from aim_kernels.compare.measures import paired
@@ -249,6 +250,14 @@ STYLE = (
 )
 
 
+def is_empty(folder: Folder) -> bool:
+    """Whether there is nothing to report.
+
+    Raises :class:`OtherVersionError` where results.csv is of another version.
+    """
+    return not reported(folder.lines()) and not _costs(folder.path / "cost.csv")
+
+
 def write(folder: Folder, wanted: Collection[Run] | None = None) -> list[Path]:
     """report.md, report.html and the pictures, of :func:`reported` lines; returns what was written."""
     lines = reported(folder.lines(), wanted)
@@ -292,6 +301,6 @@ def write(folder: Folder, wanted: Collection[Run] | None = None) -> list[Path]:
     markdown.append(f"## How\n\n{protocol(lines)}\n")
     page.append(f"<h2>How</h2><p>{html.escape(protocol(lines))}</p>")
     for name, text in (("report.md", "\n".join(markdown)), ("report.html", "\n".join(page))):
-        (folder.path / name).write_text(text, encoding="utf-8")
+        write_text(folder.path / name, text)
         written.append(folder.path / name)
     return written
