@@ -155,7 +155,7 @@ def folder(text: str) -> Path:
             probe.write(b"x")  # an empty file has room on a full disk
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or str(error)
-        if path.is_file():
+        if os.path.isfile(text):
             why = "it is a file"
         raise argparse.ArgumentTypeError(f"{shown(text)} is no folder that can be written to: {why}") from None
     finally:
@@ -213,6 +213,18 @@ def write_text(path: Path, text: str) -> None:
     """As ``path.write_text``, in UTF-8."""
     with writing(path):
         path.write_text(text, encoding="utf-8")
+
+
+def append_lines(path: Path, header: str, lines: str) -> None:
+    """Appends whole lines to a table; the header before the first, an end behind a line that was cut short."""
+    with writing(path):
+        size = path.stat().st_size if path.exists() else 0
+        if size:
+            with path.open("rb") as file:
+                file.seek(-1, os.SEEK_END)
+                header = "" if file.read(1) == b"\n" else "\n"
+        with path.open("ab") as file:
+            file.write((header + lines).encode())
 
 
 def make_folder(path: Path) -> Path:

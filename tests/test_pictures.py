@@ -10,10 +10,10 @@ import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+from command_helpers import pictures
 
 from aim_kernels import plots
 from aim_kernels.demo import pictures as demo_pictures
@@ -25,18 +25,6 @@ PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks
 #: As the command knows them, below the root.
 FOLDERS = ROOT / "docs", ROOT / "benchmarks"
 COMMITTED = sorted(str(path.relative_to(ROOT)) for folder in FOLDERS for path in folder.rglob("*.png"))
-
-
-@pytest.fixture(scope="module")
-def drawing() -> ModuleType:
-    """benchmarks/pictures.py, which is no part of the package."""
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("drawing", ROOT / "benchmarks" / "pictures.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def alike(left: Any, right: Any) -> bool:
@@ -69,8 +57,8 @@ def with_error(values: Sequence[float], sign: str = "") -> str:
 # -- all pictures ------------------------------------------------------------------------------------------------------
 
 
-def test_every_picture_is_drawn_by_the_command_and_shown(drawing: ModuleType) -> None:
-    assert sorted(drawing.PICTURES) == COMMITTED
+def test_every_picture_is_drawn_by_the_command_and_shown() -> None:
+    assert sorted(pictures.PICTURES) == COMMITTED
     shown = {
         str((page.parent / link).resolve().relative_to(ROOT))
         for page in PAGES
@@ -80,20 +68,18 @@ def test_every_picture_is_drawn_by_the_command_and_shown(drawing: ModuleType) ->
 
 
 @pytest.mark.parametrize("name", COMMITTED)
-def test_a_picture_shows_what_is_recorded(name: str, drawing: ModuleType, tmp_path: Path) -> None:
-    drawing.PICTURES[name](tmp_path / "anew.png")
+def test_a_picture_shows_what_is_recorded(name: str, tmp_path: Path) -> None:
+    pictures.PICTURES[name](tmp_path / "anew.png")
     anew, committed = (plots.numbers_of(path) for path in (tmp_path / "anew.png", ROOT / name))
     assert committed, "drawn by something else than benchmarks/pictures.py"
     assert alike(committed, anew)
 
 
-def test_the_command_draws_where_it_is_told(
-    drawing: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert drawing.main(["demo.png", "--out", str(tmp_path / "here")]) == 0
+def test_the_command_draws_where_it_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pictures.main(["demo.png", "--out", str(tmp_path / "here")]) == 0
     assert [path.name for path in (tmp_path / "here").iterdir()] == ["demo.png"]
     with pytest.raises(SystemExit, match="2"):
-        drawing.main(["demo.gif"])
+        pictures.main(["demo.gif"])
     assert "argument NAME: 'demo.gif' is none of: demo.png" in capsys.readouterr().err
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from aim_kernels.command_line import OtherVersionError, writing
+from aim_kernels.command_line import OtherVersionError, append_lines
 from aim_kernels.plots import save
 from aim_kernels.report import cpu_model
 
@@ -109,23 +109,19 @@ def append_csv(path: Path, results: Iterable[DataclassInstance], kind: type[Data
     """Append results of one kind; a file of other columns is not touched. What follows a line that was cut short begins
     a new one."""
     check_columns(path, kind)
+    names = [f.name for f in fields(kind)]
     text = io.StringIO()
-    writer = csv.DictWriter(text, [f.name for f in fields(kind)], lineterminator="\n")
-    old = path.read_bytes() if path.exists() else b""
-    if not old:
-        writer.writeheader()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
     for result in results:
         row = asdict(result)
         writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-    cut_short = bool(old) and not old.endswith(b"\n")
-    with writing(path), path.open("ab") as file:
-        file.write(b"\n" * cut_short + text.getvalue().encode())
+    append_lines(path, ",".join(names) + "\n", text.getvalue())
 
 
 def check_columns(path: Path, kind: type[DataclassInstance] = Result) -> None:
     """Raises :class:`OtherVersionError` where :func:`append_csv` would not append."""
     if path.exists() and path.stat().st_size:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8", errors="replace") as file:
             if next(csv.reader(file), []) != [f.name for f in fields(kind)]:
                 raise OtherVersionError(f"{path} has other columns than this version writes; move it away")
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from aim_kernels.command_line import write_text
+from aim_kernels.command_line import OtherVersionError, write_text
 from aim_kernels.compare import pictures
 from aim_kernels.compare.contestants import ALONE, BUDGET, TUNING_SEEDS, is_control, reads_held_out
 from aim_kernels.compare.measures import paired
@@ -190,17 +190,23 @@ def _costs(path: Path) -> list[list[str]]:
     """Header and lines of cost.csv, relative to joint training on the same data set: medians of the latest commit."""
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
-    measured: dict[tuple[str, str], list[dict[str, str]]] = {}
-    for row in rows:
-        if row["commit"] == rows[-1]["commit"]:
-            measured.setdefault((row["data"], row["contestant"]), []).append(row)
     columns = ("step_ms", "update_ms", "peak_mib")
-    middle = {
-        key: [statistics.median(float(row[column]) for row in found) for column in columns]
-        for key, found in measured.items()
-    }
+    rows: list[tuple[str, tuple[str, str], list[float]]] = []
+    with path.open(newline="", encoding="utf-8", errors="replace") as stream:
+        for row in csv.DictReader(stream):
+            try:
+                rows.append((row["commit"], (row["data"], row["contestant"]), [float(row[c]) for c in columns]))
+            except KeyError:
+                raise OtherVersionError(f"{path} has other columns than this version writes; move it away") from None
+            except (TypeError, ValueError):  # a line that was cut short
+                continue
+    if not rows:
+        return []
+    measured: dict[tuple[str, str], list[list[float]]] = {}
+    for commit, key, numbers in rows:
+        if commit == rows[-1][0]:
+            measured.setdefault(key, []).append(numbers)
+    middle = {key: [statistics.median(column) for column in zip(*of, strict=True)] for key, of in measured.items()}
     lines = [["data", "method", "ms a step", "x joint", "ms an update", "peak MiB"]]
     for (data, name), (step, update, peak) in middle.items():
         joint = middle.get((data, "joint"))

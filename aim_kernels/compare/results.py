@@ -39,7 +39,7 @@ class Folder:
             return []
         kinds = {f.name: {"int": int, "float": float}.get(str(f.type), str) for f in fields(Line)}
         found = []
-        header, *texts = self.file.read_text(encoding="utf-8").splitlines()
+        header, *texts = self.file.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
         if header != ",".join(kinds):
             raise OtherVersionError(f"{self.file} is of another version; give another folder, or move it away")
         # One by one: a quote that was cut off would swallow the next line.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import statistics
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from aim_kernels.command_line import OtherVersionError, make_folder, write_text, writing
+from aim_kernels.command_line import OtherVersionError, append_lines, make_folder, write_text
 from aim_kernels.demo.trainer import DATA, METHODS, Run
 from aim_kernels.modulation.strengths import ModulationTable
 
@@ -43,7 +44,7 @@ class Folder:
         if not self.file.exists() or not self.file.stat().st_size:
             return []
         found = []
-        with self.file.open(newline="", encoding="utf-8") as stream:
+        with self.file.open(newline="", encoding="utf-8", errors="replace") as stream:
             lines = csv.DictReader(stream)
             if tuple(lines.fieldnames or ()) != COLUMNS:
                 raise OtherVersionError(
@@ -63,14 +64,9 @@ class Folder:
         self.make()
         if history:
             write_text(self._history_file(run_of(row)), json.dumps(history))
-        text = self.file.read_text(encoding="utf-8") if self.file.exists() else ""
-        with writing(self.file), self.file.open("a", newline="", encoding="utf-8") as stream:
-            if text and not text.endswith("\n"):
-                stream.write("\n")  # behind a line cut short
-            writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
-            if not text:
-                writer.writeheader()
-            writer.writerow(row)
+        text = io.StringIO()
+        csv.DictWriter(text, COLUMNS, lineterminator="\n").writerow(row)
+        append_lines(self.file, ",".join(COLUMNS) + "\n", text.getvalue())
 
     def history(self, run: Run) -> list[ModulationTable]:
         """What AIM did, update by update; empty where nothing of it was kept."""

@@ -33,11 +33,11 @@ def read(path: Path) -> list[Line]:
     Raises :class:`OtherVersionError` where the file has other columns.
     """
     check_columns(path, Line)
-    if not path.exists():
+    if not path.exists() or not path.stat().st_size:
         return []
     kinds = {f.name: {"int": int, "float": float}.get(str(f.type), str) for f in fields(Line)}
     found = []
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
         for row in csv.DictReader(file):
             try:
                 found.append(Line(**{name: kinds[name](value) for name, value in row.items()}))
