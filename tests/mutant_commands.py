@@ -131,8 +131,8 @@ COMMANDS = (
     Mutant(
         "processes tell of an interruption, too",
         COMPARE,
-        "    signal.signal(signal.SIGINT, signal.SIG_DFL)",
-        "    signal.signal(signal.SIGINT, signal.default_int_handler)",
+        "    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})",
+        "    before = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})",
         "A terminal sends it to all, and each printed a traceback.",
         (f"{ENDS}::test_control_c",),
     ),

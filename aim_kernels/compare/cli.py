@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import signal
 import sys
@@ -134,9 +135,18 @@ def _one_thread() -> None:
     torch.set_num_threads(1)  # networks this small are fastest with one, and give the same bits everywhere
 
 
-def _begin_process() -> None:
-    _one_thread()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interruption is told of by the process that started this one
+@contextlib.contextmanager
+def _not_interrupted() -> Iterator[None]:
+    """Processes that begin within never see an interruption, which a terminal sends to all; this one sees it later.
+    Windows has no such mask."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _train_all(folder: Folder, runs: Sequence[Run], jobs: int, what: str) -> None:
@@ -163,15 +173,21 @@ def _trained(runs: Sequence[Run], jobs: int) -> Iterator[tuple[Line, list[dict[s
             torch.set_num_threads(threads)
         return
     # spawned: a forked process would inherit threads that hold locks
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin_process)
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _one_thread)
+    others = set(multiprocessing.active_children())
     try:
         left = list(reversed(runs))
         running: set[Future[tuple[Line, list[dict[str, Any]]]]] = set()
         while left or running:
             while left and len(running) < 2 * jobs:  # few at a time, so that an interruption does not wait for many
-                running.add(pool.submit(train, left.pop()))
+                with _not_interrupted():
+                    running.add(pool.submit(train, left.pop()))
             finished, running = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
                 yield future.result()
+    except BaseException:
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()  # what they are at would end in minutes, and nobody waits for it
+        raise
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
