@@ -230,7 +230,7 @@ def test_output_that_finds_no_room(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="Linux tells who a process has started")
 def test_control_c(tmp_path: Path) -> None:
-    """Sent to a process and those that train for it, as a terminal does; they are still busy with imports."""
+    """Sent to a process and those that train for it, as a terminal does; here to them first, while they import."""
     command = [sys.executable, "-m", "aim_kernels", "compare", "--data", "digits", "--methods", "joint", "--no-tuning"]
     process = subprocess.Popen(
         [*command, "--jobs", "2", "--epochs", "10000", "--out", str(tmp_path / "out")],
@@ -245,7 +245,10 @@ def test_control_c(tmp_path: Path) -> None:
     while process.poll() is None and len(started.read_text().split()) < 3 and time.monotonic() < deadline:
         time.sleep(0.05)  # two that train, and one that watches over what they share
     time.sleep(0.5)
-    os.killpg(process.pid, signal.SIGINT)
+    for child in map(int, started.read_text().split()):
+        os.kill(child, signal.SIGINT)
+    time.sleep(3)  # they had the time to say something
+    process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "Traceback" not in out + err
