@@ -12,6 +12,7 @@ import errno
 import math
 import os
 import re
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -246,12 +247,15 @@ def run(prog: str, work: Callable[[], int], kept: str = "") -> int:
         return 130
     except BrokenPipeError:  # whoever read this has enough
         return 1
-    except (OSError, OtherVersionError) as error:
+    except (OSError, OtherVersionError, subprocess.CalledProcessError) as error:
         sys.stderr.write(f"{prog}: error: {_said(error)}\n" + (f"{kept}\n" if kept else ""))
         return 1
 
 
 def _said(error: Exception) -> str:
+    if isinstance(error, subprocess.CalledProcessError):
+        last = (error.stderr or "").strip().splitlines()[-1:]
+        return ": ".join([f"a process of its own ended with status {error.returncode}", *last])
     if not isinstance(error, OSError) or isinstance(error, CannotWriteError) or not error.strerror:
         return str(error)
     return f"{error.filename}: {error.strerror}" if error.filename else f"cannot write the output: {error.strerror}"

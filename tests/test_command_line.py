@@ -22,6 +22,7 @@ from aim_kernels.bench import memory as bench_memory
 from aim_kernels.compare import cli as compare_cli
 from aim_kernels.compare import cost
 from aim_kernels.compare.contestants import contestant
+from aim_kernels.data import DATA_SETS
 from aim_kernels.demo import cli as demo_cli
 
 # -- files that cannot be written --------------------------------------------------------------------------------------
@@ -193,6 +194,33 @@ def test_an_interruption_is_a_sentence(
         options += ["--out", str(tmp_path)]
     assert COMMANDS[command](options) == 130
     assert "\nInterrupted." in capsys.readouterr().err
+
+
+def test_a_process_of_its_own_that_fails_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(command: list[str], **options: Any) -> None:
+        raise subprocess.CalledProcessError(-9, command, "", "Traceback ...\nRuntimeError: no memory\n")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    for command, *options in (["release.py"], ["compare", "--cost", "--data", "digits", "--out", str(tmp_path)]):
+        assert COMMANDS[command](options) == 1
+        assert "error: a process of its own ended with status -9: RuntimeError: no memory\n" in capsys.readouterr().err
+
+
+def test_a_data_set_that_is_not_there_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ends = [FileNotFoundError("there is no mfeat.zip"), KeyboardInterrupt()]
+
+    def make(seed: int) -> None:
+        raise ends.pop(0)
+
+    monkeypatch.setitem(DATA_SETS, "digits", DATA_SETS["digits"]._replace(make=make))
+    for code in (1, 130):
+        assert COMMANDS["compare"](["--data", "digits", "--out", str(tmp_path / "out")]) == code
+        assert ("there is no mfeat.zip\n" in capsys.readouterr().err) == (code == 1)
+    assert list(tmp_path.iterdir()) == []
 
 
 def python(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:

@@ -87,34 +87,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     interrupted. SystemExit(2): a wrong argument."""
     p = parser()
     options = _judged(p, argv)
+    folder = Folder(options.out)
+    if options.cost:
+        kept = f"What was measured is in {folder.path / 'cost.csv'}."
+    else:
+        kept = "" if options.report else f"Finished runs are in {folder.file}; the same command continues."
+    return command_line.run(PROG, lambda: _main(p, folder, options), kept)
+
+
+def _main(p: command_line.Parser, folder: Folder, options: argparse.Namespace) -> int:
     data = _chosen(options.data, list(DATA_SETS))
     names = _chosen([*options.methods, "joint"], list(CONTESTANTS))
     try:
         for package in ("rich", "matplotlib", "sklearn", "scipy"):
             require(package, "the comparison")
         if not options.report:
-            for name in data:  # before an hour of training, not after it
-                made = DATA_SETS[name].make(0)
-                try:
-                    with torch.device("meta"):
-                        network = network_of(made, 0, options.backbone, options.width)
-                except ValueError as error:
-                    p.error(f"--data {name}, --backbone {options.backbone}, --width {options.width}: {error}")
-                p.refuse_beyond_memory("--width", _BYTES * sum(weight.numel() for weight in network.parameters()))
-    except (MissingPackageError, ValueError) as error:
+            _look_at(p, data, options)
+    except (MissingPackageError, FileNotFoundError, ValueError) as error:
         print(f"{error}\n(--data chooses other data sets)", file=sys.stderr)
         return 1
-    folder = Folder(options.out)
-    if options.cost:
-        kept = f"What was measured is in {folder.path / 'cost.csv'}."
-    else:
-        kept = "" if options.report else f"Finished runs are in {folder.file}; the same command continues."
-    return command_line.run(PROG, lambda: _main(p, folder, data, names, options), kept)
-
-
-def _main(
-    p: command_line.Parser, folder: Folder, data: Sequence[str], names: Sequence[str], options: argparse.Namespace
-) -> int:
     wanted = None
     if report.is_empty(folder) and options.report:
         p.refuse("--report", f"{folder.path} has no results: neither runs in results.csv nor steps in cost.csv")
@@ -129,6 +120,18 @@ def _main(
     written = report.write(folder, wanted)
     print(f"Saved in {folder.path}: {', '.join(path.name for path in written)}")
     return 0
+
+
+def _look_at(p: command_line.Parser, data: Sequence[str], options: argparse.Namespace) -> None:
+    """Every data set, and whether there is such a network for it: before an hour of training, not after it."""
+    for name in data:
+        made = DATA_SETS[name].make(0)
+        try:
+            with torch.device("meta"):
+                network = network_of(made, 0, options.backbone, options.width)
+        except ValueError as error:
+            p.error(f"--data {name}, --backbone {options.backbone}, --width {options.width}: {error}")
+        p.refuse_beyond_memory("--width", _BYTES * sum(weight.numel() for weight in network.parameters()))
 
 
 def _one_thread() -> None:
