@@ -12,22 +12,21 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-from aim_kernels import report
+from aim_kernels import command_line, report
 
+PROG = "python -m aim_kernels"
 COMMANDS = ("demo", "bench", "compare", "precision")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; the exit status is 2 for one that does not exist."""
     command, *rest = (sys.argv[1:] if argv is None else argv) or ["report"]
-    if command == "report" and not rest:
-        print(report.render(report.environment()))
-        return 0
-    if command in ("-h", "--help", "help"):
-        print(usage())
-        return 0
+    if command in ("report", "-h", "--help", "help") and (not rest or rest in (["-h"], ["--help"])):
+        return command_line.run(PROG, lambda: _told(usage() if rest or command != "report" else None))
     if command not in COMMANDS:
-        print(f"unknown command {command!r}\n\n{usage()}", file=sys.stderr)
+        known = ", ".join([PROG, *(f"{PROG} {name} [options]" for name in COMMANDS)])
+        why = f"{command} takes no {rest[0]!r}" if command in ("report", "help") else ""
+        print(f"usage: {known}\n{PROG}: error: {why or f'unknown command {command!r}'}", file=sys.stderr)
         return 2
     try:
         module = import_module(f"aim_kernels.{command}")
@@ -39,10 +38,15 @@ def main(argv: list[str] | None = None) -> int:
     return module.main(rest) or 0
 
 
+def _told(text: str | None) -> int:
+    print(report.render(report.environment()) if text is None else text)
+    return 0
+
+
 def usage() -> str:
     """The commands, one a line."""
     return "usage:\n" + (__doc__ or "").partition("\n\n")[2].rstrip()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.leave(PROG, main)

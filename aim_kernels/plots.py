@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aim_kernels.command_line import writing
 from aim_kernels.data.common import require
 from aim_kernels.modulation.strengths import ModulationTable, Scores
 
@@ -22,6 +25,31 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
+def save(figure: Figure, path: Path, numbers: Any, dpi: int = 120) -> None:
+    """A PNG that tells what it shows: ``numbers`` (lists, dictionaries, text and numbers) go along as JSON, floats to
+    six digits, in a text chunk named "Numbers", so that a picture can be told from a stale one."""
+    with writing(path):
+        figure.savefig(path, dpi=dpi, metadata={"Numbers": json.dumps(_rounded(numbers))})
+
+
+def numbers_of(path: Path) -> Any:
+    """What :func:`save` put into a picture; None where there is nothing."""
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        text = picture.info.get("Numbers")
+    return json.loads(text) if text else None
+
+
+def _rounded(numbers: Any) -> Any:
+    """Six digits, as results files have; None in place of NaN, which JSON does not know."""
+    if isinstance(numbers, Mapping):
+        return {str(key): _rounded(value) for key, value in numbers.items()}
+    if isinstance(numbers, float):
+        return float(f"{numbers:.6g}") if numbers == numbers else None
+    return [_rounded(value) for value in numbers] if isinstance(numbers, (list, tuple)) else numbers
+
+
 def plot_modulation(aim: Any) -> Figure:
     """Heat maps over update (x) and depth (y), one column a modality: score, strength, under-optimized share.
 
@@ -36,23 +64,15 @@ def plot_modulation(aim: Any) -> Figure:
         raise ValueError("nothing to plot: aim.history is empty; call aim.update first")
     modalities = history[0].modalities
     updates = [table.update for table in history]
-
-    def grid(tables: list[Scores], modality: str) -> list[list[float]]:
-        return [[table[modality][depth] for table in tables] for depth in range(len(tables[0][modality]))]
-
-    panels: list[tuple[str, list[Scores], float | None]] = [
-        ("score", [table.scores for table in history], None),
-        ("strength kappa", [table.kappa for table in history], 1.0),
-        ("under-optimized share", [table.under_fraction for table in history], None),
-    ]
+    panels = modulation_panels(history)
     figure = _figure(1.0 + 4.0 * len(modalities), 6.5)
     axes = figure.subplots(len(panels), len(modalities), squeeze=False)
-    for row, (name, tables, top) in enumerate(panels):
-        values = [v for table in tables for cells in table.values() for v in cells if v == v]
-        top = top or max([*values, 1e-9])
+    for row, (name, grids) in enumerate(panels.items()):
+        values = [v for grid in grids.values() for line in grid for v in line if v == v]
+        top = 1.0 if name == "strength kappa" else max([*values, 1e-9])
         for column, modality in enumerate(modalities):
             axis = axes[row, column]
-            cells = grid(tables, modality)
+            cells = grids[modality]
             # each update in a cell of its own, centred on its number
             axis.imshow(
                 cells,
@@ -70,19 +90,39 @@ def plot_modulation(aim: Any) -> Figure:
     return figure
 
 
+def modulation_panels(history: Sequence[ModulationTable]) -> dict[str, dict[str, list[list[float]]]]:
+    """What :func:`plot_modulation` shows: ``panels[name][modality][depth][update]``."""
+
+    def grids(tables: list[Scores]) -> dict[str, list[list[float]]]:
+        return {
+            modality: [[table[modality][depth] for table in tables] for depth in range(len(tables[0][modality]))]
+            for modality in history[0].modalities
+        }
+
+    return {
+        "score": grids([table.scores for table in history]),
+        "strength kappa": grids([table.kappa for table in history]),
+        "under-optimized share": grids([table.under_fraction for table in history]),
+    }
+
+
 def plot_accuracy(
-    summary: Mapping[str, Mapping[str, tuple[float, float]]], ylabel: str = "test accuracy (%)"
+    summary: Mapping[str, Mapping[str, tuple[float, float]]],
+    ylabel: str = "test accuracy (%)",
+    titles: Mapping[str, str] | None = None,
 ) -> Figure:
-    """Bars with standard errors: ``summary[data][method] = (mean, standard error)``, one panel a data set."""
+    """Bars with standard errors: ``summary[data][method] = (mean, standard error)``, one panel a data set. ``titles``
+    of the panels, by data set; without it their names."""
     figure = _figure(5.0 * max(len(summary), 1), 4.0)
     axes = figure.subplots(1, max(len(summary), 1), squeeze=False)[0]
     for axis, (data, methods) in zip(axes, summary.items(), strict=False):
         means = [mean for mean, _ in methods.values()]
         errors = [error if error == error else 0.0 for _, error in methods.values()]
-        bars = axis.bar(range(len(methods)), means, yerr=errors, capsize=4, color="tab:blue")
+        colours = ["tab:red" if name == "aim" else "0.55" if name == "drop" else "tab:blue" for name in methods]
+        bars = axis.bar(range(len(methods)), means, yerr=errors, capsize=4, color=colours)
         axis.bar_label(bars, [f"{mean:.1f}" for mean in means], label_type="center", color="white", fontsize=9)
         axis.set_xticks(range(len(methods)), list(methods), rotation=30, ha="right")
-        axis.set_title(data)
+        axis.set_title((titles or {}).get(data, data))
         axis.set_ylabel(ylabel)
         axis.set_ylim(0.0, 100.0)
     return figure

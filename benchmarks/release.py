@@ -16,11 +16,16 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 import aim_kernels as ak
+from aim_kernels import command_line
+from aim_kernels.rows import RULES
+
+KINDS = ("plain", "released")
 
 
 class Block(nn.Module):
@@ -75,31 +80,62 @@ def measure(released: bool, arguments: argparse.Namespace) -> dict[str, float | 
     return {"times": times[2:], "gradients": most / 2**20, "peak": peak / 2**10}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--blocks", type=int, default=12)
-    parser.add_argument("--batch", type=int, default=64, help="rows of input")
-    parser.add_argument("--rounds", type=int, default=15, help="iterations of a process, after two of warm-up")
-    parser.add_argument("--turns", type=int, default=3, help="processes of each kind")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rule", default="adamw")
-    parser.add_argument("--state-dtype", choices=("bfloat16", "int8"))
-    parser.add_argument("--only", choices=("plain", "released"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+def parser() -> command_line.Parser:
+    """The command line's options."""
+    p = command_line.Parser("python benchmarks/release.py", (__doc__ or "").split("\n", maxsplit=1)[0])
+    whole = command_line.whole
+    p.add_argument("--width", type=whole(1, 65_536), default=1024, help="features (default: 1024)")
+    p.add_argument("--blocks", type=whole(1, 10_000), default=12, help="residual blocks (default: 12)")
+    p.add_argument("--batch", type=whole(1, 2**20), default=64, help="rows of input (default: 64)")
+    p.add_argument(
+        "--rounds",
+        type=whole(2, command_line.MOST_ROUNDS),
+        default=15,
+        help="iterations of a process, after two of warm-up (default: 15)",
+    )
+    p.add_argument("--turns", type=whole(1, 1000), default=3, help="processes of each kind (default: 3)")
+    p.add_argument("--threads", type=whole(1, command_line.MOST_THREADS), default=torch.get_num_threads())
+    p.add_argument("--rule", choices=RULES, default="adamw")
+    p.add_argument("--state-dtype", choices=("bfloat16", "int8"))
+    p.add_argument("--only", choices=KINDS, help=argparse.SUPPRESS)
+    return p
+
+
+def judged(p: command_line.Parser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options, or SystemExit(2)."""
+    arguments = p.parse_args(argv)
+    try:
+        ak.AIMFusedOptimizer(nn.Linear(1, 1).parameters(), rule=arguments.rule, state_dtype=arguments.state_dtype)
+    except ValueError as error:
+        p.error(f"--rule {arguments.rule}, --state-dtype {arguments.state_dtype}: {error}")
+    # Weights, gradients and two moments of float32; what a block keeps of its rows for backward.
+    weights, kept = 8 * arguments.width**2 * arguments.blocks, 10 * arguments.width * arguments.batch * arguments.blocks
+    p.refuse_beyond_memory("--width (or --blocks, or --batch)", 16.0 * weights + 4.0 * kept)
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; the exit status is 2 for a wrong argument, 130 where it was interrupted."""
+    p = parser()
+    arguments = judged(p, argv)
+    return command_line.run(p.prog, lambda: _main(arguments))
+
+
+def _main(arguments: argparse.Namespace) -> int:
     if arguments.only:
         print(json.dumps(measure(arguments.only == "released", arguments)))
-        return
-    kinds = ("plain", "released")
-    found: dict[str, list[dict[str, object]]] = {kind: [] for kind in kinds}
+        return 0
+    chosen = {name.replace("_", "-"): value for name, value in vars(arguments).items() if value is not None}
+    settings = [f"--{name}={value}" for name, value in chosen.items()]
+    found: dict[str, list[dict[str, object]]] = {kind: [] for kind in KINDS}
     for _ in range(arguments.turns):
-        for kind in kinds:
-            command = [sys.executable, *sys.argv, "--only", kind]
+        for kind in KINDS:
+            command = [sys.executable, __file__, *settings, "--only", kind]
             told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             found[kind].append(json.loads(told))
     print(f"torch {torch.__version__}, {arguments.threads} threads, {arguments.blocks} blocks of {arguments.width}")
     print(f"{'':10s} {'ms':>8s} {'20 %':>8s} {'80 %':>8s} {'gradients MiB':>14s} {'peak MiB':>9s}")
-    for kind in kinds:
+    for kind in KINDS:
         times = sorted(1e3 * t for run in found[kind] for t in run["times"])  # type: ignore[attr-defined]
         fifths = statistics.quantiles(times, n=5)
         last = found[kind][-1]
@@ -107,7 +143,8 @@ def main() -> None:
             f"{kind:10s} {statistics.median(times):8.1f} {fifths[0]:8.1f} {fifths[-1]:8.1f} "
             f"{last['gradients']:14.1f} {last['peak']:9.0f}"
         )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    command_line.leave("python benchmarks/release.py", main)

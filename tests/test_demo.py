@@ -156,7 +156,7 @@ def test_plan_follows_the_options() -> None:
     [
         (["--seeds", "x"], "'x' is neither a seed like 7 nor a range like 100-109"),
         (["--seeds", "9-1"], "neither a seed"),
-        (["--epochs", "0"], "not a number of epochs"),
+        (["--epochs", "0"], "'0' is not a whole number from 1"),
         (["--device", "toaster"], "is no device"),
         (["--method", "agm"], "invalid choice: 'agm'"),
     ],

@@ -12,11 +12,11 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
-from aim_kernels.bench import gate, gpu_report, shapes
+from aim_kernels import command_line
+from aim_kernels.bench import gate, gpu_report, report, shapes
 from aim_kernels.bench.gpu_peers import Peer, peers
 from aim_kernels.bench.gpu_report import GpuResult
 from aim_kernels.bench.gpu_timing import Clock, Step, copy_bandwidth, graphed, interleaved, told
@@ -38,7 +38,9 @@ _COPIED = 2**30  # bytes of the copy that measures the bandwidth
 _SMALL = 2**26  # parameters; sets up to here are where the host may be what is waited for
 #: Two units in the last place of a bfloat16 near one: weights that were rounded to either side of a boundary.
 _NARROW = 2.0**-6
-#: What ``--sweep`` tries: chunks, block sizes of the CUDA kernels, and elements that a Triton program holds at a time.
+#: What ``--sweep`` tries: chunks, block sizes of the CUDA kernels, and elements that a Triton program holds at a time,
+#: on these sets.
+SWEPT = ("256m", "resnet50")
 CHUNKS, THREADS, BLOCKS = (2048, 4096, 8192, 16384, 65536), (64, 128, 256), (256, 512, 1024)
 
 
@@ -184,13 +186,25 @@ def gate_of(peer: Peer, dtype: str, device: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; the exit status is 1 where one of this library's candidates failed."""
-    arguments = parser().parse_args(argv)
+    """Command line; the exit status is 1 where one of this library's candidates failed or a file cannot be written, 2
+    for a wrong argument, 130 where it was interrupted."""
+    p = parser()
+    arguments = p.parse_args(argv)
+    if not arguments.device.startswith(("cpu", "cuda")):
+        p.refuse("--device", f"{arguments.device!r} is not timed here; use cpu, cuda or cuda:1")
+    if arguments.sweep and ("float32" not in arguments.dtypes or not set(SWEPT) & set(arguments.sets)):
+        p.refuse("--sweep", f"is of {' and '.join(SWEPT)} in float32; name one of these in --sets and --dtypes")
+    return command_line.run(p.prog, lambda: _main(arguments), "Tables that were complete are printed above.")
+
+
+def _main(arguments: argparse.Namespace) -> int:
     device, began = arguments.device, time.monotonic()
     if torch.device(device).index is not None:
         torch.cuda.set_device(device)  # events, streams and graphs are of the current one
-    bandwidth = copy_bandwidth(Clock(device), device, _COPIED if device != "cpu" else 2**22)
     title = gpu_report.device_name(device)
+    if arguments.out is not None:
+        report.check_columns(gpu_report.stem_of(arguments.out, title).with_suffix(".csv"), GpuResult)
+    bandwidth = copy_bandwidth(Clock(device), device, _COPIED if device != "cpu" else 2**22)
     print(f"{title}: copy {bandwidth / 1e9:.0f} GB/s, read and written", flush=True)
     results: list[GpuResult] = []
 
@@ -219,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("\ntargets:")
     gpu_report.print_targets(results)
     if arguments.sweep:
-        swept = [name for name in ("256m", "resnet50") if name in arguments.sets]
+        swept = [name for name in SWEPT if name in arguments.sets]
         rounds = arguments.rounds or 7
         lines = attempt(sweep(swept, good.get("float32", []), device, bandwidth, rounds), "sweep", "float32")
         keep("chunk and block size", lines)
@@ -238,15 +252,24 @@ def attempt(lines: Iterable[GpuResult], name: str, dtype: str) -> list[GpuResult
     return found
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> command_line.Parser:
     """The options of ``python -m aim_kernels bench --device ...``."""
-    p = argparse.ArgumentParser(prog="python -m aim_kernels bench", description=(__doc__ or "").partition("\n\n")[0])
-    p.add_argument("--device", default="cuda", help="cuda, cuda:1, ...; cpu is a dry run")
-    p.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS), metavar="SET", help=", ".join(SETS))
-    p.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="of the parameters")
-    p.add_argument("--rounds", type=int, help="samples of every candidate (default: by set)")
+    p = command_line.Parser("python -m aim_kernels bench", (__doc__ or "").partition("\n\n")[0])
+    distinct = command_line.Distinct
+    p.add_argument("--device", type=command_line.device, default="cuda", help="cuda, cuda:1, ...; cpu is a dry run")
+    p.add_argument(
+        "--sets", nargs="+", action=distinct, choices=SETS, default=list(SETS), metavar="SET", help=", ".join(SETS)
+    )
+    p.add_argument(
+        "--dtypes", nargs="+", action=distinct, choices=DTYPES, default=list(DTYPES), help="of the parameters"
+    )
+    p.add_argument(
+        "--rounds",
+        type=command_line.whole(1, command_line.MOST_ROUNDS),
+        help="samples of every candidate (default: by set)",
+    )
     p.add_argument("--sweep", action="store_true", help="also time the kernels by chunk and block size")
-    p.add_argument("--out", type=Path, help="folder for gpu-<device>.csv (appended to), .md and .png")
+    p.add_argument("--out", type=command_line.folder, help="folder for gpu-<device>.csv (appended to), .md and .png")
     return p
 
 

@@ -16,6 +16,8 @@ import torch
 
 from aim_kernels.bench import report
 from aim_kernels.bench.timing import Samples
+from aim_kernels.command_line import make_folder, write_text
+from aim_kernels.plots import save
 
 
 @dataclass(frozen=True)
@@ -219,13 +221,16 @@ def write(
     same run that were written earlier; page and chart show them too."""
     shared = circumstances("cpu" if title.startswith("CPU") else "cuda")
     lines = [replace(line, **shared) for line in lines]
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / f"gpu-{re.sub(r'[^a-z0-9]+', '-', title.lower()).strip('-')}"
-    table, page, chart = (stem.with_suffix(suffix) for suffix in (".csv", ".md", ".png"))
+    table, page, chart = (stem_of(make_folder(folder), title).with_suffix(suffix) for suffix in (".csv", ".md", ".png"))
     report.append_csv(table, lines, GpuResult)
     everything = [*before, *lines]
-    page.write_text(markdown(everything, title, bandwidth, shared), encoding="utf-8")
+    write_text(page, markdown(everything, title, bandwidth, shared))
     return [table, page, *([chart] if plot(chart, everything, title) else [])]
+
+
+def stem_of(folder: Path, title: str) -> Path:
+    """The files' common name, without suffix."""
+    return folder / f"gpu-{re.sub(r'[^a-z0-9]+', '-', title.lower()).strip('-')}"
 
 
 def markdown(lines: Sequence[GpuResult], title: str, bandwidth: float, shared: dict[str, Any]) -> str:
@@ -276,6 +281,7 @@ def plot(path: Path, lines: Sequence[GpuResult], title: str) -> bool:
         axis.spines[["top", "right"]].set_visible(False)
     figure.supxlabel("time of a step, as a multiple of a copy of the same bytes (log scale)", fontsize=9)
     figure.suptitle(title, fontsize=9)
-    figure.savefig(path, dpi=130)
+    numbers = {" ".join(k): {x.candidate: x.ratio_to_copy for x in shown if (x.set, x.dtype) == k} for k in keys}
+    save(figure, path, numbers, dpi=130)
     pyplot.close(figure)
     return True

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aim_kernels.bench.report import append_csv, circumstances
+from aim_kernels.bench.report import append_csv, check_columns, circumstances
 from aim_kernels.bench.shapes import vit_b16
+from aim_kernels.command_line import make_folder
 from aim_kernels.optimizer import AIMFusedOptimizer
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -155,13 +156,14 @@ def measure() -> list[Line]:
 
 def main(arguments: argparse.Namespace) -> int:
     """Measures, prints, writes."""
+    if arguments.out is not None:
+        check_columns(arguments.out / "memory.csv", Line)
     lines = measure()
     print(f"{'optimizer':34} weights  gradients  states  together    peak  peak MiB")
     for x in lines:
         peak = f"{x.peak:6.2f}  {x.peak_mib:8.0f}" if x.peak == x.peak else f"        ({x.source})"
         print(f"{x.optimizer:34} {x.weights:7.2f}  {x.gradients:9.2f}  {x.states:6.2f}  {x.together:8.2f}  {peak}")
     if arguments.out is not None:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        append_csv(arguments.out / "memory.csv", lines, Line)
+        append_csv(make_folder(arguments.out) / "memory.csv", lines, Line)
         print(f"written to {arguments.out / 'memory.csv'}")
     return 0

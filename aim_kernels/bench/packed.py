@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from aim_kernels.bench import report, timing
+from aim_kernels.command_line import make_folder
 from aim_kernels.optimizer import AIMFusedOptimizer
 from aim_kernels.packing import blocks_of
 from aim_kernels.rows import STREAM_RECORD
@@ -29,6 +29,15 @@ F32, BF16, I16, U8 = torch.float32, torch.bfloat16, torch.int16, torch.uint8
 
 #: Bytes a parameter of the widest array of each role.
 _ROLES = {"param": 4, "grad": 4, "exp_avg": 4, "exp_avg_sq": 4, "master": 4, "rest": 2, "ema": 4}
+
+#: Elements that are stepped by default, in units of 2^20.
+MILLIONS = 32
+
+
+def bytes_of(numel: int) -> float:
+    """Of :class:`Arrays`, which also keep float32 and bfloat16 numbers to fill them with."""
+    return float(numel * (sum(_ROLES.values()) + F32.itemsize + BF16.itemsize))
+
 
 #: Elements that a thread of the floor takes at a time; 0: one share a thread.
 _CHUNKS = (0, 1 << 16)
@@ -319,6 +328,8 @@ TARGETS = (
 
 def main(arguments: argparse.Namespace) -> int:
     """Measures, prints, writes."""
+    if arguments.out is not None:
+        report.check_columns(arguments.out / "bytes.csv", Line)
     lines = measure(arguments.numel << 20, arguments.rounds or 11, list(CONFIGURATIONS))
     head = ("candidate", "bytes", "ns/param", "p20", "p80", "x floor", "x fp32", "x torch fp32", "x torch bf16")
     rows: list[tuple[str, ...]] = [head]
@@ -346,8 +357,7 @@ def main(arguments: argparse.Namespace) -> int:
     verdict = "met" if both[1] >= 1.8 * both[0] else "MISSED"
     print(f"  {'clip+zero+ema':12} torch takes {both[1] / both[0]:.2f} times as long (>= 1.80)  {verdict}")
     if arguments.out is not None:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        path: Path = arguments.out / "bytes.csv"
+        path = make_folder(arguments.out) / "bytes.csv"
         report.append_csv(path, lines, Line)
         print(f"written to {path}")
     return 0

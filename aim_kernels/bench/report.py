@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import csv
 import datetime
+import io
 import platform
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from aim_kernels.command_line import OtherVersionError, append_lines
+from aim_kernels.plots import save
 from aim_kernels.report import cpu_model
 
 if TYPE_CHECKING:
@@ -103,20 +106,37 @@ def print_table(title: str, results: Sequence[Result]) -> None:
 
 
 def append_csv(path: Path, results: Iterable[DataclassInstance], kind: type[DataclassInstance] = Result) -> None:
-    """Append results of one kind; a file of other columns is not touched."""
+    """Append results of one kind; a file of other columns is not touched. What follows a line that was cut short begins
+    a new one."""
+    check_columns(path, kind)
     names = [f.name for f in fields(kind)]
-    fresh = not path.exists()
-    if not fresh:
-        with path.open(newline="", encoding="utf-8") as file:
-            if next(csv.reader(file), []) != names:
-                raise ValueError(f"{path} has other columns than this version writes; move it away")
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names, lineterminator="\n")
-        if fresh:
-            writer.writeheader()
-        for result in results:
-            row = asdict(result)
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    for result in results:
+        row = asdict(result)
+        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+    append_lines(path, ",".join(names) + "\n", text.getvalue())
+
+
+def check_columns(path: Path, kind: type[DataclassInstance] = Result) -> None:
+    """Raises :class:`OtherVersionError` where :func:`append_csv` would not append."""
+    if path.exists() and path.stat().st_size:
+        with path.open(newline="", encoding="utf-8", errors="replace") as file:
+            if next(csv.reader(file), []) != [f.name for f in fields(kind)]:
+                raise OtherVersionError(f"{path} has other columns than this version writes; move it away")
+
+
+def read(path: Path) -> list[Result]:
+    """The lines of a file that :func:`append_csv` wrote."""
+    check_columns(path)
+    kinds = {f.name: {"int": int, "float": float}.get(str(f.type), str) for f in fields(Result)}
+    with path.open(newline="", encoding="utf-8") as file:
+        return [Result(**{name: kinds[name](value) for name, value in row.items()}) for row in csv.DictReader(file)]
+
+
+def title_of(shared: Mapping[str, Any]) -> str:
+    """The machine in a line, from columns of :class:`Circumstances`."""
+    return f"{shared['cpu']}, {shared['threads']} threads, {shared['isa']}, torch {shared['torch']}"
 
 
 def plot(path: Path, results: Sequence[Result], title: str) -> bool:
@@ -146,7 +166,10 @@ def plot(path: Path, results: Sequence[Result], title: str) -> bool:
         axis.spines[["top", "right"]].set_visible(False)
     figure.supxlabel("time of a step, as a multiple of the memory floor (log scale)", fontsize=9)
     figure.suptitle(title, fontsize=9)
-    figure.savefig(path, dpi=130)
+    shown = [r for r in results if r.state_bytes_per_param]
+    save(
+        figure, path, {name: {r.candidate: r.ratio_to_floor for r in shown if r.set == name} for name in sets}, dpi=130
+    )
     pyplot.close(figure)
     return True
 

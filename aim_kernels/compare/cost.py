@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from aim_kernels.bench.report import Circumstances, append_csv, circumstances
+from aim_kernels.bench.report import Circumstances, append_csv, check_columns, circumstances
+from aim_kernels.command_line import make_folder
 from aim_kernels.compare.contestants import contestant
 from aim_kernels.data import DATA_SETS
 
@@ -51,13 +52,14 @@ class CostLine(Circumstances):
 
 def measure(folder: Path, data: Sequence[str], names: Sequence[str], backbone: str = "auto", width: int = 64) -> None:
     """Appends to cost.csv."""
+    check_columns(folder / "cost.csv", CostLine)
     from rich.progress import track
 
     # In turn, so that a machine that changes its pace does so for all.
     for name, contestant_name in track([(d, n) for d in data for _ in range(PASSES) for n in names], "cost"):
         command = [sys.executable, "-m", "aim_kernels.compare.cost", name, contestant_name, backbone, str(width)]
         found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        append_csv(folder / "cost.csv", [CostLine(**circumstances() | {"threads": 1} | found)], CostLine)
+        append_csv(make_folder(folder) / "cost.csv", [CostLine(**circumstances() | {"threads": 1} | found)], CostLine)
 
 
 def _resident_mib(peak: bool) -> float:

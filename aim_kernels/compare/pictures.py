@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aim_kernels.compare.contestants import ALONE, is_control
+from aim_kernels.plots import save
 
 if TYPE_CHECKING:
     from aim_kernels.compare.report import Standing
@@ -33,11 +34,12 @@ def _forest(path: Path, rows: Sequence[Standing], title: str) -> None:
     axes.axvline(0.0, color="0.3", linewidth=1)
     axes.set_xlabel("test accuracy, points above joint training (95 % interval of the paired difference)")
     axes.set_title(title)
-    figure.savefig(path, dpi=120)
+    save(figure, path, {row.contestant: (row.difference, row.half) for row in rows})
 
 
-def _overview(path: Path, found: dict[str, list[Standing]]) -> None:
-    """Methods by data sets, coloured by the difference."""
+def overview(path: Path, found: dict[str, list[Standing]]) -> None:
+    """Methods by data sets, coloured by the difference; draws nothing where there is no method beside joint
+    training."""
     names = list(dict.fromkeys(s.contestant for rows in found.values() for s in rows if not _aside(s)))
     if not names:
         return
@@ -57,7 +59,10 @@ def _overview(path: Path, found: dict[str, list[Standing]]) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.set_title("points above joint training (bold: 95 % interval without 0)")
     figure.colorbar(shown, ax=axes, extend="both")
-    figure.savefig(path, dpi=120)
+    shown_numbers = {
+        n: {d: (table[n, d].difference, table[n, d].half) for d in found if (n, d) in table} for n in names
+    }
+    save(figure, path, shown_numbers)
 
 
 def _aside(row: Standing) -> bool:
@@ -73,6 +78,6 @@ def draw(folder: Path, found: dict[str, list[Standing]]) -> list[Path]:
             _forest(folder / f"{data}.png", shown, data)
             written.append(folder / f"{data}.png")
     if written:
-        _overview(folder / "differences.png", found)
+        overview(folder / "differences.png", found)
         written.append(folder / "differences.png")
     return written

@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from aim_kernels.command_line import OtherVersionError, write_text
 from aim_kernels.compare import pictures
 from aim_kernels.compare.contestants import ALONE, BUDGET, TUNING_SEEDS, is_control, reads_held_out
 from aim_kernels.compare.measures import paired
@@ -189,17 +190,23 @@ def _costs(path: Path) -> list[list[str]]:
     """Header and lines of cost.csv, relative to joint training on the same data set: medians of the latest commit."""
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
-    measured: dict[tuple[str, str], list[dict[str, str]]] = {}
-    for row in rows:
-        if row["commit"] == rows[-1]["commit"]:
-            measured.setdefault((row["data"], row["contestant"]), []).append(row)
     columns = ("step_ms", "update_ms", "peak_mib")
-    middle = {
-        key: [statistics.median(float(row[column]) for row in found) for column in columns]
-        for key, found in measured.items()
-    }
+    rows: list[tuple[str, tuple[str, str], list[float]]] = []
+    with path.open(newline="", encoding="utf-8", errors="replace") as stream:
+        for row in csv.DictReader(stream):
+            try:
+                rows.append((row["commit"], (row["data"], row["contestant"]), [float(row[c]) for c in columns]))
+            except KeyError:
+                raise OtherVersionError(f"{path} has other columns than this version writes; move it away") from None
+            except (TypeError, ValueError):  # a line that was cut short
+                continue
+    if not rows:
+        return []
+    measured: dict[tuple[str, str], list[list[float]]] = {}
+    for commit, key, numbers in rows:
+        if commit == rows[-1][0]:
+            measured.setdefault(key, []).append(numbers)
+    middle = {key: [statistics.median(column) for column in zip(*of, strict=True)] for key, of in measured.items()}
     lines = [["data", "method", "ms a step", "x joint", "ms an update", "peak MiB"]]
     for (data, name), (step, update, peak) in middle.items():
         joint = middle.get((data, "joint"))
@@ -249,6 +256,14 @@ STYLE = (
 )
 
 
+def is_empty(folder: Folder) -> bool:
+    """Whether there is nothing to report.
+
+    Raises :class:`OtherVersionError` where results.csv is of another version.
+    """
+    return not reported(folder.lines()) and not _costs(folder.path / "cost.csv")
+
+
 def write(folder: Folder, wanted: Collection[Run] | None = None) -> list[Path]:
     """report.md, report.html and the pictures, of :func:`reported` lines; returns what was written."""
     lines = reported(folder.lines(), wanted)
@@ -292,6 +307,6 @@ def write(folder: Folder, wanted: Collection[Run] | None = None) -> list[Path]:
     markdown.append(f"## How\n\n{protocol(lines)}\n")
     page.append(f"<h2>How</h2><p>{html.escape(protocol(lines))}</p>")
     for name, text in (("report.md", "\n".join(markdown)), ("report.html", "\n".join(page))):
-        (folder.path / name).write_text(text, encoding="utf-8")
+        write_text(folder.path / name, text)
         written.append(folder.path / name)
     return written

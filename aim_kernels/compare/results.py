@@ -11,14 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from aim_kernels.bench.report import append_csv
+from aim_kernels.command_line import OtherVersionError, make_folder, write_text
 from aim_kernels.compare.contestants import ALONE, TUNING_SEEDS, contestant
 from aim_kernels.compare.training import Line, Run
 from aim_kernels.data import DATA_SETS
 from aim_kernels.modulation.strengths import ModulationTable
-
-
-class OtherVersionError(RuntimeError):
-    """Results that this version cannot go on with."""
 
 
 class Folder:
@@ -26,17 +23,23 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        (path / "history").mkdir(parents=True, exist_ok=True)
         self.file = path / "results.csv"
+
+    def make(self) -> None:
+        """Makes the folder where it is missing: not before there is something to put into it."""
+        make_folder(self.path / "history")
 
     def lines(self) -> list[Line]:
         """The finished runs, as the contestants are now configured. A line that an interruption cut short, and one of
-        another configuration, is left out, and its run done again."""
-        if not self.file.exists():
+        another configuration, is left out, and its run done again.
+
+        Raises :class:`OtherVersionError` where the file has other columns.
+        """
+        if not self.file.exists() or not self.file.stat().st_size:
             return []
         kinds = {f.name: {"int": int, "float": float}.get(str(f.type), str) for f in fields(Line)}
         found = []
-        header, *texts = self.file.read_text(encoding="utf-8").splitlines() or [""]
+        header, *texts = self.file.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
         if header != ",".join(kinds):
             raise OtherVersionError(f"{self.file} is of another version; give another folder, or move it away")
         # One by one: a quote that was cut off would swallow the next line.
@@ -52,13 +55,9 @@ class Folder:
 
     def add(self, line: Line, history: list[dict[str, Any]]) -> None:
         """The history first: a line in results.csv promises that it is there."""
+        self.make()
         if history:
-            self._history_file(line.run).write_text(json.dumps(history))
-        if self.file.exists():
-            text = self.file.read_bytes()
-            if text and not text.endswith(b"\n"):  # behind a line cut short
-                with self.file.open("ab") as stream:
-                    stream.write(b"\n")
+            write_text(self._history_file(line.run), json.dumps(history))
         append_csv(self.file, [line], Line)
 
     def history(self, run: Run) -> list[ModulationTable]:

@@ -7,11 +7,11 @@ import json
 import platform
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from aim_kernels import command_line
 from aim_kernels.data.common import MissingPackageError, require
 from aim_kernels.demo.results import Folder, markdown, summary, table_of
 from aim_kernels.demo.trainer import DATA, HYPERPARAMETERS, METHODS, Run, train
@@ -24,41 +24,17 @@ stopped.
 """
 
 
-def _seeds(text: str) -> list[int]:
-    """One seed ("7") or a range that includes both ends ("100-109")."""
-    first, dash, last = text.partition("-")
-    try:
-        seeds = list(range(int(first), int(last if dash else first) + 1))
-    except ValueError:
-        seeds = []
-    if not seeds:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a seed like 7 nor a range like 100-109")
-    return seeds
-
-
-def _epochs(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of epochs >= 1")
-    return int(text)
-
-
-def _device(text: str) -> str:
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no device; use cpu, cuda or cuda:1") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError(f"{text!r} is not available here: torch {torch.__version__} sees no GPU")
-    return text
-
-
-def parser() -> argparse.ArgumentParser:
+def parser() -> command_line.Parser:
     """The command line's options."""
-    options = argparse.ArgumentParser("python -m aim_kernels demo", description=DESCRIPTION)
-    options.add_argument("--data", nargs="+", choices=list(DATA), default=list(DATA), help="data sets (default: all)")
+    options = command_line.Parser("python -m aim_kernels demo", DESCRIPTION)
+    distinct = command_line.Distinct
+    options.add_argument(
+        "--data", nargs="+", action=distinct, choices=list(DATA), default=list(DATA), help="data sets (default: all)"
+    )
     options.add_argument(
         "--method",
         nargs="+",
+        action=distinct,
         choices=list(METHODS),
         default=list(METHODS),
         help="methods (default: all; ogm-ge is three runs)",
@@ -66,21 +42,28 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--seeds",
         nargs="+",
-        type=_seeds,
-        default=[[0, 1, 2]],
+        action=distinct,
+        type=command_line.seeds,
+        default=[range(3)],
         metavar="SEED",
-        help="seeds or ranges: 0 1 2, or 100-109 (default: 0 1 2)",
+        help=f"seeds or ranges, at most {command_line.MOST_SEEDS}: 0 1 2, or 100-109 (default: 0 1 2)",
     )
     epochs = ", ".join(f"{name} {DATA[name].epochs}" for name in DATA)
-    options.add_argument("--epochs", type=_epochs, help=f"passes over the training split (default: {epochs})")
-    options.add_argument("--out", type=Path, default=Path("demo-output"), help="output folder (default: demo-output)")
-    options.add_argument("--device", type=_device, default="cpu", help="where to train (default: cpu)")
+    options.add_argument(
+        "--epochs",
+        type=command_line.whole(1, command_line.MOST_EPOCHS),
+        help=f"passes over the training split (default: {epochs})",
+    )
+    options.add_argument(
+        "--out", type=command_line.folder, default="demo-output", help="output folder (default: demo-output)"
+    )
+    options.add_argument("--device", type=command_line.device, default="cpu", help="where to train (default: cpu)")
     return options
 
 
 def planned(options: argparse.Namespace) -> list[Run]:
     """All runs asked for, methods innermost, so that after an interruption the finished seeds have every method."""
-    seeds = list(dict.fromkeys(seed for part in options.seeds for seed in part))
+    seeds = [seed for part in options.seeds for seed in part]
     methods = [name for option in METHODS if option in options.method for name in METHODS[option]]
     return [
         Run(data, method, seed, options.epochs or DATA[data].epochs, options.device)
@@ -92,8 +75,10 @@ def planned(options: argparse.Namespace) -> list[Run]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo; returns the exit status: 0 done, 1 something is missing, 130 interrupted."""
-    options = parser().parse_args(argv)
+    """Run the demo; returns the exit status: 0 done, 1 something is missing or cannot be written, 130 interrupted.
+    SystemExit(2): a wrong argument."""
+    p = parser()
+    options = p.parse_args(argv)
     try:
         for package in ("rich", "matplotlib", "sklearn", *(["seglearn"] if "watch" in options.data else [])):
             require(package, "the demo")
@@ -101,18 +86,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     folder = Folder(options.out)
+    kept = f"Finished runs are in {folder.file}; the same command continues."
+    return command_line.run(p.prog, lambda: _main(folder, options), kept)
+
+
+def _main(folder: Folder, options: argparse.Namespace) -> int:
+    folder.rows()  # before an hour of training, not after it
     runs = planned(options)
     _write_config(folder, options, runs)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # networks this small are fastest with one, and give the same bits everywhere
     try:
         _run_all(folder, runs)
-    except KeyboardInterrupt:
-        print(
-            f"\nInterrupted. Finished runs are in {folder.path / 'results.csv'}; the same command continues.",
-            file=sys.stderr,
-        )
-        return 130
     finally:
         torch.set_num_threads(threads)
     _report(folder, runs)
@@ -136,7 +121,8 @@ def _write_config(folder: Folder, options: argparse.Namespace, runs: Sequence[Ru
             "python": platform.python_version(),
         },
     }
-    (folder.path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    folder.make()
+    command_line.write_text(folder.path / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def _run_all(folder: Folder, runs: Sequence[Run]) -> None:
@@ -179,7 +165,7 @@ def _report(folder: Folder, runs: Sequence[Run]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from aim_kernels.plots import plot_accuracy, plot_modulation
+    from aim_kernels.demo.pictures import draw_accuracy, draw_modulation
 
     wanted = {_key(vars(run)) for run in runs}
     rows = [row for row in folder.rows() if _key(row) in wanted]
@@ -200,12 +186,12 @@ def _report(folder: Folder, runs: Sequence[Run]) -> None:
         for line in lines:
             table.add_row(*line)
         console.print(table)
-    (folder.path / "table.md").write_text(markdown(rows))
-    plot_accuracy(summary(rows)).savefig(folder.path / "accuracy.png", dpi=120)
+    command_line.write_text(folder.path / "table.md", markdown(rows))
+    draw_accuracy(folder.path / "accuracy.png", rows)
     for run in runs:
         picture = folder.path / f"modulation-{run.data}.png"
         if run.method == "aim" and run.seed == min(r.seed for r in runs):
             history = folder.history(run)
             if history:
-                plot_modulation(history).savefig(picture, dpi=120)
+                draw_modulation(picture, run, history)
     console.print(f"Saved in {folder.path}: " + ", ".join(sorted(path.name for path in folder.path.iterdir())))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import statistics
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from aim_kernels.command_line import OtherVersionError, append_lines, make_folder, write_text
 from aim_kernels.demo.trainer import DATA, METHODS, Run
 from aim_kernels.modulation.strengths import ModulationTable
 
@@ -28,16 +30,27 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        (path / "history").mkdir(parents=True, exist_ok=True)
+        self.file = path / "results.csv"
+
+    def make(self) -> None:
+        """Makes the folder where it is missing: not before there is something to put into it."""
+        make_folder(self.path / "history")
 
     def rows(self) -> list[dict[str, Any]]:
-        """The finished runs. A line that an interruption cut short is left out, and its run done again."""
-        file = self.path / "results.csv"
-        if not file.exists():
+        """The finished runs. A line that an interruption cut short is left out, and its run done again.
+
+        Raises :class:`OtherVersionError` where the file has other columns.
+        """
+        if not self.file.exists() or not self.file.stat().st_size:
             return []
         found = []
-        with file.open(newline="") as stream:
-            for line in csv.DictReader(stream):
+        with self.file.open(newline="", encoding="utf-8", errors="replace") as stream:
+            lines = csv.DictReader(stream)
+            if tuple(lines.fieldnames or ()) != COLUMNS:
+                raise OtherVersionError(
+                    f"{self.file} is not of this version's demo; give another folder, or move it away"
+                )
+            for line in lines:
                 try:
                     row: dict[str, Any] = {name: line[name] for name in TEXT}
                     row |= {name: int(line[name]) for name in WHOLE}
@@ -48,19 +61,15 @@ class Folder:
 
     def add(self, row: dict[str, Any], history: list[dict[str, Any]]) -> None:
         """The history first: a line in results.csv promises that it is there."""
+        self.make()
         if history:
-            self._history_file(run_of(row)).write_text(json.dumps(history))
-        file = self.path / "results.csv"
-        text = file.read_text() if file.exists() else ""
-        with file.open("a", newline="") as stream:
-            if text and not text.endswith("\n"):
-                stream.write("\n")  # behind a line cut short
-            writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
-            if not text:
-                writer.writeheader()
-            writer.writerow(row)
+            write_text(self._history_file(run_of(row)), json.dumps(history))
+        text = io.StringIO()
+        csv.DictWriter(text, COLUMNS, lineterminator="\n").writerow(row)
+        append_lines(self.file, ",".join(COLUMNS) + "\n", text.getvalue())
 
     def history(self, run: Run) -> list[ModulationTable]:
+        """What AIM did, update by update; empty where nothing of it was kept."""
         file = self._history_file(run)
         return [ModulationTable.from_dict(table) for table in json.loads(file.read_text())] if file.exists() else []
 

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from aim_kernels.bench.report import append_csv
+from aim_kernels import command_line
+from aim_kernels.bench.report import append_csv, check_columns
 from aim_kernels.data.common import MissingPackageError, require
 from aim_kernels.precision.configurations import CONFIGURATIONS, Configuration, Line
 from aim_kernels.precision.drift import drift
@@ -27,12 +28,22 @@ from aim_kernels.precision.tasks import TASKS, WATCHED
 
 
 def read(path: Path) -> list[Line]:
-    """What earlier runs left."""
-    if not path.exists():
+    """What earlier runs left. A line that was cut short is left out, and its run done again.
+
+    Raises :class:`OtherVersionError` where the file has other columns.
+    """
+    check_columns(path, Line)
+    if not path.exists() or not path.stat().st_size:
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        kinds = {f.name: {"int": int, "float": float}.get(str(f.type), str) for f in fields(Line)}
-        return [Line(**{name: kinds[name](value) for name, value in row.items()}) for row in csv.DictReader(file)]
+    kinds = {f.name: {"int": int, "float": float}.get(str(f.type), str) for f in fields(Line)}
+    found = []
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        for row in csv.DictReader(file):
+            try:
+                found.append(Line(**{name: kinds[name](value) for name, value in row.items()}))
+            except (KeyError, TypeError, ValueError):
+                continue
+    return found
 
 
 def jobs(arguments: argparse.Namespace, done: Sequence[Line]) -> Iterator[tuple[str, Configuration, int, bool]]:
@@ -46,16 +57,42 @@ def jobs(arguments: argparse.Namespace, done: Sequence[Line]) -> Iterator[tuple[
                         yield task, CONFIGURATIONS[name], seed, watched
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line."""
-    p = argparse.ArgumentParser(
-        prog="python -m aim_kernels precision", description=(__doc__ or "").partition("\n\n")[0]
+def parser() -> command_line.Parser:
+    """The command line's options."""
+    p = command_line.Parser("python -m aim_kernels precision", (__doc__ or "").partition("\n\n")[0])
+    whole, distinct = command_line.whole, command_line.Distinct
+    p.add_argument(
+        "--tasks", nargs="+", action=distinct, choices=TASKS, default=list(TASKS), metavar="TASK", help=", ".join(TASKS)
     )
-    p.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help=", ".join(TASKS))
-    p.add_argument("--configurations", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS), metavar="NAME")
-    p.add_argument("--seeds", type=int, default=5)
-    p.add_argument("--threads", type=int, default=1, help="small networks are not faster with more (default: 1)")
-    p.add_argument("--out", type=Path, default=Path("build/precision"), help="folder of precision.csv and .png")
+    p.add_argument(
+        "--configurations",
+        nargs="+",
+        action=distinct,
+        choices=CONFIGURATIONS,
+        default=list(CONFIGURATIONS),
+        metavar="NAME",
+        help=", ".join(CONFIGURATIONS),
+    )
+    p.add_argument("--seeds", type=whole(1, command_line.MOST_SEEDS), default=5, help="seeds 0, 1, ... (default: 5)")
+    p.add_argument(
+        "--threads",
+        type=whole(1, command_line.MOST_THREADS),
+        default=1,
+        help="small networks are not faster with more (default: 1)",
+    )
+    p.add_argument(
+        "--out",
+        type=command_line.folder,
+        default="build/precision",
+        help="folder of precision.csv and .png (default: build/precision)",
+    )
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; the exit status is 1 where something is missing or cannot be written, 2 for a wrong argument, 130
+    where it was interrupted."""
+    p = parser()
     arguments = p.parse_args(argv)
     try:
         for package in ("rich", "matplotlib", "sklearn", "seglearn"):
@@ -63,12 +100,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MissingPackageError as error:
         print(error, file=sys.stderr)
         return 1
+    path = arguments.out / "precision.csv"
+    kept = f"Finished trainings are in {path}; the same command continues."
+    return command_line.run(p.prog, lambda: _main(path, arguments), kept)
+
+
+def _main(path: Path, arguments: argparse.Namespace) -> int:
     from rich.progress import track
 
     torch.set_num_threads(arguments.threads)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / "precision.csv"
     lines = read(path)
+    command_line.make_folder(arguments.out)
     todo = list(jobs(arguments, lines))
     for task, configuration, seed, watched in track(todo, "trainings"):
         line = TASKS[task](configuration, seed, watched)

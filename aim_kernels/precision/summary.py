@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from aim_kernels.plots import save
 from aim_kernels.precision.configurations import CONFIGURATIONS, Line
 from aim_kernels.precision.tasks import TASKS, WATCHED
 
@@ -122,7 +123,9 @@ def plot(path: Path, lines: Sequence[Line]) -> None:
         axis.set_yticks(range(len(names)), names, fontsize=8)
         axis.set_title(task, fontsize=10)
         axis.tick_params(labelsize=8)
+        axis.locator_params(axis="x", nbins=6)
         axis.spines[["top", "right"]].set_visible(False)
     figure.supxlabel("final training loss minus that of float32 (paired over seeds, ± standard error)", fontsize=9)
-    figure.savefig(path, dpi=130)
+    numbers = {task: {v.configuration: (v.train, v.train_error) for v in found if v.task == task} for task in TASKS}
+    save(figure, path, {"difference": numbers, "band": {v.task: v.spread for v in found}}, dpi=130)
     pyplot.close(figure)
