@@ -4,7 +4,8 @@ torch and without a GPU. Metadata stand in pyproject.toml.
 ``MAX_JOBS`` bounds the compiler processes, ``CXX`` chooses the compiler, ``AIM_KERNELS_CXXFLAGS`` adds flags
 (sanitizers). ``AIM_KERNELS_CUDA`` says whether there are to be CUDA kernels: ``auto`` (the default: where nvcc is found
 and works), ``0`` (no), ``1`` (or fail). ``NVCC`` and ``CUDA_HOME`` name the compiler or its folder,
-``AIM_KERNELS_CUDA_ARCHS`` the architectures, ``AIM_KERNELS_NVCCFLAGS`` adds flags.
+``AIM_KERNELS_CUDA_ARCHS`` the architectures ("80;90", or "native": those of this machine's devices),
+``AIM_KERNELS_NVCCFLAGS`` adds flags.
 """
 
 import os
@@ -91,11 +92,33 @@ def choose_nvcc() -> tuple[Path | None, str]:
     return None, reason
 
 
+def native_architectures() -> list[str]:
+    """Those of this machine's devices, as the driver's tool tells them, or PyTorch where it is installed."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found = {major + minor for major, minor in re.findall(r"^\s*(\d+)\.(\d+)\s*$", told, re.MULTILINE)}
+    except (OSError, subprocess.CalledProcessError):
+        found = set()
+    if not found:
+        try:
+            import torch
+
+            capabilities = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+            found = {f"{major}{minor}" for major, minor in capabilities}
+        except ImportError:
+            pass
+    if not found:
+        raise SystemExit("AIM_KERNELS_CUDA_ARCHS='native', but neither nvidia-smi nor PyTorch finds a device")
+    return sorted(found, key=int)
+
+
 def architectures() -> list[str]:
     """Flags for nvcc: machine code for each architecture, and PTX of the newest for those to come."""
-    numbers = os.environ.get("AIM_KERNELS_CUDA_ARCHS", CUDA_ARCHS).split(";")
+    wish = os.environ.get("AIM_KERNELS_CUDA_ARCHS", CUDA_ARCHS)
+    numbers = native_architectures() if wish == "native" else wish.split(";")
     if not all(number.isdigit() for number in numbers):
-        raise SystemExit(f"AIM_KERNELS_CUDA_ARCHS={';'.join(numbers)!r}: expected numbers such as {CUDA_ARCHS}")
+        raise SystemExit(f"AIM_KERNELS_CUDA_ARCHS={wish!r}: expected numbers such as {CUDA_ARCHS}, or native")
     flags = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
     newest = max(numbers, key=int)
     return [*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
