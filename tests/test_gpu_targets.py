@@ -83,7 +83,12 @@ def test_a_target_runs_its_parts_and_names_its_folder(target: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("target", "pattern"), [(target, pattern) for target, patterns in PARTS.items() for pattern in patterns]
+    ("target", "pattern"),
+    [
+        pytest.param(target, pattern, id=f"{target}-{number}")
+        for target, patterns in PARTS.items()
+        for number, pattern in enumerate(patterns)
+    ],
 )
 def test_a_part_that_fails_takes_no_other_along(target: str, pattern: str, tmp_path: Path) -> None:
     made = Made(tmp_path, target, STAND_IN_FAILS=pattern)
