@@ -14,7 +14,7 @@ BUILD_REQUIRES = $(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyp
 CXX_FILES = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.h csrc/*/*.cu csrc/*/*.cuh python/*.cpp python/*.h tests/native/*.cpp tests/native/*.h tests/native/*/*.h)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test mutants fuzz build bench gpu gpu-build gpu-test gpu-bench format lint check-install check-wheel clean
+.PHONY: help demo test mutants fuzz build bench gpu gpu-first gpu-test gpu-bench gpu-sweep gpu-sanitizer format lint check-install check-wheel clean
 
 # Threads that spin while they wait take the cores from each other as soon as two processes share them: a small operation then
 # lasts a hundred times longer. `bench` keeps the default, as its users have it.
@@ -54,25 +54,62 @@ build: $(STAMP)  ## rebuild the extension where its sources changed
 bench: build  ## this machine's table: the kernels, their peers and the memory floor
 	$(BIN)/python -m aim_kernels bench
 
-# For a machine that has a GPU and no network: the Python, torch, triton and nvcc that are there, nothing installed.
+# For a machine that has a GPU and no network: the Python, torch, triton and nvcc that are there, nothing installed. Each
+# target is done within GPU_LIMIT seconds, needs none of the others, and goes on where a part of it fails
+# (benchmarks/gpu_parts.sh). Kernels are built for the architecture of the devices that are there.
 GPU_PYTHON ?= python3
-GPU_OUT ?= benchmarks/results
-GPU_WORKERS ?= 4
-GPU_BENCH_ARGS ?= --sweep
-gpu gpu-build gpu-test gpu-bench: export PYTHONPATH := $(CURDIR)
-gpu gpu-build gpu-test gpu-bench: export PYTHONUNBUFFERED := 1
-gpu gpu-build gpu-test gpu-bench: export AIM_KERNELS_CUDA := 1
-gpu: gpu-build gpu-test gpu-bench  ## on a machine with a GPU: build with what is there, run the GPU tests, then the GPU benchmarks
+GPU_OUT ?= benchmarks/results/gpu
+GPU_LIMIT ?= 225
+GPU_WORKERS ?= 8
+GPU_BENCH_ARGS ?=
+GPU_TARGETS := gpu-first gpu-test gpu-bench
+GPU_TESTS := $(addprefix tests/test_,clipping.py device_step.py gpu.py gpu_use.py packed_device.py phases.py scaling.py)
+GPU_ALONE := gpu-sweep gpu-sanitizer
+gpu $(GPU_TARGETS) $(GPU_ALONE): export PYTHONPATH := $(CURDIR)
+gpu $(GPU_TARGETS) $(GPU_ALONE): export PYTHONUNBUFFERED := 1
+gpu $(GPU_TARGETS) $(GPU_ALONE): export AIM_KERNELS_CUDA := 1
+gpu $(GPU_TARGETS) $(GPU_ALONE): export AIM_KERNELS_CUDA_ARCHS ?= native
+GPU_BUILD = $(GPU_PYTHON) setup.py --quiet build_ext --inplace
+# Where nvcc fails, Triton can be tested and timed all the same.
+GPU_PARTS = @bash benchmarks/gpu_parts.sh $@ $(GPU_LIMIT) "$(GPU_OUT)" \
+  --part build 150 sh -c '$(GPU_BUILD) || { AIM_KERNELS_CUDA=0 $(GPU_BUILD); exit 1; }'
+# Warnings of versions that nobody has seen yet are told, and fail nothing.
+GPU_PYTEST = $(GPU_PYTHON) -m pytest -m gpu -q -W default -p no:cacheprovider
+# By backend, so that a kernel that breaks the process takes no others along.
+GPU_FIGURES = $(GPU_PYTHON) -m aim_kernels bench --device cuda --out "$(GPU_OUT)" $(GPU_BENCH_ARGS) --backends
 
-gpu-build:  ## ... its first part
-	$(GPU_PYTHON) setup.py --quiet build_ext --inplace
-	$(GPU_PYTHON) -m aim_kernels
+gpu:  ## on a machine with a GPU: the next three, whatever becomes of them; GPU_OUT names the folder of the results
+	@failed=; for target in $(GPU_TARGETS); do $(MAKE) --no-print-directory $$target || failed="$$failed $$target"; done; \
+	  echo "gpu: $${failed:+failed:$$failed; }results in $(GPU_OUT)"; test -z "$$failed"
 
-gpu-test:  ## ... its second part
-	$(GPU_PYTHON) -m pytest -m gpu -q -n $(GPU_WORKERS) --maxfail=20 --durations=10 $(PYTEST_ARGS)
+gpu-first:  ## ... builds, a report, one case against the oracle for each backend, float32 figures of three sets
+	$(GPU_PARTS) \
+	  --part report 30 $(GPU_PYTHON) -m aim_kernels \
+	  --part "oracle, cuda" 45 $(GPU_PYTEST) "tests/test_device_step.py::test_oracle_in_lock_step[cuda@gpu-adamw-all]" \
+	  --part "oracle, triton" 60 $(GPU_PYTEST) "tests/test_device_step.py::test_oracle_in_lock_step[triton@gpu-adamw-all]" \
+	  --part "figures, cuda" 150 $(GPU_FIGURES) cuda --dtypes float32 --sets 256m resnet50 1000x1k \
+	  --part "figures, triton" 150 $(GPU_FIGURES) triton --dtypes float32 --sets 256m resnet50 1000x1k
 
-gpu-bench:  ## ... its third part: GPU_OUT names the folder of the results
-	$(GPU_PYTHON) -m aim_kernels bench --device cuda $(GPU_BENCH_ARGS) --out $(GPU_OUT)
+gpu-test:  ## ... builds, every test marked gpu but the sanitizers
+	$(GPU_PARTS) \
+	  --part tests $(GPU_LIMIT) $(GPU_PYTEST) -n $(GPU_WORKERS) --durations=10 --junitxml="$(GPU_OUT)/gpu-test.xml" \
+	  --deselect tests/test_gpu.py::test_compute_sanitizer $(GPU_TESTS) $(PYTEST_ARGS)
+
+gpu-bench:  ## ... builds, the other figures
+	$(GPU_PARTS) \
+	  --part "figures, cuda, bfloat16" 150 $(GPU_FIGURES) cuda --dtypes bfloat16 \
+	  --part "figures, triton, bfloat16" 150 $(GPU_FIGURES) triton --dtypes bfloat16 \
+	  --part "figures, cuda, float32" 150 $(GPU_FIGURES) cuda --dtypes float32 --sets vit-l16 \
+	  --part "figures, triton, float32" 150 $(GPU_FIGURES) triton --dtypes float32 --sets vit-l16
+
+gpu-sweep:  ## by itself: builds, then times the kernels by chunk and block size
+	$(GPU_PARTS) \
+	  --part "sweep, cuda" 150 $(GPU_FIGURES) cuda --dtypes float32 --sets 256m resnet50 --sweep \
+	  --part "sweep, triton" 150 $(GPU_FIGURES) triton --dtypes float32 --sets 256m resnet50 --sweep
+
+gpu-sanitizer:  ## by itself: builds, then a small case of the CUDA kernels under NVIDIA's checkers
+	$(GPU_PARTS) \
+	  --part sanitizers $(GPU_LIMIT) $(GPU_PYTEST) -n 4 tests/test_gpu.py::test_compute_sanitizer $(PYTEST_ARGS)
 
 format: $(STAMP)  ## rewrite the sources in the house style
 	$(BIN)/ruff check --fix .

@@ -4,7 +4,8 @@ torch and without a GPU. Metadata stand in pyproject.toml.
 ``MAX_JOBS`` bounds the compiler processes, ``CXX`` chooses the compiler, ``AIM_KERNELS_CXXFLAGS`` adds flags
 (sanitizers). ``AIM_KERNELS_CUDA`` says whether there are to be CUDA kernels: ``auto`` (the default: where nvcc is found
 and works), ``0`` (no), ``1`` (or fail). ``NVCC`` and ``CUDA_HOME`` name the compiler or its folder,
-``AIM_KERNELS_CUDA_ARCHS`` the architectures, ``AIM_KERNELS_NVCCFLAGS`` adds flags.
+``AIM_KERNELS_CUDA_ARCHS`` the architectures ("80;90", or "native": those of this machine's devices),
+``AIM_KERNELS_NVCCFLAGS`` adds flags.
 """
 
 import os
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -91,11 +93,33 @@ def choose_nvcc() -> tuple[Path | None, str]:
     return None, reason
 
 
+def native_architectures() -> list[str]:
+    """Those of this machine's devices, as the driver's tool tells them, or PyTorch where it is installed."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found = {major + minor for major, minor in re.findall(r"^\s*(\d+)\.(\d+)\s*$", told, re.MULTILINE)}
+    except (OSError, subprocess.CalledProcessError):
+        found = set()
+    if not found:
+        try:
+            import torch
+
+            capabilities = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+            found = {f"{major}{minor}" for major, minor in capabilities}
+        except ImportError:
+            pass
+    if not found:
+        raise SystemExit("AIM_KERNELS_CUDA_ARCHS='native', but neither nvidia-smi nor PyTorch finds a device")
+    return sorted(found, key=int)
+
+
 def architectures() -> list[str]:
     """Flags for nvcc: machine code for each architecture, and PTX of the newest for those to come."""
-    numbers = os.environ.get("AIM_KERNELS_CUDA_ARCHS", CUDA_ARCHS).split(";")
+    wish = os.environ.get("AIM_KERNELS_CUDA_ARCHS", CUDA_ARCHS)
+    numbers = native_architectures() if wish == "native" else wish.split(";")
     if not all(number.isdigit() for number in numbers):
-        raise SystemExit(f"AIM_KERNELS_CUDA_ARCHS={';'.join(numbers)!r}: expected numbers such as {CUDA_ARCHS}")
+        raise SystemExit(f"AIM_KERNELS_CUDA_ARCHS={wish!r}: expected numbers such as {CUDA_ARCHS}, or native")
     flags = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
     newest = max(numbers, key=int)
     return [*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
@@ -125,43 +149,47 @@ def quoted(text: str) -> str:
     return escaped(f"'\"{plain}\"'")
 
 
+class Linked(NamedTuple):
+    """An extension: its name, its units with their rules ("compile", "nvcc") and flags of their own, its libraries."""
+
+    name: str
+    units: dict[Path, tuple[str, list[str]]]
+    libraries: str
+
+
 class NinjaBuild(build_ext):
-    """Writes build.ninja for an extension and runs it."""
+    """Writes build.ninja for the extensions and runs it."""
 
     def run(self) -> None:
         self.nvcc, self.cuda = choose_nvcc()
         if self.nvcc is None:
             self.extensions = [ext for ext in self.extensions if ext.name != CUDA_EXTENSION]
-        elif self.extensions[0].name != CUDA_EXTENSION:
-            # First, since the other one tells what came of it.
-            self.extensions.reverse()
         super().run()
 
-    def build_extension(self, ext: Extension) -> None:
-        import pybind11
+    def build_extensions(self) -> None:
+        """All in one run of ninja, so that none waits for another. Where the CUDA kernels do not compile and need not,
+        the core is built alone, and says so."""
+        if self.nvcc is not None:
+            try:
+                self.ninja([self.core(), self.kernels()])
+                return
+            except subprocess.CalledProcessError:
+                if cuda_wish() == "1":
+                    raise
+                self.cuda = (
+                    f"not built: {self.nvcc} could not compile the kernels (AIM_KERNELS_CUDA=1 shows its errors)"
+                )
+                self.nvcc = None
+                self.extensions = [ext for ext in self.extensions if ext.name != CUDA_EXTENSION]
+        self.ninja([self.core()])
 
-        includes = [ROOT / "csrc", ROOT / "csrc" / "include", pybind11.get_include(), sysconfig.get_path("include")]
-        flags = [f"-I{escaped(path)}" for path in includes]
-        flags += [*map(escaped, CXXFLAGS), *os.environ.get("AIM_KERNELS_CXXFLAGS", "").split()]
-        if ext.name != CUDA_EXTENSION:
-            self.build_core(ext, flags)
-            return
-        try:
-            self.build_cuda(ext, flags)
-        except subprocess.CalledProcessError:
-            if cuda_wish() == "1":
-                raise
-            self.cuda = f"not built: {self.nvcc} could not compile the kernels (AIM_KERNELS_CUDA=1 shows its errors)"
-            self.nvcc = None
-            self.extensions = [other for other in self.extensions if other is not ext]
-
-    def build_core(self, ext: Extension, flags: list[str]) -> None:
+    def core(self) -> Linked:
         told = quoted("built" if self.nvcc else self.cuda)
         own = {ROOT / "python" / "bindings.cpp": [f"-DAIM_CUDA_BUILD={told}"]}
         units = {path: ("compile", own.get(path, extra)) for path, extra in sources().items()}
-        self.ninja(ext, "core", flags, units, os.environ.get("AIM_KERNELS_CXXFLAGS", ""))
+        return Linked("aim_kernels._C", units, os.environ.get("AIM_KERNELS_CXXFLAGS", ""))
 
-    def build_cuda(self, ext: Extension, flags: list[str]) -> None:
+    def kernels(self) -> Linked:
         archs = architectures()
         told = ", ".join(re.findall(r",code=(\w+)", " ".join(archs)))
         macros = [
@@ -172,7 +200,7 @@ class NinjaBuild(build_ext):
         units = {ROOT / "python" / "bindings_cuda.cpp": ("compile", macros)}
         extra = [*NVCCFLAGS, *archs, *os.environ.get("AIM_KERNELS_NVCCFLAGS", "").split()]
         units |= dict.fromkeys(sorted((ROOT / "csrc").glob("cuda/*.cu")), ("nvcc", extra))
-        self.ninja(ext, "cuda", flags, units, f"{escaped(self.cudart())} -ldl -lrt")
+        return Linked(CUDA_EXTENSION, units, f"{escaped(self.cudart())} -ldl -lrt")
 
     def cudart(self) -> Path:
         """The static runtime of the compiler: no version of it that has to be found on the user's machine."""
@@ -188,15 +216,16 @@ class NinjaBuild(build_ext):
             raise subprocess.CalledProcessError(1, "nvcc")
         return found
 
-    def ninja(
-        self, ext: Extension, name: str, flags: list[str], units: dict[Path, tuple[str, list[str]]], libraries: str
-    ) -> None:
-        """Compiles every unit by its rule ("compile", "nvcc") and links them."""
-        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+    def ninja(self, extensions: list[Linked]) -> None:
+        """Compiles every unit of the extensions and links them."""
+        import pybind11
+
         # Not build_temp: an editable install gets a temporary one, and would compile everything again.
         work = ROOT / "build" / f"objects-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         work.mkdir(parents=True, exist_ok=True)
-        output.parent.mkdir(parents=True, exist_ok=True)
+        includes = [ROOT / "csrc", ROOT / "csrc" / "include", pybind11.get_include(), sysconfig.get_path("include")]
+        flags = [f"-I{escaped(path)}" for path in includes]
+        flags += [*map(escaped, CXXFLAGS), *os.environ.get("AIM_KERNELS_CXXFLAGS", "").split()]
         link = ["-shared", "-Wl,-s"] if sys.platform != "darwin" else ["-bundle", "-undefined", "dynamic_lookup"]
         lines = [
             "ninja_required_version = 1.5",
@@ -216,26 +245,34 @@ class NinjaBuild(build_ext):
             "  deps = gcc",
             "  description = nvcc $in",
             "rule link",
-            f"  command = $cxx $in -o $out {' '.join(link)} {libraries} -pthread",
+            f"  command = $cxx $in -o $out {' '.join(link)} $libraries -pthread",
             "  description = link $out",
         ]
-        objects = []
-        for path, (rule, extra) in units.items():
-            made = work / (path.relative_to(ROOT).as_posix().replace("/", "_") + ".o")
-            lines += [f"build {escaped(made)}: {rule} {escaped(path)}", f"  extra = {' '.join(extra)}"]
-            objects.append(escaped(made))
-        lines += [f"build {escaped(output)}: link {' '.join(objects)}", f"default {escaped(output)}", ""]
-        script = work / f"{name}.ninja"
-        script.write_text("\n".join(lines))
+        for ext in extensions:
+            objects = []
+            for path, (rule, extra) in ext.units.items():
+                made = work / (path.relative_to(ROOT).as_posix().replace("/", "_") + ".o")
+                lines += [f"build {escaped(made)}: {rule} {escaped(path)}", f"  extra = {' '.join(extra)}"]
+                objects.append(escaped(made))
+            output = self.output(ext.name)
+            output.parent.mkdir(parents=True, exist_ok=True)
+            lines += [f"build {escaped(output)}: link {' '.join(objects)}", f"  libraries = {ext.libraries}"]
+        script = work / "build.ninja"
+        script.write_text("\n".join([*lines, ""]))
         found = shutil.which(
             "ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         )
         command = [found] if found else [sys.executable, "-m", "ninja"]
         jobs = os.environ.get("MAX_JOBS")
-        subprocess.run([*command, "-C", str(work), "-f", script.name, *(["-j", jobs] if jobs else [])], check=True)
-        # The stubs live beside the binding and are installed beside the module.
-        stubs = ext.name.rpartition(".")[2] + ".pyi"
-        shutil.copyfile(ROOT / "python" / stubs, output.parent / stubs)
+        subprocess.run([*command, "-C", str(work), *(["-j", jobs] if jobs else [])], check=True)
+        for ext in extensions:
+            # The stubs live beside the binding and are installed beside the module.
+            stubs = ext.name.rpartition(".")[2] + ".pyi"
+            shutil.copyfile(ROOT / "python" / stubs, self.output(ext.name).parent / stubs)
+
+    def output(self, name: str) -> Path:
+        """Where an extension is linked to."""
+        return Path(self.get_ext_fullpath(name)).resolve()
 
     def copy_extensions_to_source(self) -> None:
         super().copy_extensions_to_source()

@@ -236,6 +236,12 @@ def same_bits(a: Any, b: Any, where: str = "") -> None:
         assert a == b, f"{where}: {a} and {b}"
 
 
+def same_numbers(a: torch.Tensor, b: torch.Tensor) -> None:
+    """Asserts that two tensors hold equal numbers, wherever they are. NaN equals NaN: it has many bit patterns, and a
+    device may make another than a CPU."""
+    torch.testing.assert_close(a.cpu(), b.cpu(), rtol=0, atol=0, equal_nan=True)
+
+
 def build(
     rule: str = "adamw",
     shapes: Sequence[Sequence[Sequence[int]]] = (((5, 7), (33,), (), (0,)),),

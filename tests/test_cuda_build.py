@@ -225,6 +225,86 @@ def test_architectures(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch) ->
         setup_py.architectures()
 
 
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [("9.0\n", ["sm_90", "compute_90"]), ("9.0\n8.0\n10.0\n9.0\n", ["sm_80", "sm_90", "sm_100", "compute_100"])],
+)
+def test_architectures_of_the_devices_that_are_there(
+    setup_py: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str, expected: list[str]
+) -> None:
+    """As the driver's tool tells them; where there is none, as PyTorch does; or an error."""
+    monkeypatch.setenv("AIM_KERNELS_CUDA_ARCHS", "native")
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\nprintf '{told}'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert [flag.rpartition("=")[2] for flag in setup_py.architectures()] == expected
+    tool.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8 + device, 6 - device))
+    assert setup_py.native_architectures() == ["86", "95"]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(SystemExit, match="neither nvidia-smi nor PyTorch"):
+        setup_py.architectures()
+
+
+#: Compilers that make empty files. nvcc waits until the core is being compiled, for at most ten seconds.
+CXX = """#!/bin/sh
+echo "$*" >> "$LOG"
+while [ $# -gt 1 ]; do [ "$1" = -o ] && : > "$2"; shift; done
+"""
+NVCC = """#!/bin/sh
+[ "$1" = --version ] && { echo 'release 13.0, V13.0.48'; exit; }
+[ "$1" = --dryrun ] && { echo "#$ TOP=$TOP" >&2; exit; }
+[ -n "$BROKEN" ] && { echo 'error: no such thing'; exit 2; }
+for _ in 0 1 2 3 4 5 6 7 8 9; do
+  grep -q csrc/cpu/ "$LOG" && { while [ $# -gt 1 ]; do [ "$1" = -o ] && : > "$2"; shift; done; exit 0; }
+  sleep 1
+done
+exit 1
+"""
+
+
+def built(folder: Path, **settings: str) -> tuple[int, str, set[str], str]:
+    """A build of this tree in another place, by such compilers: (status, output, modules made, command of the core's
+    binding)."""
+    tree = folder / "tree"
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "python", "aim_kernels/__init__.py"):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile)(ROOT / name, tree / name)
+    (folder / "lib64").mkdir()
+    (folder / "lib64" / "libcudart_static.a").touch()
+    for name, text in (("cxx", CXX), ("nvcc", NVCC)):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("AIM_KERNELS_")}
+    paths = {"CXX": str(folder / "cxx"), "NVCC": str(folder / "nvcc"), "TOP": str(folder), "LOG": str(folder / "log")}
+    environment = {**clean, **paths, "MAX_JOBS": "40", "PYTHONPATH": "", **settings}
+    (folder / "log").touch()
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
+    modules = {path.name.partition(".")[0] for path in (tree / "aim_kernels").glob("*.so")}
+    binding = [line for line in (folder / "log").read_text().splitlines() if "python/bindings.cpp " in line]
+    return done.returncode, done.stdout + done.stderr, modules, binding[-1]
+
+
+def test_core_and_kernels_are_compiled_at_the_same_time(tmp_path: Path) -> None:
+    status, text, modules, binding = built(tmp_path)
+    assert status == 0, text
+    assert modules == {"_C", "_cuda"} and '-DAIM_CUDA_BUILD="built"' in binding
+
+
+def test_kernels_that_do_not_compile_leave_the_core(tmp_path: Path) -> None:
+    status, text, modules, binding = built(tmp_path, BROKEN="1")
+    assert status == 0, text
+    assert modules == {"_C"} and "could not compile the kernels" in binding
+
+
+def test_kernels_that_do_not_compile_are_an_error_where_they_were_asked_for(tmp_path: Path) -> None:
+    status, text, _, _ = built(tmp_path, BROKEN="1", AIM_KERNELS_CUDA="1")
+    assert status != 0 and "no such thing" in text
+
+
 def test_reasons_survive_the_command_line(setup_py: ModuleType, tmp_path: Path) -> None:
     """Quotes of an error message must not end the macro that carries it."""
     text = "it said 'no' and \"never\"\n"

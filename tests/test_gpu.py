@@ -1,5 +1,5 @@
 """What only a GPU can show: streams, graphs, waiting, memory. The arithmetic is tested by test_device_step.py, whose
-cases run there as well. `make gpu` runs all of it."""
+cases run there as well. `make gpu-test` runs all of it but the sanitizers, which `make gpu-sanitizer` does."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+from typing import Any
 
 import helpers
 import pytest
@@ -12,6 +13,8 @@ from aim_helpers import CLASSES, Net, batch
 from helpers import DTYPES, Gradients, assign, build, frozen, parameters_of, same_bits, set_row
 from test_device_step import agree
 from test_gpu import drawn, never_waiting, pair, run
+from test_packed_device import agree as agree_packed
+from test_packed_device import run as run_packed
 
 import aim_kernels as ak
 
@@ -50,6 +53,34 @@ def test_the_bits_of_the_cpu_kernels(
             optimizer.step()
         made.append(optimizer)
     agree(*made)
+
+
+#: Rules of the family "other", and what is stored in fewer bytes.
+OTHERS: list[tuple[str, str, dict[str, Any]]] = [
+    ("amsgrad", "float32", {}),
+    ("rmsprop-momentum", "bfloat16", {}),
+    ("adamw", "float32", {"state_dtype": "int8"}),
+    ("adamw", "bfloat16", {"state_dtype": "int8", "master": "stochastic"}),
+    ("lion", "bfloat16", {"state_dtype": "bfloat16", "master": "split", "ema_decay": 0.9, "zero_grad_in_step": True}),
+]
+
+
+@pytest.mark.parametrize("row", ["chain", "alternate"])
+@pytest.mark.parametrize(("rule", "dtype", "options"), OTHERS, ids=[f"{r}-{d}-{len(o)}" for r, d, o in OTHERS])
+def test_the_bits_of_the_cpu_kernels_of_other_families(
+    backend: str, rule: str, dtype: str, options: dict[str, Any], row: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks as users have them: loops go round several times, and rows of 128 elements follow each other in a warp."""
+    chunk = importlib.import_module(f"aim_kernels.backends.{backend}").CHUNK
+    shapes = (((2 * chunk + 4,), (63,), (70, 64)), ((chunk,), (4097,)))
+    made = []
+    for name, device in (("cpu", "cpu"), (backend, "cuda")):
+        monkeypatch.setattr(helpers, "DEVICE", device)
+        optimizer = build(rule, shapes, dtype, ("contiguous", "offset", "transposed"), backend=name, **options)
+        set_row(optimizer, 0, row)
+        run_packed(optimizer, 4, missing=1)
+        made.append(optimizer)
+    agree_packed(*made)
 
 
 def test_two_optimizers_on_two_streams_at_once(backend: str) -> None:

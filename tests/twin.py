@@ -38,7 +38,7 @@ def moment(state: dict[str, Any], name: str | None, p: torch.Tensor) -> np.ndarr
     unsigned = name in ("exp_avg_sq", "max_exp_avg_sq", "sum", "square_avg")
     kind = oracle_packing.SECOND if unsigned else oracle_packing.FIRST
     codes = flat(state[name], p).astype(np.int64)
-    return oracle_packing.unpacked(codes, state[f"{name}_scale"].numpy(), kind)
+    return oracle_packing.unpacked(codes, state[f"{name}_scale"].cpu().numpy(), kind)
 
 
 def true_weights(state: dict[str, Any], p: torch.Tensor) -> np.ndarray:
@@ -184,7 +184,7 @@ class Twin:
                 wanted = {"bfloat16": torch.bfloat16, "int8": torch.uint8}.get(leaf.stored or "")
                 assert wanted in (None, state[name].dtype), f"{name} is {state[name].dtype}"
             if f"{name}_scale" in state:
-                exponents[short] = state[f"{name}_scale"].numpy().copy()
+                exponents[short] = state[f"{name}_scale"].cpu().numpy().copy()
         return oracle.Observed(leaf.theta, leaf.m, leaf.live, leaf.v, leaf.w, exponents, flat(p, p))
 
     def compare(self) -> None:

@@ -34,6 +34,8 @@ SETS = {
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
+BACKENDS = ("cuda", "triton")
+
 _COPIED = 2**30  # bytes of the copy that measures the bandwidth
 _SMALL = 2**26  # parameters; sets up to here are where the host may be what is waited for
 #: Two units in the last place of a bfloat16 near one: weights that were rounded to either side of a boundary.
@@ -53,12 +55,12 @@ def measure(
     rounds: int | None = None,
     modes: Sequence[str] = ("eager", "graph", "wall"),
 ) -> Iterator[GpuResult]:
-    """Times the peers on one set. They must have been verified."""
+    """Times the peers on one set. They must have been verified. What is known is given before the next is measured."""
     clock = Clock(device)
     arrays = Arrays(shape_set, device=device, dtype=DTYPES[dtype])
     rounds = rounds or shape_set.rounds
     cases: dict[tuple[str, str], Step] = {}
-    failed: dict[tuple[str, str], str] = {}
+    failed: dict[tuple[str, str], Samples | str] = {}
     for peer in chosen:
         for mode in ("eager", "graph") if peer.graph and clock.on_device and "graph" in modes else ("eager",):
             try:
@@ -70,24 +72,23 @@ def measure(
     keys = {f"{name} {mode}": (name, mode) for name, mode in cases}
     timed = interleaved(clock, {key: cases[keys[key]] for key in keys}, rounds, arrays.stir)
     samples: dict[tuple[str, str], Samples | str] = {keys[key]: value for key, value in timed.items()}
-    samples.update(failed)
+    bytes_of = {peer.name: peer.bytes for peer in chosen}
+
+    def lines(found: dict[tuple[str, str], Samples | str]) -> Iterator[GpuResult]:
+        for (name, mode), sample in found.items():
+            fused = found.get(("torch-fused", mode))
+            size = bytes_of[name]
+            yield gpu_report.result(
+                sample, size * shape_set.numel, bandwidth, fused if isinstance(fused, Samples) else None,
+                set=shape_set.name, dtype=dtype, candidate=name, mode=mode, rounds=rounds, bytes_per_param=size,
+            )  # fmt: skip
+
+    yield from lines(samples | failed)
     if "wall" in modes:
         steps = 50 if shape_set.numel < _SMALL else 10
         eager = {name: step for (name, mode), step in cases.items() if mode == "eager"}
-        walls = walled(
-            clock, {name: eager[name] for name in eager if isinstance(samples[name, "eager"], Samples)}, steps
-        )
-        samples.update({(name, "wall"): sample for name, sample in walls.items()})
-
-    bytes_of = {peer.name: peer.bytes for peer in chosen}
-    baseline = {mode: sample for (name, mode), sample in samples.items() if name == "torch-fused"}
-    for (name, mode), sample in samples.items():
-        moved = bytes_of[name] * shape_set.numel
-        fused = baseline.get(mode)
-        yield gpu_report.result(
-            sample, moved, bandwidth, fused if isinstance(fused, Samples) else None,
-            set=shape_set.name, dtype=dtype, candidate=name, mode=mode, rounds=rounds, bytes_per_param=bytes_of[name],
-        )  # fmt: skip
+        good = {name: step for name, step in eager.items() if isinstance(samples[name, "eager"], Samples)}
+        yield from lines({(name, "wall"): sample for name, sample in walled(clock, good, steps).items()})
 
 
 def walled(clock: Clock, cases: dict[str, Step], steps: int, rounds: int = 5) -> dict[str, Samples | str]:
@@ -206,21 +207,20 @@ def _main(arguments: argparse.Namespace) -> int:
         report.check_columns(gpu_report.stem_of(arguments.out, title).with_suffix(".csv"), GpuResult)
     bandwidth = copy_bandwidth(Clock(device), device, _COPIED if device != "cpu" else 2**22)
     print(f"{title}: copy {bandwidth / 1e9:.0f} GB/s, read and written", flush=True)
-    results: list[GpuResult] = []
+    record = gpu_report.Record(arguments.out, title, bandwidth)
 
-    def keep(heading: str, lines: list[GpuResult]) -> None:
-        """Printed and written at once: a run that is cut off has not been for nothing."""
+    def keep(heading: str, lines: Iterable[GpuResult]) -> None:
+        """Every line is written as it comes, and a set printed: a run that is cut off has not been for nothing."""
+        found = [record.add(line) for line in lines]
         if heading:
-            gpu_report.print_table(f"{heading} ({time.monotonic() - began:.0f} s)", lines)
-        if arguments.out is not None:
-            gpu_report.write(arguments.out, lines, title, bandwidth, before=results)
-        results.extend(lines)
+            gpu_report.print_table(f"{heading} ({time.monotonic() - began:.0f} s)", found)
+        record.show()
         if device != "cpu":
             torch.cuda.empty_cache()
 
     good: dict[str, list[Peer]] = {}
     for dtype in arguments.dtypes:
-        gated = list(verified(peers(dtype, device), dtype, device))
+        gated = list(verified(of_backends(peers(dtype, device), arguments.backends), dtype, device))
         good[dtype] = [peer for peer, reason in gated if not reason]
         for peer, reason in gated:
             if reason:
@@ -231,7 +231,7 @@ def _main(arguments: argparse.Namespace) -> int:
             lines = attempt(measure(SETS[name], dtype, chosen, device, bandwidth, arguments.rounds), name, dtype)
             keep(f"{name}, {dtype}: {SETS[name].note}", lines)
     print("\ntargets:")
-    gpu_report.print_targets(results)
+    gpu_report.print_targets(record.everything())
     if arguments.sweep:
         swept = [name for name in SWEPT if name in arguments.sets]
         rounds = arguments.rounds or 7
@@ -239,17 +239,26 @@ def _main(arguments: argparse.Namespace) -> int:
         keep("chunk and block size", lines)
     if arguments.out is not None:
         print(f"\nwritten to {arguments.out}")
-    return int(any(line.error and gpu_report.is_ours(line.candidate) for line in results))
+    return int(any(line.error and gpu_report.is_ours(line.candidate) for line in record.lines))
 
 
-def attempt(lines: Iterable[GpuResult], name: str, dtype: str) -> list[GpuResult]:
+def of_backends(everybody: Iterable[Peer], backends: Sequence[str]) -> list[Peer]:
+    """This library's candidates of these backends, and those they are compared with: torch's fused step, and the other
+    peers with the CUDA kernels."""
+
+    def is_chosen(peer: Peer) -> bool:
+        backend = "triton" if gpu_report.is_ours(peer.name) and peer.name.endswith("-triton") else "cuda"
+        return backend in backends or peer.name == "torch-fused"
+
+    return [peer for peer in everybody if is_chosen(peer)]
+
+
+def attempt(lines: Iterable[GpuResult], name: str, dtype: str) -> Iterator[GpuResult]:
     """What there is of them; an error that ends them is one more line."""
-    found: list[GpuResult] = []
     try:
-        found.extend(lines)
+        yield from lines
     except Exception as error:  # such as no memory for the set
-        found.append(replace(gpu_report.failure("aim", dtype, told(error)), set=name))
-    return found
+        yield replace(gpu_report.failure("aim", dtype, told(error)), set=name)
 
 
 def parser() -> command_line.Parser:
@@ -262,6 +271,14 @@ def parser() -> command_line.Parser:
     )
     p.add_argument(
         "--dtypes", nargs="+", action=distinct, choices=DTYPES, default=list(DTYPES), help="of the parameters"
+    )
+    p.add_argument(
+        "--backends",
+        nargs="+",
+        action=distinct,
+        choices=BACKENDS,
+        default=BACKENDS,
+        help="whose kernels are timed (default: all); one that breaks the process takes those of the same run along",
     )
     p.add_argument(
         "--rounds",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import datetime
 import platform
 import re
 import subprocess
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -214,18 +215,65 @@ def print_targets(lines: Sequence[GpuResult]) -> None:
         print(f"  {line}")
 
 
-def write(
-    folder: Path, lines: Sequence[GpuResult], title: str, bandwidth: float, before: Sequence[GpuResult] = ()
-) -> list[Path]:
-    """CSV (appended to), Markdown and, with matplotlib, a chart; returns what was written. ``before``: lines of the
-    same run that were written earlier; page and chart show them too."""
-    shared = circumstances("cpu" if title.startswith("CPU") else "cuda")
-    lines = [replace(line, **shared) for line in lines]
-    table, page, chart = (stem_of(make_folder(folder), title).with_suffix(suffix) for suffix in (".csv", ".md", ".png"))
-    report.append_csv(table, lines, GpuResult)
-    everything = [*before, *lines]
-    write_text(page, markdown(everything, title, bandwidth, shared))
-    return [table, page, *([chart] if plot(chart, everything, title) else [])]
+class Record:
+    """What a run measured, in memory and, where there is a folder, in CSV (appended to, line by line), Markdown and,
+    with matplotlib, a chart. Page and chart show the latest figures that the CSV has of the same commit, device and
+    versions: a run may be cut into several, one after the other.
+
+    Attributes:
+        lines: of this run.
+        table, page, chart: the files.
+    """
+
+    def __init__(self, folder: Path | None, title: str, bandwidth: float) -> None:
+        self.title, self.bandwidth = title, bandwidth
+        self.lines: list[GpuResult] = []
+        self._before: list[GpuResult] = []
+        self._shared = circumstances("cpu" if title.startswith("CPU") else "cuda")
+        self.folder = folder
+        if folder is not None:
+            stem = stem_of(make_folder(folder), title)
+            self.table, self.page, self.chart = (stem.with_suffix(suffix) for suffix in (".csv", ".md", ".png"))
+            same = {name: value for name, value in self._shared.items() if name != "date"}
+            for line in read(self.table):
+                if not line.error and all(getattr(line, name) == value for name, value in same.items()):
+                    self._before.append(line)
+
+    def add(self, line: GpuResult) -> GpuResult:
+        """Keeps a line, at once in the file, too."""
+        line = replace(line, **self._shared)
+        self.lines.append(line)
+        if self.folder is not None:
+            report.append_csv(self.table, [line], GpuResult)
+        return line
+
+    def everything(self) -> list[GpuResult]:
+        """The latest line of every case."""
+        latest = {}
+        for r in [*self._before, *self.lines]:
+            latest[r.set, r.dtype, r.candidate, r.mode, r.chunk, r.threads] = r
+        return [*latest.values()]
+
+    def show(self) -> None:
+        """Writes page and chart anew."""
+        if self.folder is not None:
+            lines = self.everything()
+            write_text(self.page, markdown(lines, self.title, self.bandwidth, self._shared))
+            plot(self.chart, lines, self.title)
+
+
+def read(table: Path) -> list[GpuResult]:
+    """The lines of a results file; none where there is no such file, or one of other columns."""
+    if not table.exists():
+        return []
+    kinds = {field.name: {"int": int, "float": float}.get(str(field.type), str) for field in fields(GpuResult)}
+    with table.open(newline="", encoding="utf-8") as file:
+        rows = csv.DictReader(file)
+        if list(rows.fieldnames or ()) != list(kinds):
+            return []
+        # The last line of a run that was cut off may be a part of one.
+        whole = [row for row in rows if None not in row.values()]
+    return [GpuResult(**{name: kind(row[name]) for name, kind in kinds.items()}) for row in whole]
 
 
 def stem_of(folder: Path, title: str) -> Path:

@@ -65,8 +65,6 @@ from aim_kernels.backends.triton.packing import (
 )
 from aim_kernels.backends.triton.uniforms import boundary, flag_of, kind_of, live_of, rule_of, uniforms
 
-NAN = tl.constexpr(float("nan"))
-
 
 @triton.jit
 def _pointer(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
@@ -391,7 +389,7 @@ def step_chunk(
     # Where another process counts the tensor, its sums are zero: by a choice, since a zero stored over them might come
     # from another thread, and first.
     counted = tl.load(tensor.to(tl.pointer_type(tl.int32)) + UNCOUNTED) == 0
-    under = tl.where(state, tl.sum(counts & 0xFFFF, 0).to(tl.float64), NAN)
+    under = tl.where(state, tl.sum(counts & 0xFFFF, 0).to(tl.float64), float("nan"))
     tl.store(partial + COUNT, tl.where(counted, size.to(tl.float64), 0.0))
     tl.store(partial + UNDER, tl.where(counted, under, 0.0))
     tl.store(partial + GRAD_SUM, tl.where(counted, sum_of_grads, 0.0))

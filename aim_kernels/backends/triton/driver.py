@@ -67,6 +67,11 @@ def registers_of(dtype: int, other: bool, packed: bool) -> int:
     return (less if packed else plain)[DTYPES[dtype]]
 
 
+def limits_registers(device: torch.device) -> bool:
+    """Whether the compiler for a device takes a limit of registers: NVIDIA's does."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
 class Variant(NamedTuple):
     """Tensors that one kernel steps.
 
@@ -106,11 +111,11 @@ def _variants(share: Share) -> list[Variant]:
 
 def update(share: Share) -> None:
     """Steps every tensor that has a gradient, emits those that have only a master, and fills ``share.partials``."""
-    cuda = share.device.type == "cuda" and torch.version.hip is None
+    limited = limits_registers(share.device)
     # Without parameters, the phase is drawn all the same.
     for dtype, other, packed, moments in _variants(share) or [Variant(0, False, False, 0)]:
         constants = specialization(dtype, share.chunk_size, packed)
-        registers = registers_of(dtype, other, packed) if cuda else None
+        registers = registers_of(dtype, other, packed) if limited else None
         # One program where all tensors are empty: the phase is drawn all the same.
         update_kernel[(max(1, len(share.chunks)),)](
             share.tensors,
