@@ -186,7 +186,7 @@ def _update(
     if m is not None:
         m.mul_(1.0 if held else first[0]).add_(g * first[1])
     if v is not None:
-        v.mul_(1.0 if held else second[0]).add_((g * g) * second[1])
+        v.mul_(1.0 if held else second[0]).add_((g * second[1]) * g)
 
     # 4 and 5: decoupled decay, update, by the class that the new moments give as they are stored
     rate, direction = lr, lead
@@ -201,7 +201,7 @@ def _update(
         direction = g + m * group["momentum"] if group["nesterov"] else m
     elif rule in ("adagrad", "rmsprop"):
         rate = lr / (1 + taken * group["lr_decay"]) if rule == "adagrad" else lr
-        spread = (v - m * m).clamp_(min=0) if group["centered"] else v
+        spread = _variance(m, v) if group["centered"] else v
         direction = g / (spread.sqrt() + group["eps"])
         if w is not None:
             direction = w.mul_(1.0 if held else group["momentum"]).add_(direction)
@@ -360,6 +360,12 @@ def _under(m: Tensor, v: Tensor, group: dict[str, Any], t: float, tau: float, dr
 def _limited(number: float, like: Tensor) -> Tensor:
     """A number in the type of a tensor, infinite where it is too large for it."""
     return torch.tensor(number, dtype=torch.float64).to(like)
+
+
+def _variance(m: Tensor, v: Tensor) -> Tensor:
+    spread = v - m * m  # negative by rounding only
+    # Where both squares overflow, that of a finite mean counts for nothing.
+    return torch.where(spread.isnan(), v + (m - m), spread.clamp(min=0))
 
 
 def _sign(x: Tensor) -> Tensor:

@@ -323,7 +323,7 @@ def step_chunk(
         if OTHER:
             lead = m * lead_keep + g * lead_add
         m = m * first_keep + g * first_add
-        v = v * second_keep + (g * g) * second_add
+        v = v * second_keep + (second_add * g) * g
         random = tl.zeros((BLOCK,), tl.uint32)
         if MOMENTS != WIDE and stochastic:
             random = rounding_bits(seed, counter, MOMENT_STREAM, base, whole + begin, BLOCK)
@@ -338,7 +338,9 @@ def step_chunk(
                 w = read_moment(extras, extra_scale, begin, size, extra, inside, True, ARITHMETIC)
             spread = v - m * m
             w = tl.where(amsgrad, tl.where(w > v, w, v), w)
-            below = tl.where(amsgrad, w, tl.where(centered, tl.where(spread < 0, 0.0, spread), v))
+            # Where both squares overflow, that of a finite mean counts for nothing.
+            spread = tl.where(spread != spread, v + (m - m), tl.where(spread < 0, 0.0, spread))
+            below = tl.where(amsgrad, w, tl.where(centered, spread, v))
             direction = _over_root(tl.where(adam, m, g), below, eps, ARITHMETIC)
             w = tl.where(amsgrad, w, w * mu + direction)
             direction = tl.where(extra & (amsgrad == 0), w, direction)
