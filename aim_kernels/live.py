@@ -12,8 +12,9 @@ from torch import Tensor
 from aim_kernels import compiled, distributed
 from aim_kernels.launch import capturing
 from aim_kernels.modulated import Modulated
-from aim_kernels.plan import StepPlan
-from aim_kernels.states import always_has_master, place_weights, weights_of
+from aim_kernels.plan import StepPlan, adopts_edits
+from aim_kernels.rows import ROW
+from aim_kernels.states import adopt_edits, always_has_master, place_weights, weights_of
 
 if TYPE_CHECKING:
     from aim_kernels.release import Release
@@ -44,6 +45,7 @@ class LiveWeights(Modulated):
         if self._holds_true_weights:
             return
         self._refuse_open_step("eval()")
+        self._adopt_edits()
         masters = self._masters()
         for p, master in masters:
             p.copy_(master)
@@ -62,11 +64,7 @@ class LiveWeights(Modulated):
             return
         self._refuse_open_step("train()")
         self._check_before_building()
-        for p, master in self._masters():
-            # By value, since writes through .data leave no trace.
-            here, kept = distributed.local_of(p), distributed.local_of(master)
-            if not torch.equal(here, kept.to(p.dtype)):
-                kept.copy_(here)
+        self._adopt_edits()
         self._emit()
         self._holds_true_weights = False
 
@@ -126,6 +124,7 @@ class LiveWeights(Modulated):
 
         The step reads the masters and writes the next live weights over them, so nothing is to be put back.
         """
+        self._adopt_edits()
         masters = self._masters()
         for p, master in masters:
             p.copy_(master)
@@ -138,7 +137,25 @@ class LiveWeights(Modulated):
         """Puts the live weights back after a true pass that no step has followed: batches are accumulated, or the step
         was skipped."""
         if self._in_true_pass:
+            self._adopt_edits()
             self._emit()
+
+    def _adopt_edits(self) -> None:
+        """Masters take what was written to the module since the last step while it held undegraded weights, as the next
+        step's kernel would. By value, since writes through ``.data`` leave no trace; waits for no device."""
+        if self._holds_averages:
+            return
+        for number, group in enumerate(self.param_groups):
+            emitted = self.tables.rows[number, ROW["emitted_under"] : ROW["emitted_well"] + 1]
+            undegraded = None if self._holds_true_weights else (emitted == 1.0).all()
+            if undegraded is not None and undegraded.device.type == "cpu" and not undegraded:
+                continue
+            for p in group["params"]:
+                master = self.state.get(p, {}).get("master")
+                if master is None:
+                    continue
+                if undegraded is None or adopts_edits(self.tables, number, group, p):
+                    adopt_edits(p, master, undegraded)
 
     def _masters(self) -> list[tuple[Tensor, Tensor]]:
         return [

@@ -422,6 +422,8 @@ class AIMFusedOptimizer(LiveWeights):
     def state_dict(self) -> dict[str, Any]:
         """torch.optim's, plus ``master`` states (the true weights) and each group's row, statistics and control."""
         self._refuse_open_step("state_dict()")
+        with torch.no_grad():
+            self._adopt_edits()
         # The hooks see it complete, so they wait until the tables are there.
         hooks = self._optimizer_state_dict_post_hooks
         self._optimizer_state_dict_post_hooks = type(hooks)()

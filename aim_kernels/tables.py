@@ -61,7 +61,15 @@ class Tables:
     def has_live_weights(self, group: int) -> bool:
         """Whether a phase of this group degrades its live weights, or may: numbers in a device's memory are not looked
         at, and count as degrading."""
-        return self._always_live[group] or any(value != 1.0 for value in self._live[group].values())
+        return self._always_live[group] or self.degrades(group)
+
+    def degrades(self, group: int) -> bool:
+        """The same, whether or not masters are kept at all times."""
+        return any(value != 1.0 for value in self._live[group].values())
+
+    def keeps_masters(self, group: int) -> bool:
+        """Whether the group's masters stay where nothing is degraded."""
+        return self._always_live[group]
 
     def arrays(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
         """Rows, statistics and control as numpy sees their memory; on a CPU."""

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from mutant_list import ELEMENT, Mutant
+from mutant_list import ELEMENT, OPTIMIZER, PLAN, SHARED, STATES, STEP, Mutant
 
 REFERENCE, TRITON_CHUNK = "aim_kernels/backends/reference.py", "aim_kernels/backends/triton/chunk.py"
+TRITON_KERNELS, LIVE, CODEC = "aim_kernels/backends/triton/kernels.py", "aim_kernels/live.py", "csrc/cpu/codec.h"
+COMMON = "aim_kernels/integrations/common.py"
 SIZES = "test_sizes.py::test_steps_are_those_of_torch"
 MEANS = "test_sizes.py::test_means_that_are_not_finite_stay_so"
+EDITS = "test_edits.py::test_edits_between_steps_count"
+MEANWHILE = "test_edits.py::test_whatever_happens_before_the_next_step"
+TAKEN = "test_edits.py::test_every_kernel_takes_them"
 
 KERNELS = (
     # -- gradients of every size
@@ -49,5 +54,110 @@ KERNELS = (
         "v, spread",
         "an infinite gradient would freeze the weight without a trace; torch makes it NaN",
         (f"{MEANS}[reference]",),
+    ),
+    # -- edits of weights that have a master
+    Mutant(
+        "masters undo edits",
+        STEP,
+        "if (adopts(tensor, rows[tensor.group])) kernels.adopt(tensor, chunk.begin, chunk.end);",
+        "",
+        "loaded weights, clipping and new initial values are gone with the next step, as apex's master weights have it",
+        (f"{EDITS}[bfloat16-load]", f"{EDITS}[kept-clip]"),
+    ),
+    Mutant(
+        "masters undo edits, in the reference",
+        REFERENCE,
+        'adopt_edits(p, state["master"])',
+        "pass",
+        "the same",
+        (f"{TAKEN}[bfloat16-adamw-reference]",),
+    ),
+    Mutant(
+        "masters undo edits, in Triton",
+        TRITON_KERNELS,
+        "if _adopts(tensor, row):",
+        "if _adopts(tensor, row) & (size < 0):",
+        "the same",
+        (f"{TAKEN}[bfloat16-adamw-triton]",),
+    ),
+    Mutant(
+        "degraded weights pass for edits",
+        SHARED,
+        "row.emitted[kUnder] == 1 &&\n         row.emitted[kWell] == 1",
+        "true",
+        "the step after a strength was undone takes what the module still holds for the true weights",
+        (f"{MEANWHILE}[kept-after_a_strength]",),
+    ),
+    Mutant(
+        "edits of some phases count",
+        PLAN,
+        "always_has_master(group, p) or tables.keeps_masters(number) or not tables.degrades(number)",
+        "True",
+        "what is written in a true phase stays, what is written in an auxiliary one is lost",
+        ("test_edits.py::test_degraded_weights_are_no_edits",),
+    ),
+    Mutant(
+        "kept masters undo edits",
+        PLAN,
+        "always_has_master(group, p) or tables.keeps_masters(number) or not tables.degrades(number)",
+        "always_has_master(group, p)",
+        "the kind, not the example: keep_masters=True has masters while nothing is degraded, too",
+        (f"{EDITS}[kept-set_one]",),
+    ),
+    Mutant(
+        "edits cost the rest its lower bits",
+        CODEC,
+        "master[i] = edited ? widened_one(param[i]) : master[i];",
+        "master[i] = edited || true ? widened_one(param[i]) : master[i];",
+        "one element was written, and all masters of its chunk are rounded to 16 bits",
+        (f"{EDITS}[bfloat16-set_one]",),
+    ),
+    Mutant(
+        "edits in evaluation cost the rest its lower bits",
+        STATES,
+        "torch.where(edited, here.to(kept.dtype), kept)",
+        "here.to(kept.dtype)",
+        "the same between eval() and train()",
+        ("test_edits.py::test_true_weights_changed_in_evaluation_keep_the_rest",),
+    ),
+    Mutant(
+        "eval() undoes edits",
+        LIVE,
+        'self._refuse_open_step("eval()")\n        self._adopt_edits()',
+        'self._refuse_open_step("eval()")',
+        "the master is copied over what was written",
+        (f"{MEANWHILE}[bfloat16-after_eval]",),
+    ),
+    Mutant(
+        "checkpoints lack edits",
+        OPTIMIZER,
+        "            self._adopt_edits()\n",
+        "            pass\n",
+        "the master that is saved is that of before the edit, and a resumed run has it",
+        (f"{MEANWHILE}[bfloat16-after_state_dict]",),
+    ),
+    Mutant(
+        "checkpoints of frameworks lack edits",
+        COMMON,
+        "            optimizer._adopt_edits()\n",
+        "            pass\n",
+        "the module's entries are replaced by masters of before the edit",
+        (f"{MEANWHILE}[bfloat16-after_a_writer_of_checkpoints]",),
+    ),
+    Mutant(
+        "ties pass for edits",
+        STATES,
+        "local_of(p).data.copy_(local_of(theta))",
+        "pass",
+        "split and rounded weights differ where two bfloat16 numbers are as near: half a unit of the master is lost",
+        ("test_edits.py::test_a_master_that_takes_over_a_rest_is_no_edit",),
+    ),
+    Mutant(
+        "masters that come in backward move versions",
+        STATES,
+        "local_of(p).data.copy_(local_of(theta))",
+        "local_of(p).detach().copy_(local_of(theta))",
+        "the backward that is under way needs the weights, and fails",
+        ("test_release.py::test_16_bit_parameters[cpu-kahan]",),
     ),
 )

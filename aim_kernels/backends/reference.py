@@ -13,8 +13,9 @@ from torch import Tensor
 
 from aim_kernels import packing
 from aim_kernels.philox import MOMENT_STREAM, WEIGHT_STREAM, normals, rounding_bits
-from aim_kernels.rows import CONTROL, PHASES, ROW, STATISTIC
+from aim_kernels.rows import CONTROL, PHASES, ROW, STATISTIC, TENSOR_FLAGS
 from aim_kernels.states import (
+    adopt_edits,
     arithmetic_dtype,
     in_memory_order,
     is_dense,
@@ -82,6 +83,9 @@ def update(plan: StepPlan, indices: Iterable[int]) -> list[Sums]:
         group, row, state = plan.param_groups[number], rows[number], plan.state_of(index)
         live = (row[ROW[f"{following}_live_under"]], row[ROW[f"{following}_live_well"]])
         grad = plan.grads[index]
+        undegraded = row[ROW["emitted_under"]] == row[ROW["emitted_well"]] == 1.0
+        if undegraded and plan.records["flags"][index] & TENSOR_FLAGS["adopts"]:
+            adopt_edits(p, state["master"])
         if grad is None:
             if "master" in state:
                 draw = draw_of(tables.control.tolist(), index, ago=0)
