@@ -14,7 +14,7 @@ from aim_kernels.clipping import clip
 from aim_kernels.launch import capturing
 from aim_kernels.live import LiveWeights
 from aim_kernels.plan import StepPlan
-from aim_kernels.states import always_has_master, make_states, master_of
+from aim_kernels.states import is_frozen, make_states, master_of
 from aim_kernels.tables import Tables
 
 #: Weight decay of torch.optim where the user gives none.
@@ -368,8 +368,14 @@ class AIMFusedOptimizer(LiveWeights):
             live = self.tables.has_live_weights(number)
             # Also of parameters that meet no gradient now: once there is a plan, nobody asks again.
             params = [p for p in group["params"] if live or is_stepped(p) or "step" in self.state.get(p, ())]
+            if live:
+                stays = {p: not is_stepped(p) and is_frozen(p, self.state.get(p, {})) for p in params}
+                params = [p for p in params if not stays[p]]
+                for p, frozen in stays.items():
+                    if frozen and masters and not self.state.get(p):
+                        self.state[p] = {"master": master_of(p)}
             self._make_states_of(group, params, live=live, masters=masters)
-            if not live and any("master" in self.state[p] and not always_has_master(group, p) for p in params):
+            if not live and self._superfluous_masters(number):
                 self._leaving.add(number)
 
     def _make_states_of(self, group: dict[str, Any], params: list[Tensor], *, live: bool, masters: bool = True) -> None:

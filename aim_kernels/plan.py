@@ -164,6 +164,9 @@ class StepPlan:
         has_master = "master" in state
         if has_master and adopts_edits(self.tables, self.group_of[index], group, self.owners[index]):
             record["flags"] |= TENSOR_FLAGS["adopts"]
+        if has_master and "step" not in state:
+            record["flags"] |= TENSOR_FLAGS["frozen"]
+            self._moments.append(state["master"])
         kept = states_of(group, self.owners[index], has_master)
         how = weights_of(group, self.owners[index])
         record["weights"] = WEIGHTS.index(how) if how in WEIGHTS and not has_master else 0

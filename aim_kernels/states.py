@@ -93,6 +93,17 @@ def always_has_master(group: dict[str, Any], p: Tensor) -> bool:
     return weights_of(group, p) == "float32"
 
 
+def keeps_master(group: dict[str, Any], p: Tensor, state: dict[str, Any]) -> bool:
+    """Whether the master of a parameter stays when its group degrades nothing any more."""
+    return always_has_master(group, p) and "step" in state
+
+
+def is_frozen(p: Tensor, state: dict[str, Any]) -> bool:
+    """Whether nothing has ever moved a parameter of a group with live weights that gets no gradient in this step, and
+    nothing is about to: it requires none, or was so when its master was made. Then it keeps a master alone."""
+    return "step" not in state and (not p.requires_grad or "master" in state)
+
+
 class Kept(NamedTuple):
     """A state of one number an element: its key and its type."""
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from mutant_list import ELEMENT, OPTIMIZER, PLAN, SHARED, STATES, STEP, Mutant
+from mutant_list import CHECKPOINT, ELEMENT, OPTIMIZER, PLAN, SHARED, STATES, STEP, Mutant
 
 REFERENCE, TRITON_CHUNK = "aim_kernels/backends/reference.py", "aim_kernels/backends/triton/chunk.py"
 TRITON_KERNELS, LIVE, CODEC = "aim_kernels/backends/triton/kernels.py", "aim_kernels/live.py", "csrc/cpu/codec.h"
-COMMON = "aim_kernels/integrations/common.py"
+COMMON, FEATURES = "aim_kernels/integrations/common.py", "aim_kernels/modulation/features.py"
 SIZES = "test_sizes.py::test_steps_are_those_of_torch"
 MEANS = "test_sizes.py::test_means_that_are_not_finite_stay_so"
 EDITS = "test_edits.py::test_edits_between_steps_count"
 MEANWHILE = "test_edits.py::test_whatever_happens_before_the_next_step"
+FROZEN = "test_frozen.py::test_a_strength_degrades_it_wholly"
 TAKEN = "test_edits.py::test_every_kernel_takes_them"
 
 KERNELS = (
@@ -159,5 +160,94 @@ KERNELS = (
         "local_of(p).detach().copy_(local_of(theta))",
         "the backward that is under way needs the weights, and fails",
         ("test_release.py::test_16_bit_parameters[cpu-kahan]",),
+    ),
+    # -- frozen parameters
+    Mutant(
+        "frozen weights are under-optimized",
+        SHARED,
+        "if (is_frozen(tensor)) shared.u.live[kUnder] = live[kWell];",
+        "",
+        "what has never been stepped has no class but the first one: a strength changes nothing, and nobody says so",
+        (f"{FROZEN}[adamw-cpu]",),
+    ),
+    Mutant(
+        "frozen weights are under-optimized, in Triton",
+        TRITON_CHUNK,
+        "live_under = tl.where(frozen, live_well, live_under)",
+        "live_under = tl.where(frozen, live_under, live_under)",
+        "the same",
+        (f"{FROZEN}[adamw-triton]",),
+    ),
+    Mutant(
+        "frozen weights are under-optimized, in the reference",
+        REFERENCE,
+        "return (live[1], live[1]) if",
+        "return (live[0], live[0]) if",
+        "the same",
+        (f"{FROZEN}[adamw-reference]",),
+    ),
+    Mutant(
+        "frozen weights answer by features as they are",
+        FEATURES,
+        "under: Tensor | None = torch.zeros_like(p, dtype=torch.bool)",
+        "under: Tensor | None = torch.ones_like(p, dtype=torch.bool)",
+        "the same where the forward pass mixes",
+        ("test_frozen.py::test_a_frozen_encoder_is_held_back_by_aim[features]",),
+    ),
+    Mutant(
+        "neighbours of a frozen weight share its class",
+        STEP,
+        " || frozen != last_frozen) {",
+        ") {",
+        "what the elements of a tensor share is kept from one tensor to the next of the same age and rule",
+        ("test_frozen.py::test_what_has_not_been_stepped_beside_it",),
+    ),
+    Mutant(
+        "frozen weights are withdrawn to themselves",
+        OPTIMIZER,
+        'self.state[p] = {"master": master_of(p)}',
+        'self.state[p] = {"master": master_of(p), "anchor": master_of(p)}',
+        "with anchor='init' a strength changes nothing again",
+        ("test_frozen.py::test_anchors_of_its_own_weights_are_zero[init]",),
+    ),
+    Mutant(
+        "frozen weights keep moments",
+        STATES,
+        'return "step" not in state and (not p.requires_grad or "master" in state)',
+        "return False",
+        "as before: moments that nothing ever moves, and a step count of zero that makes everything under-optimized",
+        (f"{FROZEN}[adamw-cpu]",),
+    ),
+    Mutant(
+        "thawed weights lose their class at once",
+        STATES,
+        'return "step" not in state and (not p.requires_grad or "master" in state)',
+        'return "step" not in state and not p.requires_grad',
+        "whether a plan is built anew between thawing and the first gradient would decide what the module holds",
+        ("test_frozen.py::test_thawing_alone_changes_nothing",),
+    ),
+    Mutant(
+        "checkpoints lose frozen masters",
+        CHECKPOINT,
+        'if "master" in values:  # frozen',
+        "if False:",
+        "a resumed run takes the degraded weights for the true ones",
+        ("test_frozen.py::test_resumed_bit_for_bit",),
+    ),
+    Mutant(
+        "checkpoints thaw",
+        CHECKPOINT,
+        'state.keys() - {"anchor", "master"}',
+        'state.keys() - {"anchor"}',
+        "a master alone gets a step count of one and moments of zero",
+        ("test_frozen.py::test_resumed_bit_for_bit",),
+    ),
+    Mutant(
+        "frozen masters stay for good",
+        STATES,
+        'return always_has_master(group, p) and "step" in state',
+        "return always_has_master(group, p)",
+        "a strength that is undone leaves a copy of the frozen encoder behind",
+        ("test_frozen.py::test_every_type[float16-options4-cpu]",),
     ),
 )

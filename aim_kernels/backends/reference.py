@@ -89,6 +89,7 @@ def update(plan: StepPlan, indices: Iterable[int]) -> list[Sums]:
         if grad is None:
             if "master" in state:
                 draw = draw_of(tables.control.tolist(), index, ago=0)
+                live = _live_of(plan, index, live)
                 _emit(p, group, state, row[ROW["tau"]], live, plan.anchor_of(index), draw)
             continue
         steps = (row[ROW[f"{now}_step_under"]], row[ROW[f"{now}_step_well"]])
@@ -143,7 +144,13 @@ def emit(plan: StepPlan) -> None:
             live = (row[ROW["emitted_under"]], row[ROW["emitted_well"]])
             group = plan.param_groups[plan.group_of[index]]
             draw = draw_of(plan.tables.control.tolist(), index, ago=1)
+            live = _live_of(plan, index, live)
             _emit(p, group, state, row[ROW["tau_prev"]], live, plan.anchor_of(index), draw)
+
+
+def _live_of(plan: StepPlan, index: int, live: tuple[float, float]) -> tuple[float, float]:
+    """The live coefficients of a parameter without a gradient: what is frozen is well-optimized."""
+    return (live[1], live[1]) if plan.records["flags"][index] & TENSOR_FLAGS["frozen"] else live
 
 
 def _update(
