@@ -100,7 +100,10 @@ def load(optimizer: AIMFusedOptimizer, state_dict: dict[str, Any]) -> None:
     for p, values in state.items():
         if "step" in values:
             optimizer.state[p] = values | ({"anchor": anchors[p]} if p in anchors else {})
-        elif p in anchors:  # torch.distributed.checkpoint makes states only where there are none
+            continue
+        if "master" in values:  # frozen
+            optimizer.state[p] = {"master": values["master"]}
+        if p in anchors:  # torch.distributed.checkpoint makes states only where there are none
             optimizer._anchors[p] = anchors[p]
     optimizer.param_groups[:] = groups
     optimizer._tables.groups = list(groups)
@@ -278,7 +281,7 @@ def _checked_state(
             distributed.local_of(state[key]).copy_(local)
         else:
             state[key] = value
-    if not state.keys() - {"anchor"}:  # not stepped yet
+    if not state.keys() - {"anchor", "master"}:  # not stepped yet
         return state
     # torch.optim.SGD counts no steps, and no rule but Adam keeps both moments that a modulated group needs.
     state.setdefault("step", step_count(p, 1.0))

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from aim_kernels import distributed
 from aim_kernels.packing import blocks_of
 from aim_kernels.rows import PUBLIC_COLUMNS, RULES
-from aim_kernels.supported import has_memory, is_asleep, is_beside, is_estimated, reason_against
+from aim_kernels.supported import has_memory, is_asleep, is_beside, is_estimated, is_idle, reason_against
 
 Group = dict[str, Any]
 
@@ -204,6 +205,17 @@ def check_parameters(groups: list[Group], number: int, params: list[Any], device
         if device is not None and not is_beside(p, device):
             raise ValueError(
                 f"{name}: is on {p.device}, the others on {device}; use one optimizer for each kind of device"
+            )
+
+
+def check_degradable(groups: list[Group], number: int, home: torch.device) -> None:
+    """Raises RuntimeError on a frozen parameter of a group with live weights that there can be none of."""
+    for index, p in enumerate(groups[number]["params"]):
+        if not is_lazy(p) and is_idle(p, home):
+            reason = reason_against(p) or f"is on {p.device}, the others on {home}"
+            raise RuntimeError(
+                f"{name_of(groups, number, index)}: cannot be degraded with its block ({reason}); take it out of the "
+                "group"
             )
 
 

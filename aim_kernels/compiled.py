@@ -398,6 +398,7 @@ def _rebuild(
     for p in given.params:
         if id(p) in rests and "master" in optimizer.state.get(p, ()):
             optimizer.state[p]["master"].copy_(true_weights(elsewhere[id(p)], rests[id(p)]))
+            elsewhere[id(p)].copy_(optimizer.state[p]["master"])
     inputs = GraphInputs(optimizer, given, elsewhere)
     optimizer._inputs = inputs
     inputs.plan = optimizer._plan = plan = StepPlan(optimizer)

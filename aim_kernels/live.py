@@ -12,8 +12,9 @@ from torch import Tensor
 from aim_kernels import compiled, distributed, resets
 from aim_kernels.launch import capturing
 from aim_kernels.modulated import Modulated
-from aim_kernels.plan import StepPlan
-from aim_kernels.states import always_has_master, place_weights, weights_of
+from aim_kernels.plan import StepPlan, adopts_edits
+from aim_kernels.rows import ROW
+from aim_kernels.states import adopt_edits, keeps_master, place_weights, weights_of
 
 if TYPE_CHECKING:
     from aim_kernels.release import Release
@@ -46,6 +47,7 @@ class LiveWeights(Modulated):
             return
         self._refuse_open_step("eval()")
         resets.restore(self)  # type: ignore[arg-type]
+        self._adopt_edits()
         masters = self._masters()
         for p, master in masters:
             p.copy_(master)
@@ -64,11 +66,7 @@ class LiveWeights(Modulated):
             return
         self._refuse_open_step("train()")
         self._check_before_building()
-        for p, master in self._masters():
-            # By value, since writes through .data leave no trace.
-            here, kept = distributed.local_of(p), distributed.local_of(master)
-            if not torch.equal(here, kept.to(p.dtype)):
-                kept.copy_(here)
+        self._adopt_edits()
         self._emit()
         self._holds_true_weights = False
 
@@ -129,6 +127,7 @@ class LiveWeights(Modulated):
         The step reads the masters and writes the next live weights over them, so nothing is to be put back.
         """
         resets.restore(self)  # type: ignore[arg-type]
+        self._adopt_edits()
         masters = self._masters()
         for p, master in masters:
             p.copy_(master)
@@ -141,7 +140,25 @@ class LiveWeights(Modulated):
         """Puts the live weights back after a true pass that no step has followed: batches are accumulated, or the step
         was skipped."""
         if self._in_true_pass:
+            self._adopt_edits()
             self._emit()
+
+    def _adopt_edits(self) -> None:
+        """Masters take what was written to the module since the last step while it held undegraded weights, as the next
+        step's kernel would. By value, since writes through ``.data`` leave no trace; waits for no device."""
+        if self._holds_averages:
+            return
+        for number, group in enumerate(self.param_groups):
+            emitted = self.tables.rows[number, ROW["emitted_under"] : ROW["emitted_well"] + 1]
+            undegraded = None if self._holds_true_weights else (emitted == 1.0).all()
+            if undegraded is not None and undegraded.device.type == "cpu" and not undegraded:
+                continue
+            for p in group["params"]:
+                master = self.state.get(p, {}).get("master")
+                if master is None:
+                    continue
+                if undegraded is None or adopts_edits(self.tables, number, group, p):
+                    adopt_edits(p, master, undegraded)
 
     def _masters(self) -> list[tuple[Tensor, Tensor]]:
         return [
@@ -189,27 +206,37 @@ class LiveWeights(Modulated):
             return
         everything = [p for group in self.param_groups for p in group["params"]]
         for p, stepped, number in zip(everything, plan.owners, plan.group_of, strict=True):
-            group = self.param_groups[number]
-            if number in leaving and not always_has_master(group, p) and "master" in self.state[p]:
+            group, state = self.param_groups[number], self.state.get(p, {})
+            if number in leaving and "master" in state and not keeps_master(group, p, state):
                 # A graph may have handed over a copy of either, and puts it back when all is done.
                 master = plan.state[stepped]["master"]
-                del self.state[p]["master"]
-                if (kind := weights_of(group, p)) not in (None, "stochastic"):
-                    place_weights(stepped, self.state[p], master, kind)
+                del state["master"]
+                if "step" not in state:  # frozen: the module holds it to the bit
+                    if "anchor" in state:
+                        self._anchors[p] = state["anchor"]
+                    del self.state[p]
+                elif (kind := weights_of(group, p)) not in (None, "stochastic"):
+                    place_weights(stepped, state, master, kind)
                 if master.is_cuda:  # the step may still be under way, on any stream
                     master.record_stream(torch.cuda.current_stream(master.device))
         self._leaving = self._leaving - leaving
         self._known_masters.note(self.state)
         self._plan = None
 
+    def _superfluous_masters(self, number: int) -> bool:
+        """Whether a group has masters that are of use only while something is degraded."""
+        group = self.param_groups[number]
+        states = ((p, self.state[p]) for p in group["params"] if p in self.state)
+        return any("master" in state and not keeps_master(group, p, state) for p, state in states)
+
     def _note_live_weights(self, number: int) -> None:
         """After a change of rows: masters are to be made, or dropped once the next step has written true weights."""
-        live, group = self.tables.has_live_weights(number), self.param_groups[number]
-        kept = ["master" in self.state.get(p, ()) for p in group["params"] if live or not always_has_master(group, p)]
-        has_masters = any(kept)
-        if live != has_masters or (live and not all(kept)):
+        live, params = self.tables.has_live_weights(number), self.param_groups[number]["params"]
+        complete = all("master" in self.state.get(p, ()) for p in params)
+        leaves = not live and self._superfluous_masters(number)
+        if leaves or (live and not complete):
             self._plan = None
-        if has_masters and not live:
+        if leaves:
             self._leaving.add(number)
         else:
             self._leaving.discard(number)

@@ -14,7 +14,7 @@ from aim_kernels.clipping import clip
 from aim_kernels.launch import capturing
 from aim_kernels.live import LiveWeights
 from aim_kernels.plan import StepPlan
-from aim_kernels.states import always_has_master, arithmetic_dtype, make_states, master_of
+from aim_kernels.states import arithmetic_dtype, is_frozen, make_states, master_of
 from aim_kernels.supported import home_of, is_estimated, is_idle, reason_against
 from aim_kernels.tables import Tables
 
@@ -386,9 +386,20 @@ class AIMFusedOptimizer(LiveWeights):
             live = self.tables.has_live_weights(number)
             # Also of parameters that meet no gradient now: once there is a plan, nobody asks again.
             params = [p for p in group["params"] if live or is_stepped(p) or "step" in self.state.get(p, ())]
-            params = [p for p in params if not is_idle(p, self._tables.rows.device)]
+            home = self._tables.rows.device
+            if live:
+                checks.check_degradable(self.param_groups, number, home)
+            params = [p for p in params if not is_idle(p, home)]
+            if live:
+                stays = {p: not is_stepped(p) and is_frozen(p, self.state.get(p, {})) for p in params}
+                params = [p for p in params if not stays[p]]
+                for p, frozen in stays.items():
+                    if frozen and masters and not self.state.get(p):
+                        self.state[p] = {"master": master_of(p)}
+                        if p in self._anchors:
+                            self.state[p]["anchor"] = self._anchors.pop(p)
             self._make_states_of(group, params, live=live, masters=masters)
-            if not live and any("master" in self.state[p] and not always_has_master(group, p) for p in params):
+            if not live and self._superfluous_masters(number):
                 self._leaving.add(number)
         self._known_masters.note(self.state)
 
@@ -445,6 +456,8 @@ class AIMFusedOptimizer(LiveWeights):
         """torch.optim's, plus ``master`` states (the true weights) and each group's row, statistics and control."""
         self._refuse_open_step("state_dict()")
         resets.restore(self)
+        with torch.no_grad():
+            self._adopt_edits()
         # The hooks see it complete, so they wait until the tables are there.
         hooks = self._optimizer_state_dict_post_hooks
         self._optimizer_state_dict_post_hooks = type(hooks)()

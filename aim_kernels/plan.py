@@ -17,8 +17,9 @@ from torch import Tensor
 
 from aim_kernels import distributed
 from aim_kernels.checks import check_hyperparameters, name_of
-from aim_kernels.rows import FLAGS, GROUP_RECORD, MOMENTS, RULES, TENSOR_RECORD, WEIGHTS
+from aim_kernels.rows import FLAGS, GROUP_RECORD, MOMENTS, RULES, TENSOR_FLAGS, TENSOR_RECORD, WEIGHTS
 from aim_kernels.states import (
+    always_has_master,
     arithmetic_dtype,
     is_dense,
     keep_moment,
@@ -153,10 +154,15 @@ class StepPlan:
         record["moments"] = _MOMENTS.get(moments_dtype(group, self.owners[index]), 0)
         record["stochastic"] = record["moments"] and group["rounding"] == "stochastic"
         record["zero_grad"] = self._zero_grad
+        record["flags"] = 0
         state = self.state.get(self.owners[index])
         if not state or self._idle[index]:
             return
         has_master = "master" in state
+        if has_master and adopts_edits(self.tables, self.group_of[index], group, self.owners[index]):
+            record["flags"] |= TENSOR_FLAGS["adopts"]
+        if has_master and "step" not in state:
+            record["flags"] |= TENSOR_FLAGS["frozen"]
         kept = states_of(group, self.owners[index], has_master)
         how = weights_of(group, self.owners[index])
         record["weights"] = WEIGHTS.index(how) if how in WEIGHTS and not has_master else 0
@@ -502,6 +508,12 @@ class StepPlan:
         """Lets zero_grad() free them: a plan that held on would double their memory during the next backward."""
         self.grads = [None] * len(self.params)
         self._matched = []
+
+
+def adopts_edits(tables: Tables, number: int, group: dict[str, Any], p: Tensor) -> bool:
+    """Whether the master of a parameter takes what was written to the module while that held undegraded weights: not
+    where the group's live weights come and go, which edits would not survive."""
+    return always_has_master(group, p) or tables.keeps_masters(number) or not tables.degrades(number)
 
 
 def _decisive(group: dict[str, Any]) -> tuple[Any, ...]:

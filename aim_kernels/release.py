@@ -124,7 +124,7 @@ class _OpenStep:
         if self.began is not None:
             torch.cuda.current_stream(grad.device).wait_event(self.began)
         if not plan.records["step"][index]:
-            # Not in a group with live weights, whose parameters all have states since the step began.
+            # Of groups with live weights only what was frozen until now: others have states since the step began.
             optimizer._make_states_of(plan.param_groups[plan.group_of[index]], [plan.owners[index]], live=False)
         plan.take_one(index, grad)
         try:

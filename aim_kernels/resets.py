@@ -62,8 +62,11 @@ def restore(optimizer: AIMFusedOptimizer) -> None:
             number, group = place[p]
             row = tables.rows[number].tolist()
             anchor = local.get("ema" if optimizer.anchor == "ema" and group["modulated"] else "anchor")
-            under = classes_of(group, local, row, tables.control.tolist(), order[p])
             emitted = (row[ROW["emitted_under"]], row[ROW["emitted_well"]])
+            if "step" in local:
+                under = classes_of(group, local, row, tables.control.tolist(), order[p])
+            else:  # frozen: well-optimized as a whole
+                under, emitted = None, (emitted[1], emitted[1])
             live = live_weights(master, anchor, under, emitted).to(here.dtype)
             true = torch.where((here == live) | (here.isnan() & live.isnan()), true, here)
         here.copy_(true)

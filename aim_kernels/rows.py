@@ -60,7 +60,7 @@ TENSOR_RECORD = np.dtype(
         ("extra", np.uint64),  # a third moment: AMSGrad's maximum, RMSprop's momentum buffer
         ("master", np.uint64),  # true weights, where live weights exist
         ("anchor", np.uint64),  # what live weights are withdrawn to; 0: zero
-        ("step", np.uint64),  # float32 step count
+        ("step", np.uint64),  # float32 step count; 0: frozen, or nothing is kept
         ("exp_avg_scale", np.uint64),  # moments of 8 bits: exponents of the blocks
         ("exp_avg_sq_scale", np.uint64),
         ("extra_scale", np.uint64),
@@ -76,10 +76,14 @@ TENSOR_RECORD = np.dtype(
         ("weights", np.int32),  # as numbered in WEIGHTS
         ("stochastic", np.int32),  # stored moments are rounded at random
         ("zero_grad", np.int32),  # the gradient is left as zeros
-        ("unused", np.int32),
+        ("flags", np.int32),  # a sum of TENSOR_FLAGS
     ],
     align=True,
 )
+
+#: What is special about a tensor (``aim::Mark``): its master takes what was written to undegraded weights since the
+#: last step; nothing has ever moved it, and it has a master alone.
+TENSOR_FLAGS = {"adopts": 1, "frozen": 2}
 
 #: Hyperparameters of one group (``aim::Group``).
 GROUP_RECORD = np.dtype(

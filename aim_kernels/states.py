@@ -94,6 +94,17 @@ def always_has_master(group: dict[str, Any], p: Tensor) -> bool:
     return weights_of(group, p) == "float32"
 
 
+def keeps_master(group: dict[str, Any], p: Tensor, state: dict[str, Any]) -> bool:
+    """Whether the master of a parameter stays when its group degrades nothing any more."""
+    return always_has_master(group, p) and "step" in state
+
+
+def is_frozen(p: Tensor, state: dict[str, Any]) -> bool:
+    """Whether nothing has ever moved a parameter of a group with live weights that gets no gradient in this step, and
+    nothing is about to: it requires none, or was so when its master was made. Then it keeps a master alone."""
+    return "step" not in state and (not p.requires_grad or "master" in state)
+
+
 class Kept(NamedTuple):
     """A state of one number an element: its key and its type."""
 
@@ -214,13 +225,35 @@ def conform(group: dict[str, Any], p: Tensor, state: dict[str, Any], live: bool)
     if live or kind == "float32":
         if has is not None:
             theta = true_weights(p, state)
-            state.setdefault("master", theta)
+            if "master" not in state:
+                state["master"] = theta
+                # The nearest to it may be another where two are as near, and would pass for an edit. Through .data,
+                # since no version is to move: the step moves it, and a backward may be under way.
+                local_of(p).data.copy_(local_of(theta))
             for name in RESTS:
                 state.pop(name, None)
     elif has is not None and has != kind and "master" not in state:
         place_weights(p, state, true_weights(p, state), kind)
     if group["ema_decay"] is None:
         state.pop("ema", None)
+
+
+def adopt_edits(p: Tensor, master: Tensor, where: Tensor | None = None) -> None:
+    """A master takes the elements whose parameter is not what a step leaves of them. Waits for no device.
+
+    Args:
+        where: a 0-dim boolean tensor: whether it is to; None: yes.
+    """
+    here, kept = local_of(p).detach(), local_of(master)
+    here = here.to(kept.device, non_blocking=True)
+    edited = _bits(here) != _bits(kept.to(here.dtype))
+    if where is not None:
+        edited &= where.to(kept.device, non_blocking=True)
+    kept.copy_(torch.where(edited, here.to(kept.dtype), kept))
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
 
 def has_classes(group: dict[str, Any]) -> bool:

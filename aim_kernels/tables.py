@@ -138,7 +138,15 @@ class Tables:
     def has_live_weights(self, group: int) -> bool:
         """Whether a phase of this group degrades its live weights, or may: numbers in a device's memory are not looked
         at, and count as degrading."""
-        return self._always_live[group] or any(value != 1.0 for value in self._live[group].values())
+        return self._always_live[group] or self.degrades(group)
+
+    def degrades(self, group: int) -> bool:
+        """The same, whether or not masters are kept at all times."""
+        return any(value != 1.0 for value in self._live[group].values())
+
+    def keeps_masters(self, group: int) -> bool:
+        """Whether the group's masters stay where nothing is degraded."""
+        return self._always_live[group]
 
     @_outside_modes
     def lists(self) -> tuple[list[list[float]], list[list[float]]]:

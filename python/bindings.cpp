@@ -245,7 +245,7 @@ py::dict layout() {
   AIM_FIELD(tensor, Tensor, weights);
   AIM_FIELD(tensor, Tensor, stochastic);
   AIM_FIELD(tensor, Tensor, zero_grad);
-  AIM_FIELD(tensor, Tensor, unused);
+  AIM_FIELD(tensor, Tensor, flags);
   AIM_FIELD(group, Group, lr);
   AIM_FIELD(group, Group, beta1);
   AIM_FIELD(group, Group, beta2);

@@ -135,7 +135,9 @@ def arenas(draw: st.DrawFn) -> Arena:
         tensors["numel"][index] = draw(st.integers(0, SIZE) | st.sampled_from([SIZE, SIZE, SIZE, -1, -(2**63)]))
         tensors["first"][index] = draw(st.sampled_from([0, 0, 7, 2**40, 2**63 - 1, -1]))
         tensors["dtype"][index] = draw(st.sampled_from([0, 1, 2, 3]) | INTEGER)
-        tensors["uncounted"][index], tensors["unused"][index] = draw(st.sampled_from([(0, 0), (1, 0), (-5, 9)]))
+        tensors["uncounted"][index], tensors["flags"][index] = draw(
+            st.sampled_from([(0, 0), (1, 1), (-5, 3), (0, 2), (0, -1)])
+        )
         tensors["offset"][index] = draw(st.sampled_from([0, 0, 0, 7, 2**40, -1]))
         for field, most in (("moments", 2), ("weights", 3), ("stochastic", 1), ("zero_grad", 1)):
             tensors[field][index] = draw(st.sampled_from([0, 0]) | st.integers(0, most) | INTEGER)

@@ -224,13 +224,13 @@ def float32_step(rule: str, h: oracle.Hyper, theta: Any, m: Any, v: Any, w: Any,
         v = v + g * g
         return theta - f(h.lr / (1 + 4 * h.lr_decay)) * (g / (np.sqrt(v) + f(h.eps))), m, v, w
     if rule == "rmsprop":
-        v = f(h.alpha) * v + f(1 - h.alpha) * (g * g)
+        v = f(h.alpha) * v + f(1 - h.alpha) * g * g
         m = f(h.alpha) * m + f(1 - h.alpha) * g if h.centered else m
         root = np.sqrt(np.maximum(v - m * m, f(0))) if h.centered else np.sqrt(v)
         w = f(h.momentum) * w + g / (root + f(h.eps))
         return theta - f(h.lr) * w, m, v, w
     m = f(h.beta1) * m + f(1 - h.beta1) * g
-    v = f(h.beta2) * v + f(1 - h.beta2) * (g * g)
+    v = f(h.beta2) * v + f(1 - h.beta2) * g * g
     w = np.maximum(w, v)
     direction = m / (np.sqrt(w if h.amsgrad else v) * f(1 / math.sqrt(1 - h.beta2**5)) + f(h.eps))
     return theta * f(1 - h.lr * h.weight_decay) - f(h.lr / (1 - h.beta1**5)) * direction, m, v, w

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from aim_kernels import packing
 from aim_kernels.philox import MOMENT_STREAM, WEIGHT_STREAM, normals, rounding_bits
-from aim_kernels.rows import CONTROL, PHASES, ROW, STATISTIC
+from aim_kernels.rows import CONTROL, PHASES, ROW, STATISTIC, TENSOR_FLAGS
 from aim_kernels.states import (
+    adopt_edits,
     arithmetic_dtype,
     in_memory_order,
     is_dense,
@@ -82,9 +83,13 @@ def update(plan: StepPlan, indices: Iterable[int]) -> list[Sums]:
         group, row, state = plan.param_groups[number], rows[number], plan.state_of(index)
         live = (row[ROW[f"{following}_live_under"]], row[ROW[f"{following}_live_well"]])
         grad = plan.grads[index]
+        undegraded = row[ROW["emitted_under"]] == row[ROW["emitted_well"]] == 1.0
+        if undegraded and plan.records["flags"][index] & TENSOR_FLAGS["adopts"]:
+            adopt_edits(p, state["master"])
         if grad is None:
             if "master" in state:
                 draw = draw_of(tables.control.tolist(), index, ago=0)
+                live = _live_of(plan, index, live)
                 _emit(p, group, state, row[ROW["tau"]], live, plan.anchor_of(index), draw)
             continue
         steps = (row[ROW[f"{now}_step_under"]], row[ROW[f"{now}_step_well"]])
@@ -139,7 +144,13 @@ def emit(plan: StepPlan) -> None:
             live = (row[ROW["emitted_under"]], row[ROW["emitted_well"]])
             group = plan.param_groups[plan.group_of[index]]
             draw = draw_of(plan.tables.control.tolist(), index, ago=1)
+            live = _live_of(plan, index, live)
             _emit(p, group, state, row[ROW["tau_prev"]], live, plan.anchor_of(index), draw)
+
+
+def _live_of(plan: StepPlan, index: int, live: tuple[float, float]) -> tuple[float, float]:
+    """The live coefficients of a parameter without a gradient: what is frozen is well-optimized."""
+    return (live[1], live[1]) if plan.records["flags"][index] & TENSOR_FLAGS["frozen"] else live
 
 
 def _update(
@@ -186,7 +197,7 @@ def _update(
     if m is not None:
         m.mul_(1.0 if held else first[0]).add_(g * first[1])
     if v is not None:
-        v.mul_(1.0 if held else second[0]).add_((g * g) * second[1])
+        v.mul_(1.0 if held else second[0]).add_((g * second[1]) * g)
 
     # 4 and 5: decoupled decay, update, by the class that the new moments give as they are stored
     rate, direction = lr, lead
@@ -201,7 +212,7 @@ def _update(
         direction = g + m * group["momentum"] if group["nesterov"] else m
     elif rule in ("adagrad", "rmsprop"):
         rate = lr / (1 + taken * group["lr_decay"]) if rule == "adagrad" else lr
-        spread = (v - m * m).clamp_(min=0) if group["centered"] else v
+        spread = _variance(m, v) if group["centered"] else v
         direction = g / (spread.sqrt() + group["eps"])
         if w is not None:
             direction = w.mul_(1.0 if held else group["momentum"]).add_(direction)
@@ -360,6 +371,12 @@ def _under(m: Tensor, v: Tensor, group: dict[str, Any], t: float, tau: float, dr
 def _limited(number: float, like: Tensor) -> Tensor:
     """A number in the type of a tensor, infinite where it is too large for it."""
     return torch.tensor(number, dtype=torch.float64).to(like)
+
+
+def _variance(m: Tensor, v: Tensor) -> Tensor:
+    spread = v - m * m  # negative by rounding only
+    # Where both squares overflow, that of a finite mean counts for nothing.
+    return torch.where(spread.isnan(), v + (m - m), spread.clamp(min=0))
 
 
 def _sign(x: Tensor) -> Tensor:

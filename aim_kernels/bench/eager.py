@@ -179,7 +179,7 @@ def step_functional(s: Settings, arguments: list[tuple[Any, ...]], scalars: Tens
         one_for_all = s.grad[0] == s.grad[1]
         g = grad * (s.grad[0] if one_for_all else torch.where(m * m >= v * k.old_v + k.old_0, *s.grad))
         m_new = m * beta1 + g * (1 - beta1)
-        v_new = v * beta2 + (g * g) * (1 - beta2)
+        v_new = v * beta2 + (1 - beta2) * g * g
         under = m_new * m_new >= v_new * k.new_v + k.new_0
         direction = m_new / (v_new.sqrt() * k.root_scale + s.eps)
         theta_new = theta * (1 - s.lr * s.weight_decay) - torch.where(under, k.step_under, k.step_well) * direction

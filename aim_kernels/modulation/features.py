@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from aim_kernels.backends.reference import classes_of
+from aim_kernels.states import is_frozen
 
 if TYPE_CHECKING:
     from aim_kernels.modulation.aim import AIM
@@ -21,7 +22,8 @@ def auxiliary_parameters(optimizer: Any, module: nn.Module, kappa: float) -> dic
     """``theta_aux`` of the modulated parameters of a block, by name: ``anchor + (theta - anchor) * (1 - kappa)``, and
     ``theta`` itself, through which gradients flow, where an element is under-optimized.
 
-    Empty before the first step, when everything is under-optimized, and where a group keeps no optimization state.
+    What is frozen is well-optimized. Else empty before the first step, when everything is under-optimized, and where a
+    group keeps no optimization state.
     """
     names = {id(p): name for name, p in module.named_parameters()}
     rows = optimizer.tables.rows
@@ -31,9 +33,14 @@ def auxiliary_parameters(optimizer: Any, module: nn.Module, kappa: float) -> dic
         for p in group["params"]:
             index += 1
             state = optimizer.state.get(p, {})
-            if id(p) not in names or not group["modulated"] or "step" not in state:
+            if id(p) not in names or not group["modulated"]:
                 continue
-            under = classes_of(group, state, rows[number].tolist(), optimizer.tables.control.tolist(), index)
+            if is_frozen(p, state):
+                under: Tensor | None = torch.zeros_like(p, dtype=torch.bool)
+            elif "step" in state:
+                under = classes_of(group, state, rows[number].tolist(), optimizer.tables.control.tolist(), index)
+            else:
+                continue
             if under is None:
                 continue
             anchor = state.get("ema" if optimizer.anchor == "ema" else "anchor")

@@ -31,7 +31,7 @@ class Shadow:
                 m, v = self.moments[p]
                 g = p.grad.float()
                 m.mul_(beta1).add_(g * (1 - beta1))
-                v.mul_(beta2).add_((g * g) * (1 - beta2))
+                v.mul_(beta2).add_((1 - beta2) * g * g)
 
     @torch.no_grad()
     def compare(self) -> tuple[int, int, int, int]:

@@ -13,6 +13,15 @@ struct Float16 {
   uint16_t bits;
 };
 
+AIM_INLINE uint32_t bits_of(float x) { return float_bits(x); }
+AIM_INLINE uint64_t bits_of(double x) {
+  uint64_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+AIM_INLINE uint16_t bits_of(BFloat16 x) { return x.bits; }
+AIM_INLINE uint16_t bits_of(Float16 x) { return x.bits; }
+
 AIM_INLINE float widen(BFloat16 x) { return bits_float(uint32_t{x.bits} << 16); }
 
 AIM_INLINE BFloat16 narrow(float x, BFloat16) {

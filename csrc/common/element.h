@@ -59,7 +59,7 @@ AIM_INLINE void accumulate(const Uniforms<V>& u, V theta, V& grad, V& m, V& v, V
 
   if constexpr (kKind == Kind::kLion) out.numerator = sign(m * u.lead_keep + g * u.lead_add);
   if constexpr (has_first(kKind)) m = m * u.first_keep + g * u.first_add;
-  if constexpr (has_second(kKind)) v = v * u.second_keep + (g * g) * u.second_add;
+  if constexpr (has_second(kKind)) v = v * u.second_keep + (u.second_add * g) * g;
 
   if constexpr (kKind == Kind::kAmsgrad) w = select(w > v, w, v);
   if constexpr (has_root(kKind)) {
@@ -68,6 +68,8 @@ AIM_INLINE void accumulate(const Uniforms<V>& u, V theta, V& grad, V& m, V& v, V
       if (u.centered) {
         const V variance = v - m * m;  // negative by rounding only
         below = select(variance < V{}, V{}, variance);
+        // Where both squares overflow, that of a finite mean counts for nothing.
+        below = select(variance != variance, v + (m - m), below);
       }
     }
     out.denominator = square_root(below) + u.eps;

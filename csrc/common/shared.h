@@ -210,11 +210,28 @@ AIM_INLINE Shared shared_of(const Group& group, const Row& row, const PhaseRow& 
   return shared;
 }
 
-// What emit needs: live coefficients, and the class of moments `steps_taken` old under `tau`.
-AIM_INLINE Shared emission_of(const Group& group, Kind kind, bool classed, double steps_taken,
+// A gradient ends it.
+AIM_INLINE bool is_frozen(const Tensor& tensor) {
+  return (tensor.flags & kFrozen) != 0 && !tensor.grad;
+}
+
+AIM_INLINE double steps_of(const Tensor& tensor) {
+  return tensor.step ? static_cast<double>(*tensor.step) : 0.0;
+}
+
+// Whether the master has to take over what was written to the parameter.
+AIM_INLINE bool adopts(const Tensor& tensor, const Row& row) {
+  return (tensor.flags & kAdopts) != 0 && tensor.master && row.emitted[kUnder] == 1 &&
+         row.emitted[kWell] == 1;
+}
+
+// What emit needs: live coefficients, and the class of the stored moments under `tau`.
+AIM_INLINE Shared emission_of(const Tensor& tensor, const Group& group, Kind kind, bool classed,
                               double tau, const double live[2]) {
   Shared shared{};
   copy(live, shared.u.live);
+  if (is_frozen(tensor)) shared.u.live[kUnder] = live[kWell];
+  const double steps_taken = steps_of(tensor);
   if (classed && steps_taken >= 1) {
     threshold(group, age_of(group, kind, steps_taken), tau, &shared.u.old_v, &shared.u.old_0);
   }

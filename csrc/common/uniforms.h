@@ -17,7 +17,7 @@ struct Uniforms {
   T grad[2], step[2], live[2];  // step: learning rate included
   T sigma;
   T first_keep, first_add;       // m = first_keep * m + first_add * g
-  T second_keep, second_add;     // v = second_keep * v + second_add * g^2
+  T second_keep, second_add;     // v = second_keep * v + (second_add * g) * g
   T old_v, old_0, new_v, new_0;  // under: m^2 >= _v * v + _0
   T eps;                         // denominator: sqrt(v) + eps
   T nesterov;                    // direction: g + nesterov * m

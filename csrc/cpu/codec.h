@@ -146,6 +146,21 @@ AIM_CALLED void keep_weights(const Tensor& tensor, const Shared& shared, Roundin
   }
 }
 
+// The master takes the elements whose parameter is not what a step leaves of them. Mostly there are
+// none: looking for them writes nothing.
+template <class S, class T>
+AIM_CALLED void adopt_edits(const S* param, int64_t count, T* master) {
+  decltype(bits_of(S{})) differ = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    differ |= bits_of(param[i]) ^ bits_of(narrowed_to(master[i], S{}));
+  }
+  if (differ == 0) return;
+  for (int64_t i = 0; i < count; ++i) {
+    const bool edited = bits_of(param[i]) != bits_of(narrowed_to(master[i], S{}));
+    master[i] = edited ? widened_one(param[i]) : master[i];
+  }
+}
+
 // -- beside the update ---------------------------------------------------------------------------
 
 template <class T>

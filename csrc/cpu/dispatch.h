@@ -153,5 +153,24 @@ void emit_any(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t
   }
 }
 
+template <class S, class T>
+void adopt_type(const Tensor& tensor, int64_t begin, int64_t end) {
+  adopt_edits(static_cast<const S*>(tensor.param) + begin, end - begin,
+              static_cast<T*>(tensor.master) + begin);
+}
+
+void adopt_any(const Tensor& tensor, int64_t begin, int64_t end) {
+  switch (static_cast<DType>(tensor.dtype)) {
+    case DType::kFloat32:
+      return adopt_type<float, float>(tensor, begin, end);
+    case DType::kFloat64:
+      return adopt_type<double, double>(tensor, begin, end);
+    case DType::kBFloat16:
+      return adopt_type<BFloat16, float>(tensor, begin, end);
+    case DType::kFloat16:
+      return adopt_type<Float16, float>(tensor, begin, end);
+  }
+}
+
 }  // namespace AIM_ISA
 }  // namespace aim

@@ -24,6 +24,8 @@ struct KernelTable {
   // Writes live weights of [begin, end) from the master and the class of the stored moments (the
   // "old" one of `shared`).
   void (*emit)(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t end);
+  // The master takes the elements [begin, end) that the parameter does not have from it.
+  void (*adopt)(const Tensor& tensor, int64_t begin, int64_t end);
   // Moves the bytes of a step over [begin, end) (aim/stream.h).
   void (*stream)(const StreamArrays& arrays, bool live, bool nontemporal, float factor,
                  int64_t begin, int64_t end);

@@ -65,7 +65,7 @@ double squares_any(const Tensor& tensor, int64_t begin, int64_t end) {
 }
 
 extern const KernelTable kKernels;  // external linkage, whichever namespace this is
-const KernelTable kKernels = {update_any, emit_any, stream_any, stream_run, squares_any};
+const KernelTable kKernels = {update_any, emit_any, adopt_any, stream_any, stream_run, squares_any};
 
 }  // namespace AIM_ISA
 }  // namespace aim

@@ -36,7 +36,8 @@ Status check_rows(const Tensor* tensors, int64_t tensor_count, const Group* grou
   if (group_count && !rows) return Status::kNullPointer;
   for (int64_t i = 0; i < tensor_count; ++i) {
     const Tensor& t = tensors[i];
-    if ((!t.grad && !t.master) || t.numel == 0 || has_classes(t, kind_of(t, groups[t.group])))
+    if ((!t.grad && !t.master) || t.numel == 0 || is_frozen(t) ||
+        has_classes(t, kind_of(t, groups[t.group])))
       continue;
     const Row& row = rows[t.group];
     bool split = differ(row.grad) || differ(row.emitted);
@@ -175,7 +176,8 @@ Status check(const Tensor* tensors, int64_t tensor_count, const Group* groups,
     if (t.offset < 0 || t.offset > t.first) return Status::kBadSize;
     if (!t.grad && !t.master) continue;
     const Kind kind = kind_of(t, groups[t.group]);
-    if (!t.step) return Status::kNullPointer;
+    const bool frozen = is_frozen(t);
+    if (!t.step && !frozen) return Status::kNullPointer;
     if (!all_aligned(t)) return Status::kMisaligned;
     if (t.numel == 0) continue;
     const Group& group = groups[t.group];
@@ -184,9 +186,8 @@ Status check(const Tensor* tensors, int64_t tensor_count, const Group* groups,
     const bool first = rms ? rmsprop && (group.flags & kCentered) : has_first(kind);
     const bool second = kind != Kind::kLion && has_second(kind);
     const bool extra = rms ? rmsprop && group.momentum != 0 : has_extra(kind);
-    if (!t.param || (first && !t.exp_avg) || (second && !t.exp_avg_sq) || (extra && !t.extra) ||
-        !has_all_parts(t))
-      return Status::kNullPointer;
+    const bool lacks = (first && !t.exp_avg) || (second && !t.exp_avg_sq) || (extra && !t.extra);
+    if (!t.param || (lacks && !frozen) || !has_all_parts(t)) return Status::kNullPointer;
   }
   return Status::kOk;
 }
@@ -213,7 +214,7 @@ Status move(const Tensor* tensors, int64_t tensor_count, const Group* groups, co
   Work work(tensor_count);
   int32_t last_group = -1;
   double last_steps = -1;
-  bool last_stepped = false, last_classed = false;
+  bool last_stepped = false, last_classed = false, last_frozen = false;
   Kind last_kind = Kind::kAdam;
   bool stepped_any = false;
   for (int64_t i = 0; i < tensor_count; ++i) {
@@ -223,21 +224,22 @@ Status move(const Tensor* tensors, int64_t tensor_count, const Group* groups, co
     const Group& group = groups[t.group];
     const Row& row = rows[t.group];
     const Kind kind = kind_of(t, group);
-    const double steps = *t.step;
-    const bool stepped = t.grad != nullptr, classed = has_classes(t, kind);
+    const double steps = steps_of(t);
+    const bool stepped = t.grad != nullptr, classed = has_classes(t, kind), frozen = is_frozen(t);
     // Most tensors of a group are of one age: they share.
     if (t.group != last_group || steps != last_steps || kind != last_kind ||
-        stepped != last_stepped || classed != last_classed) {
-      shared.push_back(
-          stepped ? shared_of(group, row, row.phases[control->phase & 1], row.phases[next], kind,
-                              classed, steps, group.scale, group.lr,
-                              deviations[static_cast<size_t>(t.group)], *control)
-                  : emission_of(group, kind, classed, steps, row.tau, row.phases[next].live));
+        stepped != last_stepped || classed != last_classed || frozen != last_frozen) {
+      shared.push_back(stepped
+                           ? shared_of(group, row, row.phases[control->phase & 1], row.phases[next],
+                                       kind, classed, steps, group.scale, group.lr,
+                                       deviations[static_cast<size_t>(t.group)], *control)
+                           : emission_of(t, group, kind, classed, row.tau, row.phases[next].live));
       last_group = t.group;
       last_steps = steps;
       last_kind = kind;
       last_stepped = stepped;
       last_classed = classed;
+      last_frozen = frozen;
     }
     work.add(i, static_cast<int64_t>(shared.size()) - 1, t.numel);
   }
@@ -255,6 +257,7 @@ Status move(const Tensor* tensors, int64_t tensor_count, const Group* groups, co
       const Chunk& chunk = work.chunks[static_cast<size_t>(i)];
       const Tensor& tensor = tensors[chunk.tensor];
       const Shared& s = shared[static_cast<size_t>(chunk.shared)];
+      if (adopts(tensor, rows[tensor.group])) kernels.adopt(tensor, chunk.begin, chunk.end);
       if (tensor.grad) {
         kernels.update(tensor, s, chunk.begin, chunk.end, &partials[static_cast<size_t>(i)]);
       } else {
@@ -324,8 +327,7 @@ Status emit(const Tensor* tensors, int64_t tensor_count, const Group* groups, co
     const Group& group = groups[t.group];
     const Row& row = rows[t.group];
     const Kind kind = kind_of(t, group);
-    shared.push_back(
-        emission_of(group, kind, has_classes(t, kind), *t.step, row.tau_prev, row.emitted));
+    shared.push_back(emission_of(t, group, kind, has_classes(t, kind), row.tau_prev, row.emitted));
     work.add(i, static_cast<int64_t>(shared.size()) - 1, t.numel);
   }
   work.close();

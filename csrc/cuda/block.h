@@ -54,7 +54,7 @@ __device__ __forceinline__ Shared uniforms_of(const cuda::Work& work, const Tens
   const Kind kind = kind_of(tensor, group);
   const bool classed = has_classes(tensor, kind);
   const PhaseRow& next = row.phases[draw_phase(*work.control)];
-  if (!tensor.grad) return emission_of(group, kind, classed, *tensor.step, row.tau, next.live);
+  if (!tensor.grad) return emission_of(tensor, group, kind, classed, row.tau, next.live);
   const double deviation = row.noise != 0 ? standard_deviation(work.statistics[tensor.group]) : 0;
   const double scale = work.grad_scale ? group.scale * (1.0 / *work.grad_scale) : group.scale;
   return shared_of(group, row, row.phases[work.control->phase & 1], next, kind, classed,

@@ -33,6 +33,31 @@ __device__ __forceinline__ void emit_chunk(const Tensor& tensor, const Shared& s
   }
 }
 
+// The master takes the elements whose parameter is not what a step leaves of them.
+template <class S, class T>
+__device__ __forceinline__ void adopt_chunk(const Tensor& tensor, int64_t begin, int64_t end) {
+  const S* const param = static_cast<const S*>(tensor.param);
+  T* const master = static_cast<T*>(tensor.master);
+#pragma unroll 1
+  for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
+    const S here = param[i];
+    if (bits_of(here) != bits_of(narrow_to(master[i], S{}))) master[i] = wide(here);
+  }
+}
+
+__device__ __forceinline__ void adopt_any(const Tensor& tensor, int64_t begin, int64_t end) {
+  switch (static_cast<DType>(tensor.dtype)) {
+    case DType::kFloat32:
+      return adopt_chunk<float, float>(tensor, begin, end);
+    case DType::kFloat64:
+      return adopt_chunk<double, double>(tensor, begin, end);
+    case DType::kBFloat16:
+      return adopt_chunk<BFloat16, float>(tensor, begin, end);
+    case DType::kFloat16:
+      return adopt_chunk<Float16, float>(tensor, begin, end);
+  }
+}
+
 template <bool kPacked>
 __device__ __forceinline__ void emit_any(const Tensor& tensor, const Shared& shared, int64_t begin,
                                          int64_t end) {

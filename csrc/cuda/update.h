@@ -323,6 +323,10 @@ __device__ __forceinline__ void update_block(const cuda::Work& work) {
   if constexpr (Dispatch::kPacked) {
     if (skip) return Dispatch::skip(tensor, begin, end);
   }
+  if (adopts(tensor, work.rows[tensor.group])) {
+    adopt_any(tensor, begin, end);
+    __syncthreads();  // other threads may step what this one took over
+  }
   Statistics* partial = work.partials + blockIdx.x;
   if (tensor.uncounted) {
     if (threadIdx.x == 0) *partial = Statistics{};

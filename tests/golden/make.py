@@ -52,6 +52,23 @@ PACKED: dict[str, dict[str, Any]] = {
     "bfloat16": {"state_dtype": "bfloat16", "ema_decay": 0.75},
 }
 CASES |= {f"adamw-{name}": CASES["adam"] | {"rule": "adamw"} | options for name, options in PACKED.items()}
+#: Options that came after a case did: its file lacks them, as the checkpoints lack them that somebody has from then.
+_FROM_MEASURES = ("measure",)
+_FROM_FEWER_BYTES = ("state_dtype", "rounding", "master", "ema_decay", *_FROM_MEASURES)
+_FROM_NEW_RULES = (
+    "amsgrad",
+    "alpha",
+    "centered",
+    "lr_decay",
+    "initial_accumulator_value",
+    "decouple_lr",
+    "reference_lr",
+)
+LACKING = (
+    dict.fromkeys(("adamw", "adam", "sgd", "sgd-momentum"), (*_FROM_NEW_RULES, *_FROM_FEWER_BYTES))
+    | dict.fromkeys(("amsgrad", "rmsprop", "rmsprop-centered", "lion"), _FROM_FEWER_BYTES)
+    | dict.fromkeys(("adamw-int8", "adamw-bfloat16"), _FROM_MEASURES)
+)
 SHRINKING = ("adam", "adagrad", "lion")
 BEFORE, AFTER = 6, 5
 #: Shapes and types of each group: vectors with tails, a scalar, every storage type.
@@ -149,6 +166,15 @@ def weights(params: list[torch.Tensor]) -> list[torch.Tensor]:
     return [p.detach().clone() for p in params]
 
 
+def saved_by(optimizer: ak.AIMFusedOptimizer, name: str) -> dict[str, Any]:
+    """The optimizer's part of a checkpoint, with the options that there were when the case was new."""
+    made = optimizer.state_dict()
+    for group in made["param_groups"]:
+        for option in LACKING.get(name, ()):
+            del group[option]
+    return made
+
+
 def checkpoint(name: str) -> dict[str, Any]:
     """The whole file."""
     optimizer, schedule, params = build(name)
@@ -156,11 +182,11 @@ def checkpoint(name: str) -> dict[str, Any]:
     saved = {
         "version": ak.__version__,
         "weights": weights(params),
-        "optimizer": optimizer.state_dict(),
+        "optimizer": saved_by(optimizer, name),
     }
     other, other_schedule, other_params = build(name)
     run(other, other_schedule, other_params, range(BEFORE + AFTER))
-    saved["continued"] = {"weights": weights(other_params), "optimizer": other.state_dict()}
+    saved["continued"] = {"weights": weights(other_params), "optimizer": saved_by(other, name)}
     return saved
 
 

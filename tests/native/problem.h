@@ -191,6 +191,7 @@ struct Problem {
     tensor.weights = static_cast<int32_t>(c.keep.weights);
     tensor.stochastic = c.keep.stochastic;
     tensor.zero_grad = c.keep.zero_grad;
+    if (c.live && c.numel % 3 != 0) tensor.flags = aim::kAdopts;
     if (c.keep.moments == aim::Moments::kInt8) {
       tensor.exp_avg_scale = m_scale.data();
       tensor.exp_avg_sq_scale = v_scale.data();

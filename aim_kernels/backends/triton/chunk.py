@@ -26,11 +26,13 @@ from aim_kernels.backends.triton.layout import (
     EXTRA,
     EXTRA_SCALE,
     FIRST,
+    FROZEN,
     GRAD,
     GRAD_SQ,
     GRAD_SUM,
     INT8,
     LION,
+    MARKS,
     MASTER,
     MOMENTUM,
     NESTEROV,
@@ -87,6 +89,33 @@ def _live_weight(theta, anchor, c):
 
 
 @triton.jit
+def _bits(x):
+    if x.dtype.primitive_bitwidth == 16:
+        return x.to(tl.int16, bitcast=True)
+    elif x.dtype.primitive_bitwidth == 32:
+        return x.to(tl.int32, bitcast=True)
+    else:
+        return x.to(tl.int64, bitcast=True)
+
+
+@triton.jit
+def adopt_chunk(tensor, start, size, STORAGE: tl.constexpr, ARITHMETIC: tl.constexpr, BLOCK: tl.constexpr):
+    """The master takes the elements [start, start + size) whose parameter is not what a step leaves of them."""
+    master = _pointer(tl.load(tensor + MASTER), ARITHMETIC, False) + start
+    param = _pointer(tl.load(tensor + PARAM), STORAGE, False) + start
+    lane = tl.arange(0, BLOCK)
+    begin = size - size
+    while begin < size:
+        inside = begin + lane < size
+        stored = tl.load(param + begin + lane, mask=inside, other=0)
+        kept = narrow(tl.load(master + begin + lane, mask=inside, other=0), STORAGE)
+        tl.store(master + begin + lane, widen(stored, ARITHMETIC), mask=inside & (_bits(stored) != _bits(kept)))
+        begin += BLOCK
+    # Other threads may step what this one took over.
+    tl.debug_barrier()
+
+
+@triton.jit
 def emit_chunk(
     tensor,
     group,
@@ -102,8 +131,14 @@ def emit_chunk(
 ):
     """Live weights of the elements [start, start + size), from stored state."""
     _adam, buffer, first, second = kind_of(group, tensor)
+    # What is frozen has neither moments nor a step count, and is well-optimized.
+    frozen = (tl.load(tensor.to(tl.pointer_type(tl.int32)) + MARKS) & FROZEN) != 0
+    first = first & (frozen == 0)
+    second = second & (frozen == 0)
+    live_under = tl.where(frozen, live_well, live_under)
     state = first & second
-    taken = tl.load(tl.load(tensor + STEP).to(tl.pointer_type(tl.float32))).to(tl.float64)
+    steps = tl.load(tensor + STEP)
+    taken = tl.load(steps.to(tl.pointer_type(tl.float32)), mask=steps != 0, other=0).to(tl.float64)
     slope, offset = boundary(group, buffer, state, taken, tau)
     slope = slope.to(ARITHMETIC)
     offset = offset.to(ARITHMETIC)
@@ -321,7 +356,7 @@ def step_chunk(
         if OTHER:
             lead = m * lead_keep + g * lead_add
         m = m * first_keep + g * first_add
-        v = v * second_keep + (g * g) * second_add
+        v = v * second_keep + (second_add * g) * g
         random = tl.zeros((BLOCK,), tl.uint32)
         if MOMENTS != WIDE and stochastic:
             random = rounding_bits(seed, counter, MOMENT_STREAM, base, whole + begin, BLOCK)
@@ -336,7 +371,9 @@ def step_chunk(
                 w = read_moment(extras, extra_scale, begin, size, extra, inside, True, ARITHMETIC)
             spread = v - m * m
             w = tl.where(amsgrad, tl.where(w > v, w, v), w)
-            below = tl.where(amsgrad, w, tl.where(centered, tl.where(spread < 0, 0.0, spread), v))
+            # Where both squares overflow, that of a finite mean counts for nothing.
+            spread = tl.where(spread != spread, v + (m - m), tl.where(spread < 0, 0.0, spread))
+            below = tl.where(amsgrad, w, tl.where(centered, spread, v))
             direction = _over_root(tl.where(adam, m, g), below, eps, ARITHMETIC)
             w = tl.where(amsgrad, w, w * mu + direction)
             direction = tl.where(extra & (amsgrad == 0), w, direction)

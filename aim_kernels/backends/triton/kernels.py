@@ -12,8 +12,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from aim_kernels.backends.triton.chunk import clear_chunk, emit_chunk, step_chunk
+from aim_kernels.backends.triton.chunk import adopt_chunk, clear_chunk, emit_chunk, step_chunk
 from aim_kernels.backends.triton.layout import (
+    ADOPTS,
     ANCHOR,
     CHUNK_BEGIN,
     CHUNK_END,
@@ -31,6 +32,7 @@ from aim_kernels.backends.triton.layout import (
     GRAD,
     GROUP,
     GROUP_WORDS,
+    MARKS,
     MASTER,
     MOMENT_STORAGE,
     NUMEL,
@@ -84,6 +86,14 @@ def _is_aligned(tensor, PACKED: tl.constexpr):
     if PACKED:
         bits = bits | tl.load(tensor + REST) | tl.load(tensor + EMA)
     return (bits & 15) == 0
+
+
+@triton.jit
+def _adopts(tensor, row):
+    """Whether the master has to take over what was written to the parameter."""
+    marked = (tl.load(tensor.to(tl.pointer_type(tl.int32)) + MARKS) & ADOPTS) != 0
+    undegraded = (tl.load(row + EMITTED) == 1) & (tl.load(row + EMITTED + 1) == 1)
+    return marked & undegraded & (tl.load(tensor + MASTER) != 0)
 
 
 @triton.jit
@@ -154,6 +164,8 @@ def update_kernel(
     if PACKED and found_inf is not None and tl.load(found_inf) != 0:
         _clear_skipped(tensor, start, size, STORAGE, CHUNK, BLOCK)
         return
+    if _adopts(tensor, row):
+        adopt_chunk(tensor, start, size, STORAGE, ARITHMETIC, BLOCK)
     if tl.load(tensor + GRAD) != 0:
         now = tl.load(control + PHASE) & 1
         line = statistics + number * STATISTICS

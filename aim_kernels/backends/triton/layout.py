@@ -20,6 +20,7 @@ from aim_kernels.rows import (
     SPAN_RECORD,
     STATISTIC,
     STATISTICS_COLUMNS,
+    TENSOR_FLAGS,
     TENSOR_RECORD,
     WEIGHTS,
 )
@@ -59,6 +60,7 @@ MOMENT_STORAGE = _at(TENSOR_RECORD, "moments")
 WEIGHT_STORAGE = _at(TENSOR_RECORD, "weights")
 STOCHASTIC = _at(TENSOR_RECORD, "stochastic")
 ZERO_GRAD = _at(TENSOR_RECORD, "zero_grad")
+MARKS = _at(TENSOR_RECORD, "flags")
 
 GROUP_WORDS = _words(GROUP_RECORD)
 LR = _at(GROUP_RECORD, "lr")
@@ -126,6 +128,8 @@ AMSGRAD = tl.constexpr(FLAGS["amsgrad"])
 CENTERED = tl.constexpr(FLAGS["centered"])
 BY_FISHER = tl.constexpr(FLAGS["fisher"])
 BY_GRAD = tl.constexpr(FLAGS["grad"])
+ADOPTS = tl.constexpr(TENSOR_FLAGS["adopts"])
+FROZEN = tl.constexpr(TENSOR_FLAGS["frozen"])
 FLOAT64 = tl.constexpr(DTYPES.index("float64"))
 
 WIDE = tl.constexpr(MOMENTS.index("wide"))

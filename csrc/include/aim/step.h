@@ -44,6 +44,12 @@ enum class Moments : int32_t { kWide, kBFloat16, kInt8 };
 // parameter and the 16 bits that it lacks; the parameter and what rounding took, in its own type.
 enum class Weights : int32_t { kNearest, kStochastic, kSplit, kKahan };
 
+// Of a tensor. kAdopts: while the module holds undegraded weights they are what counts, and a
+// master takes the elements that somebody has changed there since the last step. kFrozen: nothing
+// has ever moved it, so it is well-optimized as a whole; it has a master, but neither moments nor a
+// step count.
+enum Mark : int32_t { kAdopts = 1, kFrozen = 2 };
+
 // One parameter. Master, anchor and average are float32 (float64 for float64 parameters).
 struct Tensor {
   void* param;                // live weights; the true weights where there is no master
@@ -53,7 +59,7 @@ struct Tensor {
   void* extra;                // a third moment: AMSGrad's maximum, RMSprop's momentum buffer
   void* master;               // true weights, where live weights exist
   const void* anchor;         // null: zero; `ema`: the average after this step
-  float* step;                // steps taken, incremented
+  float* step;                // steps taken, incremented; null: frozen, or nothing is kept
   uint8_t* exp_avg_scale;     // Moments::kInt8: a block's exponent, as float32 has it
   uint8_t* exp_avg_sq_scale;  // the same of the second moment
   uint8_t* extra_scale;       // and of the third
@@ -69,7 +75,7 @@ struct Tensor {
   int32_t weights;     // a Weights
   int32_t stochastic;  // not 0: stored moments are rounded to either neighbour at random
   int32_t zero_grad;   // not 0: the gradient is left as zeros
-  int32_t unused;
+  int32_t flags;       // a sum of Mark
 };
 
 struct Group {
