@@ -13,9 +13,10 @@ from aim_kernels.backends import check_name, select
 from aim_kernels.clipping import clip
 from aim_kernels.launch import capturing
 from aim_kernels.live import LiveWeights
+from aim_kernels.own import own_states
 from aim_kernels.plan import StepPlan
 from aim_kernels.states import always_has_master, make_states, master_of
-from aim_kernels.tables import Tables
+from aim_kernels.tables import KEYS, Tables
 
 #: Weight decay of torch.optim where the user gives none.
 _DEFAULT_DECAY = {"adamw": 1e-2}
@@ -233,7 +234,8 @@ class AIMFusedOptimizer(LiveWeights):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, at any time; its row starts neutral."""
         self._refuse_open_step("add_param_group()")
-        group = {**self._hidden_defaults, **param_group}
+        # A flattened checkpoint is asked for what groups have: state_dict() fills these in.
+        group = {**self._hidden_defaults, **param_group, **dict.fromkeys(KEYS)}
         params = group["params"]
         checks.check_ordered(params)
         checks.check_belongs_to_group(group, number := len(self.param_groups))
@@ -411,6 +413,11 @@ class AIMFusedOptimizer(LiveWeights):
         if self.process_group is not None or distributed.any_dtensor(self.param_groups):
             checks.check_noise(self.param_groups, self.process_group, distributed.noisy_groups(self.tables))
         checks.check_states(self.param_groups, self.state)
+        for group in self.param_groups:
+            for p in group["params"]:
+                held = self.state.get(p, {})
+                for name in [name for name in own_states(group["rule"], held) if held[name] is None]:
+                    del held[name]
         for p, anchor in self._anchors.items():
             if anchor.device != p.device and anchor.shape == p.shape:
                 self._anchors[p] = anchor.to(p.device)
@@ -466,7 +473,8 @@ class AIMFusedOptimizer(LiveWeights):
 
     def __repr__(self) -> str:
         whole = "".join(f"{name}: {getattr(self, '_seed' if name == 'seed' else name)}\n" for name in _WHOLE)
-        return f"{super().__repr__().removesuffix(')')}{whole})"
+        lines = super().__repr__().removesuffix(")").splitlines(keepends=True)
+        return f"{''.join(line for line in lines if line.partition(':')[0].strip() not in KEYS)}{whole})"
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ["tables", "anchor", "backend", "_seed", "_holds_true_weights", "_in_true_pass"]
@@ -485,6 +493,8 @@ class AIMFusedOptimizer(LiveWeights):
         for group in (self.defaults, *self.param_groups):
             for option, value in _SINCE_0_1.items():
                 group.setdefault(option, value)
+        for group in self.param_groups:
+            group.update(dict.fromkeys(KEYS))
         self._captured = []  # graphs are of the original
         self._handle, self._inputs = compiled.register(self), None
         self._reset()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from aim_kernels import distributed
 from aim_kernels.checks import DTYPE_NUMBER, check_hyperparameters
+from aim_kernels.own import count_of, is_counted, own_tensors
 from aim_kernels.rows import FLAGS, GROUP_RECORD, MOMENTS, RULES, TENSOR_RECORD, WEIGHTS
 from aim_kernels.states import (
     arithmetic_dtype,
@@ -133,7 +134,8 @@ class StepPlan:
         # The strides of a gradient that can be read as it is. None: contiguous, which is the cheapest to ask for.
         strides = [None if p.is_contiguous() or index in self._staged else p.stride() for index, p in enumerate(params)]
         kinds = [(p.shape, p.dtype) for p in self.owners]
-        held = list(chain.from_iterable(state.values() for state in self.state.values()))
+        # Wrappers keep things of any type under keys of their own.
+        held = list(chain.from_iterable(state.values() for state in self.state.values() if isinstance(state, dict)))
         methods: tuple[Any, ...] = (Tensor.data_ptr, Tensor.is_contiguous, Tensor.stride)
         if self._sharded:
             methods = tuple(map(_of_local, methods))
@@ -181,8 +183,8 @@ class StepPlan:
             record["anchor"] = record["ema"]
         step = state.get("step")
         if step is not None:
-            if step.dtype != torch.float32 or step.device != self.params[index].device:
-                step = state["step"] = step_count(self.params[index], float(step))
+            if not is_counted(self.params[index], step):
+                step = state["step"] = step_count(self.params[index], count_of(step))
             record["step"] = step.data_ptr()
             self._states.append(step)
 
@@ -407,7 +409,7 @@ class StepPlan:
         changed = []
         for index in indices:
             changed.append(self.params[index])
-            states = self.state_of(index).items()
+            states = own_tensors(self.param_groups[self.group_of[index]]["rule"], self.state_of(index)).items()
             changed += [t if t._base is None else t._base for name, t in states if name != "anchor"]
         torch.autograd.graph.increment_version(changed)
 
