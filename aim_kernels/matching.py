@@ -170,7 +170,7 @@ def in_order_of(groups: Sequence[Group], saved_groups: Sequence[Group]) -> list[
     matched: list[Group] = []
     for members in here:
         if not members:
-            matched.append(next(empty))
+            matched.append(next(empty, {}))  # fewer there than here: then a name of theirs is apart from others
             continue
         theirs = saved[place[members[0]][0]]
         # All of ours are among theirs, and all of theirs among ours.
