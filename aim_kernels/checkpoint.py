@@ -37,8 +37,12 @@ _UNSUPPORTED = {"differentiable": False, "bias_correction": True}
 #: Rules whose update goes without a step count, so that others save none.
 _UNCOUNTED = ("sgd", "lion")
 
+#: What has the bits that 16-bit weights lack, by the group's ``master``.
+_WEIGHTS = {"split": "remainder", "kahan": "compensation", "float32": "master"}
+
 #: Types in which moments and weights are saved; moments also in uint8, with exponents.
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_HALVES = (torch.bfloat16, torch.float16)
+_FLOATS = (torch.float32, torch.float64, *_HALVES)
 
 
 def complete(state_dict: dict[str, Any], optimizer: AIMFusedOptimizer) -> dict[str, Any]:
@@ -89,7 +93,8 @@ def load(optimizer: AIMFusedOptimizer, state_dict: dict[str, Any]) -> None:
     state = {}
     for place, p, saved in _pairs(groups, saved_groups, saved_states):
         present = _present(groups[place[0]]["rule"], saved, optimizer.state.get(p, {}))
-        state[p] = _checked_state(groups, place, p, present, saved_groups[place[0]])
+        today = optimizer.param_groups[place[0]]
+        state[p] = _checked_state(groups, place, p, present, saved_groups[place[0]], today)
     for number, group in enumerate(groups):
         counts = [float(state[p].get("step", 0.0)) for p in group["params"]]
         if "modulation_row" in tables_saved[number]:
@@ -251,6 +256,7 @@ def _checked_state(
     p: Tensor,
     saved: dict[str, Any],
     saved_group: dict[str, Any],
+    today: dict[str, Any],
 ) -> dict[str, Any]:
     """The state of one parameter: own copies, in the arithmetic dtype and the parameter's memory order; and what others
     keep there, as it is, on the parameter's device."""
@@ -258,7 +264,7 @@ def _checked_state(
     rule, state = group["rule"], dict[str, Any]()
     own = {key: value for key, value in own_states(rule, saved).items() if value is not None}
     foreign = {key: value for key, value in saved.items() if not is_own(rule, saved, key)}
-    if "bias_correction" in saved_group and p.dtype in (torch.float16, torch.bfloat16):
+    if "bias_correction" in saved_group and p.dtype in _HALVES:
         _take_master(name, own, foreign)
     own = _of_other_blocks(p, own)
     for key, value in own.items():
@@ -290,10 +296,37 @@ def _checked_state(
         if key == "remainder" and local.dtype == torch.bfloat16:
             local = local.view(torch.int16)
         distributed.local_of(state[key]).copy_(local)
+    _check_dropped(name, p, state, group, saved_group, today)
     whose = described({}, [foreign])
     if state.keys() - {"anchor"} or whose:
         _complete_state(group, name, p, state, saved_group, whose)
     return state | {key: copied(value, p.device) for key, value in foreign.items()}
+
+
+def _check_dropped(
+    name: str,
+    p: Tensor,
+    state: dict[str, Any],
+    group: dict[str, Any],
+    saved_group: dict[str, Any],
+    today: dict[str, Any],
+) -> None:
+    """Raises where a checkpoint of ours has not the states that go with its options: of a flattened state dict torch
+    reads only what the fresh optimizer keeps, by options of its own."""
+    if "rule" not in saved_group or not float(state.get("step", 0.0)) > 0:
+        return
+    asked = moments_of(today).values()
+    lost = [key for key in moments_of(group).values() if key not in state and key not in asked]
+    if saved_group.get("ema_decay") is not None and today["ema_decay"] is None and "ema" not in state:
+        lost.append("ema")
+    how = saved_group.get("master") if p.dtype in _HALVES else None
+    if how in _WEIGHTS and how != today["master"] and not state.keys() & set(_WEIGHTS.values()):
+        lost.append(_WEIGHTS[how])
+    if lost:
+        raise ValueError(
+            f"{name}: the checkpoint has no {lost[0]} of it, which goes with the options of its group there; of a "
+            "flattened state dict torch reads only what the fresh optimizer keeps: make it with the same options"
+        )
 
 
 def _complete_state(

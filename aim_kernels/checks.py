@@ -251,7 +251,7 @@ def check_states(groups: list[Group], state: dict[Tensor, dict[str, Any]]) -> No
     for number, group in enumerate(groups):
         for index, p in enumerate(group["params"]):
             for key, value in own_states(group["rule"], state.get(p, {})).items():
-                if value is None:  # as torch.optim.SGD keeps a buffer that it has not
+                if value is None:  # stands for none
                     continue
                 if key == "step":
                     if not is_counted(p, value) or value.device.type == "cpu":  # looking at a device waits for it

@@ -13,7 +13,7 @@ from aim_kernels.backends import check_name, select
 from aim_kernels.clipping import clip
 from aim_kernels.launch import capturing
 from aim_kernels.live import LiveWeights
-from aim_kernels.own import own_states
+from aim_kernels.own import drop_absent
 from aim_kernels.plan import StepPlan
 from aim_kernels.states import always_has_master, make_states, master_of
 from aim_kernels.tables import KEYS, Tables
@@ -413,11 +413,7 @@ class AIMFusedOptimizer(LiveWeights):
         if self.process_group is not None or distributed.any_dtensor(self.param_groups):
             checks.check_noise(self.param_groups, self.process_group, distributed.noisy_groups(self.tables))
         checks.check_states(self.param_groups, self.state)
-        for group in self.param_groups:
-            for p in group["params"]:
-                held = self.state.get(p, {})
-                for name in [name for name in own_states(group["rule"], held) if held[name] is None]:
-                    del held[name]
+        drop_absent(self.param_groups, self.state)
         for p, anchor in self._anchors.items():
             if anchor.device != p.device and anchor.shape == p.shape:
                 self._anchors[p] = anchor.to(p.device)

@@ -54,6 +54,15 @@ def own_tensors(rule: str, state: dict[str, Any]) -> dict[str, Tensor]:
     return {name: value for name, value in own_states(rule, state).items() if isinstance(value, Tensor)}
 
 
+def drop_absent(groups: list[dict[str, Any]], states: dict[Tensor, dict[str, Any]]) -> None:
+    """Deletes states of a step's own that are None, as torch.optim.SGD keeps a buffer that it has not."""
+    for group in groups:
+        for p in group["params"]:
+            state = states.get(p, {})
+            for name in [name for name, value in own_states(group["rule"], state).items() if value is None]:
+                del state[name]
+
+
 def count_of(value: Any) -> float:
     """A step count: a number, or a tensor or an array of one element, of any type and on any device.
 
