@@ -442,11 +442,15 @@ class AIMFusedOptimizer(LiveWeights):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint of this class, or of the same rule in torch.optim; values keep their bits and dtype.
 
+        Parameters are matched by name if both sides have names (``named_parameters()``), else by place. What others
+        keep in states and groups is loaded as it is.
+
         Where live weights exist, the module receives those that belong to the loaded state, so a resumed run
         continues bit for bit. Load the module first.
 
         Raises:
-            ValueError: other groups, another rule, or states of another shape. Nothing was changed.
+            ValueError: other groups or names, another rule, states of another shape, or some that are missing. Nothing
+                was changed.
         """
         self._refuse_open_step("load_state_dict()")
         self._refuse_averages("load_state_dict()")
