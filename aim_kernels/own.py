@@ -34,6 +34,9 @@ _NAMES = {rule: STATES.union(moments) for rule, moments in MOMENTS.items()}
 #: Moments by the key of their exponents.
 _SCALES = {rule: {scale_of(name): name for name in moments} for rule, moments in MOMENTS.items()}
 
+#: What a step may write.
+WRITTEN = {rule: names.union(_SCALES[rule]) - {"anchor"} for rule, names in _NAMES.items()}
+
 
 def is_own(rule: str, state: dict[str, Any], name: Any) -> bool:
     """Whether a state is one that a step of this rule reads or writes, or did before an option changed. Exponents are

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from aim_kernels import distributed
 from aim_kernels.checks import DTYPE_NUMBER, check_hyperparameters
-from aim_kernels.own import count_of, is_counted, own_tensors
+from aim_kernels.own import WRITTEN, count_of, is_counted
 from aim_kernels.rows import FLAGS, GROUP_RECORD, MOMENTS, RULES, TENSOR_RECORD, WEIGHTS
 from aim_kernels.states import (
     arithmetic_dtype,
@@ -409,8 +409,9 @@ class StepPlan:
         changed = []
         for index in indices:
             changed.append(self.params[index])
-            states = own_tensors(self.param_groups[self.group_of[index]]["rule"], self.state_of(index)).items()
-            changed += [t if t._base is None else t._base for name, t in states if name != "anchor"]
+            written = WRITTEN[self.param_groups[self.group_of[index]]["rule"]]
+            states = [t for name, t in self.state_of(index).items() if name in written and isinstance(t, Tensor)]
+            changed += [t if t._base is None else t._base for t in states]
         torch.autograd.graph.increment_version(changed)
 
     def bump_versions(self) -> None:

@@ -28,6 +28,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import aim_kernels as ak
+from aim_kernels.distributed import local_of
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -299,3 +300,35 @@ def flattened_without_masters_is_refused(_: Path) -> None:
         same_bits(whole(p).detach(), whole(q).detach())
         if "master" in optimizer.state[p]:
             same_bits(whole(optimizer.state[p]["master"]), whole(kept.state[q]["master"]))
+
+
+@scenario(2)
+def what_others_keep_in_parts(_: Path) -> None:
+    """Beside DTensors, whose moments in 8 bits are saved in another form: that is for ours alone."""
+    dtype = torch.float32
+    model = packed.sharded(dtype)
+    optimizer = packed.optimizer_of(model, "int8")
+    packed.backward(model, 0, dtype)
+    optimizer.step()
+    for p in parameters_of(optimizer):
+        z = (p.detach() * 2).requires_grad_(False)
+        optimizer.state[p].update(a=torch.zeros(3, dtype=torch.uint8), a_scale=torch.ones(3), note="mine", z=z)
+    optimizer.state["a wrapper's"] = 3  # type: ignore[index]
+    other = packed.sharded(dtype)
+    with torch.no_grad():
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            q.copy_(p)
+    resumed = packed.optimizer_of(other, "int8")
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each in (model, other):
+        packed.backward(each, 1, dtype)
+    for each in (optimizer, resumed):
+        each.step()
+    assert resumed.state["a wrapper's"] == 3  # type: ignore[index]
+    for p, q in zip(parameters_of(optimizer), parameters_of(resumed), strict=True):
+        state = resumed.state[q]
+        assert state["note"] == "mine" and state["a"].dtype == torch.uint8 and isinstance(state["z"], DTensor)
+        same_bits(state["a_scale"], torch.ones(3))
+        same_bits(whole(optimizer.state[p]["z"]), whole(state["z"]))
+        for name in ("exp_avg", "exp_avg_sq"):
+            same_bits(local_of(optimizer.state[p][name]), local_of(state[name]))

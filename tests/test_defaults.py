@@ -14,6 +14,7 @@ import aim_helpers
 import pytest
 import torch
 from helpers import Gradients, assign, build, frozen, parameters_of, same_bits, set_row
+from places import enter
 from torch import Tensor, nn
 
 import aim_kernels as ak
@@ -57,6 +58,7 @@ LIVES: list[tuple[str, str, str, dict[str, Any]]] = [
     ("lion", "float64", "cpu", {}),
     ("adamw", "float32", "reference", {"measure": "random"}),
     ("adam", "float32", "reference", {"measure": "grad"}),
+    ("adamw", "bfloat16", "cuda", {"state_dtype": "int8", "master": "split", "max_grad_norm": 0.5}),
 ]
 
 
@@ -66,7 +68,12 @@ def step(optimizer: Any, gradients: Gradients, count: int = 1) -> None:
         optimizer.step()
 
 
-def life(rule: str, dtype: str, backend: str, options: dict[str, Any]) -> list[Any]:
+def life(rule: str, dtype: str, place: str, options: dict[str, Any]) -> list[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        return lived(rule, dtype, enter(place, patch), options)
+
+
+def lived(rule: str, dtype: str, backend: str, options: dict[str, Any]) -> list[Any]:
     """Everything that an optimizer is called for, with what it holds after each part."""
     seen: list[Any] = []
     optimizer = build(rule, SHAPES, dtype, ("contiguous", "transposed", "sliced"), backend=backend, **options)

@@ -395,3 +395,19 @@ def test_averages_and_dummy_steps_look_at_parameters_only() -> None:
     assert float(optimizer.state[p]["step"]) == 0 and optimizer.tables.control.tolist()[1] == 0
     with optimizer.ema_parameters():
         same_bits(p.detach(), torch.ones(3))
+
+
+def test_a_buffer_that_is_none_is_none_at_all() -> None:
+    """As older releases of torch.optim.SGD keep it."""
+    plain, other = (build("sgd-momentum", SHAPES, modulated=False) for _ in range(2))
+    for p in parameters_of(other):
+        other.state[p]["momentum_buffer"] = None
+    saved = copy.deepcopy(other.state_dict())
+    resumed = build("sgd-momentum", SHAPES, modulated=False)
+    resumed.load_state_dict(saved)
+    grads = batches(plain, 3)
+    for optimizer in (plain, other, resumed):
+        drive(optimizer, grads)
+    for p, q, r in zip(*map(parameters_of, (plain, other, resumed)), strict=True):
+        same_bits(p.detach(), q.detach())
+        same_bits(p.detach(), r.detach())

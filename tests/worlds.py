@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 #: Of a collective, and of a whole world, in seconds.
-PATIENCE, LIFETIME = 60, 240
+PATIENCE, LIFETIME = 60, 300
 
 #: What a process runs, before its arguments.
 COMMAND = [__file__]
