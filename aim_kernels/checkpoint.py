@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from aim_kernels import checks, distributed
+from aim_kernels.matching import described, in_order_of, parts_of_checkpoint, rules_of
+from aim_kernels.own import STATES, copied, count_of, is_own, own_states
 from aim_kernels.packing import blocks_of
 from aim_kernels.rows import ROW
 from aim_kernels.states import (
@@ -21,27 +23,26 @@ from aim_kernels.states import (
     step_count,
     zeros_like_all,
 )
+from aim_kernels.tables import KEYS
 
 if TYPE_CHECKING:
     from aim_kernels.optimizer import AIMFusedOptimizer
-
-#: The states of every rule, and the moments of each in all its variants.
-_STATES = {"step", "master", "anchor", "ema", "remainder", "compensation"}
-_MOMENTS = {
-    "adamw": {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"},
-    "adam": {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"},
-    "sgd": {"momentum_buffer", "exp_avg", "exp_avg_sq"},
-    "adagrad": {"sum", "exp_avg"},
-    "rmsprop": {"square_avg", "grad_avg", "momentum_buffer", "exp_avg"},
-    "lion": {"exp_avg", "exp_avg_sq"},
-}
-_TABLE_KEYS = ("modulation_row", "statistics_row", "control")
 
 #: Options that say how states are stored.
 _STORAGE = ("state_dtype", "rounding", "master")
 
 #: Options of torch.optim that change the rule and are not supported here, with the value that leaves it as it is.
-_UNSUPPORTED = {"differentiable": False}
+_UNSUPPORTED = {"differentiable": False, "bias_correction": True}
+
+#: Rules whose update goes without a step count, so that others save none.
+_UNCOUNTED = ("sgd", "lion")
+
+#: What has the bits that 16-bit weights lack, by the group's ``master``.
+_WEIGHTS = {"split": "remainder", "kahan": "compensation", "float32": "master"}
+
+#: Types in which moments and weights are saved; moments also in uint8, with exponents.
+_HALVES = (torch.bfloat16, torch.float16)
+_FLOATS = (torch.float32, torch.float64, *_HALVES)
 
 
 def complete(state_dict: dict[str, Any], optimizer: AIMFusedOptimizer) -> dict[str, Any]:
@@ -49,19 +50,20 @@ def complete(state_dict: dict[str, Any], optimizer: AIMFusedOptimizer) -> dict[s
     parameters that have no state yet."""
     for number, group in enumerate(state_dict["param_groups"]):
         group.update(optimizer.tables.to_lists(number))
+        rule = group["rule"]
         for key, p in zip(group["params"], optimizer.param_groups[number]["params"], strict=True):
             if key in state_dict["state"] and distributed.is_dtensor(p):
-                state_dict["state"][key] = _shardable(p, state_dict["state"][key])
+                state_dict["state"][key] = _shardable(p, rule, state_dict["state"][key])
             if p in optimizer._anchors:
                 state_dict["state"][key] = {**state_dict["state"].get(key, {}), "anchor": optimizer._anchors[p]}
     return state_dict
 
 
-def _shardable(p: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+def _shardable(p: Tensor, rule: str, state: dict[str, Any]) -> dict[str, Any]:
     """A DTensor's states as they can be saved and cut in another way: moments in 8 bits as bfloat16, which has all
     their values, since exponents belong to the blocks of one process; the 16 bits of a remainder under the name of
     bfloat16 as well, since neither gloo nor NCCL gathers int16."""
-    packed = [name for name in state if scale_of(name) in state]
+    packed = [name for name in state if is_own(rule, state, scale_of(name)) and scale_of(name) in state]
     kept = {name: value for name, value in state.items() if name not in map(scale_of, packed)}
     for name in packed:
         kept[name] = distributed.like(p, read_moment(state, name).to(torch.bfloat16))
@@ -82,18 +84,34 @@ def load(optimizer: AIMFusedOptimizer, state_dict: dict[str, Any]) -> None:
         if changed is not None:
             state_dict = changed
 
-    saved_groups = state_dict["param_groups"]
-    groups = _merged_groups(optimizer, saved_groups)
-    _check_masters(groups, saved_groups, state_dict)
-    _check_tables(saved_groups, state_dict)
-    state = {p: _checked_state(groups, place, p, saved) for place, p, saved in _pairs(groups, saved_groups, state_dict)}
-    tables_saved = [{key: group.pop(key) for key in _TABLE_KEYS if key in group} for group in groups]
+    saved_states, saved_groups = parts_of_checkpoint(state_dict)
+    saved_groups = in_order_of(optimizer.param_groups, saved_groups)
+    groups = _merged_groups(optimizer, saved_groups, saved_states)
+    tables_saved = [{key: group[key] for key in KEYS if group.get(key) is not None} for group in saved_groups]
     for number, saved in enumerate(tables_saved):
         optimizer.tables.check_lists(number, saved)
+    state = {}
+    for place, p, saved in _pairs(groups, saved_groups, saved_states):
+        present = _present(groups[place[0]]["rule"], saved, optimizer.state.get(p, {}))
+        today = optimizer.param_groups[place[0]]
+        state[p] = _checked_state(groups, place, p, present, saved_groups[place[0]], today)
+    for number, group in enumerate(groups):
+        counts = [float(state[p].get("step", 0.0)) for p in group["params"]]
+        if "modulation_row" in tables_saved[number]:
+            _check_masters(groups, number, tables_saved[number]["modulation_row"], counts, state)
+        elif "under_optimized" in saved_groups[number] and any(counts):
+            raise ValueError(
+                f"group {number}: the checkpoint has states but neither thresholds nor rows, which "
+                "optimizer.state_dict() has in each group; save it whole"
+            )
+    known = {key for group in saved_groups for key in group["params"]}
+    others = {key: copied(value) for key, value in saved_states.items() if key not in known}
 
     for number, saved in enumerate(tables_saved):
         optimizer.tables.from_lists(number, saved)
-    anchors = {p: s["anchor"] for p, s in optimizer.state.items() if "anchor" in s} | optimizer._anchors
+        groups[number] |= dict.fromkeys(KEYS)
+    anchors = {p: s["anchor"] for p, s in optimizer.state.items() if isinstance(p, Tensor) and "anchor" in s}
+    anchors |= optimizer._anchors
     anchors |= {p: values["anchor"] for p, values in state.items() if "anchor" in values}
     optimizer.state.clear()
     optimizer._anchors.clear()
@@ -101,10 +119,13 @@ def load(optimizer: AIMFusedOptimizer, state_dict: dict[str, Any]) -> None:
         if "step" in values:
             optimizer.state[p] = values | ({"anchor": anchors[p]} if p in anchors else {})
             continue
-        if "master" in values:  # frozen
-            optimizer.state[p] = {"master": values["master"]}
-        if p in anchors:  # torch.distributed.checkpoint makes states only where there are none
+        if rest := {name: value for name, value in values.items() if name != "anchor"}:  # frozen, or of others
+            optimizer.state[p] = rest
+        if p in anchors and "master" in values:
+            optimizer.state[p]["anchor"] = anchors[p]
+        elif p in anchors:  # torch.distributed.checkpoint makes states only where there are none
             optimizer._anchors[p] = anchors[p]
+    optimizer.state.update(others)
     optimizer.param_groups[:] = groups
     optimizer._tables.groups = list(groups)
     for number, group in enumerate(groups):
@@ -115,7 +136,9 @@ def load(optimizer: AIMFusedOptimizer, state_dict: dict[str, Any]) -> None:
         post_hook(optimizer)
 
 
-def _merged_groups(optimizer: AIMFusedOptimizer, saved_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _merged_groups(
+    optimizer: AIMFusedOptimizer, saved_groups: list[dict[str, Any]], saved_states: dict[Any, Any]
+) -> list[dict[str, Any]]:
     """Saved options over today's, with today's parameters."""
     today = optimizer.param_groups
     if len(saved_groups) != len(today):
@@ -127,18 +150,19 @@ def _merged_groups(optimizer: AIMFusedOptimizer, saved_groups: list[dict[str, An
                 f"group {number} has {len(saved['params'])} parameters in the checkpoint "
                 f"and {len(group['params'])} here"
             )
-        rules = _rules_of(saved)
+        rules = rules_of(saved)
         if group["rule"] not in rules:
-            other = " or ".join(map(repr, rules)) or "another rule of torch.optim"
+            states = (saved_states.get(key, {}) for key in saved["params"])
+            other = " or ".join(map(repr, rules)) or described(saved, states) or "another rule"
             raise ValueError(f"group {number}: the checkpoint is of {other}, the optimizer of {group['rule']!r}")
         for option, neutral in _UNSUPPORTED.items():
             if saved.get(option, neutral) != neutral:
                 raise ValueError(
                     f"group {number}: the checkpoint has {option}={saved[option]!r}, which is not supported"
                 )
-        options = {key: value for key, value in saved.items() if key != "params"}
-        if isinstance(options.get("lr"), Tensor):
-            options["lr"] = options["lr"].clone()
+        options = {key: copied(value) for key, value in saved.items() if key != "params"}
+        if saved["params"] and isinstance(saved["params"][0], str):
+            options.pop("param_names", None)  # torch.distributed.checkpoint leaves them in the order that they had
         result = {**group, **options, "params": group["params"]}
         # How states are stored is this optimizer's business: those of the checkpoint are converted.
         result |= {key: group[key] for key in _STORAGE}
@@ -155,58 +179,49 @@ def _merged_groups(optimizer: AIMFusedOptimizer, saved_groups: list[dict[str, An
     return merged
 
 
-def _rules_of(saved: dict[str, Any]) -> tuple[str, ...]:
-    """The rules that a saved group may be of: its own word for it, or the options that torch.optim's class has."""
-    if "rule" in saved:
-        return (saved["rule"],)
-    if "alpha" in saved:
-        return ("rmsprop",)
-    if "lr_decay" in saved:
-        return ("adagrad",)
-    if "nesterov" in saved and "momentum" in saved and "betas" not in saved:
-        return ("sgd",)
-    if "betas" in saved and "amsgrad" in saved:  # before 2.7, Adam and AdamW had the same options
-        decoupled = saved.get("decoupled_weight_decay")
-        return ("adamw", "adam") if decoupled is None else ("adamw",) if decoupled else ("adam",)
-    if "betas" in saved:  # torch.optim has no Lion; others keep its states under the same names
-        return ("lion",)
-    return ()
-
-
 def _check_masters(
-    groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]], state_dict: dict[str, Any]
+    groups: list[dict[str, Any]],
+    number: int,
+    row: list[float],
+    counts: list[float],
+    state: dict[Tensor, dict[str, Any]],
 ) -> None:
-    """Raises where live weights were saved without the true ones: going on would take the degraded weights for true."""
-    for (number, index), _, saved in _pairs(groups, saved_groups, state_dict):
-        row = saved_groups[number].get("modulation_row")
-        if row is None or "master" in saved or not saved.get("step"):
-            continue
-        if any(row[ROW[f"emitted_{kind}"]] != 1.0 for kind in ("under", "well")):
+    """Raises where live weights were saved without the true ones: going on would take the degraded weights for true.
+
+    Args:
+        counts: steps of the group's parameters. What was never stepped is under-optimized.
+    """
+    under, well = (row[ROW[f"emitted_{kind}"]] for kind in ("under", "well"))
+    for index, (p, count) in enumerate(zip(groups[number]["params"], counts, strict=True)):
+        if "master" not in state[p] and (under != 1.0 or (count and well != 1.0)):
             raise ValueError(
                 f"{checks.name_of(groups, number, index)}: the checkpoint was taken while live weights were in the "
-                "module, but has no master of them; save optimizer.state_dict() whole (torch.distributed.checkpoint "
-                "with flatten_optimizer_state_dict=True drops what not every parameter has)"
-            )
-
-
-def _check_tables(saved_groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> None:
-    """Raises where states of ours come without thresholds and rows."""
-    for number, group in enumerate(saved_groups):
-        if "under_optimized" not in group or "modulation_row" in group:
-            continue
-        if any(float(state_dict["state"].get(key, {}).get("step", 0)) for key in group["params"]):
-            raise ValueError(
-                f"group {number}: the checkpoint has states but neither thresholds nor rows "
-                "(torch.distributed.checkpoint drops them with flatten_optimizer_state_dict=True); save it without"
+                "module, but has no master of them; save optimizer.state_dict() whole, or make both optimizers with "
+                "keep_masters=True (torch.distributed.checkpoint reads only the states that the fresh optimizer has)"
             )
 
 
 def _pairs(
-    groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]], state_dict: dict[str, Any]
+    groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]], saved_states: dict[Any, Any]
 ) -> Iterator[tuple[tuple[int, int], Tensor, dict[str, Any]]]:
     for number, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
         for index, (p, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
-            yield (number, index), p, state_dict["state"].get(key, {})
+            state = saved_states.get(key)
+            if state is not None and not isinstance(state, dict):
+                name, kind = checks.name_of(groups, number, index), type(state).__name__
+                raise ValueError(f"{name}: its state is a {kind} in the checkpoint, expected a dict")
+            yield (number, index), p, state or {}
+
+
+def _present(rule: str, saved: dict[str, Any], today: dict[str, Any]) -> dict[str, Any]:
+    """Saved states without the empty dicts that torch.distributed.checkpoint makes of what the optimizer has today and
+    a flattened state dict has not."""
+
+    def is_absent(name: str, value: Any) -> bool:
+        known = is_own(rule, saved, name) or not isinstance(today.get(name, {}), dict)
+        return isinstance(value, dict) and not value and known
+
+    return {name: value for name, value in saved.items() if not is_absent(name, value)}
 
 
 def _empty_state(p: Tensor, key: str, dtype: torch.dtype) -> Tensor:
@@ -216,7 +231,7 @@ def _empty_state(p: Tensor, key: str, dtype: torch.dtype) -> Tensor:
     kind = arithmetic_dtype(p.dtype)
     if key in ("compensation", "remainder"):
         kind = p.dtype if key == "compensation" else torch.int16
-    elif key not in _STATES and dtype in (torch.bfloat16, torch.uint8):
+    elif key not in STATES and dtype in (torch.bfloat16, torch.uint8):
         kind = dtype
     made = torch.empty_like(local, dtype=kind, memory_format=state_layout(p), requires_grad=False)
     return distributed.like(p, made)
@@ -229,7 +244,7 @@ def _of_other_blocks(p: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
     strides = torch.empty_like(distributed.local_of(p), device="meta", memory_format=state_layout(p)).stride()
     for name, value in saved.items():
         scale = saved.get(scale_of(name))
-        if scale is None or distributed.is_dtensor(value) or value.dtype != torch.uint8:
+        if not isinstance(scale, Tensor) or distributed.is_dtensor(value) or value.dtype != torch.uint8:
             continue
         fits = value.shape == p.shape and scale.shape == (blocks_of(value.numel()),)  # if not, that is said later
         if fits and (distributed.is_dtensor(p) or value.stride() != strides):
@@ -239,56 +254,129 @@ def _of_other_blocks(p: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def _checked_state(
-    groups: list[dict[str, Any]], place: tuple[int, int], p: Tensor, saved: dict[str, Any]
+    groups: list[dict[str, Any]],
+    place: tuple[int, int],
+    p: Tensor,
+    saved: dict[str, Any],
+    saved_group: dict[str, Any],
+    today: dict[str, Any],
 ) -> dict[str, Any]:
-    """The state of one parameter: own copies, in the arithmetic dtype and the parameter's memory order."""
-    group = groups[place[0]]
-    state: dict[str, Any] = {}
-    moments = _MOMENTS[group["rule"]]
-    if foreign := saved.keys() - _STATES - moments - set(map(scale_of, moments)):
-        raise ValueError(
-            f"{checks.name_of(groups, *place)}: the checkpoint has the states {sorted(map(str, foreign))}, which rule "
-            f"{group['rule']!r} does not know; it is of another rule"
-        )
-    saved = _of_other_blocks(p, saved) if saved else {}
-    for key, value in saved.items():
-        if value is None:  # torch.optim.SGD without momentum
-            continue
+    """The state of one parameter: own copies, in the arithmetic dtype and the parameter's memory order; and what others
+    keep there, as it is, on the parameter's device."""
+    group, name = groups[place[0]], checks.name_of(groups, *place)
+    rule, state = group["rule"], dict[str, Any]()
+    own = {key: value for key, value in own_states(rule, saved).items() if value is not None}
+    foreign = {key: value for key, value in saved.items() if not is_own(rule, saved, key)}
+    if "bias_correction" in saved_group and p.dtype in _HALVES:
+        _take_master(name, own, foreign)
+    own = _of_other_blocks(p, own) if own else own
+    for key, value in own.items():
         if key == "step":
-            count = value.item() if isinstance(value, Tensor) else value
-            state[key] = step_count(p, float(count))
-        elif isinstance(value, Tensor) and key.endswith("_scale"):
+            state[key] = step_count(p, _count(f"{name}: its step", value))
+            continue
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+            kind = f"{value.layout} tensor on {value.device}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{name}: its {key} is a {kind} in the checkpoint, a dense tensor here")
+        if key.endswith("_scale"):
             blocks = blocks_of(distributed.local_of(p).numel())
             if value.shape != (blocks,):
                 raise ValueError(
-                    f"{checks.name_of(groups, *place)}: its {key} has shape {tuple(value.shape)} in the checkpoint, "
-                    f"{(blocks,)} here"
+                    f"{name}: its {key} has shape {tuple(value.shape)} in the checkpoint, {(blocks,)} here"
                 )
             state[key] = value.to(p.device, torch.uint8, copy=True)
-        elif isinstance(value, Tensor):
-            name = checks.name_of(groups, *place)
-            value = distributed.in_place_of(p, value, f"{name}: its {key}")
-            if value.shape != p.shape:
-                raise ValueError(
-                    f"{name}: its {key} has shape {tuple(value.shape)} in the checkpoint, {tuple(p.shape)} here"
-                )
-            if value.dtype == torch.uint8 and scale_of(key) not in saved:
-                raise ValueError(f"{name}: the checkpoint has its {key} in 8 bits without {scale_of(key)}")
-            state[key] = _empty_state(p, key, value.dtype)
-            local = distributed.local_of(value)
-            if key == "remainder" and local.dtype == torch.bfloat16:
-                local = local.view(torch.int16)
-            distributed.local_of(state[key]).copy_(local)
-        else:
-            state[key] = value
-    if not state.keys() - {"anchor", "master"}:  # not stepped yet
-        return state
-    # torch.optim.SGD counts no steps, and no rule but Adam keeps both moments that a modulated group needs.
-    state.setdefault("step", step_count(p, 1.0))
-    needed = moments_of({**group, "modulated": False}).values() if group["rule"] != "sgd" else ()
+            continue
+        value = distributed.in_place_of(p, value, f"{name}: its {key}")
+        if value.shape != p.shape:
+            raise ValueError(
+                f"{name}: its {key} has shape {tuple(value.shape)} in the checkpoint, {tuple(p.shape)} here"
+            )
+        if value.dtype == torch.uint8 and scale_of(key) not in own:
+            raise ValueError(f"{name}: the checkpoint has its {key} in 8 bits without {scale_of(key)}")
+        if value.dtype not in (*_FLOATS, torch.int16 if key == "remainder" else torch.uint8):
+            raise ValueError(f"{name}: its {key} is {value.dtype} in the checkpoint, which is not how it is kept here")
+        state[key] = _empty_state(p, key, value.dtype)
+        local = distributed.local_of(value)
+        if key == "remainder" and local.dtype == torch.bfloat16:
+            local = local.view(torch.int16)
+        distributed.local_of(state[key]).copy_(local)
+    _check_dropped(name, p, state, group, saved_group, today)
+    whose = described({}, [foreign])
+    if state.keys() - {"anchor", "master"} or whose:  # stepped, not frozen
+        _complete_state(group, name, p, state, saved_group, whose)
+    return state | {key: copied(value, p.device) for key, value in foreign.items()}
+
+
+def _check_dropped(
+    name: str,
+    p: Tensor,
+    state: dict[str, Any],
+    group: dict[str, Any],
+    saved_group: dict[str, Any],
+    today: dict[str, Any],
+) -> None:
+    """Raises where a checkpoint of ours has not the states that go with its options: of a flattened state dict torch
+    reads only what the fresh optimizer keeps, by options of its own."""
+    if "rule" not in saved_group or not float(state.get("step", 0.0)) > 0:
+        return
+    asked = moments_of(today).values()
+    lost = [key for key in moments_of(group).values() if key not in state and key not in asked]
+    if saved_group.get("ema_decay") is not None and today["ema_decay"] is None and "ema" not in state:
+        lost.append("ema")
+    how = saved_group.get("master") if p.dtype in _HALVES else None
+    if how in _WEIGHTS and how != today["master"] and not state.keys() & set(_WEIGHTS.values()):
+        lost.append(_WEIGHTS[how])
+    if lost:
+        raise ValueError(
+            f"{name}: the checkpoint has no {lost[0]} of it, which goes with the options of its group there; of a "
+            "flattened state dict torch reads only what the fresh optimizer keeps: make it with the same options"
+        )
+
+
+def _complete_state(
+    group: dict[str, Any],
+    name: str,
+    p: Tensor,
+    state: dict[str, Any],
+    saved_group: dict[str, Any],
+    whose: str | None,
+) -> None:
+    """Adds what others do not save of a parameter that was stepped, and raises where that cannot be known. ``whose``:
+    the optimizer that its other states are of, if they are known."""
+    rule = group["rule"]
+    # No rule but Adam keeps both moments that a modulated group needs.
+    needed = moments_of({**group, "modulated": False}).values()
     for key in moments_of(group).values():
-        if key not in state and key in needed:
-            raise ValueError(f"{checks.name_of(groups, *place)}: the checkpoint has no {key}; it is of another rule")
+        if key in needed and key not in state and (rule != "sgd" or whose):
+            raise ValueError(f"{name}: the checkpoint has no {key}; it is of {whose or 'another rule'}")
         if key not in state:
             state[key] = zeros_like_all([p])[0]
-    return state
+    if "step" not in state and saved_group.get("step") is not None:  # of fused optimizers, one for all parameters
+        state["step"] = step_count(p, _count(f"{name}: the step of its group", saved_group["step"]))
+        group.pop("step", None)
+    if "step" not in state:
+        if rule not in _UNCOUNTED or ("rule" in saved_group and group["modulated"]):
+            raise ValueError(
+                f"{name}: the checkpoint has states of it but no step, on which the next update depends; give its "
+                "state, or its group, the number of steps that it has taken"
+            )
+        state["step"] = step_count(p, 1.0)
+
+
+def _take_master(name: str, own: dict[str, Any], foreign: dict[str, Any]) -> None:
+    """The true weights of a 16-bit parameter as TransformerEngine's FusedAdam saves them."""
+    value = foreign.get("master_param")
+    if value is None or "master" in own:
+        return
+    if isinstance(value, Tensor) and value.dtype == torch.int16:
+        raise ValueError(
+            f"{name}: the checkpoint has the lower 16 bits of its weights (store_param_remainders of "
+            "TransformerEngine's FusedAdam); save it with whole master weights"
+        )
+    own["master"] = foreign.pop("master_param")
+
+
+def _count(what: str, value: Any) -> float:
+    try:
+        return count_of(value)
+    except ValueError as error:
+        raise ValueError(f"{what} {error} (in the checkpoint)") from error

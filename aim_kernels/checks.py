@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from aim_kernels import distributed
+from aim_kernels.own import count_of, is_counted, own_states
 from aim_kernels.packing import blocks_of
 from aim_kernels.rows import PUBLIC_COLUMNS, RULES
 from aim_kernels.supported import has_memory, is_asleep, is_beside, is_estimated, is_idle, reason_against
@@ -252,14 +253,25 @@ def check_states(groups: list[Group], state: dict[Tensor, dict[str, Any]]) -> No
     """Raises on the first state that does not fit its parameter."""
     for number, group in enumerate(groups):
         for index, p in enumerate(group["params"]):
-            for key, value in state.get(p, {}).items():
-                if key == "step" or not isinstance(value, Tensor):
+            for key, value in own_states(group["rule"], state.get(p, {})).items():
+                if value is None:  # stands for none
                     continue
+                if key == "step":
+                    if not is_counted(p, value) or value.device.type == "cpu":  # looking at a device waits for it
+                        _check_count(name_of(groups, number, index), value)
+                    continue
+                if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_complex():
+                    raise RuntimeError(
+                        f"{name_of(groups, number, index)}: its state {key} is {_kind(value)}, where a step of rule "
+                        f"{group['rule']!r} needs a dense real tensor; delete optimizer.state[parameter] to start it "
+                        "anew, or keep what is yours under another name"
+                    )
                 if key.endswith("_scale"):
-                    if value.device == p.device and len(value) == blocks_of(distributed.local_of(p).numel()):
+                    fits = value.dtype == torch.uint8 and value.device == p.device
+                    if fits and value.shape == (blocks_of(distributed.local_of(p).numel()),):
                         continue
                     raise RuntimeError(
-                        f"{name_of(groups, number, index)}: its state {key} has {len(value)} exponents on "
+                        f"{name_of(groups, number, index)}: its state {key} has {value.numel()} exponents on "
                         f"{value.device}, which do not fit its elements; delete optimizer.state[parameter] to start "
                         "it anew"
                     )
@@ -274,6 +286,20 @@ def check_states(groups: list[Group], state: dict[Tensor, dict[str, Any]]) -> No
                         f"{value.device}, the parameter {tuple(p.shape)} on {p.device}; delete "
                         "optimizer.state[parameter] to start it anew"
                     )
+
+
+def _check_count(name: str, value: Any) -> None:
+    try:
+        count_of(value)
+    except ValueError as error:
+        raise RuntimeError(
+            f'{name}: its state step {error}; set optimizer.state[parameter]["step"] to the steps that it has taken'
+        ) from error
+
+
+def _kind(value: Any) -> str:
+    """What an error calls a value that is no dense real tensor."""
+    return f"a {value.layout} tensor of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def check_gradients(groups: list[Group], grads: Sequence[Tensor | None] | None = None) -> None:

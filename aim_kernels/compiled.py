@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from aim_kernels import checks
+from aim_kernels.own import own_tensors
 from aim_kernels.plan import StepPlan
 from aim_kernels.states import RESTS, arithmetic_dtype, is_dense, true_weights
 
@@ -114,7 +115,7 @@ class GraphInputs:
     ) -> None:
         key = next(_numbers)
         _INPUTS[key] = self
-        self.number = torch.tensor(key)
+        self.number = torch.tensor(key, device="cpu")
         self.optimizer = weakref.ref(optimizer)
         self.params = _params_of(optimizer)
         self.emits = [False] * len(self.params)
@@ -135,10 +136,11 @@ class GraphInputs:
         self.masters = _pack_masters(optimizer, self.params, self.masters, elsewhere or {})
         states: list[Tensor] = []
         anchors: list[Tensor] = []
-        for state in optimizer.state.values():
-            for name, value in state.items():
-                if isinstance(value, Tensor) and name != "master":
-                    (anchors if name == "anchor" else states).append(_base(value))
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                for name, value in own_tensors(group["rule"], optimizer.state.get(p, {})).items():
+                    if name != "master":
+                        (anchors if name == "anchor" else states).append(_base(value))
         self.states, self.anchors = _unique(states), _unique(anchors)
         self.lrs = _unique([g["lr"] for g in optimizer.param_groups if isinstance(g["lr"], Tensor)])
         tables = optimizer.tables
@@ -204,7 +206,7 @@ def _pack_masters(
         if "master" in state.get(p, ()):
             held.append(p)
     if len(buffers) != len(members):
-        buffers = [torch.empty(0)] * len(members)
+        buffers = [torch.empty(0, device="cpu")] * len(members)
     result = []
     for ((device, dtype), held), buffer in zip(members.items(), buffers, strict=True):
         sizes = [-(-p.numel() // _ALIGN) * _ALIGN for p in held]
@@ -421,7 +423,7 @@ def _substituted(optimizer: AIMFusedOptimizer, elsewhere: dict[int, Tensor]) -> 
     ]
     states = {
         there(p): {name: _resolve(v, elsewhere) if isinstance(v, Tensor) else v for name, v in state.items()}
-        for p, state in optimizer.state.items()
+        for p, state in ((p, optimizer.state[p]) for p in _params_of(optimizer) if p in optimizer.state)
     }
     before = [(state, name, value) for state in states.values() for name, value in state.items()]
     standing = SimpleNamespace(

@@ -308,7 +308,8 @@ class Upload:
         self._captured: list[tuple[Tensor, Tensor]] = []
 
     def _staging(self) -> Tensor:
-        return torch.empty(self.size // _WORD, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        pinned = self.device.type == "cuda"
+        return torch.empty(self.size // _WORD, dtype=torch.int64, device="cpu", pin_memory=pinned)
 
     def send(self, content: bytes) -> Tensor:
         """The words in the device's memory."""

@@ -94,7 +94,8 @@ class LiveWeights(Modulated):
         """
         self._refuse_averages("ema_parameters()")
         with self.true_parameters(), torch.no_grad():
-            averaged = [(p, state["ema"]) for p, state in self.state.items() if "ema" in state]
+            params = [p for group in self.param_groups for p in group["params"] if group["ema_decay"] is not None]
+            averaged = [(p, self.state[p]["ema"]) for p in params if "ema" in self.state.get(p, ())]
             before = [distributed.local_of(p).detach().clone() for p, _ in averaged]
             self._holds_averages = True
             try:

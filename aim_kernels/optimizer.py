@@ -13,10 +13,11 @@ from aim_kernels.backends import check_name, select
 from aim_kernels.clipping import clip
 from aim_kernels.launch import capturing
 from aim_kernels.live import LiveWeights
+from aim_kernels.own import drop_absent
 from aim_kernels.plan import StepPlan
 from aim_kernels.states import arithmetic_dtype, is_frozen, make_states, master_of
 from aim_kernels.supported import home_of, is_estimated, is_idle, reason_against
-from aim_kernels.tables import Tables
+from aim_kernels.tables import KEYS, Tables
 
 #: Weight decay of torch.optim where the user gives none.
 _DEFAULT_DECAY = {"adamw": 1e-2}
@@ -236,7 +237,8 @@ class AIMFusedOptimizer(LiveWeights):
         """Adds a group, at any time; its row starts neutral."""
         self._refuse_open_step("add_param_group()")
         self._follow_groups()
-        group = {**self._hidden_defaults, **param_group}
+        # A flattened checkpoint is asked for what groups have: state_dict() fills these in.
+        group = {**self._hidden_defaults, **param_group, **dict.fromkeys(KEYS)}
         params = group["params"]
         checks.check_ordered(params)
         checks.check_belongs_to_group(group, number := len(self.param_groups))
@@ -444,6 +446,7 @@ class AIMFusedOptimizer(LiveWeights):
         if self.process_group is not None or distributed.any_dtensor(self.param_groups):
             checks.check_noise(self.param_groups, self.process_group, distributed.noisy_groups(self.tables))
         checks.check_states(self.param_groups, self.state)
+        drop_absent(self.param_groups, self.state)
         for p, anchor in self._anchors.items():
             if anchor.device != p.device and anchor.shape == p.shape:
                 self._anchors[p] = anchor.to(p.device)
@@ -475,11 +478,15 @@ class AIMFusedOptimizer(LiveWeights):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint of this class, or of the same rule in torch.optim; values keep their bits and dtype.
 
+        Parameters are matched by name if both sides have names (``named_parameters()``), else by place. What others
+        keep in states and groups is loaded as it is.
+
         Where live weights exist, the module receives those that belong to the loaded state, so a resumed run
         continues bit for bit. Load the module first.
 
         Raises:
-            ValueError: other groups, another rule, or states of another shape. Nothing was changed.
+            ValueError: other groups or names, another rule, states of another shape, or some that are missing. Nothing
+                was changed.
         """
         self._refuse_open_step("load_state_dict()")
         self._refuse_averages("load_state_dict()")
@@ -504,7 +511,8 @@ class AIMFusedOptimizer(LiveWeights):
 
     def __repr__(self) -> str:
         whole = "".join(f"{name}: {getattr(self, '_seed' if name == 'seed' else name)}\n" for name in _WHOLE)
-        return f"{super().__repr__().removesuffix(')')}{whole})"
+        lines = super().__repr__().removesuffix(")").splitlines(keepends=True)
+        return f"{''.join(line for line in lines if line.partition(':')[0].strip() not in KEYS)}{whole})"
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ["_tables", "_has_home", "anchor", "backend", "_seed", "_holds_true_weights", "_in_true_pass"]
@@ -523,6 +531,8 @@ class AIMFusedOptimizer(LiveWeights):
         for group in (self.defaults, *self.param_groups):
             for option, value in _SINCE_0_1.items():
                 group.setdefault(option, value)
+        for group in self.param_groups:
+            group.update(dict.fromkeys(KEYS))
         self._captured = []  # graphs are of the original
         self._known_masters = resets.Masters()
         self._handle, self._inputs = compiled.register(self), None

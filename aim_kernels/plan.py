@@ -17,6 +17,7 @@ from torch import Tensor
 
 from aim_kernels import distributed
 from aim_kernels.checks import check_hyperparameters, name_of
+from aim_kernels.own import WRITTEN, count_of, is_counted
 from aim_kernels.rows import FLAGS, GROUP_RECORD, MOMENTS, RULES, TENSOR_FLAGS, TENSOR_RECORD, WEIGHTS
 from aim_kernels.states import (
     always_has_master,
@@ -181,8 +182,8 @@ class StepPlan:
             record["anchor"] = record["ema"]
         step = state.get("step")
         if step is not None:
-            if step.dtype != torch.float32 or step.device != self.params[index].device:
-                step = state["step"] = step_count(self.params[index], float(step))
+            if not is_counted(self.params[index], step):
+                step = state["step"] = step_count(self.params[index], count_of(step))
             record["step"] = step.data_ptr()
             self._keep(index, "step", step)
 
@@ -474,8 +475,9 @@ class StepPlan:
         changed = []
         for index in indices:
             changed.append(self.params[index])
-            states = self.state_of(index).items()
-            changed += [t if t._base is None else t._base for name, t in states if name != "anchor"]
+            written = WRITTEN[self.param_groups[self.group_of[index]]["rule"]]
+            states = [t for name, t in self.state_of(index).items() if name in written and isinstance(t, Tensor)]
+            changed += [t if t._base is None else t._base for t in states]
         torch.autograd.graph.increment_version(changed)
 
     def bump_versions(self) -> None:

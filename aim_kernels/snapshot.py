@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from aim_kernels import distributed
+from aim_kernels.own import parts_of
 
 
 class Snapshot:
@@ -36,12 +38,15 @@ class Snapshot:
             dict.fromkeys([*model.parameters(), *(p for group in optimizer.param_groups for p in group["params"])])
         )
         self._buffers = [(module, dict(module._buffers)) for module in model.modules()]
-        self._states = {p: dict(state) for p, state in own.state.items()}
+        # Whatever others keep there as well: what is written in it, at any depth, and who holds what.
+        self._states = dict(own.state)
+        within = {id(part): part for held in self._states.values() for part in parts_of(held)}.values()
+        self._holders = [(part, copy.copy(part)) for part in within if not isinstance(part, Tensor)]
         self._anchors = dict(own._anchors)
         tables = own.tables
         kept = [*self._parameters, *self._anchors.values()]
         kept += [v for _, options in self._options for v in options.values() if isinstance(v, Tensor)]  # learning rates
-        kept += [value for state in self._states.values() for value in state.values() if isinstance(value, Tensor)]
+        kept += [part for part in within if isinstance(part, Tensor) and not part.is_meta]
         kept += [tables.rows, tables.statistics, tables.control]
         self._values = [(t, distributed.local_of(t).detach().clone()) for t in kept]
         self._buffer_values = [(t, t.detach().clone()) for t in model.buffers()]
@@ -70,7 +75,13 @@ class Snapshot:
                 tensor.copy_(values)
         own, tables = self._own, self._own.tables
         own.state.clear()
-        own.state.update({p: dict(state) for p, state in self._states.items()})
+        own.state.update(self._states)
+        for holder, contents in self._holders:
+            if isinstance(holder, dict):
+                holder.clear()
+                holder.update(contents)
+            else:
+                holder[... if isinstance(holder, np.ndarray) else slice(None)] = contents
         own._anchors.clear()
         own._anchors.update(self._anchors)
         for group, options in self._options:

@@ -154,6 +154,7 @@ def keep_moment(
         random: 16 bits for every element, in memory order; None rounds to nearest.
     """
     old = state.get(name)
+    was_packed = old is not None and old.dtype == torch.uint8
     if old is None or old.dtype != dtype:
         kept = torch.empty_like(value, dtype=dtype)
         state[name] = old = like(p, kept)
@@ -162,12 +163,13 @@ def keep_moment(
         codes, exponents = packing.packed(in_memory_order(value), format_of(name), random)
         in_memory_order(kept).copy_(codes)
         scale = scale_of(name)
-        if scale in state and state[scale].shape == exponents.shape:
+        if was_packed and state[scale].shape == exponents.shape:
             state[scale].copy_(exponents)
         else:
             state[scale] = exponents
         return
-    state.pop(scale_of(name), None)
+    if was_packed:
+        state.pop(scale_of(name), None)
     if dtype == torch.bfloat16 and random is not None:
         in_memory_order(kept).copy_(packing.to_bfloat16(in_memory_order(value), random))
     elif kept is not value:

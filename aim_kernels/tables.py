@@ -17,6 +17,9 @@ from torch.utils._python_dispatch import _disable_current_modes, is_in_torch_dis
 from aim_kernels.philox import draw_phase
 from aim_kernels.rows import CONTROL, PHASE_COLUMNS, PHASES, ROW, ROW_COLUMNS, STATISTICS_COLUMNS, neutral_row
 
+#: Under which keys a checkpoint has them in each param group. In the groups of an optimizer they are there and None.
+KEYS = ("modulation_row", "statistics_row", "control")
+
 Group = dict[str, Any]
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -219,7 +222,8 @@ class Tables:
         """Raises ValueError where a saved table has another number of columns than this version's."""
         tables = {"modulation_row": self.rows[group], "statistics_row": self.statistics[group], "control": self.control}
         for key, values in saved.items():
-            if not all(isinstance(value, (int, float)) for value in values):
+            numeric = isinstance(values, (list, tuple)) and all(isinstance(value, (int, float)) for value in values)
+            if not numeric:
                 raise ValueError(f"group {group}: the checkpoint's {key} is not a list of numbers")
             if len(values) != len(tables[key]):
                 raise ValueError(
@@ -231,12 +235,13 @@ class Tables:
     def from_lists(self, group: int, saved: dict[str, Any]) -> None:
         """The inverse of :meth:`to_lists`; keys that are absent leave the tables as they are."""
         if "modulation_row" in saved:
-            self.rows[group] = torch.tensor(saved["modulation_row"], dtype=torch.float64)
+            self.rows[group] = torch.tensor(saved["modulation_row"], dtype=torch.float64, device=self.rows.device)
             self._live[group] = {name: float(saved["modulation_row"][ROW[name]]) for name in _LIVE_COLUMNS}
         if "statistics_row" in saved:
-            self.statistics[group] = torch.tensor(saved["statistics_row"], dtype=torch.float64)
+            row = torch.tensor(saved["statistics_row"], dtype=torch.float64, device=self.statistics.device)
+            self.statistics[group] = row
         if "control" in saved:
-            self.control.copy_(torch.tensor(saved["control"], dtype=torch.int64))
+            self.control.copy_(torch.tensor(saved["control"], dtype=torch.int64, device=self.control.device))
             self.steps = int(saved["control"][CONTROL["counter"]])
 
 

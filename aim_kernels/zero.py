@@ -19,9 +19,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from aim_kernels.checks import OF_THE_WHOLE
 from aim_kernels.distributed import number_parameters
 from aim_kernels.optimizer import AIMFusedOptimizer
-from aim_kernels.tables import Tables
-
-_TABLES = ("modulation_row", "statistics_row", "control")
+from aim_kernels.tables import KEYS, Tables
 
 
 class AIMZeroRedundancyOptimizer(ZeroRedundancyOptimizer):
@@ -186,7 +184,7 @@ class AIMZeroRedundancyOptimizer(ZeroRedundancyOptimizer):
         local: dict[str, Any] = self._all_state_dicts[0]  # type: ignore[attr-defined]
         # Tables are equal on all ranks.
         for group, saved in zip(state_dict["param_groups"], local["param_groups"], strict=True):
-            group.update({name: saved[name] for name in _TABLES})
+            group.update({name: saved[name] for name in KEYS})
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -200,8 +198,10 @@ class AIMZeroRedundancyOptimizer(ZeroRedundancyOptimizer):
             {**saved, "params": [key_of[p] for p in local["params"]]}
             for saved, local in zip(saved_groups, self.optim.param_groups, strict=True)
         ]
-        mine = {key for group in groups for key in group["params"]}
-        state = {key: value for key, value in state_dict["state"].items() if key in mine}
+        for group in groups:
+            group.pop("param_names", None)  # they are of all processes' parameters
+        elsewhere = set(key_of.values()).difference(*(group["params"] for group in groups))
+        state = {key: value for key, value in state_dict["state"].items() if key not in elsewhere}
         self.optim.load_state_dict({"state": state, "param_groups": groups})
         self._sync_param_groups(self.optim.param_groups, self.param_groups)  # type: ignore[attr-defined]
         self._sync_params()  # type: ignore[attr-defined]

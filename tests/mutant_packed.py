@@ -51,8 +51,8 @@ PACKED = (
     Mutant(
         "a remainder is taken for a number",
         CHECKPOINT,
-        "                local = local.view(torch.int16)\n",
-        "                pass\n",
+        "            local = local.view(torch.int16)\n",
+        "            pass\n",
         "bits that were saved as bfloat16 are converted to whole numbers",
         ("test_distributed.py::test_a_world[2]",),
     ),

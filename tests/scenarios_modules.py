@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 from helpers import parameters_of, same_bits
@@ -389,22 +388,3 @@ def full_state_dicts(_: Path) -> None:
                 same_bits(whole(optimizer.state[p][name]), whole(other.state[q][name]), where)
         same_bits(optimizer.tables.rows, other.tables.rows)
         same_bits(optimizer.tables.control, other.tables.control)
-
-
-@scenario(2)
-def flattened_state_dicts_are_refused(_: Path) -> None:
-    """torch drops everything that is no option of a group: thresholds, rows and phases."""
-    from torch.distributed.checkpoint.state_dict import (
-        StateDictOptions,
-        get_optimizer_state_dict,
-        set_optimizer_state_dict,
-    )
-
-    options = StateDictOptions(flatten_optimizer_state_dict=True)
-    model = fsdp2()
-    optimizer = optimizer_of(model)
-    train(model, optimizer, range(2))
-    saved = get_optimizer_state_dict(model, optimizer, options=options)
-    other = fsdp2()
-    with pytest.raises(ValueError, match="flatten_optimizer_state_dict"):
-        set_optimizer_state_dict(other, optimizer_of(other), saved, options=options)

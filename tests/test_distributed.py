@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import scenarios
+import scenarios_flattened  # noqa: F401
 import scenarios_modules  # noqa: F401  registers its scenarios
 import scenarios_packed  # noqa: F401
 import scenarios_zero  # noqa: F401

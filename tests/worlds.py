@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 #: Of a collective, and of a whole world, in seconds.
-PATIENCE, LIFETIME = 60, 240
+PATIENCE, LIFETIME = 60, 300
 
 #: What a process runs, before its arguments.
 COMMAND = [__file__]
@@ -77,7 +77,7 @@ def main() -> None:
         "gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=size, timeout=timedelta(seconds=PATIENCE)
     )
     scenarios = importlib.import_module("scenarios")
-    for more in ("scenarios_modules", "scenarios_packed", "scenarios_zero"):
+    for more in ("scenarios_modules", "scenarios_packed", "scenarios_zero", "scenarios_flattened"):
         importlib.import_module(more)
     only = os.environ.get("AIM_SCENARIO", "")
     for name, scenario in scenarios.of_world(size).items():

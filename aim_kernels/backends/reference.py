@@ -370,7 +370,7 @@ def _under(m: Tensor, v: Tensor, group: dict[str, Any], t: float, tau: float, dr
 
 def _limited(number: float, like: Tensor) -> Tensor:
     """A number in the type of a tensor, infinite where it is too large for it."""
-    return torch.tensor(number, dtype=torch.float64).to(like)
+    return torch.tensor(number, dtype=torch.float64, device=like.device).to(like)
 
 
 def _variance(m: Tensor, v: Tensor) -> Tensor:
@@ -415,8 +415,8 @@ def _noise(plan: StepPlan, index: int, level: float) -> Tensor | None:
 
 
 def _exchanged(exchange: Exchange, sums: list[Sums], device: torch.device) -> list[Sums]:
-    table = torch.tensor([[float(getattr(s, name)) for name in STATISTIC] for s in sums], dtype=torch.float64)
-    table = table.view(len(sums), len(STATISTIC)).to(device)
+    values = [[float(getattr(s, name)) for name in STATISTIC] for s in sums]
+    table = torch.tensor(values, dtype=torch.float64, device=device).view(len(sums), len(STATISTIC))
     exchange(table)
     return [Sums(*row) for row in table.tolist()]
 
@@ -443,7 +443,9 @@ def _finish(plan: StepPlan, following: str, sums: list[Sums]) -> None:
                     max(tau + group["threshold_rate"] * (total.under / total.numel - target), 0.0), 1.0
                 )
             tables.statistics[number] = torch.tensor(
-                [float(getattr(total, name)) for name in STATISTIC], dtype=torch.float64
+                [float(getattr(total, name)) for name in STATISTIC],
+                dtype=torch.float64,
+                device=tables.statistics.device,
             )
         tables.set_columns(number, **changed)
     tables.control[CONTROL["phase"]] = PHASES.index(following)

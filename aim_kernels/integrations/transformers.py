@@ -64,7 +64,7 @@ class AIMCallback(TrainerCallback):
         if saved is not None:
             found = dict(saved)
             if found["aim"] is not None:  # JSON has no tensors
-                generator = torch.tensor(found["aim"]["generator"], dtype=torch.uint8)
+                generator = torch.tensor(found["aim"]["generator"], dtype=torch.uint8, device="cpu")
                 found["aim"] = {**found["aim"], "generator": generator}
             self._updates.load_state_dict(found, self.aim)
 

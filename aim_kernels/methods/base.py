@@ -219,7 +219,7 @@ class Method:
 
     def uniform(self, *shape: int) -> Tensor:
         """Draws in [0, 1), float32. From a generator on the CPU, so that a seed gives the same ones on every device."""
-        draws = torch.rand(*shape, generator=self.generator)
+        draws = torch.rand(*shape, generator=self.generator, dtype=torch.float32, device=self.generator.device)
         # From ordinary memory the copy would wait for the device.
         return (draws.pin_memory() if self.device.type == "cuda" else draws).to(self.device, non_blocking=True)
 

@@ -49,7 +49,8 @@ def shapley_logits(fuse: Callable[[list[Tensor]], Tensor], features: Sequence[Te
     """``[M, B, K]``: each modality's Shapley value of the logits themselves. The empty coalition counts as zero, so
     that they add up to the joint logits."""
     logits = wide(coalition_logits(fuse, features))
-    weights = torch.tensor(shapley_weights(len(features)), dtype=logits.dtype).to(logits.device, non_blocking=True)
+    weights = torch.tensor(shapley_weights(len(features)), dtype=logits.dtype, device="cpu")
+    weights = weights.to(logits.device, non_blocking=True)
     return torch.einsum("mc,cbk->mbk", weights[:, 1:], logits)
 
 
@@ -61,5 +62,5 @@ def shapley_values(fuse: Callable[[list[Tensor]], Tensor], features: Sequence[Te
     index = labels[None, :, None].expand(len(logits), -1, 1)
     values = logits.softmax(2).gather(2, index).double().mean((1, 2))
     values = torch.cat([torch.full_like(values[:1], 1.0 / logits.shape[2]), values])
-    weights = torch.tensor(shapley_weights(len(features)), dtype=torch.float64).to(values.device, non_blocking=True)
-    return weights @ averaged(values)
+    weights = torch.tensor(shapley_weights(len(features)), dtype=torch.float64, device="cpu")
+    return weights.to(values.device, non_blocking=True) @ averaged(values)

@@ -103,7 +103,7 @@ class InfoReg(Method):
             weights = gradients_of([p for p, _ in pairs if p.dim() > 1])
             if weights:
                 norms = torch.stack(torch._foreach_norm(weights)).double()
-                sizes = torch.tensor([1.0 / g.numel() for g in weights], dtype=torch.float64)
+                sizes = torch.tensor([1.0 / g.numel() for g in weights], dtype=torch.float64, device="cpu")
                 traces[m] = (norms.square() * sizes.to(norms.device, non_blocking=True)).sum()
         self.trace = self.trace + traces
         return beta

@@ -56,10 +56,13 @@ class OPM(Method):
         q = self.base * (1.0 + self.alpha * torch.tanh(excess.relu()))
         return torch.where(excess > 0.0, q.clamp_max(1.0), torch.zeros_like(q))
 
+    def _draw(self) -> Tensor:
+        # Stays on the host: it decides what runs.
+        return torch.rand((), generator=self.generator, dtype=torch.float32, device=self.generator.device)
+
     def loss(self, outputs: Outputs) -> Tensor:
         """Cross entropy of what the fusion makes of the features that are left."""
-        # This draw stays on the host: it decides what runs.
-        if not self.active or (self.probability < 1.0 and torch.rand((), generator=self.generator) >= self.probability):
+        if not self.active or (self.probability < 1.0 and self._draw() >= self.probability):
             return super().loss(outputs)
         q = self.probabilities(outputs)
         keep = self.uniform(len(q), len(outputs.labels)) >= q[:, None]

@@ -15,11 +15,12 @@ from aim_kernels.methods.scores import evaluation_mode, wide
 
 def kmeans(x: Tensor, clusters: int, generator: torch.Generator, iterations: int = 20) -> Tensor:
     """Cluster numbers ``[N]`` of the rows of ``x`` ``[N, D]``: Lloyd's algorithm from k-means++ seeds."""
-    first = int(torch.randint(len(x), (), generator=generator))
+    first = int(torch.randint(len(x), (), generator=generator, device=generator.device))
     centres = x[first : first + 1]
     for _ in range(min(clusters, len(x)) - 1):
         nearest = torch.cdist(x, centres).square().amin(1)
-        draw = torch.rand((), generator=generator).item() * nearest.sum()
+        share = torch.rand((), generator=generator, dtype=torch.float32, device=generator.device).item()
+        draw = share * nearest.sum()
         index = torch.searchsorted(nearest.cumsum(0), draw).clamp_max(len(x) - 1)
         centres = torch.cat([centres, x[index][None]])
     numbers = torch.arange(len(centres), device=x.device)

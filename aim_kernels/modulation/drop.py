@@ -48,7 +48,9 @@ class FeatureDrop(AIM):
         return hook
 
     def _treat(self, output: Tensor, probability: float) -> Tensor:
-        keep = torch.rand(len(output), generator=self.drop_generator) >= probability
+        generator = self.drop_generator
+        drawn = torch.rand(len(output), generator=generator, dtype=torch.float32, device=generator.device)
+        keep = drawn >= probability
         return output * keep.to(output).view(-1, *[1] * (output.dim() - 1))
 
     def _write_rows(self, table: ModulationTable) -> None:

@@ -134,7 +134,8 @@ def fit_prototypes(
         wide = x.detach().float()
         mean, std = wide.mean(), wide.std(correction=0).clamp_min(1e-6)
         # drawn on the CPU, so that a seed gives the same prototypes on every device
-        start = torch.randn((num_classes, *x.shape[1:]), generator=generator).to(x.device)
+        shape, where = (num_classes, *x.shape[1:]), generator.device
+        start = torch.randn(shape, generator=generator, dtype=torch.float32, device=where).to(x.device)
         if init == "mean":
             for k in labels.unique().tolist():
                 start[k] = (wide[labels == k].mean(0) - mean) / std
@@ -152,7 +153,8 @@ def fit_prototypes(
             gradients = torch.autograd.grad(loss(model(*inputs_of()), targets), free, allow_unused=True)
             for u, gradient in zip(free, gradients, strict=True):
                 u.grad = gradient
-            adam.step()
+            with torch.device("cpu"):  # where it begins to count, whatever the default device is
+                adam.step()
     return [None if p is None else p.detach() for p in inputs_of()]
 
 

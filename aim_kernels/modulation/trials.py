@@ -105,7 +105,7 @@ def measure(
 
 def _pieces(count: int, most: int) -> list[slice]:
     """``count`` samples in at most so many parts."""
-    parts = torch.arange(count).tensor_split(min(most, count))
+    parts = torch.arange(count, device="cpu").tensor_split(min(most, count))
     return [slice(int(part[0]), int(part[-1]) + 1) for part in parts]
 
 
@@ -116,10 +116,10 @@ def _over_samples(difference: Tensor) -> float:
 
 def _unsteadiness(differences: Sequence[float]) -> float:
     """Standard deviation from look to look around a line: that the difference grows is what is looked for."""
-    looks = torch.tensor(differences, dtype=torch.float64)
+    looks = torch.tensor(differences, dtype=torch.float64, device="cpu")
     if len(looks) < 3:
         return 0.0
-    time = torch.linspace(-1.0, 1.0, len(looks), dtype=looks.dtype)
+    time = torch.linspace(-1.0, 1.0, len(looks), dtype=looks.dtype, device="cpu")
     rest = looks - looks.mean() - time * (looks @ time) / (time @ time)
     return math.sqrt(float(rest @ rest) / (len(looks) - 2))
 
@@ -189,7 +189,7 @@ def _held_out_losses(aim: AIM, held_out: Samples) -> Tensor:
     with aim.optimizer.true_parameters(), probing(aim.model):
         found = []
         for piece in _pieces(len(labels), PIECES):
-            total = torch.zeros((), dtype=torch.float64)
+            total = torch.zeros((), dtype=torch.float64, device="cpu")
             for start in range(piece.start, piece.stop, aim.batch_size):
                 part = slice(start, min(start + aim.batch_size, piece.stop))
                 loss = aim.loss(aim.model(*(None if x is None else x[part] for x in inputs)), labels[part])
