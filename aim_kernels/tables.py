@@ -34,13 +34,14 @@ class Tables:
         self._always_live: list[bool] = []
         self._arrays: Any = None
 
-    def add_group(self, tau: float, always_live: bool = False) -> None:
-        """Appends a neutral row. ``always_live``: as if its live columns always degraded."""
-        self._always_live.append(always_live)
-        row = torch.tensor([neutral_row(tau)], dtype=torch.float64, device=self.rows.device)
-        self._live.append(dict.fromkeys(_LIVE_COLUMNS, 1.0))
-        self.rows = torch.cat([self.rows, row])
-        self.statistics = torch.cat([self.statistics, self.statistics.new_zeros(1, len(STATISTICS_COLUMNS))])
+    def add_groups(self, groups: list[tuple[float, bool]]) -> None:
+        """Appends a neutral row for each ``(tau, always_live)``; the latter: as if its live columns always degraded."""
+        self._always_live += [always_live for _, always_live in groups]
+        self._live += [dict.fromkeys(_LIVE_COLUMNS, 1.0) for _ in groups]
+        rows = [neutral_row(tau) for tau, _ in groups]
+        made = torch.tensor(rows, dtype=torch.float64, device=self.rows.device).view(len(groups), len(ROW_COLUMNS))
+        self.rows = torch.cat([self.rows, made])
+        self.statistics = torch.cat([self.statistics, self.statistics.new_zeros(len(groups), len(STATISTICS_COLUMNS))])
 
     def set_columns(self, group: int, **columns: float | torch.Tensor) -> None:
         for name, value in columns.items():
