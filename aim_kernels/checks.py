@@ -68,13 +68,7 @@ def may_differ(value: Any, number: float) -> bool:
 def check_number(name: str, value: Any, low: float, high: float = float("inf"), *, high_open: bool = False) -> None:
     """Raises ValueError unless ``low <= value <= high`` (``< high`` if ``high_open``), on NaN, and on what is no real
     number of Python, numpy or torch."""
-    if not _is_number(value):
-        hint = ""
-        if isinstance(value, str):
-            hint = ", a string (YAML reads 1e-3 as one, 1.0e-3 as a number); convert it with float()"
-        elif isinstance(value, (bool, np.bool_)):
-            hint = ", a truth value"
-        raise ValueError(f"{name}: expected a number, got {value!r}{hint}")
+    check_real(name, value)
     try:
         number = float(value)
     except OverflowError as error:
@@ -84,6 +78,17 @@ def check_number(name: str, value: Any, low: float, high: float = float("inf"), 
         raise ValueError(f"{name}: expected a number {bounds}, got {number:g}")
 
 
+def check_real(name: str, value: Any) -> None:
+    """Raises ValueError on what is no real number of Python, numpy or torch."""
+    if not _is_number(value):
+        hint = ""
+        if isinstance(value, str):
+            hint = ", a string (YAML reads 1e-3 as one, 1.0e-3 as a number); convert it with float()"
+        elif isinstance(value, (bool, np.bool_)):
+            hint = ", a truth value"
+        raise ValueError(f"{name}: expected a number, got {value!r}{hint}")
+
+
 def _is_number(value: Any) -> bool:
     # Not numbers.Real: fractions have no arithmetic with tensors.
     if isinstance(value, Tensor):
@@ -91,12 +96,12 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
-def check_whole(name: str, value: Any, low: int, high: int | None = None) -> int:
+def check_whole(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
     """The integer that ``value`` is; raises ValueError unless ``low <= value < high``."""
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not whole or value < low or (high is not None and value >= high):
-        bounds = f"at least {low}" if high is None else f"in [{low}, {high})"
-        raise ValueError(f"{name}: expected a whole number {bounds}, got {value!r}")
+    if not whole or (low is not None and value < low) or (high is not None and value >= high):
+        bounds = "" if low is None else f" at least {low}" if high is None else f" in [{low}, {high})"
+        raise ValueError(f"{name}: expected a whole number{bounds}, got {value!r}")
     return int(value)
 
 

@@ -40,7 +40,7 @@ except ImportError:  # the reference backend works without the extension; its pl
 #: Options that a record is made of, beside lr, betas and under_optimized.
 _READ = (
     *("rule", "eps", "weight_decay", "momentum", "dampening", "nesterov", "amsgrad", "alpha", "centered", "lr_decay"),
-    *("decouple_lr", "reference_lr", "maximize", "ema_decay", "measure", "threshold_rate"),
+    *("decouple_lr", "reference_lr", "maximize", "ema_decay", "measure", "threshold_rate", "initial_accumulator_value"),
 )
 
 _AMSGRAD, _CENTERED = FLAGS["amsgrad"], FLAGS["centered"]
@@ -264,7 +264,10 @@ class StepPlan:
         return True
 
     def _keeps_the_same_moments(self) -> bool:
-        return self._decisive == list(map(_decisive, self.param_groups))
+        try:
+            return self._decisive == list(map(_decisive, self.param_groups))
+        except (RuntimeError, TypeError, ValueError):  # no number; the checks before building name it
+            return False
 
     def take(self, grads: Sequence[Tensor | None] | None = None) -> None:
         """The same without shortcuts, for a plan just built, whose gradients were checked: ``grads``, one a parameter,
