@@ -120,6 +120,8 @@ class AIMFusedOptimizer(LiveWeights):
         zero_grad_in_step: leaves gradients as zeros, in the pass that reads them, so that ``zero_grad()`` is not
             needed. Also where ``fused_scaling`` skips a step; without it, ``GradScaler`` skips it by itself, and the
             gradients with it.
+        fused, foreach, capturable, differentiable: of torch.optim, which frameworks pass: taken where they ask for what
+            is so anyway, refused where not.
 
     Attributes:
         grad_norm: norm of the gradients in the latest step, before clipping, as a 0-dim tensor; None without

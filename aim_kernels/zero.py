@@ -55,6 +55,8 @@ class AIMZeroRedundancyOptimizer(ZeroRedundancyOptimizer):
         dicts = [entry for entry in members if isinstance(entry, dict)]
         for entry in dicts:
             listed(entry)
+            _refuse_names(entry["params"])
+        _refuse_names(members)
         before = [dict(entry) for entry in dicts]
         grouped = chain.from_iterable(entry["params"] if isinstance(entry, dict) else [entry] for entry in members)
         number_parameters(grouped)
@@ -73,6 +75,7 @@ class AIMZeroRedundancyOptimizer(ZeroRedundancyOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, on all processes."""
         listed(param_group)
+        _refuse_names(param_group["params"])
         if self.initialized:
             # Here, since torch adds it to the groups of all processes before the optimizer of this one sees its part.
             defaults = {**self.optim.defaults, **self.optim._hidden_defaults}
@@ -224,3 +227,10 @@ class AIMZeroRedundancyOptimizer(ZeroRedundancyOptimizer):
         self.optim.load_state_dict({"state": state, "param_groups": groups})
         self._sync_param_groups(self.optim.param_groups, self.param_groups)  # type: ignore[attr-defined]
         self._sync_params()  # type: ignore[attr-defined]
+
+
+def _refuse_names(params: list[Any]) -> None:
+    if any(isinstance(entry, tuple) for entry in params):
+        raise TypeError(
+            "params: ZeroRedundancyOptimizer takes no names, pass parameters() instead of named_parameters()"
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ from helpers import frozen, same_bits
 from torch import Tensor, nn
 
 import aim_kernels as ak
+from aim_kernels.zero import AIMZeroRedundancyOptimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -198,6 +199,154 @@ def test_hidden_defaults_reach_groups_that_are_added() -> None:
     assert "betas" not in optimizer.defaults
     assert group["betas"] == (0.8, 0.9)
     assert set(group) == set(optimizer.param_groups[0])
+
+
+@pytest.fixture
+def alone(tmp_path: Any) -> Iterator[None]:
+    """A process group of this process."""
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CONTAINERS if "named" not in kind])
+def test_zero_takes_groups_again_too(kind: str, alone: None) -> None:
+    ps = parameters(4)
+    groups = [{"params": CONTAINERS[kind](ps[:2])}, {"params": CONTAINERS[kind](ps[2:]), "eps": "1e-8"}]
+    for options, words in (({"lr": -1.0}, "lr"), ({"lr": 0.5, "fused": False}, "fused"), ({"lr": 0.5}, "eps")):
+        with pytest.raises(ValueError, match=words):
+            AIMZeroRedundancyOptimizer(groups, **options)
+        assert [set(group) for group in groups] == [{"params"}, {"params", "eps"}]
+    groups[1]["eps"] = 1e-8
+    for lr in (0.5, 0.25):  # the second finds the options of the first, as in torch.optim
+        optimizer = AIMZeroRedundancyOptimizer(groups, lr=lr)
+        count = 1 if kind == "one tensor" else 2
+        for part in (optimizer, optimizer.optim):
+            assert [len(group["params"]) for group in part.param_groups] == [count, count]
+            assert [group["lr"] for group in part.param_groups] == [0.5, 0.5]
+    new = parameters(2, seed=1)
+    before = frozen(optimizer.optim), list(optimizer.param_groups)
+    for bad in ({"betas": (0.9, "0.999")}, {"seed": 3}, {"foreach": True}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            optimizer.add_param_group({"params": iter(new), **bad})
+    with pytest.raises(ValueError, match=r"parameter 1 of group 2.*group 0"):
+        optimizer.add_param_group(wrong := {"params": iter([new[0], ps[0]])})
+    assert set(wrong) == {"params"} and len(wrong["params"]) == 2
+    same_bits(before[0], frozen(optimizer.optim))
+    assert before[1] == optimizer.param_groups
+    optimizer.add_param_group({"params": CONTAINERS[kind](new)})
+    for part in (optimizer, optimizer.optim):
+        assert [len(group["params"]) for group in part.param_groups] == [count] * 3
+    assert optimizer.tables.rows.shape[0] == 3
+    for p in [*ps, *new]:
+        p.grad = torch.ones_like(p)
+    old = [p.detach().clone() for p in new]
+    optimizer.step()
+    assert all((p != q).all() for p, q in zip(new[:count], old[:count], strict=True))
+
+
+def test_zero_refuses_names_and_sets(alone: None) -> None:
+    ps = parameters()
+    with pytest.raises(TypeError, match="names"):
+        AIMZeroRedundancyOptimizer([{"params": [("w", ps[0])]}])
+    with pytest.raises(TypeError, match="names"):
+        AIMZeroRedundancyOptimizer((str(n), p) for n, p in enumerate(ps))
+    with pytest.raises(TypeError, match="a set has no order"):
+        AIMZeroRedundancyOptimizer([{"params": set(ps)}])
+    with pytest.raises(TypeError, match="a set has no order"):
+        AIMZeroRedundancyOptimizer(set(ps))
+    optimizer = AIMZeroRedundancyOptimizer(ps)
+    with pytest.raises(TypeError, match="names"):
+        optimizer.add_param_group({"params": [("w", nn.Parameter(torch.ones(1)))]})
+
+
+# -- which implementation: what frameworks tell torch.optim ------------------------------------------------------------
+
+TAKEN: list[dict[str, Any]] = [
+    {"fused": True},
+    {"fused": None, "foreach": None},
+    {"fused": True, "foreach": False, "capturable": False, "differentiable": False},
+    {"fused": False, "backend": "reference"},
+]
+REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "not fused": ({"fused": False}, {}, "fused.*leave it out, or pass backend='reference'"),
+    "fused": ({"fused": True}, {"backend": "reference"}, "fused.*leave it out, or pass backend='auto'"),
+    "foreach": ({"foreach": True}, {}, "foreach.*leave it out"),
+    "capturable": ({"capturable": True}, {}, "capturable.*'cuda' and 'triton'.*leave it out on cpu"),
+    "differentiable": ({"differentiable": True}, {}, r"differentiable.*torch\.optim"),
+    "a string": ({"fused": "True"}, {}, "fused.*expected True or False, got 'True'"),
+    "another": ({"foreach": "false"}, {}, "foreach.*expected True or False, got 'false'"),
+}
+
+
+@pytest.mark.parametrize("options", TAKEN, ids=repr)
+def test_implementations_that_are_so_anyway(options: dict[str, Any]) -> None:
+    """They are found where frameworks look for them, and change nothing."""
+    asked = {option: value for option, value in options.items() if option != "backend"}
+    of_all = {option: value for option, value in options.items() if option == "backend"}
+    runs = []
+    for optimizer in (
+        AK(parameters(), **options),
+        AK([{"params": parameters(), **asked}], **of_all),
+        AK(parameters(), **of_all),
+    ):
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        runs.append(frozen(optimizer))
+    same_bits(runs[0], runs[2])
+    same_bits(runs[1], runs[2])
+    optimizer = AK(parameters(), **options)
+    optimizer.add_param_group({"params": parameters(seed=1)})
+    for group in optimizer.param_groups:
+        assert all(group.get(option) == value or value in (None, False) for option, value in asked.items())
+    assert all(optimizer.defaults.get(option) == value or not value for option, value in asked.items())
+    assert not optimizer._step_supports_amp_scaling  # GradScaler goes on unscaling by itself
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_implementations_that_are_not(name: str) -> None:
+    asked, of_all, words = REFUSED[name]
+    with pytest.raises(ValueError, match=words):
+        AK(parameters(), **asked, **of_all)
+    with pytest.raises(ValueError, match=rf"group 1.*{words.partition('.*')[2]}"):
+        AK([{"params": parameters()}, {"params": parameters(seed=1), **asked}], **of_all)
+    optimizer = AK(parameters(), **of_all)
+    before = frozen(optimizer)
+    with pytest.raises(ValueError, match=words):
+        optimizer.add_param_group({"params": parameters(seed=1), **asked})
+    assert len(optimizer.param_groups) == 1
+    same_bits(before, frozen(optimizer))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"fused": True}, {"fused": False}, {"foreach": True}, {"foreach": False}, {"capturable": True}, {}],
+    ids=repr,
+)
+def test_checkpoints_and_groups_of_torch_carry_them_along(asked: dict[str, Any]) -> None:
+    """They say nothing of the numbers in a checkpoint, and are there when it goes back to torch."""
+    theirs = torch.optim.AdamW(parameters(), **asked)
+    if not asked.get("capturable"):  # which torch steps on devices only
+        for p in theirs.param_groups[0]["params"]:
+            p.grad = torch.ones_like(p)
+        theirs.step()
+    ours = AK(parameters(), fused=True)
+    ours.load_state_dict(theirs.state_dict())
+    assert all(ours.param_groups[0][option] == value for option, value in asked.items())
+    for p in ours.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    ours.step()
+    saved = copy.deepcopy(ours.state_dict())
+    assert all(saved["param_groups"][0][option] == value for option, value in asked.items())
+    back, again = torch.optim.AdamW(parameters()), AK(parameters())
+    for optimizer in (back, again):
+        optimizer.load_state_dict(copy.deepcopy(saved))
+        assert all(optimizer.param_groups[0][option] == value for option, value in asked.items())
+    # Groups that torch.optim has filled in with what is neutral.
+    groups: list[dict[str, Any]] = [{"params": parameters()}]
+    torch.optim.AdamW(groups)
+    assert AK(groups).param_groups[0] is groups[0]
 
 
 # -- how long it takes -------------------------------------------------------------------------------------------------
