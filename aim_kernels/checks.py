@@ -225,9 +225,14 @@ def check_parameters(
             raise ValueError(f"{name}: appears more than once, in group {earlier[id(p)]} as well; pass it once")
         seen.add(id(p))
         if p.layout != torch.strided:
-            raise ValueError(f"{name}: sparse parameters are not supported; use a dense one")
+            raise ValueError(
+                f"{name}: sparse parameters are not supported; pass torch.nn.Parameter(parameter.detach().to_dense())"
+            )
         if p.is_complex():
-            raise ValueError(f"{name}: complex parameters are not supported; pass torch.view_as_real(parameter)")
+            raise ValueError(
+                f"{name}: complex parameters are not supported; make torch.view_as_real(parameter).detach() the "
+                "nn.Parameter, and take torch.view_as_complex of it in forward"
+            )
         if p.dtype not in DTYPE_NUMBER:
             kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPE_NUMBER)
             raise ValueError(f"{name}: {p.dtype} is not supported; use one of {kinds}")
@@ -249,7 +254,10 @@ def check_parameters(
             )
         # Empty tensors share nothing, whatever their strides (channels_last has zeros there).
         if p.numel() and any(stride == 0 and size > 1 for size, stride in zip(p.shape, p.stride(), strict=True)):
-            raise ValueError(f"{name}: is expanded (several elements share memory); pass a contiguous parameter")
+            raise ValueError(
+                f"{name}: is expanded (several elements share memory); pass "
+                "torch.nn.Parameter(parameter.detach().clone()), which has memory for each"
+            )
 
 
 def check_meshes(groups: list[Group], process_group: Any, first: int = 0, widest: Any = None) -> Any:
@@ -286,8 +294,12 @@ def check_meshes(groups: list[Group], process_group: Any, first: int = 0, widest
     return widest
 
 
-def check_states(groups: list[Group], state: dict[Tensor, dict[str, Any]]) -> None:
-    """Raises on the first state that does not fit its parameter."""
+def check_states(
+    groups: list[Group],
+    state: dict[Tensor, dict[str, Any]],
+    advice: str = "delete optimizer.state[parameter] to start it anew",
+) -> None:
+    """Raises on the first state that does not fit its parameter; ``advice``: what to do."""
     for number, group in enumerate(groups):
         for index, p in enumerate(group["params"]):
             for key, value in state.get(p, {}).items():
@@ -298,19 +310,17 @@ def check_states(groups: list[Group], state: dict[Tensor, dict[str, Any]]) -> No
                         continue
                     raise RuntimeError(
                         f"{name_of(groups, number, index)}: its state {key} has {len(value)} exponents on "
-                        f"{value.device}, which do not fit its elements; delete optimizer.state[parameter] to start "
-                        "it anew"
+                        f"{value.device}, which do not fit its elements; {advice}"
                     )
                 if not distributed.placed_alike(value, p):
                     raise RuntimeError(
                         f"{name_of(groups, number, index)}: its state {key} is {_placement(value)}, the parameter "
-                        f"{_placement(p)}; delete optimizer.state[parameter] to start it anew"
+                        f"{_placement(p)}; {advice}"
                     )
                 if value.shape != p.shape or value.device != p.device:
                     raise RuntimeError(
                         f"{name_of(groups, number, index)}: its state {key} has shape {tuple(value.shape)} on "
-                        f"{value.device}, the parameter {tuple(p.shape)} on {p.device}; delete "
-                        "optimizer.state[parameter] to start it anew"
+                        f"{value.device}, the parameter {tuple(p.shape)} on {p.device}; {advice}"
                     )
 
 
@@ -333,11 +343,11 @@ def check_gradients(groups: list[Group], grads: Sequence[Tensor | None] | None =
                     "use sparse=False in the embedding, or torch.optim.SparseAdam for this parameter"
                 )
             if g.is_complex():
-                raise RuntimeError(f"{name}: its gradient is complex; optimize torch.view_as_real(parameter) instead")
+                raise RuntimeError(f"{name}: its gradient is complex, the parameter real; take its real part")
             if g.shape != p.shape:
                 raise RuntimeError(
                     f"{name}: its gradient has shape {tuple(g.shape)}, the parameter {tuple(p.shape)}; "
-                    "run backward() again"
+                    "call zero_grad() and run backward() again"
                 )
             if g.device != p.device:
                 raise RuntimeError(

@@ -421,7 +421,8 @@ class AIMFusedOptimizer(LiveWeights):
         for p, anchor in self._anchors.items():
             if anchor.device != p.device and anchor.shape == p.shape:
                 self._anchors[p] = anchor.to(p.device)
-        checks.check_states(self.param_groups, {p: {"anchor": anchor} for p, anchor in self._anchors.items()})
+        anchors = {p: {"anchor": anchor} for p, anchor in self._anchors.items()}
+        checks.check_states(self.param_groups, anchors, "make a new optimizer, of the weights as they are now")
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
