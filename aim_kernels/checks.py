@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
@@ -34,12 +35,26 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "measure": ("snr", "fisher", "grad", "random"),
 }
 
+#: Options that are yes or no.
+_FLAGS = ("nesterov", "amsgrad", "centered", "decouple_lr", "maximize", "modulated")
+
+#: Options of a group that are one number; the last two may be None.
+_NUMBERS = (
+    *("lr", "eps", "weight_decay", "momentum", "dampening", "alpha", "lr_decay", "initial_accumulator_value"),
+    *("threshold_rate", "ema_decay", "reference_lr"),
+)
+
 
 def name_of(groups: list[Group], number: int, index: int) -> str:
     """How an error calls a parameter: its name where the user gave one."""
-    names = groups[number].get("param_names")
+    return name_in(groups[number], number, index)
+
+
+def name_in(group: Group, number: int, index: int) -> str:
+    """:func:`name_of`, of a group that may stand in no list yet."""
+    names = group.get("param_names") or ()
     place = f"parameter {index} of group {number}"
-    return f"{names[index]!r} ({place})" if names and names[index] is not None else place
+    return f"{names[index]!r} ({place})" if index < len(names) and names[index] is not None else place
 
 
 def _on_device(value: Any) -> bool:
@@ -52,14 +67,58 @@ def may_differ(value: Any, number: float) -> bool:
 
 
 def check_number(name: str, value: Any, low: float, high: float = float("inf"), *, high_open: bool = False) -> None:
-    """Raises ValueError unless ``low <= value <= high`` (``< high`` if ``high_open``); NaN is refused."""
+    """Raises ValueError unless ``low <= value <= high`` (``< high`` if ``high_open``), on NaN, and on what is no real
+    number of Python, numpy or torch."""
+    check_real(name, value)
     try:
         number = float(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name}: expected a number, got {value!r}") from error
+    except OverflowError as error:
+        raise ValueError(f"{name}: expected a number, got an integer beyond the largest float") from error
     if not (low <= number < high if high_open else low <= number <= high):
         bounds = f"at least {low:g}" if high == float("inf") else f"in [{low:g}, {high:g}{')' if high_open else ']'}"
         raise ValueError(f"{name}: expected a number {bounds}, got {number:g}")
+
+
+def check_real(name: str, value: Any) -> None:
+    """Raises ValueError on what is no real number of Python, numpy or torch."""
+    if not _is_number(value):
+        hint = ""
+        if isinstance(value, str):
+            hint = ", a string (YAML reads 1e-3 as one, 1.0e-3 as a number); convert it with float()"
+        elif isinstance(value, (bool, np.bool_)):
+            hint = ", a truth value"
+        raise ValueError(f"{name}: expected a number, got {value!r}{hint}")
+
+
+def _is_number(value: Any) -> bool:
+    # Not numbers.Real: fractions have no arithmetic with tensors.
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and value.dtype != torch.bool and not value.is_complex() and not value.is_meta
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+
+
+def check_whole(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
+    """The integer that ``value`` is; raises ValueError unless ``low <= value < high``."""
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not whole or (low is not None and value < low) or (high is not None and value >= high):
+        bounds = "" if low is None else f" at least {low}" if high is None else f" in [{low}, {high})"
+        raise ValueError(f"{name}: expected a whole number{bounds}, got {value!r}")
+    return int(value)
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """The truth value that ``value`` is; raises ValueError on what is none, such as a string, all of which are true."""
+    if isinstance(value, (bool, np.bool_)) or (isinstance(value, int) and value in (0, 1)):
+        return bool(value)
+    raise ValueError(f"{name}: expected True or False, got {value!r}")
+
+
+def in_floats(group: Group) -> Group:
+    """The group with its numbers as Python's floats: those of numpy and tensors compute in their own precision."""
+    plain = {option: None if group[option] is None else float(group[option]) for option in _NUMBERS}
+    first, second = group["betas"]
+    kind, value = group["under_optimized"]
+    return {**group, **plain, "betas": (float(first), float(second)), "under_optimized": (kind, float(value))}
 
 
 def check_hyperparameters(group: Group, number: int) -> None:
@@ -67,6 +126,8 @@ def check_hyperparameters(group: Group, number: int) -> None:
     where = f" (group {number})"
     if group["rule"] not in RULES:
         raise ValueError(f"rule{where}: unknown rule {group['rule']!r}; choose one of {', '.join(RULES)}")
+    for option in _FLAGS:
+        check_flag(option + where, group[option])
     if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
         raise ValueError(
             f"lr{where}: a tensor learning rate must have one element, got shape {tuple(group['lr'].shape)}"
@@ -149,39 +210,14 @@ def check_measure(group: Group, number: int, backend: str) -> None:
         )
 
 
-#: Options of the optimizer as a whole.
-OF_THE_WHOLE = (
-    "anchor",
-    "backend",
-    "seed",
-    "fused_scaling",
-    "max_grad_norm",
-    "process_group",
-    "sync_every",
-    "keep_masters",
-    "zero_grad_in_step",
-)
-
-
-def check_belongs_to_group(group: Group, number: int) -> None:
-    """Raises ValueError on an option that would be ignored, since no group has it."""
-    for option in OF_THE_WHOLE:
-        if option in group:
-            raise ValueError(f"{option} (group {number}): is of the optimizer as a whole; pass it to its constructor")
-
-
-def check_ordered(params: Any) -> None:
-    """Raises on a set of parameters."""
-    if isinstance(params, (set, frozenset)):
-        raise TypeError("params: a set has no order, on which checkpoints and noise depend; pass a list")
-
-
-def check_parameters(groups: list[Group], number: int, params: list[Any], device: torch.device | None) -> None:
-    """Raises on what a step cannot update. ``groups[number]`` need not be complete; it is used for names."""
+def check_parameters(
+    group: Group, number: int, params: list[Any], device: torch.device | None, earlier: dict[int, int]
+) -> None:
+    """Raises on what a step cannot update. ``group`` need not be complete; it is used for names. ``earlier``: numbers
+    of the groups before it, by the id() of their parameters."""
     seen: set[int] = set()
-    earlier = {id(p): other for other in range(number) for p in groups[other]["params"]}
     for index, p in enumerate(params):
-        name = name_of(groups, number, index)
+        name = name_in(group, number, index)
         if not isinstance(p, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(p).__name__}")
         if id(p) in seen:
@@ -193,14 +229,14 @@ def check_parameters(groups: list[Group], number: int, params: list[Any], device
             continue
         if reason := reason_against(p):
             raise ValueError(f"{name}: {reason}")
-        if p.dtype == torch.float64 and groups[number].get("state_dtype") in ("bfloat16", "int8"):
+        if p.dtype == torch.float64 and group.get("state_dtype") in ("bfloat16", "int8"):
             raise ValueError(
-                f"{name}: state_dtype={groups[number]['state_dtype']!r} is for float32 and 16-bit parameters, this one "
+                f"{name}: state_dtype={group['state_dtype']!r} is for float32 and 16-bit parameters, this one "
                 "is float64; give it a group of its own with state_dtype=None"
             )
-        if p.dtype == torch.float16 and groups[number].get("master") in ("split", "stochastic"):
+        if p.dtype == torch.float16 and group.get("master") in ("split", "stochastic"):
             raise ValueError(
-                f"{name}: master={groups[number]['master']!r} is for bfloat16 parameters, this one is float16; "
+                f"{name}: master={group['master']!r} is for bfloat16 parameters, this one is float16; "
                 "use 'kahan' or 'float32'"
             )
         if device is not None and not is_beside(p, device):
@@ -220,18 +256,21 @@ def check_degradable(groups: list[Group], number: int, home: torch.device) -> No
             )
 
 
-def check_meshes(groups: list[Group], process_group: Any) -> None:
-    """Raises ValueError on DTensors that a step cannot work with, by name."""
+def check_meshes(groups: list[Group], process_group: Any, first: int = 0, widest: Any = None) -> Any:
+    """Raises ValueError on DTensors that a step cannot work with, by name. Returns the mesh of which all others are
+    slices; None where there are no DTensors.
+
+    ``first``: number of the first of the groups; ``widest``: such a mesh of those before it.
+    """
     sharded = [
-        (number, index, p)
-        for number, group in enumerate(groups)
+        (name_in(group, number, index), p)
+        for number, group in enumerate(groups, first)
         for index, p in enumerate(group["params"])
         if distributed.is_dtensor(p)
     ]
     if not sharded:
-        return
-    for number, index, p in sharded:
-        name = name_of(groups, number, index)
+        return widest
+    for name, p in sharded:
         if process_group is not None:
             raise ValueError(
                 f"{name}: is a DTensor, whose processes are those of its mesh; process_group is for plain parameters"
@@ -240,17 +279,23 @@ def check_meshes(groups: list[Group], process_group: Any) -> None:
             raise ValueError(f"{name}: is placed {p.placements}; a partial sum cannot be stepped, redistribute it")
         if p.device_mesh.get_coordinate() is None:
             raise ValueError(f"{name}: this process is not in its mesh {p.device_mesh}")
-    widest = distributed.widest_of([p.device_mesh for _, _, p in sharded])
-    for number, index, p in sharded:
+    before = [] if widest is None else [widest]
+    widest = distributed.widest_of([*before, *(p.device_mesh for _, p in sharded)])
+    for name, p in sharded:
         if not distributed.is_within(p.device_mesh, widest):
             raise ValueError(
-                f"{name_of(groups, number, index)}: its mesh {p.device_mesh} is no part of {widest}, on which other "
-                "parameters are; use slices of one mesh, or one optimizer for each mesh"
+                f"{name}: its mesh {p.device_mesh} is no part of {widest}, on which other parameters are; use slices "
+                "of one mesh, or one optimizer for each mesh"
             )
+    return widest
 
 
-def check_states(groups: list[Group], state: dict[Tensor, dict[str, Any]]) -> None:
-    """Raises on the first state that does not fit its parameter."""
+def check_states(
+    groups: list[Group],
+    state: dict[Tensor, dict[str, Any]],
+    advice: str = "delete optimizer.state[parameter] to start it anew",
+) -> None:
+    """Raises on the first state that does not fit its parameter; ``advice``: what to do."""
     for number, group in enumerate(groups):
         for index, p in enumerate(group["params"]):
             for key, value in own_states(group["rule"], state.get(p, {})).items():
@@ -272,19 +317,17 @@ def check_states(groups: list[Group], state: dict[Tensor, dict[str, Any]]) -> No
                         continue
                     raise RuntimeError(
                         f"{name_of(groups, number, index)}: its state {key} has {value.numel()} exponents on "
-                        f"{value.device}, which do not fit its elements; delete optimizer.state[parameter] to start "
-                        "it anew"
+                        f"{value.device}, which do not fit its elements; {advice}"
                     )
                 if not distributed.placed_alike(value, p):
                     raise RuntimeError(
                         f"{name_of(groups, number, index)}: its state {key} is {_placement(value)}, the parameter "
-                        f"{_placement(p)}; delete optimizer.state[parameter] to start it anew"
+                        f"{_placement(p)}; {advice}"
                     )
                 if value.shape != p.shape or value.device != p.device:
                     raise RuntimeError(
                         f"{name_of(groups, number, index)}: its state {key} has shape {tuple(value.shape)} on "
-                        f"{value.device}, the parameter {tuple(p.shape)} on {p.device}; delete "
-                        "optimizer.state[parameter] to start it anew"
+                        f"{value.device}, the parameter {tuple(p.shape)} on {p.device}; {advice}"
                     )
 
 
@@ -321,11 +364,11 @@ def check_gradients(groups: list[Group], grads: Sequence[Tensor | None] | None =
                     "use sparse=False in the embedding, or torch.optim.SparseAdam for this parameter"
                 )
             if g.is_complex():
-                raise RuntimeError(f"{name}: its gradient is complex; optimize torch.view_as_real(parameter) instead")
+                raise RuntimeError(f"{name}: its gradient is complex, the parameter real; take its real part")
             if g.shape != p.shape:
                 raise RuntimeError(
                     f"{name}: its gradient has shape {tuple(g.shape)}, the parameter {tuple(p.shape)}; "
-                    "run backward() again"
+                    "call zero_grad() and run backward() again"
                 )
             if g.device != p.device:
                 raise RuntimeError(

@@ -131,8 +131,10 @@ class GraphInputs:
         """Takes what the optimizer holds now; ``elsewhere`` says where the masters' values are."""
         optimizer = self.optimizer()
         assert optimizer is not None
-        for number in range(len(optimizer.param_groups)):
-            self.note_live_weights(number)
+        first = 0
+        for number, group in enumerate(optimizer.param_groups):
+            self.note_live_weights(number, first)
+            first += len(group["params"])
         self.masters = _pack_masters(optimizer, self.params, self.masters, elsewhere or {})
         states: list[Tensor] = []
         anchors: list[Tensor] = []
@@ -146,13 +148,15 @@ class GraphInputs:
         tables = optimizer.tables
         self.rows, self.statistics, self.control = tables.rows, tables.statistics, tables.control
 
-    def note_live_weights(self, number: int) -> None:
-        """After a change of rows: a group that has live weights may write parameters without a gradient from now on."""
+    def note_live_weights(self, number: int, first: int | None = None) -> None:
+        """After a change of rows: a group that has live weights may write parameters without a gradient from now on.
+        ``first``: number of its first parameter among all."""
         optimizer = self.optimizer()
         assert optimizer is not None
         params = optimizer.param_groups[number]["params"]
         if optimizer.tables.has_live_weights(number) or any("master" in optimizer.state.get(p, ()) for p in params):
-            first = sum(len(group["params"]) for group in optimizer.param_groups[:number])
+            if first is None:
+                first = sum(len(group["params"]) for group in optimizer.param_groups[:number])
             self.emits[first : first + len(params)] = [True] * len(params)
 
     def tensors(self, kinds: str) -> list[Tensor]:

@@ -31,6 +31,7 @@ class LiveWeights(Modulated):
     _in_true_pass: bool  # true weights are in the module until the next step, or may be
     _release: Release | None
     _known_masters: resets.Masters
+    _anchors: dict[Tensor, Tensor]  # of parameters without states
     _leaving: set[int]  # groups whose masters the next step makes superfluous
 
     if TYPE_CHECKING:  # optimizer.py has them

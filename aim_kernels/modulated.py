@@ -77,7 +77,7 @@ class Modulated(torch.optim.Optimizer):
             ValueError: no such block, kappa outside [0, 1), or unknown coefficients.
         """
         checks.check_kappa(kappa)
-        keep = 1.0 - kappa
+        keep = 1.0 - (kappa if isinstance(kappa, Tensor) else float(kappa))
         row: dict[str, Any] = {"live_well": keep}
         if coefficients == "chain":
             row["grad_well"] = keep

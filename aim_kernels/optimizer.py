@@ -8,7 +8,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from aim_kernels import checkpoint, checks, compiled, distributed, resets
+from aim_kernels import checkpoint, checks, compiled, distributed, groups, resets
 from aim_kernels.backends import check_name, select
 from aim_kernels.clipping import clip
 from aim_kernels.launch import capturing
@@ -18,9 +18,6 @@ from aim_kernels.plan import StepPlan
 from aim_kernels.states import arithmetic_dtype, is_frozen, make_states, master_of
 from aim_kernels.supported import home_of, is_estimated, is_idle, reason_against
 from aim_kernels.tables import KEYS, Tables
-
-#: Weight decay of torch.optim where the user gives none.
-_DEFAULT_DECAY = {"adamw": 1e-2}
 
 #: Options that version 0.1 did not have, with what it did.
 _SINCE_0_1 = {
@@ -125,6 +122,8 @@ class AIMFusedOptimizer(LiveWeights):
         zero_grad_in_step: leaves gradients as zeros, in the pass that reads them, so that ``zero_grad()`` is not
             needed. Also where ``fused_scaling`` skips a step; without it, ``GradScaler`` skips it by itself, and the
             gradients with it.
+        fused, foreach, capturable, differentiable: of torch.optim, which frameworks pass: taken where they ask for what
+            is so anyway, refused where not.
 
     Attributes:
         grad_norm: norm of the gradients in the latest step, before clipping, as a 0-dim tensor; None without
@@ -133,6 +132,9 @@ class AIMFusedOptimizer(LiveWeights):
     Raises:
         ValueError, TypeError: options or parameters that a step cannot work with, by name.
     """
+
+    # In the constructor: of the groups that the tables are to have.
+    _rows: list[tuple[dict[str, Any], float, bool]] | None = None
 
     def __init__(
         self,
@@ -169,23 +171,27 @@ class AIMFusedOptimizer(LiveWeights):
         sync_every: int = 1,
         keep_masters: bool = False,
         zero_grad_in_step: bool = False,
+        fused: bool | None = None,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
     ) -> None:
         if anchor not in ("zero", "init", "ema"):
             raise ValueError(f"anchor: expected 'zero', 'init' or 'ema', got {anchor!r}")
-        if not isinstance(seed, int) or not 0 <= seed < 2**63:
-            raise ValueError(f"seed: expected an integer in [0, 2^63), got {seed!r}")
-        if not isinstance(sync_every, int) or sync_every < 1:
-            raise ValueError(f"sync_every: expected a whole number of steps, at least 1, got {sync_every!r}")
+        seed = checks.check_whole("seed", seed, 0, 2**63)
+        sync_every = checks.check_whole("sync_every", sync_every, 1)
         if max_grad_norm is not None:
             checks.check_number("max_grad_norm", max_grad_norm, 0.0)
         check_name(backend)
-        self.process_group, self.sync_every, self.keep_masters = process_group, sync_every, bool(keep_masters)
-        self.max_grad_norm, self.zero_grad_in_step = max_grad_norm, bool(zero_grad_in_step)
+        self.process_group, self.sync_every = process_group, sync_every
+        self.keep_masters = checks.check_flag("keep_masters", keep_masters)
+        self.max_grad_norm = max_grad_norm
+        self.zero_grad_in_step = checks.check_flag("zero_grad_in_step", zero_grad_in_step)
         self.grad_norm: Tensor | None = None
         self.anchor = anchor
         self.backend = backend
         self._seed = seed
-        self._step_supports_amp_scaling = bool(fused_scaling)  # GradScaler's question
+        self._step_supports_amp_scaling = checks.check_flag("fused_scaling", fused_scaling)  # GradScaler's question
         self._plan: StepPlan | None = None
         self._holds_true_weights = self._holds_averages = self._in_true_pass = False
         self._leaving = set()
@@ -195,8 +201,7 @@ class AIMFusedOptimizer(LiveWeights):
         # Whose states and tables graphs will read and write as long as they live.
         self._captured: list[tuple[StepPlan, Any]] = []
         self._known_masters = resets.Masters()
-        # Tables are where the first parameter is that can be stepped.
-        self._tables, self._has_home = Tables(torch.device("cpu"), seed), False
+        self._tables = Tables(torch.device("cpu"), seed)
         self._handle = compiled.register(self)
         self._inputs: compiled.GraphInputs | None = None
         defaults = {
@@ -225,50 +230,50 @@ class AIMFusedOptimizer(LiveWeights):
             "threshold_rate": threshold_rate,
             **_BLOCK_KEYS,
         }
-        checks.check_ordered(params)
+        asked = {"fused": fused, "foreach": foreach, "capturable": capturable, "differentiable": differentiable}
+        defaults |= {option: value for option, value in asked.items() if value is not groups.IMPLEMENTATION[option]}
+        groups.check_ordered(params)
         self._hidden_defaults: dict[str, Any] = {}
+        self._members = groups.Members()
+        self._rows = []
         super().__init__(params, defaults)
+        if self._members.device is not None:
+            self._tables.to(self._members.device)
+        self._tables.add_groups(self._rows)
+        self._rows = None
         self._hidden_defaults = {name: self.defaults.pop(name) for name in _HIDDEN_DEFAULTS.get(rule, ())}
         if backend != "auto":
             select(backend, self.tables.rows.device)
 
     @compiled.outside_graphs
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, at any time; its row starts neutral."""
+        """Adds a group, at any time; its row starts neutral. As in torch.optim the dict itself becomes the group."""
         self._refuse_open_step("add_param_group()")
-        self._follow_groups()
-        # A flattened checkpoint is asked for what groups have: state_dict() fills these in.
-        group = {**self._hidden_defaults, **param_group, **dict.fromkeys(KEYS)}
-        params = group["params"]
-        checks.check_ordered(params)
-        checks.check_belongs_to_group(group, number := len(self.param_groups))
-        group["params"] = [params] if isinstance(params, Tensor) else list(params)
-        tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]]
-        names = [entry[0] if isinstance(entry, tuple) else None for entry in group["params"]]
-        full = {**self.defaults, **group}
-        preview = [*self.param_groups, {**full, "params": tensors, "param_names": names}]
-        if full["weight_decay"] is None:
-            full["weight_decay"] = group["weight_decay"] = _DEFAULT_DECAY.get(full["rule"], 0.0)
-        if full["decouple_lr"] and full["reference_lr"] is None:
-            checks.check_number(f"lr (group {number})", full["lr"], 0.0)
-            full["reference_lr"] = group["reference_lr"] = float(full["lr"])
-        checks.check_hyperparameters(full, number)
-        checks.check_measure(full, number, self.backend)
-        checks.check_anchor(full, number, self.anchor)
-        home = self._tables.rows.device if self._has_home else None
-        if home is None:
-            home = home_of(t for t in tensors if isinstance(t, Tensor))
-        checks.check_parameters(preview, number, tensors, home)
-        checks.check_meshes(preview, self.process_group)
-        super().add_param_group(group)
+        if self._rows is None:
+            self._follow_groups()
+        groups.listed(param_group)
+        defaults = {**self.defaults, **self._hidden_defaults}
+        complete = groups.completed(param_group, defaults, len(self.param_groups))
+        groups.check(self, self.param_groups, self._members, complete)
+        param_group.update(complete)
+        others, self.param_groups = self.param_groups, []  # what torch would look for in each of them was looked for
+        try:
+            super().add_param_group(param_group)
+        finally:
+            added, self.param_groups = self.param_groups, others
+        self.param_groups += added
 
-        if home is not None and not self._has_home:
-            self._tables.to(home)
-            self._has_home = True
-        made = self.param_groups[-1]
-        self._tables.add_group(made, *self._begin_row(made))
-        if self.anchor == "init" and full["modulated"]:
-            for p in tensors:
+        had_home = self._members.device is not None
+        self._members.add(param_group, self.process_group)
+        row = (param_group, *self._begin_row(complete))
+        if self._rows is not None:
+            self._rows.append(row)
+        else:
+            if not had_home and self._members.device is not None:
+                self._tables.to(self._members.device)
+            self._tables.add_groups([row])
+        if self.anchor == "init" and complete["modulated"]:
+            for p in complete["params"]:
                 if not reason_against(p):
                     self._anchors[p] = master_of(p)
         self._plan = self._inputs = None
@@ -437,11 +442,15 @@ class AIMFusedOptimizer(LiveWeights):
             raise RuntimeError(
                 "a process group is neither pickled nor copied: assign optimizer.process_group before the next step"
             )
+        checks.check_flag("zero_grad_in_step", self.zero_grad_in_step)
+        checks.check_whole("sync_every", self.sync_every, 1)
+        earlier: dict[int, int] = {}
         for number, group in enumerate(self.param_groups):
             checks.check_hyperparameters(group, number)
             checks.check_measure(group, number, self.backend)
             checks.check_anchor(group, number, self.anchor)
-            checks.check_parameters(self.param_groups, number, group["params"], self.tables.rows.device)
+            checks.check_parameters(group, number, group["params"], self.tables.rows.device, earlier)
+            earlier.update(dict.fromkeys(map(id, group["params"]), number))
         checks.check_meshes(self.param_groups, self.process_group)
         if self.process_group is not None or distributed.any_dtensor(self.param_groups):
             checks.check_noise(self.param_groups, self.process_group, distributed.noisy_groups(self.tables))
@@ -450,7 +459,8 @@ class AIMFusedOptimizer(LiveWeights):
         for p, anchor in self._anchors.items():
             if anchor.device != p.device and anchor.shape == p.shape:
                 self._anchors[p] = anchor.to(p.device)
-        checks.check_states(self.param_groups, {p: {"anchor": anchor} for p, anchor in self._anchors.items()})
+        anchors = {p: {"anchor": anchor} for p, anchor in self._anchors.items()}
+        checks.check_states(self.param_groups, anchors, "make a new optimizer, of the weights as they are now")
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -503,11 +513,13 @@ class AIMFusedOptimizer(LiveWeights):
         """Forgets what is derived from states and tables."""
         self._plan = None
         self._leaving = set()
+        inputs, self._inputs = self._inputs, None  # they take it in one go
         for number in range(len(self.param_groups)):
             self._note_live_weights(number)
         self._known_masters.note(self.state)
-        if self._inputs is not None:
-            self._inputs.gather()
+        if inputs is not None:
+            self._inputs = inputs
+            inputs.gather()
 
     def __repr__(self) -> str:
         whole = "".join(f"{name}: {getattr(self, '_seed' if name == 'seed' else name)}\n" for name in _WHOLE)
@@ -515,7 +527,7 @@ class AIMFusedOptimizer(LiveWeights):
         return f"{''.join(line for line in lines if line.partition(':')[0].strip() not in KEYS)}{whole})"
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ["_tables", "_has_home", "anchor", "backend", "_seed", "_holds_true_weights", "_in_true_pass"]
+        kept = ["_tables", "anchor", "backend", "_seed", "_holds_true_weights", "_in_true_pass"]
         kept += ["_step_supports_amp_scaling"]
         kept += ["sync_every", "keep_masters", "max_grad_norm", "zero_grad_in_step", "_anchors", "_hidden_defaults"]
         group = None if self.process_group is None else distributed.Absent.PROCESS_GROUP
@@ -527,6 +539,7 @@ class AIMFusedOptimizer(LiveWeights):
         self.max_grad_norm = self.grad_norm = None
         self.zero_grad_in_step = self._holds_averages = self._in_true_pass = False
         self._anchors, self._hidden_defaults, self._release = {}, {}, None
+        self._members = groups.Members()
         super().__setstate__(state)
         for group in (self.defaults, *self.param_groups):
             for option, value in _SINCE_0_1.items():

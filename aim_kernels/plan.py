@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aim_kernels import distributed
-from aim_kernels.checks import check_hyperparameters, name_of
+from aim_kernels.checks import check_hyperparameters, in_floats, name_of
 from aim_kernels.own import WRITTEN, count_of, is_counted
 from aim_kernels.rows import FLAGS, GROUP_RECORD, MOMENTS, RULES, TENSOR_FLAGS, TENSOR_RECORD, WEIGHTS
 from aim_kernels.states import (
@@ -33,6 +33,12 @@ from aim_kernels.states import (
 )
 from aim_kernels.supported import DTYPE_NUMBER, has_memory, is_idle, numel_of
 from aim_kernels.watch import watch_over
+
+#: Options that a record is made of, beside lr, betas and under_optimized.
+_READ = (
+    *("rule", "eps", "weight_decay", "momentum", "dampening", "nesterov", "amsgrad", "alpha", "centered", "lr_decay"),
+    *("decouple_lr", "reference_lr", "maximize", "ema_decay", "measure", "threshold_rate", "initial_accumulator_value"),
+)
 
 _AMSGRAD, _CENTERED = FLAGS["amsgrad"], FLAGS["centered"]
 _MOMENTS = {torch.bfloat16: MOMENTS.index("bfloat16"), torch.uint8: MOMENTS.index("int8")}
@@ -84,7 +90,7 @@ class StepPlan:
         self.exchange = distributed.exchange_of(
             self.owners, optimizer.process_group, optimizer.sync_every, optimizer.tables
         )
-        self._process_group = optimizer.process_group
+        self._process_group, self._sync_every = optimizer.process_group, optimizer.sync_every
         self._zero_grad = bool(optimizer.zero_grad_in_step)
         self._follows_average = optimizer.anchor == "ema"
         self.group_of = [number for number, group in enumerate(self.param_groups) for _ in group["params"]]
@@ -93,6 +99,7 @@ class StepPlan:
         self.groups = np.zeros(len(self.param_groups), GROUP_RECORD)
         self.lr_tensors: dict[int, Tensor] = {}
         self._hyperparameters: list[Any] = [None] * len(self.param_groups)
+        self._in_tensors: set[int] = set()  # groups of which some are tensors
         # What gradients are multiplied by: the sign of each group, and a scale of all. None: not yet.
         self._signs = np.ones(len(self.param_groups))
         self._scale: float | None = None
@@ -280,6 +287,7 @@ class StepPlan:
             and self.tables is optimizer._tables
             and self._process_group is optimizer.process_group
             and self._zero_grad == optimizer.zero_grad_in_step
+            and self._sync_every == optimizer.sync_every
         )
 
     def read(self) -> bool:
@@ -308,7 +316,10 @@ class StepPlan:
         return True
 
     def _keeps_the_same_moments(self) -> bool:
-        return self._decisive == list(map(_decisive, self.param_groups))
+        try:
+            return self._decisive == list(map(_decisive, self.param_groups))
+        except (RuntimeError, TypeError, ValueError):  # no number; the checks before building name it
+            return False
 
     def take(self, grads: Sequence[Tensor | None] | None = None) -> None:
         """The same without shortcuts, for a plan just built, whose gradients were checked: ``grads``, one a parameter,
@@ -378,48 +389,62 @@ class StepPlan:
         scale = 1.0 if on_device or self.grad_scale is None else 1.0 / float(self.grad_scale)
         self.lr_tensors = {}
         for number, group in enumerate(self.param_groups):
-            rule, decay = group["rule"], group["weight_decay"]
-            beta1, beta2 = group["betas"]
-            beta1, beta2 = float(beta1), float(beta2)
-            if rule == "rmsprop":
-                beta2 = float(group["alpha"])
-                beta1 = beta2 if group["centered"] else beta1
-            if group["decouple_lr"]:
-                decay = decay / group["reference_lr"]
-            kind, target = group["under_optimized"]
-            flags = FLAGS.get(group["measure"], 0)
             lr = group["lr"]
-            if on_device and isinstance(lr, Tensor) and lr.device.type != "cpu":
-                self.lr_tensors[number] = lr
-                lr = 0.0
-            values = (
-                float(lr),
-                beta1,
-                beta2,
-                group["eps"],
-                decay,
-                group["momentum"] if rule in ("sgd", "rmsprop") else 0.0,
-                group["dampening"],
-                -1.0 if group["maximize"] else 1.0,
-                target,
-                group["threshold_rate"] if kind == "fraction" else 0.0,
-                group["lr_decay"] if rule == "adagrad" else 0.0,
-                group["ema_decay"] or 0.0,
-                0,  # lr_tensor, by launch.py
-                RULES.index(rule),
-                bool(group["nesterov"]),
-                0,
-                flags | (_AMSGRAD if group["amsgrad"] else 0) | (_CENTERED if group["centered"] else 0),
-            )
-            if values != self._hyperparameters[number]:
-                check_hyperparameters(group, number)
-                self.groups[number] = self._hyperparameters[number] = values
-                self._signs[number] = self.groups["scale"][number]
-                self._scale = None
+            if isinstance(lr, Tensor):
+                if on_device and lr.device.type != "cpu":
+                    self.lr_tensors[number] = lr
+                    lr = 0.0
+                else:
+                    lr = float(lr)
+            # As they were given, so that a string is not taken for the number that it spells.
+            given = (lr, *group["betas"], *group["under_optimized"], *map(group.__getitem__, _READ))
+            if given == self._hyperparameters[number] and number not in self._in_tensors:
+                continue
+            check_hyperparameters(group, number)
+            self._take_hyperparameters(number, in_floats({**group, "lr": lr}))
+            self._hyperparameters[number] = given
+            # Whoever has the tensor may write it, which none of the above would see.
+            if any(isinstance(value, Tensor) for value in given):
+                self._in_tensors.add(number)
+            else:
+                self._in_tensors.discard(number)
         scale *= self.clip_factor
         if scale != self._scale:  # NaN too
             self.groups["scale"] = self._signs * scale
             self._scale = scale
+
+    def _take_hyperparameters(self, number: int, group: dict[str, Any]) -> None:
+        """Writes a group's record, all but how to read a learning rate on a device."""
+        rule, decay = group["rule"], group["weight_decay"]
+        beta1, beta2 = group["betas"]
+        if rule == "rmsprop":
+            beta2 = group["alpha"]
+            beta1 = beta2 if group["centered"] else beta1
+        if group["decouple_lr"]:
+            decay = decay / group["reference_lr"]
+        kind, target = group["under_optimized"]
+        flags = FLAGS.get(group["measure"], 0)
+        self.groups[number] = (
+            group["lr"],
+            beta1,
+            beta2,
+            group["eps"],
+            decay,
+            group["momentum"] if rule in ("sgd", "rmsprop") else 0.0,
+            group["dampening"],
+            -1.0 if group["maximize"] else 1.0,
+            target,
+            group["threshold_rate"] if kind == "fraction" else 0.0,
+            group["lr_decay"] if rule == "adagrad" else 0.0,
+            group["ema_decay"] or 0.0,
+            0,  # lr_tensor, by launch.py
+            RULES.index(rule),
+            bool(group["nesterov"]),
+            0,
+            flags | (_AMSGRAD if group["amsgrad"] else 0) | (_CENTERED if group["centered"] else 0),
+        )
+        self._signs[number] = self.groups["scale"][number]
+        self._scale = None
 
     # -- around the kernel -------------------------------------------------------------------------------------------
 

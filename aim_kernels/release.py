@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from aim_kernels import checks, distributed
+from aim_kernels import checks, distributed, reentrant
 from aim_kernels.backends import select
 from aim_kernels.launch import capturing
 from aim_kernels.modulated import unwrapped
@@ -37,6 +37,10 @@ def step_in_backward(optimizer: Any, model: nn.Module) -> Release:
     The training loop stays as it is. Learning rates, betas, rows and the phase are those at the first gradient of a
     step; what is set between ``backward()`` and ``step()`` holds from the next step on. Parameters of the optimizer
     that are not in the model, or that are given a gradient by hand, are stepped by ``step()``.
+
+    A weight that may get its gradient in parts, since it can be reached from a reentrant activation checkpoint and from
+    another one or what is around them, is refused by ``backward()`` before anything is changed. Pass
+    ``use_reentrant=False`` to ``torch.utils.checkpoint``.
 
     If ``backward()`` fails after it has stepped some parameters, they stay stepped, and the next ``optimizer.step()``
     closes a step of those alone.
@@ -160,6 +164,11 @@ class Release:
         self._optimizer, self._model = weakref.ref(optimizer), weakref.ref(model)
         self._hooks: dict[Tensor, RemovableHandle] = {}
         self._names: dict[Tensor, str] = {}
+        self._forward: RemovableHandle | None = None
+        # How often the model as a whole was in a reentrant checkpoint since the latest step, and what then stands
+        # before its gradients.
+        self._inside = 0
+        self._barriers: list[RemovableHandle] = []
         self._accumulating = 0
         self._open: _OpenStep | None = None
         # Backward runs in a thread for each device.
@@ -183,10 +192,12 @@ class Release:
             yield
         finally:
             self._accumulating -= 1
+            self._forget_passes()
 
     def forget(self) -> None:
         """Gives up a step that backward has begun, where the weights before it are back."""
         self._open = self._plan = self._view = None
+        self._forget_passes()
 
     def remove(self) -> None:
         """Undoes ``step_in_backward``.
@@ -201,6 +212,9 @@ class Release:
         for hook in self._hooks.values():
             hook.remove()
         self._hooks.clear()
+        if self._forward is not None:
+            self._forward.remove()
+        self._forget_passes()
         self._plan = self._view = None
 
     def watch(self) -> int:
@@ -216,10 +230,44 @@ class Release:
             if (release := here()) is not None:
                 release._completed(p)
 
+        if self._names and self._forward is None:
+            self._forward = model.register_forward_hook(_Forward(self), with_kwargs=True)
         for p in self._names:
             if p.requires_grad and p not in self._hooks:
                 self._hooks[p] = p.register_post_accumulate_grad_hook(completed)
         return len(self._names)
+
+    # -- in forward ---------------------------------------------------------------------------------------------------
+
+    def _passed(self, given: Any, returned: Any) -> None:
+        """After a forward pass of the model: looks for weights whose gradient will come in parts."""
+        if not torch.is_grad_enabled():
+            # As a checkpoint runs what it is to run again: without a graph, on what needs one.
+            self._inside += any(x.requires_grad for x in reentrant.tensors_in(given))
+            if self._inside == 2:
+                self._barriers = [
+                    p.register_hook(lambda _grad, p=p: self._refuse_parts(p)) for p in self._names if p.requires_grad
+                ]
+            return
+        outputs = [x for x in reentrant.tensors_in(returned) if x.grad_fn is not None]
+        p = reentrant.given_in_parts(outputs, self._names)
+        if p is not None:
+            for output in outputs:
+                output.register_hook(lambda _grad: self._refuse_parts(p))
+
+    def _refuse_parts(self, p: Tensor) -> None:
+        if not self._accumulating and p in self._names:
+            raise RuntimeError(
+                f"{self._names[p]}: a reentrant checkpoint can reach it, and so can another or what is around them: "
+                "backward() may give it its gradient in parts, of which the first would be stepped without the others. "
+                "Pass use_reentrant=False to torch.utils.checkpoint; nothing was changed"
+            )
+
+    def _forget_passes(self) -> None:
+        self._inside = 0
+        for barrier in self._barriers:
+            barrier.remove()
+        self._barriers = []
 
     # -- in backward --------------------------------------------------------------------------------------------------
 
@@ -237,7 +285,8 @@ class Release:
             raise RuntimeError(
                 f"{self._names[p]}: backward() has stepped it already, and gives it another gradient before "
                 "optimizer.step(); that one was dropped. Call optimizer.step() after each backward(), or put all "
-                "but the last into `with release.accumulate():`"
+                "but the last into `with release.accumulate():`; if it was one backward() with reentrant checkpoints, "
+                "pass use_reentrant=False to torch.utils.checkpoint"
             )
         if self._open is None:
             self._open = self._begin(optimizer)
@@ -293,6 +342,7 @@ class Release:
         """What ``optimizer.step()`` does: steps what has a gradient still, and closes the step."""
         optimizer, open_step = self._optimizer(), self._open
         assert optimizer is not None
+        self._forget_passes()
         if open_step is None:
             optimizer._step()
             self._free(self._names)
@@ -320,3 +370,26 @@ class Release:
         for p in params:
             if p in self._names:
                 p.grad = None
+
+
+class _Forward:
+    """The hook on a model's forward pass. Copies of the model have one that does nothing."""
+
+    def __init__(self, release: Release) -> None:
+        self._release = weakref.ref(release)
+
+    def __call__(self, _model: nn.Module, args: Any, kwargs: Any, returned: Any) -> None:
+        release = self._release()
+        if release is not None and not torch.compiler.is_compiling():
+            release._passed((args, kwargs), returned)
+
+    def __reduce__(self) -> Any:
+        return _no_hook, ()
+
+
+def _no_hook() -> Any:
+    return _nothing
+
+
+def _nothing(*_args: Any) -> None:
+    """A hook that does nothing."""

@@ -372,4 +372,4 @@ def make_states(
             state[p][scale_of(name)] = exponents_of(p)
         if name == "sum" and group["initial_accumulator_value"]:
             begin = torch.full_like(local_of(value), 0, dtype=arithmetic_dtype(p.dtype))
-            keep_moment(p, state[p], name, begin.fill_(group["initial_accumulator_value"]), dtype)
+            keep_moment(p, state[p], name, begin.fill_(float(group["initial_accumulator_value"])), dtype)

@@ -46,7 +46,7 @@ def reason_against(p: Tensor) -> str:
     if is_lazy(p):
         return "has no shape yet; run a forward pass before the first step"
     if p.layout != torch.strided:
-        return "sparse parameters are not supported; use a dense one"
+        return "sparse parameters are not supported; pass torch.nn.Parameter(parameter.detach().to_dense())"
     if p.is_complex():
         return (
             "complex parameters are not supported; make torch.view_as_real(parameter).detach() the nn.Parameter, and "
@@ -59,7 +59,10 @@ def reason_against(p: Tensor) -> str:
         return "is on the meta device; give it memory first (module.to_empty)"
     # Empty tensors share nothing, whatever their strides (channels_last has zeros there).
     if p.numel() and any(stride == 0 and size > 1 for size, stride in zip(p.shape, p.stride(), strict=True)):
-        return "is expanded (several elements share memory); pass a contiguous parameter"
+        return (
+            "is expanded (several elements share memory); pass torch.nn.Parameter(parameter.detach().clone()), which "
+            "has memory for each"
+        )
     if not is_estimated(p) and not has_memory(p):
         if type(p).__torch_dispatch__ is not Tensor.__torch_dispatch__ and not is_dtensor(p):
             return (

@@ -67,14 +67,16 @@ class Tables:
         self.groups, self._away = [], []
 
     @_outside_modes
-    def add_group(self, group: Group, tau: float, always_live: bool = False) -> None:
-        """Appends a neutral row for a group dict. ``always_live``: as if its live columns always degraded."""
-        self.groups.append(group)
-        self._always_live.append(always_live)
-        row = torch.tensor([neutral_row(tau)], dtype=torch.float64, device=self.rows.device)
-        self._live.append(dict.fromkeys(_LIVE_COLUMNS, 1.0))
-        self.rows = torch.cat([self.rows, row])
-        self.statistics = torch.cat([self.statistics, self.statistics.new_zeros(1, len(STATISTICS_COLUMNS))])
+    def add_groups(self, groups: list[tuple[Group, float, bool]]) -> None:
+        """Appends a neutral row for each ``(dict, tau, always_live)``; the latter: as if its live columns always
+        degraded."""
+        self.groups += [group for group, _, _ in groups]
+        self._always_live += [always_live for _, _, always_live in groups]
+        self._live += [dict.fromkeys(_LIVE_COLUMNS, 1.0) for _ in groups]
+        rows = [neutral_row(tau) for _, tau, _ in groups]
+        made = torch.tensor(rows, dtype=torch.float64, device=self.rows.device).view(len(groups), len(ROW_COLUMNS))
+        self.rows = torch.cat([self.rows, made])
+        self.statistics = torch.cat([self.statistics, self.statistics.new_zeros(len(groups), len(STATISTICS_COLUMNS))])
 
     def are_of(self, groups: list[Group]) -> bool:
         """Whether the rows are those of the groups in a list, in its order."""

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from aim_kernels.checks import OF_THE_WHOLE
 from aim_kernels.distributed import number_parameters
+from aim_kernels.groups import OF_THE_WHOLE, Members, check, check_ordered, completed, listed
 from aim_kernels.optimizer import AIMFusedOptimizer
 from aim_kernels.tables import KEYS, Tables
 
@@ -48,15 +48,37 @@ class AIMZeroRedundancyOptimizer(ZeroRedundancyOptimizer):
         group = torch.distributed.group.WORLD if process_group is None else process_group
         own = {name: options.pop(name) for name in OF_THE_WHOLE if name in options}
         make: Any = functools.partial(AIMFusedOptimizer, process_group=group, **own)
+        check_ordered(params)
         members = list(params)
+        dicts = [entry for entry in members if isinstance(entry, dict)]
+        for entry in dicts:
+            listed(entry)
+            _refuse_names(entry["params"])
+        _refuse_names(members)
+        before = [dict(entry) for entry in dicts]
         grouped = chain.from_iterable(entry["params"] if isinstance(entry, dict) else [entry] for entry in members)
         number_parameters(grouped)
-        super().__init__(members, make, group, parameters_as_bucket_view, **options)
+        self._members = Members()
+        try:
+            super().__init__(members, make, group, parameters_as_bucket_view, **options)
+        except Exception:
+            # torch has written options into them that may be what is wrong.
+            for entry, own in zip(dicts, before, strict=True):
+                entry.clear()
+                entry.update(own)
+            raise
         # Also where this process has no parameters: what it exchanges must be where the others' is.
         self.optim.tables.to(self._default_device)  # type: ignore[attr-defined]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, on all processes."""
+        listed(param_group)
+        _refuse_names(param_group["params"])
+        if self.initialized:
+            # Here, since torch adds it to the groups of all processes before the optimizer of this one sees its part.
+            defaults = {**self.optim.defaults, **self.optim._hidden_defaults}
+            full = completed(param_group, defaults, len(self.param_groups))
+            check(self.optim, self.param_groups, self._members, full)
         super().add_param_group(param_group)
         if self.initialized:
             number_parameters(chain.from_iterable(group["params"] for group in self.param_groups))
@@ -205,3 +227,10 @@ class AIMZeroRedundancyOptimizer(ZeroRedundancyOptimizer):
         self.optim.load_state_dict({"state": state, "param_groups": groups})
         self._sync_param_groups(self.optim.param_groups, self.param_groups)  # type: ignore[attr-defined]
         self._sync_params()  # type: ignore[attr-defined]
+
+
+def _refuse_names(params: list[Any]) -> None:
+    if any(isinstance(entry, tuple) for entry in params):
+        raise TypeError(
+            "params: ZeroRedundancyOptimizer takes no names, pass parameters() instead of named_parameters()"
+        )

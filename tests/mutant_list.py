@@ -142,8 +142,8 @@ MUTANTS = (
     Mutant(
         "hyperparameters read once",
         PLAN,
-        "if values != self._hyperparameters[number]:",
-        "if self._hyperparameters[number] is None:",
+        "if given == self._hyperparameters[number] and number not in self._in_tensors:",
+        "if self._hyperparameters[number] is not None:",
         "a learning rate compiled or cached in the first step: schedulers have no effect",
         (f"{MOVED}[change_lr-cpu]", "test_schedulers.py"),
     ),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from aim_kernels import packing
+from aim_kernels.checks import in_floats
 from aim_kernels.philox import MOMENT_STREAM, WEIGHT_STREAM, normals, rounding_bits
 from aim_kernels.rows import CONTROL, PHASES, ROW, STATISTIC, TENSOR_FLAGS
 from aim_kernels.states import (
@@ -80,7 +81,7 @@ def update(plan: StepPlan, indices: Iterable[int]) -> list[Sums]:
     sums = [Sums() for _ in plan.param_groups]
     for index in indices:
         p, number = plan.params[index], plan.group_of[index]
-        group, row, state = plan.param_groups[number], rows[number], plan.state_of(index)
+        group, row, state = in_floats(plan.param_groups[number]), rows[number], plan.state_of(index)
         live = (row[ROW[f"{following}_live_under"]], row[ROW[f"{following}_live_well"]])
         grad = plan.grads[index]
         undegraded = row[ROW["emitted_under"]] == row[ROW["emitted_well"]] == 1.0
@@ -142,7 +143,7 @@ def emit(plan: StepPlan) -> None:
         if "master" in state:
             row = rows[plan.group_of[index]]
             live = (row[ROW["emitted_under"]], row[ROW["emitted_well"]])
-            group = plan.param_groups[plan.group_of[index]]
+            group = in_floats(plan.param_groups[plan.group_of[index]])
             draw = draw_of(plan.tables.control.tolist(), index, ago=1)
             live = _live_of(plan, index, live)
             _emit(p, group, state, row[ROW["tau_prev"]], live, plan.anchor_of(index), draw)
@@ -173,7 +174,7 @@ def _update(
     taken = float(state["step"])
     held = _is_held(row, steps)
     t = taken if held else taken + 1
-    rule, lr, decay = group["rule"], float(group["lr"]), group["weight_decay"]
+    rule, lr, decay = group["rule"], group["lr"], group["weight_decay"]
     decoupled = rule in ("adamw", "lion")
     if group["decouple_lr"]:
         decay = decay / group["reference_lr"]
@@ -426,7 +427,7 @@ def _finish(plan: StepPlan, following: str, sums: list[Sums]) -> None:
     tables = plan.tables
     for number, (group, total) in enumerate(zip(plan.param_groups, sums, strict=True)):
         row = tables.rows[number].tolist()
-        kind, target = group["under_optimized"]
+        kind, target = in_floats(group)["under_optimized"]
         tau = row[ROW["tau"]]
         changed = {
             "tau_prev": tau,
@@ -440,7 +441,7 @@ def _finish(plan: StepPlan, following: str, sums: list[Sums]) -> None:
             held = _is_held(row, (row[ROW[f"{now}_step_under"]], row[ROW[f"{now}_step_well"]]))
             if kind == "fraction" and not math.isnan(total.under) and not held:
                 changed["tau"] = min(
-                    max(tau + group["threshold_rate"] * (total.under / total.numel - target), 0.0), 1.0
+                    max(tau + float(group["threshold_rate"]) * (total.under / total.numel - target), 0.0), 1.0
                 )
             tables.statistics[number] = torch.tensor(
                 [float(getattr(total, name)) for name in STATISTIC],

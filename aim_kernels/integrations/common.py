@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from aim_kernels.arguments import numbers_checked
 from aim_kernels.modulated import unwrapped
 from aim_kernels.modulation.aim import AIM
 from aim_kernels.optimizer import AIMFusedOptimizer
@@ -55,6 +56,7 @@ def true_state_dict(model: nn.Module, optimizer: AIMFusedOptimizer) -> Removable
 class Updates:
     """Calls ``aim.update(*samples())`` every so many epochs, also in a run that is resumed in mid-epoch."""
 
+    @numbers_checked
     def __init__(self, samples: Samples | None, every_n_epochs: int) -> None:
         if every_n_epochs < 1:
             raise ValueError(f"every_n_epochs must be at least 1, got {every_n_epochs}")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aim_kernels.arguments import numbers_checked
 from aim_kernels.modulated import unwrapped
 from aim_kernels.modulation.blocks import block_param_groups
 
@@ -144,6 +145,12 @@ class Method:
     starts: int = 0
     ends: int | None = None
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in cls.__dict__:
+            cls.__init__ = numbers_checked(cls.__init__)  # type: ignore[method-assign]
+
+    @numbers_checked
     def __init__(self, blocks: Blocks, optimizer: Any, *, seed: int = 0) -> None:
         optimizer = unwrapped(optimizer)
         if not hasattr(optimizer, "set_phase_rows"):

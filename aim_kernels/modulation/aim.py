@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aim_kernels.arguments import numbers_checked
 from aim_kernels.distributed import any_dtensor
 from aim_kernels.modulated import unwrapped
 from aim_kernels.modulation import trials
@@ -110,6 +111,7 @@ class AIM(Scoring):
     optimizer.
     """
 
+    @numbers_checked
     def __init__(
         self,
         model: nn.Module,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aim_kernels.arguments import numbers_checked
 from aim_kernels.distributed import averaged
 
 
@@ -46,6 +47,7 @@ class OGMGE:
     ``apply_to``.
     """
 
+    @numbers_checked
     def __init__(self, optimizer: Any, *, alpha: float = 1.0, apply_to: str = "grad", noise: float = 1.0) -> None:
         if apply_to not in ("grad", "step"):
             raise ValueError(f"unknown apply_to {apply_to!r}; it is 'grad' or 'step'")
