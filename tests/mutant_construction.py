@@ -238,9 +238,9 @@ MUTANTS = (
     ),
     Mutant(
         "a view as the parameter",
-        CHECKS,
-        'make torch.view_as_real(parameter).detach() the "',
-        'make torch.view_as_real(parameter) the "',
+        "aim_kernels/supported.py",
+        "make torch.view_as_real(parameter).detach() the nn.Parameter",
+        "make torch.view_as_real(parameter) the nn.Parameter",
         "a view is no leaf, and refused in its turn",
         (f"{ADVICE}::test_complex_parameters_as_real_ones",),
     ),

@@ -124,8 +124,8 @@ KERNELS = (
     Mutant(
         "eval() undoes edits",
         LIVE,
-        'self._refuse_open_step("eval()")\n        self._adopt_edits()',
-        'self._refuse_open_step("eval()")',
+        'step("eval()")\n        resets.restore(self)  # type: ignore[arg-type]\n        self._adopt_edits()',
+        'step("eval()")\n        resets.restore(self)  # type: ignore[arg-type]',
         "the master is copied over what was written",
         (f"{MEANWHILE}[bfloat16-after_eval]",),
     ),
@@ -229,8 +229,8 @@ KERNELS = (
     Mutant(
         "checkpoints lose frozen masters",
         CHECKPOINT,
-        'if "master" in values:  # frozen',
-        "if False:",
+        'if name != "anchor"}:  # frozen, or of others',
+        'if name not in ("anchor", "master")}:',
         "a resumed run takes the degraded weights for the true ones",
         ("test_frozen.py::test_resumed_bit_for_bit",),
     ),
