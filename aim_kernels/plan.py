@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from aim_kernels import distributed
-from aim_kernels.checks import check_hyperparameters, in_floats, name_of
+from aim_kernels.checks import check_hyperparameters, in_floats
+from aim_kernels.overlap import overlaps, waves_of
 from aim_kernels.own import WRITTEN, count_of, is_counted
 from aim_kernels.rows import FLAGS, GROUP_RECORD, MOMENTS, RULES, TENSOR_FLAGS, TENSOR_RECORD, WEIGHTS
 from aim_kernels.states import (
@@ -65,6 +65,8 @@ class StepPlan:
         exchange: how the sums of a step become those of all processes; None where this process has everything.
         waves: numbers of the parameters, in lists to be stepped one after the other, if parameters share memory that a
             step writes; None if none do.
+        staged: copies in which parameters are stepped that fill no aligned block of memory, by their numbers.
+        itemsize: bytes of an element, by parameter.
         launch, pieces: the same tables on devices, and those of single parameters; made by those backends that need
             them.
     """
@@ -108,7 +110,7 @@ class StepPlan:
         # The states that records point to, by parameter and name: others are nobody's business here.
         self._known: dict[Tensor, dict[str, Tensor]] = {}
         # Parameters whose elements do not fill one aligned block are stepped in a contiguous copy.
-        self._staged: dict[int, Tensor] = {}
+        self.staged: dict[int, Tensor] = {}
         # Gradients copied into the memory order of their parameters, alive during the step.
         self._matched: list[Tensor] = []
         self._written: list[Tensor] = []
@@ -136,17 +138,17 @@ class StepPlan:
             records["offset"] = np.minimum(offsets, records["first"])
         records["group"] = self.group_of
         records["dtype"] = [DTYPE_NUMBER[p.dtype] for p in params]
-        self._itemsize = np.array([p.element_size() for p in params], np.uint64)
+        self.itemsize = np.array([p.element_size() for p in params], np.uint64)
         records["param"] = [p.data_ptr() for p in params]
         for index, p in enumerate(params):
             if not is_dense(p) or p.data_ptr() % p.element_size():
                 buffer = torch.empty(p.shape, dtype=p.dtype, device=p.device)
-                self._staged[index] = buffer
+                self.staged[index] = buffer
                 records["param"][index] = buffer.data_ptr()
             self._read_state(index)
-        self.waves = self._waves()
+        self.waves = waves_of(self)
         # The strides of a gradient that can be read as it is.
-        strides = [_contiguous_strides(p) if index in self._staged else p.stride() for index, p in enumerate(params)]
+        strides = [_contiguous_strides(p) if index in self.staged else p.stride() for index, p in enumerate(params)]
         self._watch = watch_over(self.param_groups, self.owners, self._idle, strides, self.state, self._known)
         self._decisive = list(map(_decisive, self.param_groups))
         # A tensor can be given other memory and stay the same object (tensor.data = ...); the old one must not go.
@@ -216,52 +218,11 @@ class StepPlan:
         owner = self.owners[index]
         self._known.setdefault(owner, {})[name] = self.state[owner][name]
 
-    def _waves(self) -> list[list[int]] | None:
-        """Parameters that share memory are stepped one after the other, in their order, as torch.optim steps them."""
-        records = self.records
-        begins, ends, owners = [], [], []
-        for field, size in self._written_fields():
-            there = np.flatnonzero((records[field] != 0) & (records["numel"] != 0))
-            begins.append(records[field][there].astype(np.int64))
-            ends.append(begins[-1] + (size * records["numel"])[there])
-            owners.append(there)
-        for index in self._staged:  # written in a copy first
-            p = self.params[index]
-            extent = sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True)) + 1
-            begins.append(np.array([p.data_ptr()]))
-            ends.append(begins[-1] + extent * p.element_size())
-            owners.append(np.array([index]))
-        pairs = _overlaps(np.concatenate(begins), np.concatenate(ends), np.concatenate(owners))
-        if not pairs:
-            return None
-        for pair in pairs:
-            if self.exchange is not None or records["master"][list(pair)].any():
-                names = " and ".join(
-                    name_of(self.param_groups, number, index - self.group_of.index(number))
-                    for index, number in ((index, self.group_of[index]) for index in pair)
-                )
-                raise RuntimeError(
-                    f"{names} share memory, which neither live weights nor steps of several processes can have; make "
-                    "them one parameter"
-                )
-        wave = [0] * len(records)
-        for first, later in sorted(pairs, key=lambda pair: (pair[1], pair[0])):
-            wave[later] = max(wave[later], wave[first] + 1)
-        return [[index for index, at in enumerate(wave) if at == number] for number in range(max(wave) + 1)]
-
-    def _written_fields(self) -> list[tuple[str, NDArray[np.int64]]]:
-        """What a step writes: fields of the records, and the bytes that an element takes there."""
-        wide = np.where(self._itemsize == 8, 8, 4).astype(np.int64)
-        moment = np.select([self.records["moments"] == 1, self.records["moments"] == 2], [2, 1], wide)
-        sizes = {"param": self._itemsize.astype(np.int64), "master": wide, "ema": wide, "rest": wide * 0 + 2}
-        sizes |= dict.fromkeys(("exp_avg", "exp_avg_sq", "extra"), moment)
-        return list(sizes.items())
-
     def _in_order(self, index: int, tensor: Tensor, kind: torch.dtype) -> Tensor:
         """A state in the type and memory order that the kernel reads: itself, or a copy where the parameter was laid
         out anew."""
         p = self.params[index]
-        flat = index in self._staged or p.is_contiguous()
+        flat = index in self.staged or p.is_contiguous()
         if tensor.dtype == kind and (tensor.is_contiguous() if flat else tensor.stride() == p.stride()):
             return tensor
         strides = _contiguous_strides(p) if flat else p.stride()
@@ -305,7 +266,7 @@ class StepPlan:
             return False
         records["grad"] = addresses
         self._matched = []
-        odd = self._odd | (addresses % self._itemsize != 0)
+        odd = self._odd | (addresses % self.itemsize != 0)
         for index in odd.nonzero()[0] if odd.any() else ():
             grad = self.grads[index]
             assert grad is not None
@@ -339,9 +300,9 @@ class StepPlan:
         records = self.records
         there = np.flatnonzero((records["grad"] != 0) & (records["numel"] != 0))
         begin = records["grad"][there].astype(np.int64)
-        end = begin + records["numel"][there] * self._itemsize[there].astype(np.int64)
+        end = begin + records["numel"][there] * self.itemsize[there].astype(np.int64)
         records["zero_grad"] = 1
-        for pair in _overlaps(begin, end, there):
+        for pair in overlaps(begin, end, there):
             records["zero_grad"][list(pair)] = 0
 
     def _take_local(self) -> bool:
@@ -357,7 +318,7 @@ class StepPlan:
     def _match(self, index: int, grad: Tensor) -> int:
         """Address of the gradient's values in the memory order of its parameter."""
         p = self.params[index]
-        flat = index in self._staged or p.is_contiguous()
+        flat = index in self.staged or p.is_contiguous()
         same = grad.is_contiguous() if flat else grad.stride() == p.stride()
         # Values in memory as they are: autograd makes gradients that are to be negated when they are read.
         plain = not (grad.is_neg() or grad._is_zerotensor())
@@ -449,14 +410,14 @@ class StepPlan:
     # -- around the kernel -------------------------------------------------------------------------------------------
 
     def load_staged(self, indices: Iterable[int] | None = None) -> None:
-        for index in self._staged if indices is None or not self._staged else indices:
-            if index in self._staged:
-                self._staged[index].copy_(self.params[index])
+        for index in self.staged if indices is None or not self.staged else indices:
+            if index in self.staged:
+                self.staged[index].copy_(self.params[index])
 
     def store_staged(self, indices: Iterable[int] | None = None) -> None:
-        for index in self._staged if indices is None or not self._staged else indices:
-            if index in self._staged:
-                self.params[index].copy_(self._staged[index])
+        for index in self.staged if indices is None or not self.staged else indices:
+            if index in self.staged:
+                self.params[index].copy_(self.staged[index])
 
     # -- one parameter at a time (release.py) -------------------------------------------------------------------------
 
@@ -558,22 +519,6 @@ def _decisive(group: dict[str, Any]) -> tuple[Any, ...]:
         group["master"],
         group["ema_decay"] is None,
     )
-
-
-def _overlaps(begin: NDArray[np.int64], end: NDArray[np.int64], owner: NDArray[np.int64]) -> set[tuple[int, int]]:
-    """Pairs of owners, the lesser first, of which some ranges [begin, end) of addresses overlap."""
-    order = np.argsort(begin, kind="stable")
-    begin, end, owner = begin[order], end[order], owner[order]
-    if not (begin[1:] < np.maximum.accumulate(end)[:-1]).any():
-        return set()
-    pairs = set()
-    for i in range(len(begin)):
-        for j in range(i + 1, len(begin)):
-            if begin[j] >= end[i]:
-                break
-            if owner[i] != owner[j]:
-                pairs.add((min(int(owner[i]), int(owner[j])), max(int(owner[i]), int(owner[j]))))
-    return pairs
 
 
 def _contiguous_strides(p: Tensor) -> tuple[int, ...]:

@@ -53,15 +53,15 @@ MUTANTS = (
     Mutant(
         "copy without copying back",
         PLAN,
-        "self.params[index].copy_(self._staged[index])",
-        "self.params[index].contiguous().copy_(self._staged[index])",
+        "self.params[index].copy_(self.staged[index])",
+        "self.params[index].contiguous().copy_(self.staged[index])",
         "DeepSpeed cpu_adam_impl.cpp: params.contiguous(), stepped in place, thrown away",
         ("test_layouts.py::test_parameter_layouts[sliced-ones]",),
     ),
     Mutant(
         "staging buffer not loaded",
         PLAN,
-        "self._staged[index].copy_(self.params[index])",
+        "self.staged[index].copy_(self.params[index])",
         "pass",
         "the copy of the first step is stepped on, whatever was written to the parameter since",
         ("test_layouts.py::test_parameter_layouts[sliced-ones]",),

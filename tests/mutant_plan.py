@@ -5,7 +5,7 @@ from __future__ import annotations
 from mutant_list import CHECKS, OPTIMIZER, PLAN, STATES, WATCH, Mutant
 
 TABLES = "aim_kernels/tables.py"
-RESETS, SUPPORTED = "aim_kernels/resets.py", "aim_kernels/supported.py"
+RESETS, SUPPORTED, OVERLAP = "aim_kernels/resets.py", "aim_kernels/supported.py", "aim_kernels/overlap.py"
 MOVES = "test_binding.py::test_a_watch_notices_whatever_moves"
 RESET = "test_resets.py::test_a_reset_leaves_the_true_weights_in_the_module"
 ANY = "test_any_parameter.py::test_a_frozen_parameter_of_any_kind_is_left_alone"
@@ -75,15 +75,15 @@ PLAN_BUGS = (
     ),
     Mutant(
         "parameters that share memory race",
-        PLAN,
-        "        if not pairs:\n            return None\n        for pair in pairs:\n            if self.exchange",
-        "        if pairs:\n            return None\n        for pair in pairs:\n            if self.exchange",
+        OVERLAP,
+        "    if not pairs:\n",
+        "    if pairs:\n",
         "threads step the same elements at the same time, from the same old values",
         ("test_memory.py::test_parameters_over_one_memory_take_turns[same-adamw-cpu]",),
     ),
     Mutant(
         "turns in any order",
-        PLAN,
+        OVERLAP,
         "wave[later] = max(wave[later], wave[first] + 1)",
         "wave[later] = 1",
         "the third of three parameters over one memory is stepped with the second",
