@@ -65,6 +65,12 @@ class Members:
                     f"{checks.name_in(group, number, index)}: can't optimize a non-leaf Tensor, one that is computed "
                     "from others; pass those, or make it one of its own: torch.nn.Parameter(tensor.detach())"
                 )
+        names = group.get("param_names") or []
+        if None in names:
+            raise ValueError(
+                f"group {number}: all optimizer params should be with/without names, parameter {names.index(None)} has "
+                "none; give (name, parameter) pairs or parameters only"
+            )
         if groups and ("param_names" in group) != ("param_names" in groups[0]):
             kind = "with" if "param_names" in group else "without"
             raise ValueError(
@@ -112,16 +118,12 @@ def check_ordered(params: Any) -> None:
 
 
 def completed(param_group: Group, defaults: Group, number: int) -> Group:
-    """The group as the optimizer would have it, in a dict of its own: with all options, and its names apart.
-
-    Raises ValueError: some parameters have names, others have none.
-    """
+    """The group as the optimizer would have it, in a dict of its own: with all options, and its names apart (None:
+    there is none)."""
     # A flattened checkpoint is asked for what groups have: state_dict() fills these in.
     group = {**defaults, **param_group, **dict.fromkeys(KEYS)}
-    pairs = [entry for entry in group["params"] if isinstance(entry, tuple)]
-    if pairs:
-        if len(pairs) != len(group["params"]):
-            raise ValueError(f"group {number}: all optimizer params should be with/without names; some have none")
+    pairs = [entry if isinstance(entry, tuple) else (None, entry) for entry in group["params"]]
+    if any(isinstance(entry, tuple) for entry in group["params"]):
         group["param_names"], group["params"] = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     if group["weight_decay"] is None:
         group["weight_decay"] = _DEFAULT_DECAY.get(group["rule"], 0.0)
