@@ -108,8 +108,8 @@ MUTANTS = (
     Mutant(
         "strings as flags",
         CHECKS,
-        "    for option in _FLAGS:\n        check_flag(option + where, group[option])\n",
-        "",
+        "        if group[option] is not False:  # most are\n",
+        "        if False:\n",
         "nesterov='False' is true",
         (f"{NUMBERS}::test_flags[nesterov-'False']",),
     ),
