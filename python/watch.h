@@ -350,7 +350,7 @@ class Watch {
   mutable PyTypeObject* plain_[2] = {};  // the latest classes that were found to be plain
   std::vector<bool> idle_;
   std::vector<Look> seen_, states_seen_;
-  std::vector<size_t> begins_;  // of each key's states among them
+  std::vector<size_t> begins_;     // of each key's states among them
   std::vector<Kept> states_kept_;  // null: one that has to be asked by its methods
   std::vector<std::vector<int64_t>> strides_;
   Look now_;

@@ -127,13 +127,12 @@ def test_a_constructor_can_be_tried_again(wrong: str, kind: str) -> None:
 
 def failing(ps: list[nn.Parameter]) -> dict[str, tuple[type[Exception], str, Iterable[Any], dict[str, Any]]]:
     new = parameters(2, seed=1)
-    with torch.no_grad():
-        whole = torch.ones(2, dtype=torch.int64)
+    imaginary = torch.ones(2, dtype=torch.complex64, requires_grad=True)
     made = new[0] * 2
     return {
         "twice": (ValueError, "parameter 1 of group 1.*group 0", (p for p in [new[0], ps[0]]), {}),
         "in itself": (ValueError, "parameter 1 of group 1.*more than once", (p for p in [new[0], new[0]]), {}),
-        "type": (ValueError, "parameter 0 of group 1.*int64", (p for p in [whole]), {}),
+        "type": (ValueError, "parameter 0 of group 1.*complex", (p for p in [imaginary]), {}),
         "no tensor": (TypeError, "parameter 1 of group 1.*expected a tensor, got str", iter([new[0], "w"]), {}),
         "computed": (ValueError, "parameter 1 of group 1.*can't optimize a non-leaf", iter([new[0], made]), {}),
         "names": (ValueError, "group 1.*with/without names", iter([("w", new[0])]), {}),
