@@ -394,7 +394,7 @@ class AIMFusedOptimizer(LiveWeights):
             # Also of parameters that meet no gradient now: once there is a plan, nobody asks again.
             params = [p for p in group["params"] if live or is_stepped(p) or "step" in self.state.get(p, ())]
             home = self._tables.rows.device
-            if live:
+            if self.tables.degrades(number):
                 checks.check_degradable(self.param_groups, number, home)
             params = [p for p in params if not is_idle(p, home)]
             if live:

@@ -88,6 +88,17 @@ def test_a_frozen_parameter_of_any_kind_is_left_alone(kind: str, first: bool, op
         same_bits(ours, alone)
 
 
+def test_what_cannot_be_degraded_with_its_block_is_named() -> None:
+    odd, p = nn.Parameter(torch.zeros(4, dtype=torch.int8), requires_grad=False), nn.Parameter(torch.ones(3))
+    block = {"params": [("odd", odd), ("p", p)], "modality": "a", "depth": 0, "modulated": True}
+    optimizer = ak.AIMFusedOptimizer([block])
+    optimizer.set_strength("a", 0, 0.5)
+    p.grad = torch.ones(3)
+    with pytest.raises(RuntimeError, match=r"'odd'.*degraded.*int8"):
+        optimizer.step()
+    assert (p == 1).all()
+
+
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
 @pytest.mark.parametrize("kind", KINDS)
 def test_with_a_gradient_it_is_named(kind: str) -> None:
