@@ -57,7 +57,7 @@ def name_in(group: Group, number: int, index: int) -> str:
 
 
 def _on_device(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.device.type != "cpu"
+    return type(value) is not float and isinstance(value, Tensor) and value.device.type != "cpu"
 
 
 def may_differ(value: Any, number: float) -> bool:
@@ -68,7 +68,8 @@ def may_differ(value: Any, number: float) -> bool:
 def check_number(name: str, value: Any, low: float, high: float = float("inf"), *, high_open: bool = False) -> None:
     """Raises ValueError unless ``low <= value <= high`` (``< high`` if ``high_open``), on NaN, and on what is no real
     number of Python, numpy or torch."""
-    check_real(name, value)
+    if type(value) is not float:  # most are
+        check_real(name, value)
     try:
         number = float(value)
     except OverflowError as error:
@@ -126,7 +127,8 @@ def check_hyperparameters(group: Group, number: int) -> None:
     if group["rule"] not in RULES:
         raise ValueError(f"rule{where}: unknown rule {group['rule']!r}; choose one of {', '.join(RULES)}")
     for option in _FLAGS:
-        check_flag(option + where, group[option])
+        if group[option] is not False:  # most are
+            check_flag(option + where, group[option])
     if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
         raise ValueError(
             f"lr{where}: a tensor learning rate must have one element, got shape {tuple(group['lr'].shape)}"

@@ -7,6 +7,7 @@ under the kernel, and notices when a state was replaced.
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -38,10 +39,13 @@ except ImportError:  # the reference backend works without the extension; its pl
     _C = None
 
 #: Options that a record is made of, beside lr, betas and under_optimized.
-_READ = (
+_READ = operator.itemgetter(
     *("rule", "eps", "weight_decay", "momentum", "dampening", "nesterov", "amsgrad", "alpha", "centered", "lr_decay"),
     *("decouple_lr", "reference_lr", "maximize", "ema_decay", "measure", "threshold_rate", "initial_accumulator_value"),
 )
+
+#: Types of options that nobody can write in place.
+_PLAIN = {float, int, bool, str, type(None)}
 
 _AMSGRAD, _CENTERED = FLAGS["amsgrad"], FLAGS["centered"]
 _MOMENTS = {torch.bfloat16: MOMENTS.index("bfloat16"), torch.uint8: MOMENTS.index("int8")}
@@ -94,7 +98,7 @@ class StepPlan:
         self.groups = np.zeros(len(self.param_groups), GROUP_RECORD)
         self.lr_tensors: dict[int, Tensor] = {}
         self._hyperparameters: list[Any] = [None] * len(self.param_groups)
-        self._in_tensors: set[int] = set()  # groups of which some are tensors
+        self._in_tensors: set[int] = set()  # groups of which some may be tensors
         # What gradients are multiplied by: the sign of each group, and a scale of all. None: not yet.
         self._signs = np.ones(len(self.param_groups))
         self._scale: float | None = None
@@ -329,17 +333,17 @@ class StepPlan:
                 else:
                     lr = float(lr)
             # As they were given, so that a string is not taken for the number that it spells.
-            given = (lr, *group["betas"], *group["under_optimized"], *map(group.__getitem__, _READ))
+            given = (lr, *group["betas"], *group["under_optimized"], *_READ(group))
             if given == self._hyperparameters[number] and number not in self._in_tensors:
                 continue
             check_hyperparameters(group, number)
             self._take_hyperparameters(number, in_floats({**group, "lr": lr}))
             self._hyperparameters[number] = given
             # Whoever has the tensor may write it, which none of the above would see.
-            if any(isinstance(value, Tensor) for value in given):
-                self._in_tensors.add(number)
-            else:
+            if _PLAIN.issuperset(map(type, given)):
                 self._in_tensors.discard(number)
+            else:
+                self._in_tensors.add(number)
         scale *= self.clip_factor
         if scale != self._scale:  # NaN too
             self.groups["scale"] = self._signs * scale

@@ -116,9 +116,9 @@ MUTANTS = (
     Mutant(
         "numbers compared by their worth",
         PLAN,
-        '            given = (lr, *group["betas"], *group["under_optimized"], *map(group.__getitem__, _READ))\n',
+        '            given = (lr, *group["betas"], *group["under_optimized"], *_READ(group))\n',
         "            lr = float(lr)\n"
-        '            given = (lr, *group["betas"], *group["under_optimized"], *map(group.__getitem__, _READ))\n',
+        '            given = (lr, *group["betas"], *group["under_optimized"], *_READ(group))\n',
         "a learning rate that becomes a string between steps is converted before anybody looks",
         (f"{NUMBERS}::test_a_string_that_spells_the_number_that_was_there_is_none_either",),
     ),
