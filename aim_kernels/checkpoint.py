@@ -48,8 +48,9 @@ _FLOATS = (torch.float32, torch.float64, *_HALVES)
 def complete(state_dict: dict[str, Any], optimizer: AIMFusedOptimizer) -> dict[str, Any]:
     """Adds each group's row, statistics and the control table to torch's state dict, as plain numbers, and anchors of
     parameters that have no state yet."""
+    tables = optimizer.tables
     for number, group in enumerate(state_dict["param_groups"]):
-        group.update(optimizer.tables.to_lists(number))
+        group.update(tables.to_lists(number))
         rule = group["rule"]
         for key, p in zip(group["params"], optimizer.param_groups[number]["params"], strict=True):
             if key in state_dict["state"] and distributed.is_dtensor(p):
@@ -88,8 +89,9 @@ def load(optimizer: AIMFusedOptimizer, state_dict: dict[str, Any]) -> None:
     saved_groups = in_order_of(optimizer.param_groups, saved_groups)
     groups = _merged_groups(optimizer, saved_groups, saved_states)
     tables_saved = [{key: group[key] for key in KEYS if group.get(key) is not None} for group in saved_groups]
+    tables = optimizer.tables
     for number, saved in enumerate(tables_saved):
-        optimizer.tables.check_lists(number, saved)
+        tables.check_lists(number, saved)
     state = {}
     for place, p, saved in _pairs(groups, saved_groups, saved_states):
         present = _present(groups[place[0]]["rule"], saved, optimizer.state.get(p, {}))
@@ -108,7 +110,7 @@ def load(optimizer: AIMFusedOptimizer, state_dict: dict[str, Any]) -> None:
     others = {key: copied(value) for key, value in saved_states.items() if key not in known}
 
     for number, saved in enumerate(tables_saved):
-        optimizer.tables.from_lists(number, saved)
+        tables.from_lists(number, saved)
         groups[number] |= dict.fromkeys(KEYS)
     anchors = {p: s["anchor"] for p, s in optimizer.state.items() if isinstance(p, Tensor) and "anchor" in s}
     anchors |= optimizer._anchors
@@ -121,17 +123,15 @@ def load(optimizer: AIMFusedOptimizer, state_dict: dict[str, Any]) -> None:
             continue
         if rest := {name: value for name, value in values.items() if name != "anchor"}:  # frozen, or of others
             optimizer.state[p] = rest
-        if p in anchors and "master" in values:
-            optimizer.state[p]["anchor"] = anchors[p]
-        elif p in anchors:  # torch.distributed.checkpoint makes states only where there are none
+        if p in anchors:  # torch.distributed.checkpoint makes states only where there are none
             optimizer._anchors[p] = anchors[p]
     optimizer.state.update(others)
     optimizer.param_groups[:] = groups
-    optimizer._tables.groups = list(groups)
+    tables.groups = list(groups)
     for number, group in enumerate(groups):
         for p in group["params"]:
             if "step" in optimizer.state.get(p, ()):
-                conform(group, p, optimizer.state[p], optimizer.tables.has_live_weights(number))
+                conform(group, p, optimizer.state[p], tables.has_live_weights(number))
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)
 

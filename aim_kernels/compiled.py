@@ -154,7 +154,7 @@ class GraphInputs:
         optimizer = self.optimizer()
         assert optimizer is not None
         params = optimizer.param_groups[number]["params"]
-        if optimizer.tables.has_live_weights(number) or any("master" in optimizer.state.get(p, ()) for p in params):
+        if optimizer._tables.has_live_weights(number) or any("master" in optimizer.state.get(p, ()) for p in params):
             if first is None:
                 first = sum(len(group["params"]) for group in optimizer.param_groups[:number])
             self.emits[first : first + len(params)] = [True] * len(params)

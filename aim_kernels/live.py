@@ -31,7 +31,6 @@ class LiveWeights(Modulated):
     _in_true_pass: bool  # true weights are in the module until the next step, or may be
     _release: Release | None
     _known_masters: resets.Masters
-    _anchors: dict[Tensor, Tensor]  # of parameters without states
     _leaving: set[int]  # groups whose masters the next step makes superfluous
 
     if TYPE_CHECKING:  # optimizer.py has them
@@ -150,8 +149,11 @@ class LiveWeights(Modulated):
         step's kernel would. By value, since writes through ``.data`` leave no trace; waits for no device."""
         if self._holds_averages:
             return
+        tables = self.tables
         for number, group in enumerate(self.param_groups):
-            emitted = self.tables.rows[number, ROW["emitted_under"] : ROW["emitted_well"] + 1]
+            if not any("master" in self.state.get(p, ()) for p in group["params"]):
+                continue
+            emitted = tables.rows[number, ROW["emitted_under"] : ROW["emitted_well"] + 1]
             undegraded = None if self._holds_true_weights else (emitted == 1.0).all()
             if undegraded is not None and undegraded.device.type == "cpu" and not undegraded:
                 continue
@@ -159,7 +161,7 @@ class LiveWeights(Modulated):
                 master = self.state.get(p, {}).get("master")
                 if master is None:
                     continue
-                if undegraded is None or adopts_edits(self.tables, number, group, p):
+                if undegraded is None or adopts_edits(tables, number, group, p):
                     adopt_edits(p, master, undegraded)
 
     def _masters(self) -> list[tuple[Tensor, Tensor]]:
@@ -195,7 +197,7 @@ class LiveWeights(Modulated):
 
     def _trains_on_live_weights(self) -> bool:
         groups = range(len(self.param_groups))
-        return bool(self._masters()) or any(self.tables.has_live_weights(number) for number in groups)
+        return bool(self._masters()) or any(map(self.tables.has_live_weights, groups))
 
     def _drop_masters(self, plan: StepPlan, among: set[int] | None = None) -> None:
         """Where no phase degrades weights any more, the live weights just written are the true ones. ``among``: groups
@@ -214,8 +216,6 @@ class LiveWeights(Modulated):
                 master = plan.state[stepped]["master"]
                 del state["master"]
                 if "step" not in state:  # frozen: the module holds it to the bit
-                    if "anchor" in state:
-                        self._anchors[p] = state["anchor"]
                     del self.state[p]
                 elif (kind := weights_of(group, p)) not in (None, "stochastic"):
                     place_weights(stepped, state, master, kind)
@@ -233,7 +233,7 @@ class LiveWeights(Modulated):
 
     def _note_live_weights(self, number: int) -> None:
         """After a change of rows: masters are to be made, or dropped once the next step has written true weights."""
-        live, params = self.tables.has_live_weights(number), self.param_groups[number]["params"]
+        live, params = self._tables.has_live_weights(number), self.param_groups[number]["params"]
         complete = all("master" in self.state.get(p, ()) for p in params)
         leaves = not live and self._superfluous_masters(number)
         if leaves or (live and not complete):

@@ -150,8 +150,9 @@ class Modulated(torch.optim.Optimizer):
     @outside_graphs
     def modulation(self) -> list[dict[str, Any]]:
         """The rows as the next step will apply them, one dict a group."""
+        tables = self.tables
         return [
-            {"modality": group["modality"], "depth": group["depth"], **self.tables.public_row(number)}
+            {"modality": group["modality"], "depth": group["depth"], **tables.public_row(number)}
             for number, group in enumerate(self.param_groups)
         ]
 

@@ -389,12 +389,13 @@ class AIMFusedOptimizer(LiveWeights):
 
     def _make_state(self, is_stepped: Callable[[Tensor], bool] = _has_gradient, *, masters: bool = True) -> None:
         """States of parameters that meet their first gradient, and masters where live weights are to exist."""
+        tables = self.tables
+        home = tables.rows.device
         for number, group in enumerate(self.param_groups):
-            live = self.tables.has_live_weights(number)
+            live = tables.has_live_weights(number)
             # Also of parameters that meet no gradient now: once there is a plan, nobody asks again.
             params = [p for p in group["params"] if live or is_stepped(p) or "step" in self.state.get(p, ())]
-            home = self._tables.rows.device
-            if self.tables.degrades(number):
+            if tables.degrades(number):
                 checks.check_degradable(self.param_groups, number, home)
             params = [p for p in params if not is_idle(p, home)]
             if live:
@@ -403,8 +404,6 @@ class AIMFusedOptimizer(LiveWeights):
                 for p, frozen in stays.items():
                     if frozen and masters and not self.state.get(p):
                         self.state[p] = {"master": master_of(p)}
-                        if p in self._anchors:
-                            self.state[p]["anchor"] = self._anchors.pop(p)
             self._make_states_of(group, params, live=live, masters=masters)
             if not live and self._superfluous_masters(number):
                 self._leaving.add(number)
@@ -449,7 +448,7 @@ class AIMFusedOptimizer(LiveWeights):
             checks.check_hyperparameters(group, number)
             checks.check_measure(group, number, self.backend)
             checks.check_anchor(group, number, self.anchor)
-            checks.check_parameters(group, number, group["params"], self.tables.rows.device, earlier)
+            checks.check_parameters(group, number, group["params"], self._tables.rows.device, earlier)
             earlier.update(dict.fromkeys(map(id, group["params"]), number))
         checks.check_meshes(self.param_groups, self.process_group)
         if self.process_group is not None or distributed.any_dtensor(self.param_groups):
