@@ -108,10 +108,10 @@ def test_a_pickle_of_an_earlier_release() -> None:
     state = optimizer.__getstate__()
     for name in ("process_group", "sync_every", "keep_masters", "max_grad_norm", "_anchors", "_hidden_defaults"):
         del state[name]
-    tables = copy.copy(state["tables"])
+    tables = copy.copy(state["_tables"])
     old = {name: value for name, value in vars(tables).items() if name not in ("_always_live", "_arrays")}
-    state["tables"] = ak.tables.Tables.__new__(ak.tables.Tables)
-    state["tables"].__setstate__(old)
+    state["_tables"] = ak.tables.Tables.__new__(ak.tables.Tables)
+    state["_tables"].__setstate__(old)
     again = ak.AIMFusedOptimizer.__new__(ak.AIMFusedOptimizer)
     again.__setstate__(pickle.loads(pickle.dumps(state)))
     same_bits(frozen(optimizer), frozen(again))

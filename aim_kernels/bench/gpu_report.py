@@ -264,7 +264,7 @@ class Record:
 
 def read(table: Path) -> list[GpuResult]:
     """The lines of a results file; none where there is no such file, or one of other columns."""
-    if not table.exists():
+    if not table.is_file():
         return []
     kinds = {field.name: {"int": int, "float": float}.get(str(field.type), str) for field in fields(GpuResult)}
     with table.open(newline="", encoding="utf-8") as file:
