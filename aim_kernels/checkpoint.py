@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from aim_kernels import checks, distributed
+from aim_kernels import checks, distributed, resets
 from aim_kernels.matching import described, in_order_of, parts_of_checkpoint, rules_of
 from aim_kernels.own import STATES, copied, count_of, is_own, own_states
 from aim_kernels.packing import blocks_of
@@ -109,6 +109,7 @@ def load(optimizer: AIMFusedOptimizer, state_dict: dict[str, Any]) -> None:
     known = {key for group in saved_groups for key in group["params"]}
     others = {key: copied(value) for key, value in saved_states.items() if key not in known}
 
+    resets.restore_all(optimizer)
     for number, saved in enumerate(tables_saved):
         tables.from_lists(number, saved)
         groups[number] |= dict.fromkeys(KEYS)

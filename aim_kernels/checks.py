@@ -321,6 +321,14 @@ def check_states(
                         f"{name_of(groups, number, index)}: its state {key} has {value.numel()} exponents on "
                         f"{value.device}, which do not fit its elements; {advice}"
                     )
+                if value.dtype == torch.uint8 and f"{key}_scale" not in state.get(p, {}):
+                    raise RuntimeError(
+                        f"{name_of(groups, number, index)}: its state {key} is in 8 bits, and {key}_scale is gone; "
+                        f"{advice}"
+                    )
+                local = distributed.local_of(value)
+                if not is_estimated(value) and (local._is_zerotensor() or not has_memory(local)):
+                    raise RuntimeError(f"{name_of(groups, number, index)}: its state {key} has no memory; {advice}")
                 if not distributed.placed_alike(value, p):
                     raise RuntimeError(
                         f"{name_of(groups, number, index)}: its state {key} is {_placement(value)}, the parameter "

@@ -227,7 +227,7 @@ def _pack_masters(
                 state[p]["master"] = buffer.as_strided(p.shape, strides, offset).copy_(_resolve(master, elsewhere))
                 offset += length
             optimizer._plan = None
-            optimizer._known_masters.note(state)
+            optimizer._known_masters.note(optimizer.param_groups, state)
         result.append(buffer)
     return result
 

@@ -54,7 +54,8 @@ class Members:
     def check(self, groups: list[Group], group: Group, process_group: Any, device: torch.device | None) -> None:
         """Raises on parameters that cannot join ``groups``, which are on ``device`` (None: ask the parameters).
         ``group`` is complete."""
-        if self._count != len(groups) or (groups and self._last is not groups[-1]):  # edited by hand
+        edited = self._count != len(groups) or (groups and self._last is not groups[-1])
+        if edited or any(id(p) in self._numbers for p in group["params"]):  # or taken out of their group since
             self._learn(groups, process_group)
         number, params = len(groups), group["params"]
         here = (device or self.device) if self.device is not None else home_of(_tensors(params))

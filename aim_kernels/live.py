@@ -46,7 +46,7 @@ class LiveWeights(Modulated):
         if self._holds_true_weights:
             return
         self._refuse_open_step("eval()")
-        resets.restore(self)  # type: ignore[arg-type]
+        self._restore_astray()
         self._adopt_edits()
         masters = self._masters()
         for p, master in masters:
@@ -127,7 +127,7 @@ class LiveWeights(Modulated):
 
         The step reads the masters and writes the next live weights over them, so nothing is to be put back.
         """
-        resets.restore(self)  # type: ignore[arg-type]
+        self._restore_astray()
         self._adopt_edits()
         masters = self._masters()
         for p, master in masters:
@@ -143,6 +143,9 @@ class LiveWeights(Modulated):
         if self._in_true_pass:
             self._adopt_edits()
             self._emit()
+
+    def _restore_astray(self) -> None:
+        resets.restore(self)  # type: ignore[arg-type]
 
     def _adopt_edits(self) -> None:
         """Masters take what was written to the module since the last step while it held undegraded weights, as the next
@@ -166,10 +169,10 @@ class LiveWeights(Modulated):
 
     def _masters(self) -> list[tuple[Tensor, Tensor]]:
         return [
-            (p, self.state[p]["master"])
+            (p, master)
             for group in self.param_groups
             for p in group["params"]
-            if "master" in self.state.get(p, ())
+            if (master := self.state.get(p, {}).get("master")) is not None
         ]
 
     # -- masters ------------------------------------------------------------------------------------------------------
@@ -222,7 +225,7 @@ class LiveWeights(Modulated):
                 if master.is_cuda:  # the step may still be under way, on any stream
                     master.record_stream(torch.cuda.current_stream(master.device))
         self._leaving = self._leaving - leaving
-        self._known_masters.note(self.state)
+        self._known_masters.note(self.param_groups, self.state)
         self._plan = None
 
     def _superfluous_masters(self, number: int) -> bool:

@@ -40,6 +40,7 @@ class Modulated(torch.optim.Optimizer):
     def _follow_groups(self) -> None:
         if not self._tables.are_of(self.param_groups):
             self._refuse_open_step("editing param_groups")
+            self._restore_astray()
             self._tables.follow(self.param_groups, self._begin_row)
             self._reset()
 
@@ -60,6 +61,7 @@ class Modulated(torch.optim.Optimizer):
         def _note_live_weights(self, number: int) -> None: ...
         def _reset(self) -> None: ...
         def _refuse_open_step(self, call: str) -> None: ...
+        def _restore_astray(self) -> None: ...
 
     @outside_graphs
     def set_strength(self, modality: str, depth: int, kappa: float | Tensor, coefficients: str = "chain") -> None:

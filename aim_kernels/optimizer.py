@@ -337,7 +337,7 @@ class AIMFusedOptimizer(LiveWeights):
             self.grad_norm = None
         if self.max_grad_norm is not None:
             checks.check_number("max_grad_norm", self.max_grad_norm, 0.0)
-            self.grad_norm = clip(plan, backend, self.max_grad_norm)
+            self.grad_norm = clip(plan, backend, float(self.max_grad_norm))
         plan.read_hyperparameters(on_device=backend.ON_DEVICE)
         if plan.waves is None:
             backend.step(plan)
@@ -407,7 +407,7 @@ class AIMFusedOptimizer(LiveWeights):
             self._make_states_of(group, params, live=live, masters=masters)
             if not live and self._superfluous_masters(number):
                 self._leaving.add(number)
-        self._known_masters.note(self.state)
+        self._known_masters.note(self.param_groups, self.state)
 
     def _make_states_of(self, group: dict[str, Any], params: list[Tensor], *, live: bool, masters: bool = True) -> None:
         """The states of some parameters of one group, as its options ask for them."""
@@ -418,12 +418,16 @@ class AIMFusedOptimizer(LiveWeights):
 
     def _emit(self) -> None:
         """Writes the live weights of the masters into the module."""
-        resets.restore(self)
+        self._restore_astray()
         self._in_true_pass = False
         masters = self._masters()
         if not masters:
             return
         self._check_before_building()
+        for number, group in enumerate(self.param_groups):  # whatever somebody has deleted begins anew
+            states = ((p, self.state.get(p, {})) for p in group["params"])
+            params = [p for p, state in states if "master" in state and "step" in state]
+            self._make_states_of(group, params, live=self._tables.has_live_weights(number), masters=False)
         plan = StepPlan(self)
         backend = select(self.backend, self.tables.rows.device)
         plan.read_hyperparameters(on_device=backend.ON_DEVICE)
@@ -436,7 +440,7 @@ class AIMFusedOptimizer(LiveWeights):
         home = home_of(p for group in self.param_groups for p in group["params"])
         if home is not None and home != self.tables.rows.device:  # the module was moved
             self.tables.to(home)
-        resets.restore(self)
+        self._restore_astray()
         if self.process_group is distributed.Absent.PROCESS_GROUP:
             raise RuntimeError(
                 "a process group is neither pickled nor copied: assign optimizer.process_group before the next step"
@@ -467,7 +471,7 @@ class AIMFusedOptimizer(LiveWeights):
     def state_dict(self) -> dict[str, Any]:
         """torch.optim's, plus ``master`` states (the true weights) and each group's row, statistics and control."""
         self._refuse_open_step("state_dict()")
-        resets.restore(self)
+        self._restore_astray()
         with torch.no_grad():
             self._adopt_edits()
         # The hooks see it complete, so they wait until the tables are there.
@@ -499,7 +503,7 @@ class AIMFusedOptimizer(LiveWeights):
         """
         self._refuse_open_step("load_state_dict()")
         self._refuse_averages("load_state_dict()")
-        resets.restore(self)
+        self._restore_astray()
         checkpoint.load(self, state_dict)
         self._reset()
         if self._holds_true_weights:
@@ -515,7 +519,7 @@ class AIMFusedOptimizer(LiveWeights):
         inputs, self._inputs = self._inputs, None  # they take it in one go
         for number in range(len(self.param_groups)):
             self._note_live_weights(number)
-        self._known_masters.note(self.state)
+        self._known_masters.note(self.param_groups, self.state)
         if inputs is not None:
             self._inputs = inputs
             inputs.gather()

@@ -26,6 +26,10 @@ def waves_of(plan: StepPlan) -> list[list[int]] | None:
         begins.append(records[field][there].astype(np.int64))
         ends.append(begins[-1] + (size * records["numel"])[there])
         owners.append(there)
+    counts = np.flatnonzero(records["step"])
+    begins.append(records["step"][counts].astype(np.int64))
+    ends.append(begins[-1] + 4)
+    owners.append(counts)
     for index in plan.staged:  # the copy is no other's
         p = plan.params[index]
         extent = sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True)) + 1

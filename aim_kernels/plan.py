@@ -483,13 +483,13 @@ class StepPlan:
         it read where they lie."""
         if not self._zero_grad:
             return
-        given = [grad for grad in self.grads if grad is not None]
+        given = [grad for grad in self.grads if grad is not None and not grad._is_zerotensor()]
         if not of_step:
             if given:
                 torch._foreach_zero_(given)
             return
         for index, grad in enumerate(self.grads):
-            if grad is None:
+            if grad is None or grad._is_zerotensor():
                 continue
             # The kernel has read a copy in another order, or others have the gradient, too.
             if self.records["grad"][index] != (grad.data_ptr() or 8) or not self.records["zero_grad"][index]:

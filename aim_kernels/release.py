@@ -315,6 +315,14 @@ class Release:
             checks.check_gradients(optimizer.param_groups)
             optimizer._make_state(lambda p: False)  # of live weights; others' are made when their gradient comes
             plan = optimizer._plan = StepPlan(optimizer)
+        if plan.waves is not None:
+            number = plan.waves[1][0]
+            place = (plan.group_of[number], number - plan.group_of.index(plan.group_of[number]))
+            raise RuntimeError(
+                f"{checks.name_of(plan.param_groups, *place)}: shares memory, or a state, with another parameter, and "
+                "backward() may still read what it would write (step_in_backward); make them one parameter, or call "
+                "remove() of the handle"
+            )
         backend = select(optimizer.backend, optimizer.tables.rows.device)
         plan.grad_scale = plan.found_inf = None
         plan.clip_factor = 1.0

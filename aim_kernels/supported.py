@@ -45,6 +45,8 @@ def reason_against(p: Tensor) -> str:
     """Why no step can update a parameter, as the end of a sentence that begins with its name; empty if one can."""
     if is_lazy(p):
         return "has no shape yet; run a forward pass before the first step"
+    if p.is_nested:
+        return "nested tensors are not supported; use a padded one"
     if p.layout != torch.strided:
         return "sparse parameters are not supported; pass torch.nn.Parameter(parameter.detach().to_dense())"
     if p.is_complex():

@@ -83,6 +83,14 @@ class Tables:
         return len(groups) == len(self.groups) and all(map(operator.is_, groups, self.groups))
 
     @_outside_modes
+    def row_of(self, group: Group) -> list[float] | None:
+        """The row of a group dict, also of one that was taken out of the list; None if it has none."""
+        for number, known in enumerate(self.groups):
+            if known is group:
+                return self.rows[number].tolist()
+        return next((row.tolist() for known, row, *_ in self._away if known is group), None)
+
+    @_outside_modes
     def follow(self, groups: list[Group], begin: Callable[[Group], tuple[float, bool]]) -> None:
         """Puts the rows into the order in which their groups now stand in a list.
 

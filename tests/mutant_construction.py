@@ -50,10 +50,10 @@ MUTANTS = (
     Mutant(
         "members that are never looked at again",
         GROUPS,
-        "if self._count != len(groups) or (groups and self._last is not groups[-1]):",
-        "if self._last is None:",
+        'if edited or any(id(p) in self._numbers for p in group["params"]):',
+        "if edited:",
         "after groups were edited by hand, parameters that were taken out count as taken",
-        (f"{CONSTRUCTION}::test_what_add_param_group_finds_goes_by_the_groups_as_they_are",),
+        (f"{CONSTRUCTION}::test_a_parameter_that_was_taken_out_can_join_another_group",),
     ),
     Mutant(
         "a look at all groups for each",
@@ -66,9 +66,9 @@ MUTANTS = (
     Mutant(
         "earlier groups gone through for each",
         OPTIMIZER,
-        '            checks.check_parameters(group, number, group["params"], self.tables.rows.device, earlier)\n',
+        '            checks.check_parameters(group, number, group["params"], self._tables.rows.device, earlier)\n',
         '            earlier = {id(p): n for n in range(number) for p in self.param_groups[n]["params"]}\n'
-        '            checks.check_parameters(group, number, group["params"], self.tables.rows.device, earlier)\n',
+        '            checks.check_parameters(group, number, group["params"], self._tables.rows.device, earlier)\n',
         "the first step takes time that grows with the square of the number of groups",
         (f"{LINEAR}[first step]",),
     ),

@@ -124,8 +124,8 @@ KERNELS = (
     Mutant(
         "eval() undoes edits",
         LIVE,
-        'step("eval()")\n        resets.restore(self)  # type: ignore[arg-type]\n        self._adopt_edits()',
-        'step("eval()")\n        resets.restore(self)  # type: ignore[arg-type]',
+        'self._refuse_open_step("eval()")\n        self._restore_astray()\n        self._adopt_edits()',
+        'self._refuse_open_step("eval()")\n        self._restore_astray()',
         "the master is copied over what was written",
         (f"{MEANWHILE}[bfloat16-after_eval]",),
     ),

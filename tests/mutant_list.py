@@ -193,7 +193,7 @@ MUTANTS = (
     Mutant(
         "tables not saved",
         CHECKPOINT,
-        "group.update(optimizer.tables.to_lists(number))",
+        "group.update(tables.to_lists(number))",
         "pass",
         "thresholds, phases and noise start anew in a resumed run",
         ("test_checkpoint.py::test_resume_is_bit_for_bit[adamw-all-float32]",),

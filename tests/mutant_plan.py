@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mutant_list import CHECKS, OPTIMIZER, PLAN, STATES, WATCH, Mutant
+from mutant_list import CHECKPOINT, CHECKS, OPTIMIZER, PLAN, STATES, WATCH, Mutant
 
 TABLES = "aim_kernels/tables.py"
 RESETS, SUPPORTED, OVERLAP = "aim_kernels/resets.py", "aim_kernels/supported.py", "aim_kernels/overlap.py"
@@ -108,10 +108,34 @@ PLAN_BUGS = (
     Mutant(
         "a reset loses the true weights",
         RESETS,
-        '        gone = [p for p in self._kept if "master" not in state.get(p, ())]\n',
-        "        gone: list[Tensor] = []\n",
+        'is not group or state.get(p, {}).get("master") is None',
+        "is not group",
         "the degraded weights in the module are taken for the true ones",
         (f"{RESET}[cleared-eval]", f"{RESET}[emptied-step]"),
+    ),
+    Mutant(
+        "a parameter that moves leaves its true weights behind",
+        RESETS,
+        'present.get(p) is not group or state.get(p, {}).get("master") is None',
+        'state.get(p, {}).get("master") is None',
+        "in a group that degrades nothing the degraded weights are taken for an edit of the true ones",
+        ("test_resets.py::test_a_parameter_that_leaves_its_group_takes_its_true_weights_along",),
+    ),
+    Mutant(
+        "a checkpoint without masters leaves degraded weights",
+        CHECKPOINT,
+        "    resets.restore_all(optimizer)\n",
+        "",
+        "the states that had the true ones are replaced",
+        ("test_resets.py::test_a_checkpoint_without_masters_takes_the_place_of_true_weights_only",),
+    ),
+    Mutant(
+        "shared step counts are no shared memory",
+        OVERLAP,
+        "    ends.append(begins[-1] + 4)\n",
+        "    ends.append(begins[-1])\n",
+        "two parameters with one step count take the same step",
+        ("test_memory.py::test_states_that_parameters_share_are_counted_in_turn",),
     ),
     Mutant(
         "a reset undoes what was loaded",

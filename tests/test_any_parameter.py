@@ -40,6 +40,7 @@ KINDS: dict[str, tuple[Callable[[], Tensor], str]] = {
     "compressed": (lambda: torch.eye(3).to_sparse_csr(), "sparse"),
     "wrapper": (_wrapper, "TwoTensor"),
     "freed": (_freed, "memory"),
+    "nested": (lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]), "nested"),
 }
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -50,7 +51,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support", "ignore:The PyTorch API of nested")
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
@@ -99,8 +100,8 @@ def test_what_cannot_be_degraded_with_its_block_is_named() -> None:
     assert (p == 1).all()
 
 
-@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support", "ignore:The PyTorch API of nested")
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "nested"])  # of which torch makes no gradient
 def test_with_a_gradient_it_is_named(kind: str) -> None:
     make, word = KINDS[kind]
     odd = nn.Parameter(make(), requires_grad=False)

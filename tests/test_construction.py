@@ -426,3 +426,13 @@ def test_a_model_with_many_groups_is_stepped_as_in_torch() -> None:
         optimizer.step()
         values.append(torch.stack([group["params"][0].detach() for group in optimizer.param_groups]))
     torch.testing.assert_close(*values, rtol=1e-6, atol=1e-7)
+
+
+def test_a_parameter_that_was_taken_out_can_join_another_group() -> None:
+    ps = parameters()
+    optimizer = AK(ps, lr=0.1)
+    taken = optimizer.param_groups[0]["params"].pop()
+    optimizer.add_param_group({"params": [taken], "lr": 0.3})
+    assert optimizer.param_groups[1]["params"] == [taken]
+    with pytest.raises(ValueError, match="group 1"):
+        optimizer.add_param_group({"params": [taken]})

@@ -107,6 +107,34 @@ def test_any_state_that_is_given_other_memory_is_read_there(name: str, backend: 
     same_bits(trained(True), trained(False))
 
 
+def test_states_that_parameters_share_are_counted_in_turn() -> None:
+    found = []
+    for make in both("adamw"):
+        torch.manual_seed(3)
+        params = [torch.nn.Parameter(torch.ones(5)) for _ in range(2)]
+        optimizer = make(params)
+        for number in range(4):
+            if number == 2:
+                optimizer.state[params[1]]["step"] = optimizer.state[params[0]]["step"]
+            for p in params:
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+        found.append(torch.stack([p.detach() for p in params]))
+    agree(*found)
+
+
+def test_a_state_without_memory_is_refused() -> None:
+    p = torch.nn.Parameter(torch.ones(8))
+    optimizer = ak.AIMFusedOptimizer([("w", p)], lr=0.1)
+    p.grad = torch.ones(8)
+    optimizer.step()
+    optimizer.state[p]["exp_avg"] = torch._efficientzerotensor(8)
+    before = p.detach().clone()
+    with pytest.raises(RuntimeError, match=r"'w'.*exp_avg has no memory"):
+        optimizer.step()
+    assert torch.equal(p, before)
+
+
 def test_a_state_that_is_cut_is_refused() -> None:
     p = torch.nn.Parameter(torch.ones(8))
     optimizer = ak.AIMFusedOptimizer([("w", p)], lr=0.1)
@@ -292,6 +320,17 @@ def test_parameters_over_one_memory_take_turns(tie: str, rule: str, backend: str
     agree(*found)
 
 
+def test_shared_memory_is_refused_in_backward() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3, bias=False), torch.nn.Linear(3, 3, bias=False))
+    model[1].weight.data = model[0].weight.data
+    optimizer = ak.AIMFusedOptimizer(model.named_parameters(), lr=0.1, backend="cpu")
+    ak.step_in_backward(optimizer, model)
+    before = model[0].weight.detach().clone()
+    with pytest.raises(RuntimeError, match=r"'1.weight'.*shares memory"):
+        model(torch.ones(2, 3)).sum().backward()
+    assert torch.equal(model[0].weight, before)
+
+
 def test_shared_memory_with_live_weights_is_refused() -> None:
     p, q = (torch.nn.Parameter(torch.ones(6)) for _ in range(2))
     q.data = p.data
@@ -305,7 +344,7 @@ def test_shared_memory_with_live_weights_is_refused() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("share", ["one tensor", "views", "overlapping views"])
+@pytest.mark.parametrize("share", ["one tensor", "views", "overlapping views", "no memory"])
 def test_a_gradient_of_several_parameters_is_cleared_after_all_have_read_it(share: str, backend: str) -> None:
     found = []
     for make in both("adamw", backend):
@@ -317,8 +356,8 @@ def test_a_gradient_of_several_parameters_is_cleared_after_all_have_read_it(shar
         torch.manual_seed(6)
         for _ in range(3):
             memory = torch.randn(60)
-            first = memory[:50]
-            second = {"one tensor": first, "views": memory[:50], "overlapping views": memory[10:]}[share]
+            first = torch._efficientzerotensor(50) if share == "no memory" else memory[:50]
+            second = {"views": memory[:50], "overlapping views": memory[10:]}.get(share, first)
             for p, grad in zip(params, (first, second, torch.randn(50)), strict=True):
                 p.grad = grad
             optimizer.step()

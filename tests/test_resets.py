@@ -132,6 +132,56 @@ def test_weights_that_are_loaded_around_a_reset_are_kept(reset: str, order: str,
     assert all((p == 3.0).all() for p in params)
 
 
+def test_a_checkpoint_without_masters_takes_the_place_of_true_weights_only() -> None:
+    """Of states; the module is not in it, and must not be left with the degraded weights."""
+    params, optimizer = degraded()
+    true = true_of(params, optimizer)
+    group = {**optimizer.param_groups[0], "params": params}
+    fresh = Optimizer([{name: group[name] for name in ("params", "modality", "depth", "modulated")}])
+    optimizer.load_state_dict(fresh.state_dict())
+    optimizer.eval()
+    same_bits([p.detach() for p in params], true)
+
+
+def test_moments_that_were_deleted_begin_anew_after_eval() -> None:
+    params, optimizer = degraded()
+    true = true_of(params, optimizer)
+    for p in params:
+        del optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"]
+    optimizer.eval()
+    same_bits([p.detach() for p in params], true)
+    optimizer.train()
+    train(params, optimizer, 1)
+
+
+@pytest.mark.parametrize("then", ["eval", "step"])
+@pytest.mark.parametrize("move", ["to another group", "merged", "taken out", "a part of a copy", "no master"])
+def test_a_parameter_that_leaves_its_group_takes_its_true_weights_along(move: str, then: str) -> None:
+    params, optimizer = degraded()
+    true = true_of(params, optimizer)
+    other = torch.nn.Parameter(torch.ones(4))
+    optimizer.add_param_group({"params": [other]})
+    groups = optimizer.param_groups
+    if move == "to another group":
+        groups[1]["params"].append(groups[0]["params"].pop(0))
+    elif move == "merged":
+        groups[1]["params"] = groups[1]["params"] + groups[0]["params"]
+        groups.pop(0)
+    elif move == "taken out":
+        groups.pop(0)
+    elif move == "no master":
+        optimizer.state[params[0]]["master"] = None
+    else:
+        optimizer.param_groups = [{**groups[0], "params": params[:1]}, {**groups[1], "params": [other, params[1]]}]
+    if then == "step":
+        for group in optimizer.param_groups:
+            group["lr"] = group["weight_decay"] = 0.0
+        other.grad = torch.ones(4)
+        train(params, optimizer, 1)
+    optimizer.eval()
+    same_bits([p.detach() for p in params], true)
+
+
 def test_a_reset_in_eval_mode_changes_nothing() -> None:
     params, optimizer = degraded()
     true = true_of(params, optimizer)
