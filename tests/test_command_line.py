@@ -267,7 +267,17 @@ def test_control_c(tmp_path: Path) -> None:
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         start_new_session=True,
+        # Whoever runs the tests in the background has had it ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
+    try:
+        _interrupt(process, tmp_path / "out")
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _interrupt(process: subprocess.Popen[str], folder: Path) -> None:
     started = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     deadline = time.monotonic() + 120
     while process.poll() is None and len(started.read_text().split()) < 3 and time.monotonic() < deadline:
@@ -280,5 +290,5 @@ def test_control_c(tmp_path: Path) -> None:
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "Traceback" not in out + err
-    results = tmp_path / "out" / "results.csv"
+    results = folder / "results.csv"
     assert f"Interrupted. Finished runs are in {results}; the same command continues." in err
