@@ -391,6 +391,9 @@ def _rebuild(
             "the lists of parameters were edited after the step was compiled; nothing was changed, and the next step "
             "will be compiled anew (add_param_group is the way to add parameters)"
         )
+    for p in optimizer._restore_astray():
+        if id(p) in elsewhere:  # which the graph puts back
+            elsewhere[id(p)].copy_(p)
     optimizer._check_before_building()
     checks.check_gradients(optimizer.param_groups, grads)
     stepped = {id(p) for p, grad in zip(given.params, grads, strict=True) if grad is not None}

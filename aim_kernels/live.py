@@ -144,8 +144,8 @@ class LiveWeights(Modulated):
             self._adopt_edits()
             self._emit()
 
-    def _restore_astray(self) -> None:
-        resets.restore(self)  # type: ignore[arg-type]
+    def _restore_astray(self) -> list[Tensor]:
+        return resets.restore(self)  # type: ignore[arg-type]
 
     def _adopt_edits(self) -> None:
         """Masters take what was written to the module since the last step while it held undegraded weights, as the next

@@ -12,6 +12,7 @@ from torch import Tensor
 from aim_kernels.backends.reference import classes_of, live_weights
 from aim_kernels.distributed import local_of, reshard_all
 from aim_kernels.rows import ROW
+from aim_kernels.states import moments_of, scale_of
 
 if TYPE_CHECKING:
     from aim_kernels.optimizer import AIMFusedOptimizer
@@ -55,19 +56,27 @@ class Masters:
         return [(p, group, own) for p, (group, own, _) in self._kept.items()]
 
 
-def restore(optimizer: AIMFusedOptimizer) -> None:
+def restore(optimizer: AIMFusedOptimizer) -> list[Tensor]:
     """Puts true weights back into the module whose state is gone, or whose parameter is in another group now, before
-    anything else is done with them."""
+    anything else is done with them. Returns the parameters."""
     astray = optimizer._known_masters.astray(optimizer.param_groups, optimizer.state)
     if astray:
         optimizer._plan = None
         _put_back(optimizer, astray)
+    return [p for p, _, _ in astray]
 
 
 def restore_all(optimizer: AIMFusedOptimizer) -> None:
     """The same for all masters: their states are about to be replaced."""
     restore(optimizer)
     _put_back(optimizer, optimizer._known_masters.all())
+
+
+def _readable(group: Group, state: State) -> bool:
+    """Whether the moments are still what a step has made of them."""
+    kept = [name for name in moments_of(group).values() if name in state]
+    scales = [scale_of(name) for name in kept if getattr(state[name], "dtype", None) == torch.uint8]
+    return all(isinstance(state.get(name), Tensor) for name in (*kept, *scales))
 
 
 @torch.no_grad()
@@ -88,7 +97,7 @@ def _put_back(optimizer: AIMFusedOptimizer, masters: list[tuple[Tensor, Group, S
             rows[id(group)] = optimizer._tables.row_of(group)
         row = rows[id(group)]
         true = master.to(here.dtype)
-        if row is not None:
+        if row is not None and _readable(group, local):
             anchor = local.get("ema" if optimizer.anchor == "ema" and group["modulated"] else "anchor")
             emitted = (row[ROW["emitted_under"]], row[ROW["emitted_well"]])
             if "step" in local:
