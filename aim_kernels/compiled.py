@@ -25,7 +25,7 @@ from torch import Tensor
 from aim_kernels import checks
 from aim_kernels.own import own_tensors
 from aim_kernels.plan import StepPlan
-from aim_kernels.states import RESTS, arithmetic_dtype, is_dense, true_weights
+from aim_kernels.states import RESTS, arithmetic_dtype, buffer_of, is_dense, true_weights
 
 if TYPE_CHECKING:
     from aim_kernels.optimizer import AIMFusedOptimizer
@@ -142,7 +142,7 @@ class GraphInputs:
             for p in group["params"]:
                 for name, value in own_tensors(group["rule"], optimizer.state.get(p, {})).items():
                     if name != "master":
-                        (anchors if name == "anchor" else states).append(_base(value))
+                        (anchors if name == "anchor" else states).append(buffer_of(value))
         self.states, self.anchors = _unique(states), _unique(anchors)
         self.lrs = _unique([g["lr"] for g in optimizer.param_groups if isinstance(g["lr"], Tensor)])
         tables = optimizer.tables
@@ -179,16 +179,9 @@ def _unique(tensors: list[Tensor]) -> list[Tensor]:
     return list({id(t): t for t in tensors}.values())
 
 
-def _base(tensor: Tensor) -> Tensor:
-    """The buffer that a state is a view of, or itself. Views of one buffer as several inputs that are written would
-    make the compiler look into how they overlap."""
-    base = tensor._base
-    return base if base is not None and base.is_contiguous() and base.dtype == tensor.dtype else tensor
-
-
 def _within(buffer: Tensor, view: Tensor) -> Tensor:
     """What ``view`` is in its own buffer, in another of the same layout."""
-    base = _base(view)
+    base = buffer_of(view)
     if base is view:
         return buffer
     # By address, which only an empty one has not: states that lie side by side have storages of their own.
@@ -217,7 +210,7 @@ def _pack_masters(
         # Sizes 0 and 1 would be another graph.
         size = max(sum(sizes), _ALIGN)
         kept = buffer.numel() == size and buffer.dtype == dtype and buffer.device == device
-        if not kept or any(_base(state[p]["master"]) is not buffer for p in held):
+        if not kept or any(buffer_of(state[p]["master"]) is not buffer for p in held):
             buffer = torch.zeros(size, dtype=dtype, device=device)
             torch._dynamo.maybe_mark_dynamic(buffer, 0)
             offset = 0
@@ -374,7 +367,7 @@ def _elsewhere(own: list[Tensor], passed: list[Tensor]) -> dict[int, Tensor]:
 
 def _resolve(tensor: Tensor, elsewhere: dict[int, Tensor]) -> Tensor:
     """A state, or what stands for it."""
-    buffer = elsewhere.get(id(_base(tensor)))
+    buffer = elsewhere.get(id(buffer_of(tensor)))
     return tensor if buffer is None else _within(buffer, tensor)
 
 

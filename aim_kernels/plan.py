@@ -23,6 +23,7 @@ from aim_kernels.rows import FLAGS, GROUP_RECORD, MOMENTS, RULES, TENSOR_FLAGS, 
 from aim_kernels.states import (
     always_has_master,
     arithmetic_dtype,
+    buffer_of,
     is_dense,
     keep_moment,
     moments_dtype,
@@ -157,9 +158,8 @@ class StepPlan:
         self._decisive = list(map(_decisive, self.param_groups))
         # A tensor can be given other memory and stay the same object (tensor.data = ...); the old one must not go.
         self._storages = [tensor.untyped_storage() for tensor in (*self._states, *self._anchors)]
-        # Views of one buffer share its version counter, so the buffer stands for them all.
-        bases = (t if t._base is None else t._base for t in self._states)
-        self._written = list({id(t): t for t in bases}.values())
+        # A buffer has the version counter of all states that lie in it.
+        self._written = list({id(t): t for t in map(buffer_of, self._states)}.values())
         # A DTensor's version is its own, not that of its local part.
         self._written += [self.owners[index] for index in self._sharded]
 
@@ -466,8 +466,7 @@ class StepPlan:
         for index in indices:
             changed.append(self.params[index])
             written = WRITTEN[self.param_groups[self.group_of[index]]["rule"]]
-            states = [t for name, t in self.state_of(index).items() if name in written and isinstance(t, Tensor)]
-            changed += [t if t._base is None else t._base for t in states]
+            changed += [t for name, t in self.state_of(index).items() if name in written and isinstance(t, Tensor)]
         torch.autograd.graph.increment_version(changed)
 
     def bump_versions(self) -> None:

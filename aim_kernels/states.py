@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from aim_kernels import packing
 from aim_kernels.distributed import is_dtensor, like, local_of
@@ -15,6 +16,9 @@ from aim_kernels.supported import is_estimated
 #: States of parameters up to this many elements share a buffer: fewer allocations, and one version counter to bump.
 _SMALL = 1 << 16
 _LINE = 64  # bytes, so that every state in a buffer starts on a cache line
+
+#: The buffers of the states that lie side by side.
+_BUFFERS: MutableMapping[Tensor, Tensor] = WeakIdKeyDictionary()
 
 
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -315,9 +319,11 @@ def zeros_like_all(params: Sequence[Tensor], dtypes: Sequence[torch.dtype] | Non
 
 @torch.no_grad()
 def _side_by_side(shapes: Sequence[torch.Size], dtype: torch.dtype, align: int) -> list[Tensor]:
-    """Zeros on the CPU, in one allocation and with one version counter, which the buffer in ``_base`` has as well.
+    """Zeros on the CPU, in one allocation and with one version counter, which their buffer has as well
+    (:func:`buffer_of`).
 
-    Each has a storage of its own size: who saves, pickles or copies one does not take the others along.
+    Each has a storage of its own size: who saves, pickles or copies one does not take the others along. None is a view
+    of the buffer: compilers take views for a part of the storage of their base.
 
     Args:
         align: elements that each begins at a multiple of.
@@ -328,9 +334,23 @@ def _side_by_side(shapes: Sequence[torch.Size], dtype: torch.dtype, align: int) 
     for shape, size in zip(shapes, sizes, strict=True):
         count = shape.numel()
         own = torch.frombuffer(memory, dtype=dtype, count=count, offset=offset * dtype.itemsize)
-        result.append(buffer[offset : offset + count].set_(own.untyped_storage(), 0, shape))  # type: ignore[call-overload]
+        made = buffer.detach()
+        made.data = own.view(shape)
+        _BUFFERS[made] = buffer
+        result.append(made)
         offset += size
     return result
+
+
+def buffer_of(state: Tensor) -> Tensor:
+    """The tensor in whose memory a state lies, and whose version counter it shares: a common buffer, or itself."""
+    buffer = _BUFFERS.get(state)
+    if buffer is None:
+        buffer = state._base
+        return buffer if buffer is not None and buffer.is_contiguous() and buffer.dtype == state.dtype else state
+    # A state may have been given other memory since.
+    first, size = state.data_ptr() - buffer.data_ptr(), state.numel() * state.element_size()
+    return buffer if state.dtype == buffer.dtype and 0 <= first <= buffer.nbytes - size else state
 
 
 def exponents_of(p: Tensor) -> Tensor:

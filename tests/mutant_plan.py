@@ -100,10 +100,26 @@ PLAN_BUGS = (
     Mutant(
         "small states share a storage",
         STATES,
-        ".set_(own.untyped_storage(), 0, shape))",
-        ".view(shape))",
+        "made.data = own.view(shape)",
+        "made = buffer[offset : offset + count].view(shape)",
         "who saves the state of one parameter saves those of all",
         ("test_memory.py::test_the_state_of_one_parameter_takes_its_own_bytes",),
+    ),
+    Mutant(
+        "small states are views of their buffer with a storage of their own",
+        STATES,
+        "made = buffer.detach()\n        made.data = own.view(shape)",
+        "made = buffer[offset : offset + count].set_(own.untyped_storage(), 0, shape)",
+        "a compiler that writes two of them takes both for the first",
+        ("test_memory.py::test_a_compiled_function_writes_the_states_it_is_given",),
+    ),
+    Mutant(
+        "states that moved are looked for in their old buffer",
+        STATES,
+        "if state.dtype == buffer.dtype and 0 <= first <= buffer.nbytes - size else state",
+        "",
+        "a compiled step hands over the old memory, and autograd hears nothing of the new",
+        ("test_memory.py::test_a_state_that_moves_leaves_its_buffer",),
     ),
     Mutant(
         "a reset loses the true weights",

@@ -15,6 +15,7 @@ from tolerances import peer_error
 from torch import Tensor
 
 import aim_kernels as ak
+from aim_kernels.states import buffer_of
 
 #: A rule of torch.optim, its options there, and here.
 RULES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
@@ -405,3 +406,33 @@ def test_states_side_by_side_have_one_version_and_keep_their_memory() -> None:
     del optimizer, params
     torch.randn(10_000)
     assert torch.equal(kept, values)
+
+
+def _small_states() -> list[Tensor]:
+    params = [torch.nn.Parameter(torch.randn(30)) for _ in range(3)]
+    optimizer = ak.AIMFusedOptimizer(params)
+    for p in params:
+        p.grad = torch.ones(30)
+    optimizer.step()
+    return [optimizer.state[p]["exp_avg"] for p in params]
+
+
+@pytest.mark.usefixtures("own_graphs")
+def test_a_compiled_function_writes_the_states_it_is_given() -> None:
+    states = _small_states()
+
+    @torch.compile(backend="aot_eager")
+    def fill(states: list[Tensor]) -> None:
+        for number, state in enumerate(states):
+            state.fill_(number + 1.0)
+
+    fill(states)
+    assert [state.unique().tolist() for state in states] == [[1.0], [2.0], [3.0]]
+
+
+def test_a_state_that_moves_leaves_its_buffer() -> None:
+    stays, moves, _ = _small_states()
+    buffer = buffer_of(stays)
+    assert buffer is not stays and buffer_of(moves) is buffer
+    moves.data = moves.clone()
+    assert buffer_of(moves) is moves and buffer_of(stays) is buffer
