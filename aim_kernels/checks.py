@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from aim_kernels import distributed
 from aim_kernels.own import count_of, is_counted, own_states
@@ -301,7 +302,7 @@ def check_states(
     for number, group in enumerate(groups):
         for index, p in enumerate(group["params"]):
             for key, value in own_states(group["rule"], state.get(p, {})).items():
-                if value is None:  # stands for none
+                if value is None or (key == "step" and is_estimated(value)):  # None stands for none
                     continue
                 if key == "step":
                     if not is_counted(p, value) or value.device.type == "cpu":  # looking at a device waits for it
@@ -353,6 +354,20 @@ def _check_count(name: str, value: Any) -> None:
 def _kind(value: Any) -> str:
     """What an error calls a value that is no dense real tensor."""
     return f"a {value.layout} tensor of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def check_estimated(groups: list[Group]) -> None:
+    """Raises RuntimeError on a parameter with numbers, and with a gradient, inside of a FakeTensorMode: torch's
+    operations would compute nothing there, and a kernel would."""
+    if not any(type(mode).__name__ == "FakeTensorMode" for mode in _get_current_dispatch_mode_stack()):
+        return
+    for number, group in enumerate(groups):
+        for index, p in enumerate(group["params"]):
+            if p.grad is not None and not is_estimated(p):
+                raise RuntimeError(
+                    f"{name_of(groups, number, index)}: has numbers, and step() is called inside of a FakeTensorMode, "
+                    "which has only shapes; make the module inside of it, or step outside"
+                )
 
 
 def check_gradients(groups: list[Group], grads: Sequence[Tensor | None] | None = None) -> None:

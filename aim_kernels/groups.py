@@ -112,6 +112,16 @@ def listed(param_group: Group) -> None:
     param_group["params"] = [params] if isinstance(params, Tensor) else list(params)
 
 
+def set_listed(optimizer: AIMFusedOptimizer) -> None:
+    """Makes lists of groups and parameters that somebody set as anything else: torch.optim takes what it can walk
+    through, but a generator is gone after one step."""
+    if not isinstance(optimizer.param_groups, list):
+        optimizer.param_groups = list(optimizer.param_groups)
+    for group in optimizer.param_groups:
+        if not isinstance(group["params"], list):
+            listed(group)
+
+
 def check_ordered(params: Any) -> None:
     """Raises on a set of parameters."""
     if isinstance(params, (set, frozenset)):

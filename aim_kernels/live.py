@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from aim_kernels import compiled, distributed, resets
+from aim_kernels import checks, compiled, distributed, resets
 from aim_kernels.launch import capturing
 from aim_kernels.modulated import Modulated
 from aim_kernels.plan import StepPlan, adopts_edits
 from aim_kernels.rows import ROW
 from aim_kernels.states import adopt_edits, keeps_master, place_weights, weights_of
+from aim_kernels.supported import is_estimated
 
 if TYPE_CHECKING:
     from aim_kernels.release import Release
@@ -154,7 +155,7 @@ class LiveWeights(Modulated):
             return
         tables = self.tables
         for number, group in enumerate(self.param_groups):
-            if not any("master" in self.state.get(p, ()) for p in group["params"]):
+            if not any("master" in self.state.get(p, ()) and not is_estimated(p) for p in group["params"]):
                 continue
             emitted = tables.rows[number, ROW["emitted_under"] : ROW["emitted_well"] + 1]
             undegraded = None if self._holds_true_weights else (emitted == 1.0).all()
@@ -168,12 +169,15 @@ class LiveWeights(Modulated):
                     adopt_edits(p, master, undegraded)
 
     def _masters(self) -> list[tuple[Tensor, Tensor]]:
-        return [
+        found = [
             (p, master)
             for group in self.param_groups
             for p in group["params"]
             if (master := self.state.get(p, {}).get("master")) is not None
         ]
+        if any(getattr(master, "shape", None) != p.shape for p, master in found):
+            checks.check_states(self.param_groups, self.state)
+        return found
 
     # -- masters ------------------------------------------------------------------------------------------------------
 

@@ -354,9 +354,14 @@ class AIMFusedOptimizer(LiveWeights):
 
     def _ready_plan(self) -> StepPlan | None:
         """A plan that has read this step's gradients; None where there are none."""
-        self._refuse_true_weights()
+        if torch._C._len_torch_dispatch_stack():
+            checks.check_estimated(self.param_groups)
         plan = self._plan
-        if plan is None or not plan.is_of(self) or not plan.read():
+        ready = plan is not None and plan.is_of(self) and plan.read()
+        if not ready:
+            groups.set_listed(self)
+        self._refuse_true_weights()
+        if not ready:
             none = all(p.grad is None for group in self.param_groups for p in group["params"])
             if none and self.process_group is None:  # of which others may have gradients, and wait for this process
                 return None
@@ -376,6 +381,7 @@ class AIMFusedOptimizer(LiveWeights):
                 return None
             plan = self._plan = StepPlan(self)
             plan.take()
+        assert plan is not None
         return plan if plan.has_gradients() or self.process_group is not None else None
 
     def _estimate(self) -> None:
@@ -421,7 +427,7 @@ class AIMFusedOptimizer(LiveWeights):
         self._restore_astray()
         self._in_true_pass = False
         masters = self._masters()
-        if not masters:
+        if not masters or any(is_estimated(p) for p, _ in masters):
             return
         self._check_before_building()
         for number, group in enumerate(self.param_groups):  # whatever somebody has deleted begins anew

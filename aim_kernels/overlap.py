@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from aim_kernels.checks import name_of
-
 if TYPE_CHECKING:
     from aim_kernels.plan import StepPlan
 
@@ -17,7 +15,8 @@ def waves_of(plan: StepPlan) -> list[list[int]] | None:
     """Parameters that share memory which a step writes are stepped one after the other, in their order, as torch.optim
     steps them. Returns the numbers of the parameters in lists to be stepped in turn; None if none share any.
 
-    Raises RuntimeError: they have live weights, or parts in several processes.
+    Raises RuntimeError: they have live weights, or parts in several processes; or what is to be two tensors of one
+    parameter lies in one memory.
     """
     records = plan.records
     begins, ends, owners = [], [], []
@@ -40,12 +39,15 @@ def waves_of(plan: StepPlan) -> list[list[int]] | None:
     if not pairs:
         return None
     for pair in pairs:
-        if plan.exchange is not None or records["master"][list(pair)].any():
-            places = [(plan.group_of[index], index - plan.group_of.index(plan.group_of[index])) for index in pair]
-            names = " and ".join(name_of(plan.param_groups, *place) for place in places)
+        if pair[0] == pair[1]:
             raise RuntimeError(
-                f"{names} share memory, which neither live weights nor steps of several processes can have; make them "
-                "one parameter"
+                f"{plan.name_of(pair[0])}: two of its states, or one and the parameter, share memory; give each "
+                "its own (clone())"
+            )
+        if plan.exchange is not None or records["master"][list(pair)].any():
+            raise RuntimeError(
+                f"{plan.name_of(pair[0])} and {plan.name_of(pair[1])} share memory, which neither live weights nor "
+                "steps of several processes can have; make them one parameter"
             )
     wave = [0] * len(records)
     for first, later in sorted(pairs, key=lambda pair: (pair[1], pair[0])):
@@ -63,7 +65,8 @@ def _written(plan: StepPlan) -> dict[str, NDArray[np.int64]]:
 
 
 def overlaps(begin: NDArray[np.int64], end: NDArray[np.int64], owner: NDArray[np.int64]) -> set[tuple[int, int]]:
-    """Pairs of owners, the lesser first, of which some ranges [begin, end) of addresses overlap."""
+    """Pairs of owners, the lesser first, of which some ranges [begin, end) of addresses overlap: twice the same owner
+    for two ranges of its own."""
     order = np.argsort(begin, kind="stable")
     begin, end, owner = begin[order], end[order], owner[order]
     if not (begin[1:] < np.maximum.accumulate(end)[:-1]).any():
@@ -73,6 +76,5 @@ def overlaps(begin: NDArray[np.int64], end: NDArray[np.int64], owner: NDArray[np
         for j in range(i + 1, len(begin)):
             if begin[j] >= end[i]:
                 break
-            if owner[i] != owner[j]:
-                pairs.add((min(int(owner[i]), int(owner[j])), max(int(owner[i]), int(owner[j]))))
+            pairs.add((min(int(owner[i]), int(owner[j])), max(int(owner[i]), int(owner[j]))))
     return pairs

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from aim_kernels import distributed
-from aim_kernels.checks import check_hyperparameters, in_floats
+from aim_kernels.checks import check_hyperparameters, in_floats, name_of
 from aim_kernels.overlap import overlaps, waves_of
 from aim_kernels.own import WRITTEN, count_of, is_counted
 from aim_kernels.rows import FLAGS, GROUP_RECORD, MOMENTS, RULES, TENSOR_FLAGS, TENSOR_RECORD, WEIGHTS
@@ -236,6 +236,11 @@ class StepPlan:
         """What the live weights of a parameter are withdrawn to, of DTensors the local part; None: zero."""
         record, state = self.records[index], self.state_of(index)
         return None if not record["anchor"] else state["ema" if record["anchor"] == record["ema"] else "anchor"]
+
+    def name_of(self, index: int) -> str:
+        """What errors call a parameter."""
+        number = self.group_of[index]
+        return name_of(self.param_groups, number, index - self.group_of.index(number))
 
     def state_of(self, index: int) -> dict[str, Any]:
         """The states of a parameter, of DTensors their local parts."""

@@ -26,6 +26,9 @@ struct TensorFunctions {
   int32_t (*sizes)(Handle, int64_t**);
   int32_t (*strides)(Handle, int64_t**);
   int32_t (*data)(Handle, void**);
+  int32_t (*offset)(Handle, int64_t*);        // in elements, of the first in the storage
+  int32_t (*storage_size)(Handle, int64_t*);  // in bytes
+  size_t (*element_size)(int32_t dtype);
   int32_t (*drop)(Handle);
 };
 
@@ -45,13 +48,22 @@ inline PyObject* item(const py::list& list, size_t i) {
 // Where a tensor is and how it lies there.
 struct Look {
   uint64_t address = 0;
-  int32_t dtype = 0;  // torch's number
+  int64_t room = 0;          // bytes from there to the end of its storage
+  int64_t element_size = 0;  // in bytes
+  int32_t dtype = 0;         // torch's number
   std::vector<int64_t> shape, strides;
 
   bool empty() const {
     for (const int64_t size : shape)
       if (size == 0) return true;
     return false;
+  }
+
+  // Whether its storage has all its elements, if these are one block.
+  bool is_whole() const {
+    int64_t bytes = element_size;
+    for (const int64_t size : shape) bytes *= size;
+    return bytes <= room;
   }
 
   // Dimensions of one element, and all of an empty tensor, may have any stride.
@@ -107,7 +119,8 @@ class Watch {
   // those of a gradient that can be read as it is; `keys`, `names`, `values`: what `states` holds,
   // key by key, and of each state name by name, None for a value that is nobody's business here;
   // `kind`: the class whose tensors are asked through their `_local_tensor`, or None; `describe`:
-  // (address, dtype, shape, strides) of any tensor; `quick`: None, or what saves calling it: the
+  // (address, dtype, shape, strides, bytes from there to the end of the storage, bytes of an
+  // element) of any tensor; `quick`: None, or what saves calling it: the
   // class torch.Tensor, the descriptor of `_cdata`, a function that returns a new reference to a
   // tensor in a capsule, and a capsule of TensorFunctions.
   Watch(py::list param_groups, py::list groups, py::list params, py::list idle, py::list strides,
@@ -207,7 +220,7 @@ class Watch {
         if (now_.dtype != seen_[i].dtype || now_.shape != seen_[i].shape) return false;
         address[i] = now_.address ? now_.address : kNoAddress;
         is_odd[i] = !now_.lies_as(strides_[i]) || (!now_.address && !now_.empty()) ||
-                    is_negative(local.ptr());
+                    !now_.is_whole() || is_negative(local.ptr());
       }
       grads[i] = std::move(grad);
     }
@@ -226,6 +239,8 @@ class Watch {
     into.dtype = told[1].cast<int32_t>();
     into.shape = told[2].cast<std::vector<int64_t>>();
     into.strides = told[3].cast<std::vector<int64_t>>();
+    into.room = told[4].cast<int64_t>();
+    into.element_size = told[5].cast<int64_t>();
     return here;
   }
 
@@ -236,15 +251,18 @@ class Watch {
     void* const pointer = pointer_of(tensor);
     if (!pointer) return false;
     int32_t layout = 1;
-    int64_t dim = 0, *shape = nullptr, *strides = nullptr;
+    int64_t dim = 0, offset = 0, bytes = 0, *shape = nullptr, *strides = nullptr;
     void* data = nullptr;
     if (functions_->layout(&pointer, &layout) || layout != 0) return false;
     if (functions_->dtype(&pointer, &into.dtype) || functions_->dim(&pointer, &dim) ||
         functions_->sizes(&pointer, &shape) || functions_->strides(&pointer, &strides) ||
-        functions_->data(&pointer, &data)) {
+        functions_->data(&pointer, &data) || functions_->offset(&pointer, &offset) ||
+        functions_->storage_size(&pointer, &bytes)) {
       return false;
     }
     into.address = reinterpret_cast<uint64_t>(data);
+    into.element_size = static_cast<int64_t>(functions_->element_size(into.dtype));
+    into.room = bytes - offset * into.element_size;
     into.shape.assign(shape, shape + dim);
     into.strides.assign(strides, strides + dim);
     return true;

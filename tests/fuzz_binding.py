@@ -238,7 +238,7 @@ def fuzz_watch(data: st.DataObject) -> None:
     things: list[Any] = [Thing(answers) for _ in range(data.draw(st.integers(0, 3)))]
     supply = itertools.cycle(answers)
     plain = data.draw(st.booleans())
-    described = (64, 6, (2, 3), (3, 1))
+    described = (64, 6, (2, 3), (3, 1), 24, 4)
     groups: list[Any] = [{"params": things}] if data.draw(st.booleans()) else data.draw(LISTS)
     states: Any = {} if plain else {thing: data.draw(st.just({}) | JUNK) for thing in things}
     lists: list[Any] = [

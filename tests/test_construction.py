@@ -442,3 +442,22 @@ def test_a_parameter_that_was_taken_out_can_join_another_group() -> None:
     assert optimizer.param_groups[1]["params"] == [taken]
     with pytest.raises(ValueError, match="group 1"):
         optimizer.add_param_group({"params": [taken]})
+
+
+def test_groups_and_parameters_that_are_set_as_something_else_than_lists() -> None:
+    found = []
+    for made in (AK, torch.optim.AdamW):
+        ps = parameters()
+        optimizer = made(ps, lr=0.1)
+        for number in range(5):
+            if number == 1:
+                optimizer.param_groups[0]["params"] = tuple(ps)
+            if number == 2 and made is AK:  # torch has none left in the second step
+                optimizer.param_groups[0]["params"] = iter(ps)
+            if number == 4:
+                optimizer.param_groups = tuple(optimizer.param_groups)
+            for p in ps:
+                p.grad = torch.full_like(p, number + 1.0)
+            optimizer.step()
+        found.append(torch.cat([p.detach().flatten() for p in ps]))
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-7)

@@ -165,15 +165,16 @@ def test_a_gradient_of_zeros_without_memory_is_read_as_zeros(rule: str, backend:
     agree(*found)
 
 
+@pytest.mark.parametrize("kept", [0, 16])
 @pytest.mark.parametrize("first", [True, False])
-def test_a_gradient_whose_storage_was_freed_is_refused(first: bool) -> None:
+def test_a_gradient_whose_storage_was_freed_or_cut_is_refused(first: bool, kept: int) -> None:
     p, q = (torch.nn.Parameter(torch.ones(8)) for _ in range(2))
     optimizer = ak.AIMFusedOptimizer([("p", p), ("q", q)], lr=0.1)
     if not first:
         p.grad, q.grad = torch.ones(8), torch.ones(8)
         optimizer.step()
     p.grad, q.grad = torch.ones(8), torch.ones(8)
-    q.grad.untyped_storage().resize_(0)
+    q.grad.untyped_storage().resize_(kept)
     before = frozen(optimizer)
     with pytest.raises(RuntimeError, match=r"'q'.*no memory"):
         optimizer.step()
@@ -285,6 +286,51 @@ def test_a_step_of_shapes_makes_the_states_of_a_real_one(options: dict[str, Any]
     assert all(isinstance(value, FakeTensor) for value in optimizer.state[params[0]].values())
 
 
+def test_masters_of_shapes_come_and_go() -> None:
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    with FakeTensorMode():
+        _, optimizer = _degraded()
+        for call in ("eval", "state_dict", "train", "begin_true_pass", "begin_live_pass", "step"):
+            getattr(optimizer, call)()
+        (state,) = optimizer.state.values()
+    assert isinstance(state["master"], FakeTensor)
+
+
+@pytest.mark.parametrize("degraded", [True, False])
+def test_a_parameter_with_numbers_is_not_stepped_among_shapes(degraded: bool) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    if degraded:
+        p, optimizer = _degraded()
+    else:
+        p = torch.nn.Parameter(torch.ones(6))
+        optimizer = ak.AIMFusedOptimizer([("p", p)])
+    before = frozen(optimizer)
+    p.grad = torch.ones(6)
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(RuntimeError, match=r"'p'.*FakeTensorMode"):
+        optimizer.step()
+    same_bits(frozen(optimizer), before)
+
+
+@pytest.mark.parametrize("call", ["eval", "begin_true_pass", "step"])
+def test_a_degraded_parameter_of_another_shape_is_named(call: str) -> None:
+    p, optimizer = _degraded()
+    p.data, p.grad = torch.ones(9), torch.ones(9)
+    with pytest.raises(RuntimeError, match=r"'p'.*its state master has shape \(6,\).*the parameter \(9,\)"):
+        getattr(optimizer, call)()
+    assert (p == 1).all()
+
+
+def _degraded() -> tuple[torch.nn.Parameter, ak.AIMFusedOptimizer]:
+    p = torch.nn.Parameter(torch.ones(6))
+    optimizer = ak.AIMFusedOptimizer([{"params": [("p", p)], "modality": "a", "depth": 0, "modulated": True}], lr=0.1)
+    optimizer.set_strength("a", 0, 0.5)
+    p.grad = torch.ones(6)
+    optimizer.step()
+    return p, optimizer
+
+
 # -- memory that several share -----------------------------------------------------------------------------------------
 
 
@@ -342,6 +388,22 @@ def test_shared_memory_with_live_weights_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"'p'.*and 'q'.*share memory"):
         optimizer.step()
     assert (p == 1).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("alias", ["its parameter", "another state", "a part of another state"])
+def test_a_state_in_the_memory_of_another_is_refused(alias: str, backend: str) -> None:
+    memory = torch.zeros(12)
+    p = torch.nn.Parameter(torch.ones(8))
+    optimizer = ak.AIMFusedOptimizer([("p", p)], lr=0.1, backend=backend)
+    p.grad = torch.ones(8)
+    optimizer.step()
+    state, before = optimizer.state[p], p.detach().clone()
+    state["exp_avg_sq"] = memory[:8]
+    state["exp_avg"] = {"its parameter": p.data, "another state": memory[:8]}.get(alias, memory[4:])
+    with pytest.raises(RuntimeError, match=r"'p'.*share memory; give each its own"):
+        optimizer.step()
+    assert torch.equal(p, before) and not memory.any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
