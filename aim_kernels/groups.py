@@ -115,8 +115,9 @@ def listed(param_group: Group) -> None:
 def set_listed(optimizer: AIMFusedOptimizer) -> None:
     """Makes lists of groups and parameters that somebody set as anything else: torch.optim takes what it can walk
     through, but a generator is gone after one step."""
-    if not isinstance(optimizer.param_groups, list):
-        optimizer.param_groups = list(optimizer.param_groups)
+    given: Any = optimizer.param_groups
+    if not isinstance(given, list):
+        optimizer.param_groups = list(given)
     for group in optimizer.param_groups:
         if not isinstance(group["params"], list):
             listed(group)

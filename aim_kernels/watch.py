@@ -53,17 +53,20 @@ def watch_over(
 
 
 #: What ``python/watch.h`` calls of torch's C interface, in its order.
-_FUNCTIONS = ("get_layout", "get_dtype", "get_dim", "get_sizes", "get_strides", "get_data_ptr", "get_storage_offset")
-_FUNCTIONS += ("get_storage_size", "dtype_element_size", "delete_tensor_object")
+_FUNCTIONS = (
+    *(f"get_{name}" for name in "layout dtype dim sizes strides data_ptr storage_offset storage_size".split()),
+    "dtype_element_size",
+    "delete_tensor_object",
+)
 
 
 def _described(tensor: Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...], int, int]:
     """Address, type, shape and strides of what is here of a tensor; the bytes from there to the end of its storage, and
     those of an element."""
     local = local_of(tensor)
-    room = 0 if local._is_zerotensor() else local.untyped_storage().nbytes()
     size = local.element_size()
-    room -= local.storage_offset() * size
+    bytes_in_all = 0 if local._is_zerotensor() else local.untyped_storage().nbytes()
+    room = bytes_in_all - int(local.storage_offset()) * size
     return local.data_ptr(), _dtype_numbers()[local.dtype], tuple(local.shape), local.stride(), room, size
 
 
