@@ -9,17 +9,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from aim_kernels.backends import backends
-from aim_kernels.optimizer import AIMFusedOptimizer
-from aim_kernels.saving import save
+from aim_kernels.optim.optimizer import AIMFusedOptimizer
+from aim_kernels.optim.saving import save
 
 if TYPE_CHECKING:
+    from aim_kernels.aim.aim import AIM
+    from aim_kernels.aim.blocks import block_param_groups
+    from aim_kernels.aim.plots import plot_modulation
     from aim_kernels.methods import make_method
     from aim_kernels.methods.base import Blocks
-    from aim_kernels.modulation.aim import AIM
-    from aim_kernels.modulation.blocks import block_param_groups
-    from aim_kernels.modulation.ogm_ge import OGMGE
-    from aim_kernels.plots import plot_modulation
-    from aim_kernels.release import step_in_backward
+    from aim_kernels.methods.ogm_ge import OGMGE
+    from aim_kernels.optim.gradient_release import step_in_backward
+    from aim_kernels.optim.zero_redundancy import AIMZeroRedundancyOptimizer
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ __all__ = [
     "AIM",
     "OGMGE",
     "AIMFusedOptimizer",
+    "AIMZeroRedundancyOptimizer",
     "Blocks",
     "__version__",
     "backends",
@@ -38,13 +40,14 @@ __all__ = [
 ]
 
 _LAZY = {
-    "AIM": "aim_kernels.modulation.aim",
+    "AIM": "aim_kernels.aim.aim",
+    "AIMZeroRedundancyOptimizer": "aim_kernels.optim.zero_redundancy",
     "Blocks": "aim_kernels.methods.base",
-    "OGMGE": "aim_kernels.modulation.ogm_ge",
-    "block_param_groups": "aim_kernels.modulation.blocks",
+    "OGMGE": "aim_kernels.methods.ogm_ge",
+    "block_param_groups": "aim_kernels.aim.blocks",
     "make_method": "aim_kernels.methods",
-    "plot_modulation": "aim_kernels.plots",
-    "step_in_backward": "aim_kernels.release",
+    "plot_modulation": "aim_kernels.aim.plots",
+    "step_in_backward": "aim_kernels.optim.gradient_release",
 }
 
 

@@ -12,10 +12,16 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-from aim_kernels import command_line, report
+from aim_kernels import command_line, diagnostics
 
 PROG = "python -m aim_kernels"
-COMMANDS = ("demo", "bench", "compare", "precision")
+#: Commands, and the packages whose ``main`` they are.
+COMMANDS = {
+    "demo": "aim_kernels.experiments.demo",
+    "bench": "aim_kernels.bench",
+    "compare": "aim_kernels.experiments.compare",
+    "precision": "aim_kernels.experiments.precision",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"usage: {known}\n{PROG}: error: {why or f'unknown command {command!r}'}", file=sys.stderr)
         return 2
     try:
-        module = import_module(f"aim_kernels.{command}")
+        module = import_module(COMMANDS[command])
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "aim_kernels":
             raise
@@ -39,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _told(text: str | None) -> int:
-    print(report.render(report.environment()) if text is None else text)
+    print(diagnostics.render(diagnostics.environment()) if text is None else text)
     return 0
 
 

@@ -3,8 +3,8 @@
     python benchmarks/pictures.py                      # all of them, where they lie
     python benchmarks/pictures.py demo.png --out here  # some of them, elsewhere
 
-What a picture shows goes along in it (``aim_kernels.plots.numbers_of``). tests/test_pictures.py compares that with the
-lines and with the tables of the pages.
+What a picture shows goes along in it (``aim_kernels.aim.plots.numbers_of``). tests/test_pictures.py compares that with
+the lines and with the tables of the pages.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from pathlib import Path
 
 from aim_kernels import command_line
 from aim_kernels.bench import report as bench_report
-from aim_kernels.compare import pictures as compare_pictures
-from aim_kernels.compare import report as compare_report
-from aim_kernels.compare.results import Folder as CompareFolder
-from aim_kernels.demo.pictures import draw_accuracy, draw_modulation
-from aim_kernels.demo.results import Folder as DemoFolder
-from aim_kernels.demo.trainer import Run
-from aim_kernels.precision import read
-from aim_kernels.precision.summary import plot
+from aim_kernels.experiments.compare import pictures as compare_pictures
+from aim_kernels.experiments.compare import report as compare_report
+from aim_kernels.experiments.compare.results import Folder as CompareFolder
+from aim_kernels.experiments.demo.pictures import draw_accuracy, draw_modulation
+from aim_kernels.experiments.demo.results import Folder as DemoFolder
+from aim_kernels.experiments.demo.trainer import Run
+from aim_kernels.experiments.precision import read
+from aim_kernels.experiments.precision.summary import plot
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -23,7 +23,7 @@ from torch import nn
 
 import aim_kernels as ak
 from aim_kernels import command_line
-from aim_kernels.rows import RULES
+from aim_kernels.step.layout import RULES
 
 KINDS = ("plain", "released")
 

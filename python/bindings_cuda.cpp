@@ -54,7 +54,7 @@ py::dict build_info() {
 }
 
 // Field offsets as this compiler lays them out, for the test that compares them with
-// aim_kernels/rows.py.
+// aim_kernels/step/layout.py.
 py::dict layout() {
   using aim::cuda::Chunk, aim::cuda::Span;
   py::dict work, chunk, span;

@@ -1,6 +1,6 @@
 // What a plan looks at before every step, in one call: thousands of small questions to tensors,
 // which a loop in Python asks several times slower. Part of the binding. Includes nothing of torch:
-// what it calls there comes from aim_kernels/watch.py.
+// what it calls there comes from aim_kernels/step/watch.py.
 #pragma once
 
 #include <pybind11/numpy.h>

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aim_kernels.modulation import block_param_groups
-from aim_kernels.optimizer import AIMFusedOptimizer
-from aim_kernels.rows import CONTROL, PHASE_COLUMNS, ROW
+from aim_kernels.aim import block_param_groups
+from aim_kernels.optim.optimizer import AIMFusedOptimizer
+from aim_kernels.step.layout import CONTROL, PHASE_COLUMNS, ROW
 
 CLASSES = 3
 

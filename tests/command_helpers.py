@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from aim_kernels import bench, compare, demo, precision
+from aim_kernels import bench
+from aim_kernels.experiments import compare, demo, precision
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -18,7 +18,7 @@ from helpers import (
 from torch._dynamo.utils import counters
 
 import aim_kernels as ak
-from aim_kernels import compiled
+from aim_kernels.optim import torch_compile
 
 # Two groups; numbers, an empty tensor, and a tensor too large to share a buffer with others.
 SHAPES = (((5, 7), (33,), (), (0,)), ((2, 3, 4, 5), (6,), (70000,)))
@@ -67,15 +67,15 @@ def forbid_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise AssertionError("the graph handed over copies")
 
-    monkeypatch.setattr(compiled, "_substituted", fail)
+    monkeypatch.setattr(torch_compile, "_substituted", fail)
 
 
 def count_copies(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    calls, original = [], compiled._substituted
+    calls, original = [], torch_compile._substituted
 
     def counted(*args: Any) -> Any:
         calls.append(1)
         return original(*args)
 
-    monkeypatch.setattr(compiled, "_substituted", counted)
+    monkeypatch.setattr(torch_compile, "_substituted", counted)
     return calls

@@ -17,11 +17,12 @@ from fuzzing import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aim_kernels import _C, rows
-from aim_kernels.watch import _quick
+from aim_kernels import _C
+from aim_kernels.step import layout
+from aim_kernels.step.watch import _quick
 
 SIZE, GUARD = 40, 64
-FIELDS = tuple(name for name in rows.TENSOR_RECORD.names if rows.TENSOR_RECORD[name] == np.uint64)  # addresses
+FIELDS = tuple(name for name in layout.TENSOR_RECORD.names if layout.TENSOR_RECORD[name] == np.uint64)  # addresses
 RAISED = (ValueError, TypeError, RuntimeError, IndexError, OverflowError, AttributeError, KeyError)
 outcomes = {"worked": 0, "raised": 0}
 
@@ -58,18 +59,18 @@ class Arena:
         self.ends = np.cumsum([GUARD, *[part + GUARD for part in parts * tensor_count]])
         random = np.random.default_rng(0)
         self.bytes = random.integers(0, 128, int(self.ends[-1]), np.uint8)
-        self.tensors = np.zeros(tensor_count, rows.TENSOR_RECORD)
-        self.groups = np.zeros(group_count, rows.GROUP_RECORD)
+        self.tensors = np.zeros(tensor_count, layout.TENSOR_RECORD)
+        self.groups = np.zeros(group_count, layout.GROUP_RECORD)
         starts = iter(self.ends[:-1])
         for tensor, field in itertools.product(range(tensor_count), FIELDS):
             start = int(next(starts))
             self.tensors[field][tensor] = self.bytes.ctypes.data + start + (-(self.bytes.ctypes.data + start)) % 8
         self.tensors["numel"], self.groups["scale"], self.groups["lr"] = SIZE, 1.0, 0.1
-        self.rows = np.array([rows.neutral_row()] * group_count).reshape(group_count, len(rows.ROW_COLUMNS))
-        self.statistics = np.zeros((group_count, len(rows.STATISTICS_COLUMNS)))
+        self.rows = np.array([layout.neutral_row()] * group_count).reshape(group_count, len(layout.ROW_COLUMNS))
+        self.statistics = np.zeros((group_count, len(layout.STATISTICS_COLUMNS)))
         self.sums = np.zeros_like(self.statistics)
         self.control = np.zeros(4, np.int64)
-        self.runs = np.zeros(3 if tensor_count else 0, rows.STREAM_RECORD)
+        self.runs = np.zeros(3 if tensor_count else 0, layout.STREAM_RECORD)
         for run, field in zip(self.runs, FIELDS, strict=False):
             run["address"] = self.tensors[field][0]
 
@@ -144,7 +145,7 @@ def arenas(draw: st.DrawFn) -> Arena:
         if draw(st.sampled_from([False] * 6 + [True])):
             tensors["group"][index] = draw(INTEGER)
     for index in range(len(groups)):
-        groups["rule"][index] = draw(st.sampled_from(range(len(rows.RULES))))
+        groups["rule"][index] = draw(st.sampled_from(range(len(layout.RULES))))
         for field in groups.dtype.names:
             if draw(st.sampled_from([False] * 5 + [True])):
                 groups[field][index] = (

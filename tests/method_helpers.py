@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from aim_kernels.methods import Blocks, Method, make_method
-from aim_kernels.modulation import late_fusion_logits
-from aim_kernels.optimizer import AIMFusedOptimizer
+from aim_kernels.methods.ogm_ge import late_fusion_logits
+from aim_kernels.optim.optimizer import AIMFusedOptimizer
 
 CLASSES = 3
 WIDTH = 4

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from mutant_list import CHECKPOINT, CHECKS, STATES, Mutant
 
-OWN, MATCHING, TABLES = "aim_kernels/own.py", "aim_kernels/matching.py", "aim_kernels/tables.py"
-COMPILED, PLAN, SNAPSHOT = "aim_kernels/compiled.py", "aim_kernels/plan.py", "aim_kernels/snapshot.py"
+OWN, MATCHING, TABLES = "aim_kernels/step/ownership.py", "aim_kernels/optim/matching.py", "aim_kernels/step/tables.py"
+COMPILED, PLAN, SNAPSHOT = (
+    "aim_kernels/optim/torch_compile.py",
+    "aim_kernels/step/plan.py",
+    "aim_kernels/aim/snapshot.py",
+)
 OTHERS = "test_others_states.py"
 MATCHED, FLAT = "test_checkpoint_matching.py", "test_flattened.py"
 LIFE = "test_defaults.py::test_a_whole_life"
@@ -86,7 +90,7 @@ CHECKPOINT_BUGS = (
     ),
     Mutant(
         "a wrapper's key passes for a state",
-        "aim_kernels/distributed.py",
+        "aim_kernels/step/sharding.py",
         'held = (optimizer.state.get(p, ()) for group in groups for p in group["params"])',
         "held = optimizer.state.values()",
         "the step that only makes states would be taken for a step",
@@ -209,7 +213,7 @@ CHECKPOINT_BUGS = (
     # -- flattened
     Mutant(
         "groups without the keys of tables",
-        "aim_kernels/groups.py",
+        "aim_kernels/optim/groups.py",
         "**param_group, **dict.fromkeys(KEYS)}",
         "**param_group}",
         "torch asks a flattened state dict for what the groups have: thresholds and rows were dropped",
@@ -282,7 +286,7 @@ CHECKPOINT_BUGS = (
     ),
     Mutant(
         "prototypes are drawn in the default type",
-        "aim_kernels/modulation/prototypes.py",
+        "aim_kernels/aim/prototypes.py",
         "generator=generator, dtype=torch.float32, device=where)",
         "generator=generator, device=where)",
         "another default type, other prototypes",
@@ -290,7 +294,7 @@ CHECKPOINT_BUGS = (
     ),
     Mutant(
         "features are dropped by draws of the default type",
-        "aim_kernels/modulation/drop.py",
+        "aim_kernels/methods/drop.py",
         "generator=generator, dtype=torch.float32, device=generator.device)",
         "generator=generator, device=generator.device)",
         "the same for the samples that a batch loses",

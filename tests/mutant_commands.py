@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from mutant_list import Mutant
 
-LINE, BENCH, COMPARE = "aim_kernels/command_line.py", "aim_kernels/bench/__init__.py", "aim_kernels/compare/cli.py"
+LINE, BENCH, COMPARE = (
+    "aim_kernels/command_line.py",
+    "aim_kernels/bench/__init__.py",
+    "aim_kernels/experiments/compare/cli.py",
+)
 ARGUMENTS, ENDS, PICTURES = "test_arguments.py", "test_command_line.py", "test_pictures.py"
 
 COMMANDS = (
@@ -114,7 +118,7 @@ COMMANDS = (
     ),
     Mutant(
         "trainings are appended to a comparison",
-        "aim_kernels/demo/results.py",
+        "aim_kernels/experiments/demo/results.py",
         "            if tuple(lines.fieldnames or ()) != COLUMNS:",
         "            if not lines.fieldnames:",
         "Both call their lines results.csv, and columns that are missing looked like lines cut short.",
@@ -170,7 +174,7 @@ COMMANDS = (
     ),
     Mutant(
         "pictures do not tell what they show",
-        "aim_kernels/plots.py",
+        "aim_kernels/aim/plots.py",
         'metadata={"Numbers": json.dumps(_rounded(numbers))}',
         "metadata={}",
         "As it was; a stale one could not be told from a fresh one.",

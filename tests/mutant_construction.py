@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from mutant_list import CHECKS, OPTIMIZER, PLAN, Mutant
 
-GROUPS, ZERO, TABLES = "aim_kernels/groups.py", "aim_kernels/zero.py", "aim_kernels/tables.py"
-RELEASE, REENTRANT, ARGUMENTS = "aim_kernels/release.py", "aim_kernels/reentrant.py", "aim_kernels/arguments.py"
+GROUPS, ZERO, TABLES = (
+    "aim_kernels/optim/groups.py",
+    "aim_kernels/optim/zero_redundancy.py",
+    "aim_kernels/step/tables.py",
+)
+RELEASE, REENTRANT, ARGUMENTS = (
+    "aim_kernels/optim/gradient_release.py",
+    "aim_kernels/optim/reentrant.py",
+    "aim_kernels/step/arguments.py",
+)
 
 CONSTRUCTION, NUMBERS, ADVICE = "test_construction.py", "test_numbers.py", "test_advice.py"
 PARTS = f"{ADVICE}::test_weights_that_get_their_gradient_in_parts_are_refused_before_anything_is_written"
@@ -238,7 +246,7 @@ MUTANTS = (
     ),
     Mutant(
         "a view as the parameter",
-        "aim_kernels/supported.py",
+        "aim_kernels/step/supported.py",
         "make torch.view_as_real(parameter).detach() the nn.Parameter",
         "make torch.view_as_real(parameter) the nn.Parameter",
         "a view is no leaf, and refused in its turn",

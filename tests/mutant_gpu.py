@@ -68,7 +68,7 @@ GPU = (
     ),
     Mutant(
         "scales of any type",
-        "aim_kernels/launch.py",
+        "aim_kernels/backends/device.py",
         "        return value.to(device=self.device, dtype=torch.float32, non_blocking=True)",
         "        return value.to(device=self.device, non_blocking=True)",
         "compiled anew, or read as something else, where a scale is no float32",

@@ -5,8 +5,12 @@ from __future__ import annotations
 from mutant_list import CHECKPOINT, ELEMENT, OPTIMIZER, PLAN, SHARED, STATES, STEP, Mutant
 
 REFERENCE, TRITON_CHUNK = "aim_kernels/backends/reference.py", "aim_kernels/backends/triton/chunk.py"
-TRITON_KERNELS, LIVE, CODEC = "aim_kernels/backends/triton/kernels.py", "aim_kernels/live.py", "csrc/cpu/codec.h"
-COMMON, FEATURES = "aim_kernels/integrations/common.py", "aim_kernels/modulation/features.py"
+TRITON_KERNELS, LIVE, CODEC = (
+    "aim_kernels/backends/triton/kernels.py",
+    "aim_kernels/optim/weights.py",
+    "csrc/cpu/codec.h",
+)
+COMMON, FEATURES = "aim_kernels/integrations/common.py", "aim_kernels/aim/features.py"
 SIZES = "test_sizes.py::test_steps_are_those_of_torch"
 MEANS = "test_sizes.py::test_means_that_are_not_finite_stay_so"
 EDITS = "test_edits.py::test_edits_between_steps_count"

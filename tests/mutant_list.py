@@ -21,8 +21,12 @@ class Mutant:
     tests: tuple[str, ...]
 
 
-PLAN, OPTIMIZER, STATES = "aim_kernels/plan.py", "aim_kernels/optimizer.py", "aim_kernels/states.py"
-CHECKPOINT, CHECKS, LAUNCH = "aim_kernels/checkpoint.py", "aim_kernels/checks.py", "aim_kernels/launch.py"
+PLAN, OPTIMIZER, STATES = "aim_kernels/step/plan.py", "aim_kernels/optim/optimizer.py", "aim_kernels/step/states.py"
+CHECKPOINT, CHECKS, LAUNCH = (
+    "aim_kernels/optim/checkpoint.py",
+    "aim_kernels/step/validation.py",
+    "aim_kernels/backends/device.py",
+)
 BINDING, WATCH = "python/bindings.cpp", "python/watch.h"
 STEP, CHUNK = "csrc/cpu/step.cpp", "csrc/cpu/chunk.h"
 ELEMENT, SHARED, SETUP = "csrc/common/element.h", "csrc/common/shared.h", "setup.py"
@@ -158,7 +162,7 @@ MUTANTS = (
     ),
     Mutant(
         "masters outlive their rows",
-        "aim_kernels/live.py",
+        "aim_kernels/optim/weights.py",
         "self._leaving.add(number)",
         "pass",
         "memory that grows with every block that was degraded once",
@@ -249,7 +253,7 @@ MUTANTS = (
     ),
     Mutant(
         "copies with the arrays of the original",
-        "aim_kernels/tables.py",
+        "aim_kernels/step/tables.py",
         'return {**self.__dict__, "_arrays": None}',
         "return dict(self.__dict__)",
         "pytorch#10906 and its like: a copy that writes where nobody reads",
@@ -395,7 +399,7 @@ MUTANTS = (
     ),
     Mutant(
         "a pass that does not count lets NaN through",
-        "aim_kernels/modulation/mixing.py",
+        "aim_kernels/aim/mixing.py",
         "return torch.zeros_like if factor == 0.0 else lambda grad: grad * factor",
         "return lambda grad: grad * factor",
         "infinity times zero; in half precision one pass may overflow and the other not",
@@ -403,7 +407,7 @@ MUTANTS = (
     ),
     Mutant(
         "live weights are not put back after a skipped step",
-        "aim_kernels/live.py",
+        "aim_kernels/optim/weights.py",
         "if self._in_true_pass:",
         "if False:",
         "the next auxiliary pass would see true weights",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mutant_list import Mutant
 
-TRIALS, SNAPSHOT, METHODS = "aim_kernels/modulation/trials.py", "aim_kernels/snapshot.py", "aim_kernels/methods/"
+TRIALS, SNAPSHOT, METHODS = "aim_kernels/aim/trials.py", "aim_kernels/aim/snapshot.py", "aim_kernels/methods/"
 BY_HAND = "test_trials.py::test_losses_are_those_of_training_by_hand"
 UNDONE = "test_trials.py::test_everything_is_as_it_was"
 
@@ -76,7 +76,7 @@ METHOD_BUGS = (
     ),
     Mutant(
         "a failed trial leaves its features dropped",
-        "aim_kernels/modulation/drop.py",
+        "aim_kernels/methods/drop.py",
         "            self.drop = drop\n",
         "",
         "where the last arm was held back, training would go on as in it",

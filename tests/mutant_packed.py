@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from mutant_list import CHECKPOINT, OPTIMIZER, STATES, Mutant
 
-COMPILED, LIVE, PACKING = "aim_kernels/compiled.py", "aim_kernels/live.py", "aim_kernels/packing.py"
+COMPILED, LIVE, PACKING = (
+    "aim_kernels/optim/torch_compile.py",
+    "aim_kernels/optim/weights.py",
+    "aim_kernels/step/codecs.py",
+)
 CONVERTED = "test_packed_checkpoint.py::test_true_weights_are_converted"
 
 PACKED = (
@@ -58,7 +62,7 @@ PACKED = (
     ),
     Mutant(
         "codes move without their exponents",
-        "aim_kernels/plan.py",
+        "aim_kernels/step/plan.py",
         "if dtype == torch.uint8 and self._in_order",
         "if dtype == torch.int8 and self._in_order",
         "blocks go by memory order: after module.to(memory_format=...) moments are other numbers",
@@ -116,7 +120,7 @@ PACKED = (
     ),
     Mutant(
         "zero redundancy leaves gradients of others",
-        "aim_kernels/zero.py",
+        "aim_kernels/optim/zero_redundancy.py",
         "        if self.optim.zero_grad_in_step:\n",
         "        if False:\n",
         "the next backward adds to gradients that another process has stepped",

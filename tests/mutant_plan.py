@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from mutant_list import CHECKPOINT, CHECKS, OPTIMIZER, PLAN, STATES, WATCH, Mutant
 
-TABLES = "aim_kernels/tables.py"
-RESETS, SUPPORTED, OVERLAP = "aim_kernels/resets.py", "aim_kernels/supported.py", "aim_kernels/overlap.py"
+TABLES = "aim_kernels/step/tables.py"
+RESETS, SUPPORTED, OVERLAP = (
+    "aim_kernels/optim/resets.py",
+    "aim_kernels/step/supported.py",
+    "aim_kernels/step/overlap.py",
+)
 MOVES = "test_binding.py::test_a_watch_notices_whatever_moves"
 RESET = "test_resets.py::test_a_reset_leaves_the_true_weights_in_the_module"
 ANY = "test_any_parameter.py::test_a_frozen_parameter_of_any_kind_is_left_alone"

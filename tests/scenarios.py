@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 import aim_kernels as ak
-from aim_kernels.rows import STATISTIC
+from aim_kernels.step.layout import STATISTIC
 
 Scenario = Callable[[Path], None]
 _SCENARIOS: dict[str, tuple[tuple[int, ...], Scenario]] = {}

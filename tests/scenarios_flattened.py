@@ -28,7 +28,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import aim_kernels as ak
-from aim_kernels.distributed import local_of
+from aim_kernels.step.sharding import local_of
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 

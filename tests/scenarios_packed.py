@@ -20,9 +20,9 @@ from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
 import aim_kernels as ak
-from aim_kernels.distributed import like, local_of
-from aim_kernels.states import read_moment, scale_of
-from aim_kernels.zero import AIMZeroRedundancyOptimizer
+from aim_kernels.optim.zero_redundancy import AIMZeroRedundancyOptimizer
+from aim_kernels.step.sharding import like, local_of
+from aim_kernels.step.states import read_moment, scale_of
 
 #: Rows of 256 elements: every shard begins at a multiple of that, though shards are uneven.
 WHOLE_BLOCKS = (((35, 256), (3, 256)), ((64, 256), (2, 256)))

@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import aim_kernels as ak
-from aim_kernels.zero import AIMZeroRedundancyOptimizer
+from aim_kernels.optim.zero_redundancy import AIMZeroRedundancyOptimizer
 
 
 def zero_of(model: nn.Module, **options: Any) -> AIMZeroRedundancyOptimizer:

@@ -12,9 +12,10 @@ import torch
 from aim_helpers import CLASSES, DOMINANT_A, Net, batch, build, fixed, phase_rows, probability, train
 from torch import Tensor, nn
 
-from aim_kernels.modulation import AIM, FeatureDrop, block_param_groups
-from aim_kernels.modulation.prototypes import fit_prototypes, probing, prototype_score
-from aim_kernels.optimizer import AIMFusedOptimizer
+from aim_kernels.aim import AIM, block_param_groups
+from aim_kernels.aim.prototypes import fit_prototypes, probing, prototype_score
+from aim_kernels.methods.drop import FeatureDrop
+from aim_kernels.optim.optimizer import AIMFusedOptimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,10 +11,10 @@ import torch
 from aim_helpers import CLASSES, DOMINANT_A, batch, build, fixed, phase_rows, train
 from torch import Tensor, nn
 
-from aim_kernels.modulation import AIM, block_param_groups
-from aim_kernels.modulation.options import schedule_of
-from aim_kernels.modulation.strengths import Guard, Measured, assess, margin_errors, margins
-from aim_kernels.optimizer import AIMFusedOptimizer
+from aim_kernels.aim import AIM, block_param_groups
+from aim_kernels.aim.options import schedule_of
+from aim_kernels.aim.strengths import Guard, Measured, assess, margin_errors, margins
+from aim_kernels.optim.optimizer import AIMFusedOptimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -16,13 +16,14 @@ import torch
 from command_helpers import COMMANDS, release
 
 from aim_kernels import __main__ as entry
-from aim_kernels import bench, command_line, precision
+from aim_kernels import bench, command_line
 from aim_kernels.bench import gpu, packed
-from aim_kernels.compare import cli as compare_cli
-from aim_kernels.compare import cost
-from aim_kernels.compare import report as compare_report
-from aim_kernels.compare.contestants import TUNING_SEEDS
-from aim_kernels.demo import cli as demo_cli
+from aim_kernels.experiments import precision
+from aim_kernels.experiments.compare import cli as compare_cli
+from aim_kernels.experiments.compare import cost
+from aim_kernels.experiments.compare import report as compare_report
+from aim_kernels.experiments.compare.contestants import TUNING_SEEDS
+from aim_kernels.experiments.demo import cli as demo_cli
 
 #: Where the work of each begins.
 WORK = [(demo_cli, "_main"), (bench, "_main"), (gpu, "_main"), (precision, "_main"), (release, "_main")]

@@ -8,7 +8,7 @@ import torch
 
 from aim_kernels import _C
 from aim_kernels.bench import memory, packed
-from aim_kernels.rows import STREAM_RECORD
+from aim_kernels.step.layout import STREAM_RECORD
 
 
 def runs_of(*arrays: tuple[np.ndarray, str]) -> np.ndarray:

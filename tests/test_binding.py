@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from aim_kernels import watch
+from aim_kernels.step import watch
 
 HERE = Path(__file__).resolve().parent
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from aim_kernels.modulation.blocks import block_param_groups
+from aim_kernels.aim.blocks import block_param_groups
 
 
 class Pair(nn.Module):

@@ -15,10 +15,19 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from aim_kernels.data import MissingPackageError, ave, crema_d, kinetics_sounds, ucf101
-from aim_kernels.data.clips import EMOTIONS, Clips, lines
-from aim_kernels.data.media import IMAGENET, Flow, Frames, LogSpectrogram, pictures, random_part, spaced, waveform
-from aim_kernels.networks import network_of
+from aim_kernels.experiments.data import MissingPackageError, ave, crema_d, kinetics_sounds, ucf101
+from aim_kernels.experiments.data.clips import EMOTIONS, Clips, lines
+from aim_kernels.experiments.data.media import (
+    IMAGENET,
+    Flow,
+    Frames,
+    LogSpectrogram,
+    pictures,
+    random_part,
+    spaced,
+    waveform,
+)
+from aim_kernels.experiments.networks import network_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -110,7 +110,7 @@ def test_a_pickle_of_an_earlier_release() -> None:
         del state[name]
     tables = copy.copy(state["_tables"])
     old = {name: value for name, value in vars(tables).items() if name not in ("_always_live", "_arrays")}
-    state["_tables"] = ak.tables.Tables.__new__(ak.tables.Tables)
+    state["_tables"] = ak.step.tables.Tables.__new__(ak.step.tables.Tables)
     state["_tables"].__setstate__(old)
     again = ak.AIMFusedOptimizer.__new__(ak.AIMFusedOptimizer)
     again.__setstate__(pickle.loads(pickle.dumps(state)))

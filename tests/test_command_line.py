@@ -16,14 +16,15 @@ from typing import Any
 import pytest
 from command_helpers import COMMANDS, ROOT
 
-from aim_kernels import bench, command_line, precision
+from aim_kernels import bench, command_line
 from aim_kernels.bench import gpu, packed, shapes
 from aim_kernels.bench import memory as bench_memory
-from aim_kernels.compare import cli as compare_cli
-from aim_kernels.compare import cost
-from aim_kernels.compare.contestants import contestant
-from aim_kernels.data import DATA_SETS
-from aim_kernels.demo import cli as demo_cli
+from aim_kernels.experiments import precision
+from aim_kernels.experiments.compare import cli as compare_cli
+from aim_kernels.experiments.compare import cost
+from aim_kernels.experiments.compare.contestants import contestant
+from aim_kernels.experiments.data import DATA_SETS
+from aim_kernels.experiments.demo import cli as demo_cli
 
 # -- files that cannot be written --------------------------------------------------------------------------------------
 

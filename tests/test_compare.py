@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from aim_kernels.compare import cli, cost, main, measures, report
-from aim_kernels.compare.contestants import BUDGET, CONTESTANTS, TUNING_SEEDS, Contestant, contestant
-from aim_kernels.compare.results import Folder, alone, seed_runs, tuned, tuning_runs
-from aim_kernels.compare.training import Line, Run, train
-from aim_kernels.data import DATA_SETS
+from aim_kernels.experiments.compare import cli, cost, main, measures, report
+from aim_kernels.experiments.compare.contestants import BUDGET, CONTESTANTS, TUNING_SEEDS, Contestant, contestant
+from aim_kernels.experiments.compare.results import Folder, alone, seed_runs, tuned, tuning_runs
+from aim_kernels.experiments.compare.training import Line, Run, train
+from aim_kernels.experiments.data import DATA_SETS
 from aim_kernels.methods import METHODS
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # as the comparison itself does

@@ -35,7 +35,7 @@ from helpers import (
 )
 
 import aim_kernels as ak
-from aim_kernels import compiled
+from aim_kernels.optim import torch_compile
 
 pytestmark = pytest.mark.usefixtures("own_graphs")
 
@@ -257,12 +257,12 @@ def test_opcheck(row: str) -> None:
 @pytest.mark.parametrize("argument", MUTATED)
 def test_opcheck_would_miss_a_declaration(argument: str) -> None:
     _, args = stepped()
-    schema = re.sub(rf"Tensor\(\w!\)(\[\])? {argument}\b", rf"Tensor\1 {argument}", compiled._SCHEMA)
-    assert schema != compiled._SCHEMA
+    schema = re.sub(rf"Tensor\(\w!\)(\[\])? {argument}\b", rf"Tensor\1 {argument}", torch_compile._SCHEMA)
+    assert schema != torch_compile._SCHEMA
     name = f"aim_kernels_test::without_{argument}"
     with torch.library._scoped_library("aim_kernels_test", "FRAGMENT") as library:
         torch.library.define(name, schema, lib=library)
-        torch.library.impl(name, "CompositeExplicitAutograd", compiled._step, lib=library)
+        torch.library.impl(name, "CompositeExplicitAutograd", torch_compile._step, lib=library)
         operator = getattr(torch.ops.aim_kernels_test, f"without_{argument}").default
         with pytest.raises(Exception, match=f"{argument} is not defined as mutable"):
             torch.library.opcheck(operator, args, test_utils="test_schema")

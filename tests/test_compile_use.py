@@ -34,7 +34,7 @@ from helpers import (
 )
 
 import aim_kernels as ak
-from aim_kernels import compiled
+from aim_kernels.optim import torch_compile
 
 pytestmark = pytest.mark.usefixtures("own_graphs")
 
@@ -456,7 +456,7 @@ def test_nothing_accumulates() -> None:
         pair.step()
         if number in (3, 7):
             gc.collect()
-            inputs = sum(i.optimizer() is pair.optimizers[1] for i in list(compiled._INPUTS.values()))
+            inputs = sum(i.optimizer() is pair.optimizers[1] for i in list(torch_compile._INPUTS.values()))
             counts.append((inputs, sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())))
     assert counts[0][0] <= 2 and counts[1] <= counts[0]
 

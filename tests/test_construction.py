@@ -14,7 +14,7 @@ from helpers import frozen, same_bits
 from torch import Tensor, nn
 
 import aim_kernels as ak
-from aim_kernels.zero import AIMZeroRedundancyOptimizer
+from aim_kernels.optim.zero_redundancy import AIMZeroRedundancyOptimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

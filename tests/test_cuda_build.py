@@ -18,12 +18,13 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from aim_kernels import _C, rows
+from aim_kernels import _C
+from aim_kernels.step import layout
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("sm_80", "sm_90")
 STORAGE = ("float32", "float64", "bfloat16", "float16")
-UPDATES = [*(f"update_{family}_{storage}" for family in rows.FAMILIES for storage in STORAGE), "update_mixed"]
+UPDATES = [*(f"update_{family}_{storage}" for family in layout.FAMILIES for storage in STORAGE), "update_mixed"]
 UNITS = [*(f"{kind}_{storage}" for kind in ("update", "packed") for storage in STORAGE), "update_mixed", "finish"]
 KERNELS = [*UPDATES, "finish", "emit", "copy_bytes"]
 
@@ -140,7 +141,7 @@ def test_no_multiplication_is_contracted(objects: Path, unit: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("record", "name"), [(rows.WORK_RECORD, "work"), (rows.CHUNK_RECORD, "chunk"), (rows.SPAN_RECORD, "span")]
+    ("record", "name"), [(layout.WORK_RECORD, "work"), (layout.CHUNK_RECORD, "chunk"), (layout.SPAN_RECORD, "span")]
 )
 def test_records_have_the_compiled_offsets(objects: Path, record: np.dtype, name: str) -> None:
     from aim_kernels import _cuda
@@ -158,7 +159,7 @@ def test_a_machine_without_a_device_says_so(objects: Path) -> None:
 
     if torch.cuda.is_available():
         pytest.skip("there is a device")
-    work = np.zeros(1, rows.WORK_RECORD)
+    work = np.zeros(1, layout.WORK_RECORD)
     work["chunk_size"], work["threads"] = 1024, 64
     with pytest.raises(RuntimeError, match=r"CUDA: choice of the device: .*(driver|device).* \(error \d+\)"):
         _cuda.update(work, 0, 0)
@@ -166,7 +167,7 @@ def test_a_machine_without_a_device_says_so(objects: Path) -> None:
     with pytest.raises(RuntimeError, match=r"launch of update: invalid argument"):
         _cuda.update(work, 0, 0)
     with pytest.raises(ValueError, match="work"):
-        _cuda.update(np.zeros(2, rows.WORK_RECORD), 0, 0)
+        _cuda.update(np.zeros(2, layout.WORK_RECORD), 0, 0)
 
 
 # -- setup.py --------------------------------------------------------------------------------------------------------

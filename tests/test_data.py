@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from aim_kernels.data import MissingPackageError, MultimodalData, Split, coloured_digits, smartwatch
+from aim_kernels.experiments.data import MissingPackageError, MultimodalData, Split, coloured_digits, smartwatch
 
 
 def equal(first: MultimodalData, second: MultimodalData) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from aim_kernels.data import (
+from aim_kernels.experiments.data import (
     DATA_SETS,
     MissingPackageError,
     MultimodalData,
@@ -23,8 +23,8 @@ from aim_kernels.data import (
     mnist_weak,
     multiple_features,
 )
-from aim_kernels.data.files import Package
-from aim_kernels.data.views import MFEAT, of_views, stratified
+from aim_kernels.experiments.data.files import Package
+from aim_kernels.experiments.data.views import MFEAT, of_views, stratified
 
 #: float32 against float64: a standardized value of up to 10 is off by a few units in its last place, 1e-6 each.
 CLOSE = {"rtol": 1e-5, "atol": 2e-5}

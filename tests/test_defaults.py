@@ -18,7 +18,7 @@ from places import enter
 from torch import Tensor, nn
 
 import aim_kernels as ak
-from aim_kernels.modulation.drop import FeatureDrop
+from aim_kernels.methods.drop import FeatureDrop
 
 
 @contextlib.contextmanager
@@ -93,7 +93,7 @@ def lived(rule: str, dtype: str, backend: str, options: dict[str, Any]) -> list[
         with optimizer.ema_parameters():
             seen.append([p.detach().clone() for p in parameters_of(optimizer)])
     kept = frozen(optimizer)
-    snapshot = ak.snapshot.Snapshot(nn.ParameterList(parameters_of(optimizer)), optimizer)
+    snapshot = ak.aim.snapshot.Snapshot(nn.ParameterList(parameters_of(optimizer)), optimizer)
     step(optimizer, Gradients(parameters_of(optimizer), seed=3))
     snapshot.restore()
     same_bits(kept, frozen(optimizer))

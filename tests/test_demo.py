@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from aim_kernels.demo import cli, main, results, trainer
-from aim_kernels.demo.networks import network_for
-from aim_kernels.demo.results import Folder, markdown, mean_and_error, summary, table_of
-from aim_kernels.demo.trainer import DATA, Run, train
-from aim_kernels.modulation.strengths import Measured, assess
-from aim_kernels.plots import plot_accuracy, plot_modulation
+from aim_kernels.aim.plots import plot_accuracy, plot_modulation
+from aim_kernels.aim.strengths import Measured, assess
+from aim_kernels.experiments.demo import cli, main, results, trainer
+from aim_kernels.experiments.demo.networks import network_for
+from aim_kernels.experiments.demo.results import Folder, markdown, mean_and_error, summary, table_of
+from aim_kernels.experiments.demo.trainer import DATA, Run, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # as the demo itself does
 

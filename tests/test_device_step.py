@@ -27,8 +27,8 @@ from places import CHUNK, DEVICE_PLACES, enter
 from twin import Twin, run_twin
 
 import aim_kernels as ak
-from aim_kernels import launch
-from aim_kernels.rows import STATISTIC
+from aim_kernels.backends import device
+from aim_kernels.step.layout import STATISTIC
 
 SHAPES = (((5, 7), (33,), (0,), ()), ((3, 4, 2), (16,)))
 KINDS = ("contiguous", "transposed", "offset")
@@ -224,16 +224,16 @@ def test_learning_rate_tensors_on_the_device(backend: str, dtype: torch.dtype, m
     plain = build("adamw", SHAPES, backend=backend)
     device = build("adamw", SHAPES, backend=backend)
     rate = torch.tensor(0.5, dtype=dtype)
-    launched: list[launch.Launch] = []
-    send = launch.Launch.send
+    launched: list[device.Launch] = []
+    send = device.Launch.send
 
-    def with_tensors(self: launch.Launch) -> None:
+    def with_tensors(self: device.Launch) -> None:
         if self.plan.param_groups is device.param_groups:  # as StepPlan does with tensors in a device's memory
             self.plan.lr_tensors = dict.fromkeys(range(len(self.plan.groups)), rate)
             launched.append(self)
         send(self)
 
-    monkeypatch.setattr(launch.Launch, "send", with_tensors)
+    monkeypatch.setattr(device.Launch, "send", with_tensors)
     gradients = [Gradients(parameters_of(o)) for o in (plain, device)]
     for value in (0.5, 0.03125, 0.25):
         rate.fill_(value)
@@ -255,16 +255,16 @@ def test_tensors_in_several_places_are_one_optimizer(
     one, two = (build(rule, EDGES, backend=backend) for _ in range(2))
     launches = []
 
-    def of(plan: launch.StepPlan, kernels: launch.Kernels) -> launch.Launch:
+    def of(plan: device.StepPlan, kernels: device.Kernels) -> device.Launch:
         if plan.launch is None:
             numbers, where = np.arange(len(plan.params)), plan.params[0].device
             split = plan.param_groups is two.param_groups
             places = [(where, numbers[number::2]) for number in range(2)] if split else [(where, numbers)]
-            plan.launch = launch.Launch(plan, kernels.CHUNK, places)
+            plan.launch = device.Launch(plan, kernels.CHUNK, places)
             launches.append(plan.launch)
         return plan.launch
 
-    monkeypatch.setattr(launch, "_launch_of", of)
+    monkeypatch.setattr(device, "_launch_of", of)
     for optimizer in (one, two):
         set_row(optimizer, 0, row)
         run(optimizer, 4, missing=1)

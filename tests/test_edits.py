@@ -278,7 +278,7 @@ def test_options_that_change_after_an_edit(kind: str) -> None:
     for p, q in made.both():
         state = made.optimizer.state[p]
         assert "master" not in state
-        same_bits(ak.states.true_weights(p, state), q.detach().clone())
+        same_bits(ak.step.states.true_weights(p, state), q.detach().clone())
 
 
 def test_true_weights_changed_in_evaluation_keep_the_rest() -> None:
@@ -350,7 +350,7 @@ def test_a_master_that_takes_over_a_rest_is_no_edit() -> None:
     p.grad = torch.ones_like(p)
     optimizer.step()
     theta = torch.tensor([1.0 + 2.0**-8, -1.0 - 2.0**-8, 1.0 + 3 * 2.0**-8, 1.0 + 2.0**-9])
-    ak.states.place_weights(p, optimizer.state[p], theta, "split")
+    ak.step.states.place_weights(p, optimizer.state[p], theta, "split")
     optimizer.param_groups[0]["master"] = "float32"
     for _ in range(2):
         optimizer.step()

@@ -11,9 +11,9 @@ from aim_helpers import CLASSES, DOMINANT_A, batch, build, fixed, train
 from helpers import same_bits
 from torch import Tensor, nn
 
-from aim_kernels.modulation import AIM, block_param_groups
-from aim_kernels.modulation.features import auxiliary_parameters
-from aim_kernels.optimizer import AIMFusedOptimizer
+from aim_kernels.aim import AIM, block_param_groups
+from aim_kernels.aim.features import auxiliary_parameters
+from aim_kernels.optim.optimizer import AIMFusedOptimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

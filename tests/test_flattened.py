@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import aim_kernels as ak
-from aim_kernels.tables import KEYS
+from aim_kernels.step.tables import KEYS
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 SHAPES = (((5, 7), (33,)), ((6, 2),))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import aim_kernels as ak
 from aim_kernels import AIM
 from aim_kernels.backends.reference import classes_of
-from aim_kernels.rows import STATISTIC
+from aim_kernels.step.layout import STATISTIC
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of Triton's interpreter
 

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from places import enter
 
-from aim_kernels import launch
-from aim_kernels.plan import StepPlan
-from aim_kernels.rows import GROUP_RECORD, TENSOR_RECORD
+from aim_kernels.backends import device
+from aim_kernels.step.layout import GROUP_RECORD, TENSOR_RECORD
+from aim_kernels.step.plan import StepPlan
 
 CPU = torch.device("cpu")
 NUMEL = st.lists(st.sampled_from([0, 1, 63, 64, 65, 127, 128, 129, 1000]) | st.integers(0, 5000), max_size=12)
@@ -38,7 +38,7 @@ def test_every_element_lies_in_one_chunk_of_one_span(numel: list[int], breaks: l
     sizes = np.array(numel, dtype=np.int64)
     group_count = len(breaks) + 1
     group_of = np.searchsorted(np.sort(np.array(breaks, dtype=np.int64)), np.arange(len(sizes)), side="right")
-    chunks, spans = launch.chunk_table(sizes, group_of.astype(np.int64), group_count, chunk_size)
+    chunks, spans = device.chunk_table(sizes, group_of.astype(np.int64), group_count, chunk_size)
     for count in covered(sizes, chunks, chunk_size):
         assert (count == 1).all()
     for number, span in enumerate(spans):
@@ -51,7 +51,7 @@ def test_every_element_lies_in_one_chunk_of_one_span(numel: list[int], breaks: l
 
 def test_a_tensor_of_more_than_2_to_the_31_elements_is_covered() -> None:
     numel, chunk_size = np.array([5, 2**31 + 8192 + 3], dtype=np.int64), 8192
-    chunks, spans = launch.chunk_table(numel, np.zeros(2, np.int64), 1, chunk_size)
+    chunks, spans = device.chunk_table(numel, np.zeros(2, np.int64), 1, chunk_size)
     assert len(chunks) == 1 + 2**18 + 2
     assert chunks[-1].tolist() == (1, 2**18 + 1)
     begins = chunks["index"].astype(np.int64) * chunk_size
@@ -59,7 +59,7 @@ def test_a_tensor_of_more_than_2_to_the_31_elements_is_covered() -> None:
     assert spans[0].tolist() == (0, 2, 0, len(chunks))
 
 
-def ready(**options: object) -> tuple[StepPlan, launch.Share]:
+def ready(**options: object) -> tuple[StepPlan, device.Share]:
     """A plan with gradients and its only share, sent."""
     optimizer = build("adamw", (((5, 7), (33,), (0,)), ((129,),)), **options)
     params = parameters_of(optimizer)
@@ -67,7 +67,7 @@ def ready(**options: object) -> tuple[StepPlan, launch.Share]:
     plan = optimizer._ready_plan()
     assert plan is not None
     plan.read_hyperparameters(on_device=True)
-    share = launch.Share(plan, CPU, np.arange(len(params)), 64)
+    share = device.Share(plan, CPU, np.arange(len(params)), 64)
     share.send()
     return plan, share
 
@@ -83,8 +83,8 @@ def test_records_arrive_as_they_are() -> None:
 
 def test_nothing_is_sent_where_nothing_moved(monkeypatch: pytest.MonkeyPatch) -> None:
     plan, share = ready()
-    sent, send = [], launch.Upload.send
-    monkeypatch.setattr(launch.Upload, "send", lambda self, content: sent.append(content) or send(self, content))
+    sent, send = [], device.Upload.send
+    monkeypatch.setattr(device.Upload, "send", lambda self, content: sent.append(content) or send(self, content))
     share.send()
     assert not sent
     plan.records["grad"][0] += 4
@@ -108,13 +108,13 @@ def test_a_captured_step_keeps_tables_of_its_own(monkeypatch: pytest.MonkeyPatch
     plan, share = ready()
     eager = share.tensors.data_ptr()
     share._upload._spare = share._upload._staging()  # as on a CUDA device, where a spare is pinned beforehand
-    monkeypatch.setattr(launch, "capturing", lambda device: True)
+    monkeypatch.setattr(device, "capturing", lambda device: True)
     share.send()
     captured, content = share.tensors, share.tensors.clone()
     assert captured.data_ptr() != eager
     with pytest.raises(RuntimeError, match="captured twice"):
         share.send()
-    monkeypatch.setattr(launch, "capturing", lambda device: False)
+    monkeypatch.setattr(device, "capturing", lambda device: False)
     plan.records["grad"][0] += 64
     share.send()
     assert share.tensors.data_ptr() == eager
@@ -125,9 +125,9 @@ def test_an_eager_step_after_a_capture_sends_again(monkeypatch: pytest.MonkeyPat
     plan, share = ready()
     share._upload._spare = share._upload._staging()
     eager = share.tensors.data_ptr()
-    monkeypatch.setattr(launch, "capturing", lambda device: True)
+    monkeypatch.setattr(device, "capturing", lambda device: True)
     share.send()
-    monkeypatch.setattr(launch, "capturing", lambda device: False)
+    monkeypatch.setattr(device, "capturing", lambda device: False)
     share.send()
     assert share.tensors.data_ptr() == eager
     assert share.tensors.numpy().tobytes() == plan.records.tobytes()
@@ -137,7 +137,7 @@ def test_capture_before_the_first_step_is_refused(monkeypatch: pytest.MonkeyPatc
     optimizer = build("adamw", (((5,),),))
     params = parameters_of(optimizer)
     assign(params, Gradients(params)())
-    monkeypatch.setattr("aim_kernels.optimizer.capturing", lambda device: True)
+    monkeypatch.setattr("aim_kernels.optim.optimizer.capturing", lambda device: True)
     with pytest.raises(RuntimeError, match=r"captured.*side stream"):
         optimizer.step()
     assert not optimizer.state
@@ -155,7 +155,7 @@ def test_what_a_graph_uses_outlives_the_plan(monkeypatch: pytest.MonkeyPatch) ->
     share = optimizer._plan.launch.home
     share._upload._spare = share._upload._staging()
     with monkeypatch.context() as patch:
-        for module in ("launch", "optimizer"):
+        for module in ("backends.device", "optim.optimizer"):
             patch.setattr(f"aim_kernels.{module}.capturing", lambda device: True)
         optimizer.step()
     used = [weakref.ref(tensor) for tensor in (share.partials, share.chunks, optimizer.state[params[0]]["exp_avg"])]

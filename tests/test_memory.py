@@ -15,7 +15,7 @@ from tolerances import peer_error
 from torch import Tensor
 
 import aim_kernels as ak
-from aim_kernels.states import buffer_of
+from aim_kernels.step.states import buffer_of
 
 #: A rule of torch.optim, its options there, and here.
 RULES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {

@@ -14,11 +14,11 @@ from method_helpers import NEEDED, assert_same, batch, made, network, sgd
 from torch import nn
 
 import aim_kernels as ak
-from aim_kernels import checks
 from aim_kernels.methods import METHODS, Outputs, make_method
 from aim_kernels.methods.coalitions import shapley_values
+from aim_kernels.methods.ogm_ge import OGMGE
 from aim_kernels.methods.scores import accuracies, true_class_scores
-from aim_kernels.modulation import OGMGE
+from aim_kernels.step import validation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -234,7 +234,7 @@ def test_methods_do_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> 
         with monkeypatch.context() as patch:
             patch.setattr(method.optimizer, "step", lambda: None)
             # as for tensors in a device's memory, which the rows' writers do not look at
-            patch.setattr(checks, "_on_device", lambda value: isinstance(value, torch.Tensor))
+            patch.setattr(validation, "_on_device", lambda value: isinstance(value, torch.Tensor))
             for wait in waits:
                 patch.setattr(torch.Tensor, wait, refuse)
             with pytest.raises(AssertionError, match="asked for its value"):

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from aim_kernels import AIM, make_method
 from aim_kernels.methods.aim import AIMMethod
-from aim_kernels.rows import PHASES, ROW
+from aim_kernels.step.layout import PHASES, ROW
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from aim_kernels.methods import Blocks, make_method
 from aim_kernels.methods.relearning import kmeans, purity
-from aim_kernels.optimizer import AIMFusedOptimizer
+from aim_kernels.optim.optimizer import AIMFusedOptimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

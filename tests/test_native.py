@@ -19,7 +19,8 @@ import torch
 from helpers import DTYPES, ROWS, RULES, Gradients, assign, build, frozen, parameters_of, same_bits, set_row
 
 import aim_kernels as ak
-from aim_kernels import _C, rows
+from aim_kernels import _C
+from aim_kernels.step import layout
 
 CHUNK = _C.CHUNK
 SHAPES = (((1,), (15,), (16, 3), (70,), (1031,), (CHUNK + 5,)), ((2 * CHUNK + 33,), (0,), (7,)))
@@ -176,17 +177,17 @@ class Call:
         self.param, self.grad = (random.standard_normal(size).astype(np.float32) for _ in range(2))
         self.exp_avg, self.exp_avg_sq = (np.zeros(size, np.float32) for _ in range(2))
         self.step = np.zeros((), np.float32)
-        self.tensors = np.zeros(1, rows.TENSOR_RECORD)
+        self.tensors = np.zeros(1, layout.TENSOR_RECORD)
         for name in ("param", "grad", "exp_avg", "exp_avg_sq", "step"):
             self.tensors[name] = getattr(self, name).ctypes.data
         self.tensors["numel"], self.tensors["first"] = size, first
-        self.groups = np.zeros(1, rows.GROUP_RECORD)
+        self.groups = np.zeros(1, layout.GROUP_RECORD)
         for name, value in {"lr": 1.0, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "scale": 1.0}.items():
             self.groups[name] = value
-        self.groups["rule"] = rows.RULES.index(rule)
-        self.rows = np.array([rows.neutral_row()])
-        self.rows[0, rows.ROW["noise"]] = noise
-        self.statistics = np.zeros((1, len(rows.STATISTICS_COLUMNS)))
+        self.groups["rule"] = layout.RULES.index(rule)
+        self.rows = np.array([layout.neutral_row()])
+        self.rows[0, layout.ROW["noise"]] = noise
+        self.statistics = np.zeros((1, len(layout.STATISTICS_COLUMNS)))
         self.control = np.array([2**40 + 3, 5, 0, 0], np.int64)
 
     def __call__(self, threads: int = 1) -> None:
@@ -281,7 +282,7 @@ def test_a_team_is_a_capsule_of_its_name() -> None:
 def test_rows_that_split_a_stateless_group_are_refused_by_the_kernel() -> None:
     call = Call(rule="sgd")
     call.tensors["exp_avg_sq"] = 0
-    call.rows[0, rows.ROW["aux_live_well"]] = 0.5
+    call.rows[0, layout.ROW["aux_live_well"]] = 0.5
     before = call.bytes()
     with pytest.raises(ValueError, match="optimization state"):
         call()
@@ -294,7 +295,7 @@ def test_arrays_of_other_records_are_refused() -> None:
     with pytest.raises((ValueError, TypeError), match="tensors"):
         _C.step(np.zeros(3), call.groups, *tables, 1)
     with pytest.raises((ValueError, TypeError), match="tensors"):
-        _C.step(np.zeros(4, rows.TENSOR_RECORD)[::2], call.groups, *tables, 1)
+        _C.step(np.zeros(4, layout.TENSOR_RECORD)[::2], call.groups, *tables, 1)
     with pytest.raises((ValueError, TypeError), match="threads"):
         call(threads=0)
 

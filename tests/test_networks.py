@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from aim_kernels import AIMFusedOptimizer
-from aim_kernels.data import MultimodalData, Split, coloured_digits
-from aim_kernels.methods import Blocks, Method
-from aim_kernels.networks import (
+from aim_kernels.experiments.data import MultimodalData, Split, coloured_digits
+from aim_kernels.experiments.networks import (
     BACKBONES,
     FUSIONS,
     Concatenation,
@@ -27,7 +26,8 @@ from aim_kernels.networks import (
     resnet18_blocks,
     transformer_blocks,
 )
-from aim_kernels.networks.transformer import Tokens, sinusoids
+from aim_kernels.experiments.networks.transformer import Tokens, sinusoids
+from aim_kernels.methods import Blocks, Method
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -21,8 +21,8 @@ from places import DEVICE_PLACES, enter
 
 import aim_kernels as ak
 from aim_kernels.methods import METHODS, make_method
-from aim_kernels.modulation.ogm_ge import OGMGE
-from aim_kernels.rows import PUBLIC_COLUMNS
+from aim_kernels.methods.ogm_ge import OGMGE
+from aim_kernels.step.layout import PUBLIC_COLUMNS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

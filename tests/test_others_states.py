@@ -17,7 +17,7 @@ from helpers import Gradients, assign, build, parameters_of, same_bits, set_row
 from torch import Tensor, nn
 
 import aim_kernels as ak
-from aim_kernels import snapshot
+from aim_kernels.aim import snapshot
 
 SHAPES = (((65, 67), (33,), ()), ((6, 2),))
 Point = collections.namedtuple("Point", ["x", "y"])

@@ -11,8 +11,8 @@ from helpers import Gradients, assign, build, frozen, parameters_of, same_bits, 
 from places import CHUNK, enter
 
 import aim_kernels as ak
-from aim_kernels import launch
-from aim_kernels.rows import FAMILIES, FLAGS, GROUP_RECORD, RULES, STATISTIC, TENSOR_RECORD
+from aim_kernels.backends import device
+from aim_kernels.step.layout import FAMILIES, FLAGS, GROUP_RECORD, RULES, STATISTIC, TENSOR_RECORD
 
 #: 8 bits begin with 4096 elements; an odd block at the end, and a parameter whose address is not that of a vector.
 SHAPES = (((37,), (4 * CHUNK + 4,), (5, 7)), ((70, 64), (0,)))
@@ -179,7 +179,7 @@ def records(rules: list[str], tensors: list[tuple[int, dict[str, int]]]) -> tupl
 
 
 def families(rules: list[str], tensors: list[tuple[int, dict[str, int]]]) -> list[str]:
-    return [FAMILIES[number] for number in launch.families_of(*records(rules, tensors))]
+    return [FAMILIES[number] for number in device.families_of(*records(rules, tensors))]
 
 
 def test_families_are_those_of_the_tensors() -> None:
@@ -193,4 +193,4 @@ def test_families_are_those_of_the_tensors() -> None:
         assert families(rules, [(0, {field: 1})]) == ["adam"]
     groups, tensors = records(rules, [(0, {}), (1, {"ema": 8})])
     groups["flags"][0] = FLAGS["amsgrad"]
-    assert launch.families_of(groups, tensors) == (FAMILIES.index("other"), FAMILIES.index("packed"))
+    assert device.families_of(groups, tensors) == (FAMILIES.index("other"), FAMILIES.index("packed"))

@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 
 from aim_kernels.backends import triton as backend
 from aim_kernels.backends.triton.driver import Variant, variants_of
-from aim_kernels.rows import FLAGS, GROUP_RECORD, RULES, STATISTIC, TENSOR_RECORD
+from aim_kernels.step.layout import FLAGS, GROUP_RECORD, RULES, STATISTIC, TENSOR_RECORD
 
 pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 

@@ -13,7 +13,8 @@ from compile_helpers import Pair
 from helpers import GRADIENT_LAYOUTS, Gradients, assign, build, frozen, parameters_of, same_bits, set_row
 from twin import Twin, run_twin, true_weights
 
-from aim_kernels import _C, states
+from aim_kernels import _C
+from aim_kernels.step import states
 
 ISAS = [name for name, _, supported in _C.isas() if supported]
 SHAPES = (((4103,), (37,), ()), ((67, 65), (9,)))

@@ -12,11 +12,12 @@ import tolerances as tol
 import torch
 
 import aim_kernels as ak
-from aim_kernels import _C, packing
-from aim_kernels.philox import rounding_bits
+from aim_kernels import _C
+from aim_kernels.step import codecs
+from aim_kernels.step.philox import rounding_bits
 
 ISAS = [name for name, _, supported in _C.isas() if supported]
-KINDS = {"first": (want.FIRST, packing.FIRST), "second": (want.SECOND, packing.SECOND)}
+KINDS = {"first": (want.FIRST, codecs.FIRST), "second": (want.SECOND, codecs.SECOND)}
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NaN on purpose
 
 HUGE = float(np.finfo(np.float32).max)
@@ -81,11 +82,11 @@ def test_8_bits(name: str, at_random: bool) -> None:
     random = draws(len(x)) if at_random else None
     codes, exponents = want.packed(x, kind, random)
     drawn = None if random is None else torch.from_numpy(random).to(torch.int32)
-    found, scales = packing.packed(torch.from_numpy(x), theirs, drawn)
+    found, scales = codecs.packed(torch.from_numpy(x), theirs, drawn)
     same(scales.numpy(), exponents)
     same(found.numpy(), codes)
     values = want.unpacked(codes, exponents, kind)
-    same(packing.unpacked(found, scales, theirs).double().numpy(), values)
+    same(codecs.unpacked(found, scales, theirs).double().numpy(), values)
     finite = np.repeat(exponents != 255, 128)[: len(x)]
     assert 5 < (~finite).sum() / 128 < 20  # blocks with something not finite, or nearly so
     # Either neighbour: an error of one step, half of one to nearest.
@@ -104,14 +105,14 @@ def test_every_code_is_its_documented_value_and_stays(name: str) -> None:
         exponents = np.full(2, exponent, np.uint8)
         if not kind.signed:
             codes[5] = 255  # the first block has the greatest code, too
-        values = packing.unpacked(torch.from_numpy(codes), torch.from_numpy(exponents), theirs)
+        values = codecs.unpacked(torch.from_numpy(codes), torch.from_numpy(exponents), theirs)
         same(values.double().numpy(), want.unpacked(codes, exponents, kind))
         top, low = 2.0 ** (exponent - 127), 2.0 ** (exponent - 127 - kind.binades + 2)
         assert values[127 if kind.signed else 255] == 1.9375 * top and values[16] == low and values[1] == low / 16
         assert torch.equal(values.bfloat16().float(), values)
         for random in (None, 0, 0xFFFF):
             bits = None if random is None else torch.full((256,), random, dtype=torch.int32)
-            again, scales = packing.packed(values, theirs, bits)
+            again, scales = codecs.packed(values, theirs, bits)
             same(again.numpy(), codes)
             same(scales.numpy(), exponents)
 
@@ -127,18 +128,18 @@ def test_bfloat16(at_random: bool) -> None:
     x = every_bfloat16_and_between()
     random = draws(len(x)) if at_random else None
     drawn = None if random is None else torch.from_numpy(random).to(torch.int32)
-    found = packing.to_bfloat16(torch.from_numpy(x), drawn)
+    found = codecs.to_bfloat16(torch.from_numpy(x), drawn)
     same(found.double().numpy(), want.bfloat16(x.astype(np.float64), random))
 
 
 def test_split_is_exact() -> None:
     x = every_bfloat16_and_between()
-    upper, lower = packing.split(torch.from_numpy(x))
+    upper, lower = codecs.split(torch.from_numpy(x))
     halves = np.array([want.split_bits(int(b)) for b in x.view(np.uint32)])
     # Of NaN the sign may not survive a conversion, so bits are compared as integers.
     assert np.array_equal(upper.view(torch.int16).numpy().view(np.uint16), halves[:, 0])
     assert np.array_equal(lower.numpy(), halves[:, 1])
-    bits = packing.joined(upper, lower).numpy().view(np.uint32)
+    bits = codecs.joined(upper, lower).numpy().view(np.uint32)
     quiet = np.where(np.isnan(x), x.view(np.uint32) | 0x400000, x.view(np.uint32))
     assert np.array_equal(bits, quiet)
 
@@ -149,7 +150,7 @@ def test_compensation(dtype: torch.dtype) -> None:
     random = np.random.default_rng(3)
     x = (random.standard_normal(40_000) * 10.0 ** random.uniform(-3, 3, 40_000)).astype(np.float32)
     x = np.concatenate([x, np.float32([0.0, -0.0, np.inf, -np.inf, np.nan, HUGE, 65519.0, 65520.0])])
-    kept, rest = packing.compensated(torch.from_numpy(x), dtype)
+    kept, rest = codecs.compensated(torch.from_numpy(x), dtype)
     same(kept.double().numpy(), torch.from_numpy(x).to(dtype).double().numpy())
     finite = np.isfinite(kept.double().numpy())
     exact = x.astype(np.float64) - kept.double().numpy()
@@ -197,9 +198,9 @@ def test_random_rounding_is_right_on_average(name: str) -> None:
     many = torch.from_numpy(np.tile(x, trials))
     bits = torch.from_numpy(drawn.ravel())
     if name == "bfloat16":
-        kept = packing.to_bfloat16(many, bits).double()
+        kept = codecs.to_bfloat16(many, bits).double()
     else:
-        kept = packing.unpacked(*packing.packed(many, KINDS[name][1], bits), KINDS[name][1]).double()
+        kept = codecs.unpacked(*codecs.packed(many, KINDS[name][1], bits), KINDS[name][1]).double()
     found = kept.view(trials, count).numpy()
     step = found.max(0) - found.min(0)
     # A share p of the draws lies one step above the others.

@@ -26,7 +26,7 @@ from twin import Twin, run_twin
 
 import aim_kernels as ak
 from aim_kernels import _C
-from aim_kernels.rows import STATISTIC
+from aim_kernels.step.layout import STATISTIC
 
 
 def plain(size: int, seed: int = 0, value: float = 0.0, **options: object) -> tuple[ak.AIMFusedOptimizer, torch.Tensor]:

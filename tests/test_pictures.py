@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from command_helpers import pictures
 
-from aim_kernels import plots
-from aim_kernels.demo import pictures as demo_pictures
+from aim_kernels.aim import plots
+from aim_kernels.experiments.demo import pictures as demo_pictures
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

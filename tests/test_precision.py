@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from aim_kernels import precision
-from aim_kernels.precision import summary, tasks
-from aim_kernels.precision.configurations import CONFIGURATIONS, Configuration, Line
-from aim_kernels.precision.drift import drift
+from aim_kernels.experiments import precision
+from aim_kernels.experiments.precision import summary, tasks
+from aim_kernels.experiments.precision.configurations import CONFIGURATIONS, Configuration, Line
+from aim_kernels.experiments.precision.drift import drift
 
 
 def line(task: str, name: str, seed: int, loss: float, agreement: float = math.nan) -> Line:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from aim_kernels import report
+from aim_kernels import diagnostics
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -64,7 +64,7 @@ def test_make_targets_exist(page):
 
 def test_environment_variables_are_all_told():
     told = set(re.findall(r"^\| `(AIM_KERNELS_[A-Z_]+)` ", README, re.MULTILINE))
-    assert told == set(report.VARIABLES)
+    assert told == set(diagnostics.VARIABLES)
 
 
 def test_ci_runs_what_the_readme_says():

@@ -12,7 +12,7 @@ import torch
 
 import aim_kernels
 from aim_kernels import __main__ as command_line
-from aim_kernels import report
+from aim_kernels import diagnostics
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,13 +37,13 @@ def test_report_tells_versions_and_machine():
     assert value_of(result.stdout, "torch") == torch.__version__
     assert value_of(result.stdout, "numpy") == np.__version__
     assert value_of(result.stdout, "Python") == ".".join(map(str, sys.version_info[:3]))
-    assert value_of(result.stdout, "CPU") == report.cpu_model()
+    assert value_of(result.stdout, "CPU") == diagnostics.cpu_model()
     assert value_of(result.stdout, "threads").startswith(str(torch.get_num_threads()))
     assert value_of(result.stdout, "compiler")
 
 
 def test_report_tells_every_backend_with_its_reason():
-    sections = report.environment()
+    sections = diagnostics.environment()
     assert list(sections["backends"]) == list(aim_kernels.backends())
     for name, backend in aim_kernels.backends().items():
         fields = backend if isinstance(backend, dict) else vars(backend)
@@ -56,7 +56,7 @@ def test_report_tells_every_backend_with_its_reason():
 
 def test_report_tells_the_forced_instruction_set(monkeypatch):
     monkeypatch.setenv("AIM_KERNELS_ISA", "scalar")
-    sections = report.environment()
+    sections = diagnostics.environment()
     assert sections["extension"]["active isa"] == "scalar"
     assert sections["extension"]["isa scalar"] == "available"
     assert sections["variables"]["AIM_KERNELS_ISA"] == "scalar"
@@ -64,7 +64,7 @@ def test_report_tells_the_forced_instruction_set(monkeypatch):
 
 def test_report_explains_an_impossible_instruction_set(monkeypatch):
     monkeypatch.setenv("AIM_KERNELS_ISA", "quantum")
-    told = report.environment()["extension"]["active isa"]
+    told = diagnostics.environment()["extension"]["active isa"]
     assert told.startswith("none: ")
     assert "quantum" in told
 
@@ -74,7 +74,7 @@ def test_report_tells_what_the_processor_lacks(monkeypatch):
     from aim_kernels import _C
 
     monkeypatch.setattr(_C, "isas", lambda: [("a", True, True), ("b", True, False), ("c", False, False)])
-    extension = report.environment()["extension"]
+    extension = diagnostics.environment()["extension"]
     assert extension["isa a"] == "available"
     assert extension["isa b"] == "compiled, but this CPU lacks it"
     assert extension["isa c"] == "not compiled into this build"
@@ -82,7 +82,7 @@ def test_report_tells_what_the_processor_lacks(monkeypatch):
 
 def test_report_points_at_a_misspelt_variable(monkeypatch):
     monkeypatch.setenv("AIM_KERNELS_BACKENDS", "cpu")
-    assert report.environment()["variables"]["AIM_KERNELS_BACKENDS"] == "cpu (unknown: nothing reads it)"
+    assert diagnostics.environment()["variables"]["AIM_KERNELS_BACKENDS"] == "cpu (unknown: nothing reads it)"
 
 
 def test_report_works_without_the_extension():
@@ -105,14 +105,14 @@ def test_a_broken_part_does_not_hide_the_others(monkeypatch):
     def broken():
         raise RuntimeError("driver lost")
 
-    monkeypatch.setattr(aim_kernels, "backends", broken)
-    sections = report.environment()
+    monkeypatch.setattr(sys.modules["aim_kernels.backends"], "backends", broken)
+    sections = diagnostics.environment()
     assert sections["backends"] == {"backends": "not available: RuntimeError: driver lost"}
     assert sections["versions"]["aim_kernels"] == aim_kernels.__version__
 
 
 def test_render_aligns_the_values():
-    text = report.render({"one": {"a": "1"}, "two": {"longer": "2"}})
+    text = diagnostics.render({"one": {"a": "1"}, "two": {"longer": "2"}})
     assert text == "one\n  a       1\ntwo\n  longer  2"
 
 
@@ -120,7 +120,7 @@ def test_variables_are_those_that_the_sources_read():
     files = [*ROOT.glob("csrc/**/*.cpp"), *ROOT.glob("csrc/**/*.h"), *ROOT.glob("python/*.cpp"), ROOT / "setup.py"]
     files += [path for path in ROOT.glob("aim_kernels/**/*.py") if path.name != "report.py"]
     read = {name for path in files for name in re.findall(r"""["'](AIM_KERNELS_[A-Z_]+)["']""", path.read_text())}
-    assert read == set(report.VARIABLES)
+    assert read == set(diagnostics.VARIABLES)
 
 
 # -- the commands --------------------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def test_help_names_every_command(flag, capsys):
 def test_command_hands_its_arguments_on(command, monkeypatch):
     seen = []
     module = types.SimpleNamespace(main=lambda argv: seen.append(argv))
-    monkeypatch.setattr(command_line, "import_module", {f"aim_kernels.{command}": module}.__getitem__)
+    monkeypatch.setattr(command_line, "import_module", {command_line.COMMANDS[command]: module}.__getitem__)
     assert command_line.main([command, "--seeds", "3"]) == 0
     assert seen == [["--seeds", "3"]]
 
@@ -162,5 +162,5 @@ def test_command_names_the_extra_that_is_missing(command, monkeypatch, capsys):
 
 @pytest.mark.parametrize("command", command_line.COMMANDS)
 def test_command_exists(command):
-    module = command_line.import_module(f"aim_kernels.{command}")
+    module = command_line.import_module(command_line.COMMANDS[command])
     assert callable(module.main)

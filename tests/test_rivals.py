@@ -10,8 +10,9 @@ import torch
 from aim_helpers import CLASSES, DOMINANT_A, batch, build
 from torch import nn
 
-from aim_kernels.modulation import OGMGE, FeatureDrop, late_fusion_logits
-from aim_kernels.optimizer import AIMFusedOptimizer
+from aim_kernels.methods.drop import FeatureDrop
+from aim_kernels.methods.ogm_ge import OGMGE, late_fusion_logits
+from aim_kernels.optim.optimizer import AIMFusedOptimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,9 +14,9 @@ import torch
 from aim_helpers import CLASSES, batch, build, train
 from torch import Tensor, nn
 
-from aim_kernels.modulation import ModulationTable
-from aim_kernels.modulation.prototypes import channels_first, channels_last, fit_prototypes, probing, prototype_score
-from aim_kernels.modulation.strengths import Measured, assess, ratios, strength
+from aim_kernels.aim import ModulationTable
+from aim_kernels.aim.prototypes import channels_first, channels_last, fit_prototypes, probing, prototype_score
+from aim_kernels.aim.strengths import Measured, assess, ratios, strength
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -144,7 +144,7 @@ def test_second_moments_stay_finite(case: str, place: str, monkeypatch: pytest.M
         assert p.isfinite().all() and (p.detach() != before).all()
         states = optimizer.state_dict()["state"][0]
         name = "square_avg" if options["rule"] == "rmsprop" else "exp_avg_sq"
-        second = ak.states.read_moment(states, name).double()
+        second = ak.step.states.read_moment(states, name).double()
         expected = (1 - decay**t) * float(p.grad[0]) * float(p.grad[0])
         loss = t * LOSS.get(options.get("state_dtype", ""), 4 * tol.UNIT["float32"])
         assert ((second - expected).abs() <= loss * expected).all(), f"{second[0]}, expected {expected}"

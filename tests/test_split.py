@@ -14,8 +14,9 @@ from helpers import RULES, same_bits
 from torch import Tensor, nn
 
 import aim_kernels as ak
-from aim_kernels.modulation import AIM, FeatureDrop, block_param_groups
-from aim_kernels.optimizer import AIMFusedOptimizer
+from aim_kernels.aim import AIM, block_param_groups
+from aim_kernels.methods.drop import FeatureDrop
+from aim_kernels.optim.optimizer import AIMFusedOptimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,4 +1,4 @@
-"""The layouts in aim_kernels/rows.py are those of csrc/include/aim/step.h, as compiled and as written."""
+"""The layouts in aim_kernels/step/layout.py are those of csrc/include/aim/step.h, as compiled and as written."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import pytest
 import torch
 from helpers import build
 
-from aim_kernels import _C, rows
+from aim_kernels import _C
+from aim_kernels.step import layout
 
 HEADER = Path(__file__).parents[1] / "csrc" / "include" / "aim" / "step.h"
 
 
-@pytest.mark.parametrize(("record", "name"), [(rows.TENSOR_RECORD, "tensor"), (rows.GROUP_RECORD, "group")])
+@pytest.mark.parametrize(("record", "name"), [(layout.TENSOR_RECORD, "tensor"), (layout.GROUP_RECORD, "group")])
 def test_records_have_the_compiled_offsets(record: np.dtype, name: str) -> None:
     layout = _C.layout()
     assert {field: record.fields[field][1] for field in record.names} == layout[name]
@@ -25,15 +26,15 @@ def test_records_have_the_compiled_offsets(record: np.dtype, name: str) -> None:
 
 def test_tables_have_the_compiled_number_of_columns() -> None:
     layout = _C.layout()
-    assert layout["row_columns"] == len(rows.ROW_COLUMNS)
-    assert layout["statistics_columns"] == len(rows.STATISTICS_COLUMNS)
-    assert layout["control_columns"] == len(rows.CONTROL_COLUMNS)
+    assert layout["row_columns"] == len(layout.ROW_COLUMNS)
+    assert layout["statistics_columns"] == len(layout.STATISTICS_COLUMNS)
+    assert layout["control_columns"] == len(layout.CONTROL_COLUMNS)
 
 
 def test_columns_are_those_of_the_contract() -> None:
-    assert list(rows.ROW_COLUMNS) == oracle.COLUMNS
-    assert list(rows.STATISTICS_COLUMNS) == oracle.SUMS
-    assert all(rows.ROW_COLUMNS[index] == name for name, index in rows.ROW.items())
+    assert list(layout.ROW_COLUMNS) == oracle.COLUMNS
+    assert list(layout.STATISTICS_COLUMNS) == oracle.SUMS
+    assert all(layout.ROW_COLUMNS[index] == name for name, index in layout.ROW.items())
 
 
 def fields(struct: str) -> list[tuple[str, str]]:
@@ -56,7 +57,7 @@ def test_header_names_the_columns_in_order() -> None:
         if base == "phases":
             expected += [
                 f"{phase}_{member.split('[')[0]}_{side}"
-                for phase in rows.PHASES
+                for phase in layout.PHASES
                 for _, member in fields("PhaseRow")
                 for side in ("under", "well")
             ]
@@ -64,9 +65,9 @@ def test_header_names_the_columns_in_order() -> None:
             expected += [f"{base}_{side}" for side in ("under", "well")]
         else:
             expected.append(base)
-    assert expected == list(rows.ROW_COLUMNS)
-    assert [name for _, name in fields("Statistics")] == list(rows.STATISTICS_COLUMNS)
-    assert [name for _, name in fields("Control")] == list(rows.CONTROL_COLUMNS)
+    assert expected == list(layout.ROW_COLUMNS)
+    assert [name for _, name in fields("Statistics")] == list(layout.STATISTICS_COLUMNS)
+    assert [name for _, name in fields("Control")] == list(layout.CONTROL_COLUMNS)
 
 
 def test_sizes_and_indices_are_64_bit_everywhere() -> None:
@@ -74,9 +75,9 @@ def test_sizes_and_indices_are_64_bit_everywhere() -> None:
     kinds = {name: kind for kind, name in fields("Tensor")}
     assert kinds["numel"] == kinds["first"] == kinds["offset"] == "int64_t"
     assert {kind for kind, _ in fields("Control")} == {"int64_t"}
-    for field in rows.TENSOR_RECORD.names:
+    for field in layout.TENSOR_RECORD.names:
         if kinds[field] != "int32_t":
-            assert rows.TENSOR_RECORD[field].itemsize == 8
+            assert layout.TENSOR_RECORD[field].itemsize == 8
     sources = [*HEADER.parents[2].glob("cpu/*.h"), *HEADER.parents[2].glob("cpu/*.cpp")]
     assert sources
     for source in sources:
@@ -90,8 +91,8 @@ def test_orders_of_dtypes_and_rules() -> None:
     text = HEADER.read_text()
     dtypes = re.search(r"enum class DType : int32_t { (.*?) }", text)[1]  # type: ignore[index]
     rules = re.search(r"enum class Rule : int32_t { (.*?) }", text)[1]  # type: ignore[index]
-    assert [d.strip()[1:].lower() for d in dtypes.split(",")] == list(rows.DTYPES)
-    assert [r.strip()[1:].lower() for r in rules.split(",")] == list(rows.RULES)
+    assert [d.strip()[1:].lower() for d in dtypes.split(",")] == list(layout.DTYPES)
+    assert [r.strip()[1:].lower() for r in rules.split(",")] == list(layout.RULES)
 
 
 def test_tables_of_an_optimizer() -> None:
@@ -100,4 +101,4 @@ def test_tables_of_an_optimizer() -> None:
     assert tables.rows.shape == (2, 19) and tables.rows.dtype == torch.float64
     assert tables.statistics.shape == (2, 7) and tables.statistics.dtype == torch.float64
     assert tables.control.tolist() == [42, 0, 0, 0] and tables.control.dtype == torch.int64
-    assert tables.rows.tolist() == [rows.neutral_row()] * 2
+    assert tables.rows.tolist() == [layout.neutral_row()] * 2

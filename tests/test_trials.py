@@ -14,10 +14,11 @@ from aim_helpers import CLASSES, Net, batch, build, fixed, phase_rows, train
 from torch import nn
 
 import aim_kernels as ak
-from aim_kernels.modulation import AIM, FeatureDrop
-from aim_kernels.modulation.strengths import KAPPA_MAX, ModulationTable
-from aim_kernels.modulation.trials import judge
-from aim_kernels.optimizer import AIMFusedOptimizer
+from aim_kernels.aim import AIM
+from aim_kernels.aim.strengths import KAPPA_MAX, ModulationTable
+from aim_kernels.aim.trials import judge
+from aim_kernels.methods.drop import FeatureDrop
+from aim_kernels.optim.optimizer import AIMFusedOptimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -19,8 +19,8 @@ from helpers import DTYPES, RULES, Gradients, assign, build, frozen, parameters_
 
 import aim_kernels as ak
 from aim_kernels.backends import triton as backend
-from aim_kernels.rows import DTYPES as STORED
-from aim_kernels.rows import STATISTIC
+from aim_kernels.step.layout import DTYPES as STORED
+from aim_kernels.step.layout import STATISTIC
 
 pytest.importorskip("triton")
 

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from aim_kernels.backends.triton import CHUNK, driver, kernels
-from aim_kernels.rows import DTYPES, MOMENTS
+from aim_kernels.step.layout import DTYPES, MOMENTS
 
 TYPES = {
     **dict.fromkeys(("tensors", "groups", "control", "spans", "phases"), "*i64"),

@@ -21,11 +21,11 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver as runtime
 
 import aim_kernels as ak
-from aim_kernels import launch
+from aim_kernels.backends import device
 from aim_kernels.backends import triton as backend
 from aim_kernels.backends.triton import driver
-from aim_kernels.rows import DTYPES as STORED
-from aim_kernels.rows import MOMENTS
+from aim_kernels.step.layout import DTYPES as STORED
+from aim_kernels.step.layout import MOMENTS
 
 #: Two chunks and a tail, one chunk, nothing, a scalar; a second group.
 SHAPES = (((20000,), (7,), (0,), ()), ((33, 16),))
@@ -225,20 +225,20 @@ def counts(stand_in: StandIn) -> Iterator[Record]:
 @contextmanager
 def split(count: int) -> Iterator[None]:
     """Parameters lie on so many devices, each of which is this one."""
-    given = launch._launch_of
+    given = device._launch_of
 
-    def of(plan: launch.StepPlan, kernels: launch.Kernels) -> launch.Launch:
+    def of(plan: device.StepPlan, kernels: device.Kernels) -> device.Launch:
         if plan.launch is None:
             numbers = np.arange(len(plan.params))
             places = [(plan.params[0].device, numbers[number::count]) for number in range(count)]
-            plan.launch = launch.Launch(plan, kernels.CHUNK, places)
+            plan.launch = device.Launch(plan, kernels.CHUNK, places)
         return plan.launch
 
-    launch._launch_of = of
+    device._launch_of = of
     try:
         yield
     finally:
-        launch._launch_of = given
+        device._launch_of = given
 
 
 #: By storage type: options of everything that is stored in a way of its own.

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import aim_kernels as ak
-from aim_kernels import report
+from aim_kernels import diagnostics
 
 STEPS = 20
 # Rounding of a few ulp a step, on weights of the order of one.
@@ -115,7 +115,7 @@ def main() -> None:
     check_rules()
     check_live_weights_and_checkpoints()
     check_modulation()
-    told = report.environment()
+    told = diagnostics.environment()
     active = told["extension"].get("active isa", "none")
     print(f"aim-kernels {ak.__version__}, Python {sys.version.split()[0]}, torch {torch.__version__}, {active}: passed")
 

@@ -12,15 +12,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from aim_kernels._native import load
+
 if TYPE_CHECKING:
-    from aim_kernels.plan import StepPlan
+    from aim_kernels.step.plan import StepPlan
 
 _Sums = NDArray[np.float64]
-_IMPORT_ERROR = ""
-try:
-    from aim_kernels import _C
-except ImportError as error:  # pragma: no cover - a source tree that was not built
-    _IMPORT_ERROR = f"the extension aim_kernels._C was not built or does not load ({error}); run `pip install .`"
+_C, _REASON = load("_C")
 
 _PROCESS = os.getpid()
 _TEAM = b"aim.team"  # of the capsule, which keeps this very pointer
@@ -30,7 +28,9 @@ ON_DEVICE, ZEROES, DEVICE, DESCRIPTION = False, True, "cpu", "compiled kernels"
 
 def unavailable() -> str:
     """Why this backend cannot run; empty if it can."""
-    return _IMPORT_ERROR
+    if not _REASON:
+        return ""
+    return f"the extension aim_kernels._C was not built or does not load ({_REASON}); run `pip install .`"
 
 
 def runs_on(device: torch.device) -> bool:

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import functools
-import importlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from aim_kernels import launch, pieces
-from aim_kernels.rows import WORK_RECORD
+from aim_kernels._native import load
+from aim_kernels.backends import device, pieces
+from aim_kernels.step.layout import WORK_RECORD
 
 if TYPE_CHECKING:
-    from aim_kernels.launch import Share
-    from aim_kernels.plan import StepPlan
+    from aim_kernels.backends.device import Share
+    from aim_kernels.step.plan import StepPlan
 
-_cuda: Any = None
-_IMPORT_ERROR = ""
-try:
-    _cuda = importlib.import_module("aim_kernels._cuda")
-except ImportError as error:
-    _IMPORT_ERROR = str(error)
+_cuda, _REASON = load("_cuda")
 
 ON_DEVICE, ZEROES, DEVICE, DESCRIPTION = True, True, "cuda", "compiled kernels"
 
@@ -37,15 +32,10 @@ def _not_built() -> str:
     """Why there are no kernels in this installation; empty if there are."""
     if _cuda is not None:
         return ""
-    reason = ""
-    try:
-        from aim_kernels import _C
-
-        reason = str(_C.build_info().get("cuda", ""))
-    except ImportError:
-        pass
+    core, _ = load("_C")
+    reason = "" if core is None else str(core.build_info().get("cuda", ""))
     if reason in ("", "built"):
-        reason = f"aim_kernels._cuda does not load: {_IMPORT_ERROR}"
+        reason = f"aim_kernels._cuda does not load: {_REASON}"
     return f"{reason}; with nvcc on the PATH, AIM_KERNELS_CUDA=1 pip install . builds it"
 
 
@@ -67,7 +57,7 @@ def runs_on(device: torch.device) -> bool:
 
 def step(plan: StepPlan) -> None:
     """One step over all tensors of the plan."""
-    launch.step(plan, _SELF)
+    device.step(plan, _SELF)
 
 
 def update(plan: StepPlan, indices: list[int]) -> list[Tensor]:
@@ -82,11 +72,11 @@ def finish(plan: StepPlan, parts: list[list[Tensor]]) -> None:
 
 def emit(plan: StepPlan) -> None:
     """Writes the live weights of all parameters that have a master."""
-    launch.emit(plan, _SELF)
+    device.emit(plan, _SELF)
 
 
 class _Kernels:
-    """``launch.Kernels``: one call into the extension each."""
+    """``device.Kernels``: one call into the extension each."""
 
     CHUNK = CHUNK
 

@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aim_kernels import packing
-from aim_kernels.checks import in_floats
-from aim_kernels.philox import MOMENT_STREAM, WEIGHT_STREAM, normals, rounding_bits
-from aim_kernels.rows import CONTROL, PHASES, ROW, STATISTIC, TENSOR_FLAGS
-from aim_kernels.states import (
+from aim_kernels.step import codecs
+from aim_kernels.step.layout import CONTROL, PHASES, ROW, STATISTIC, TENSOR_FLAGS
+from aim_kernels.step.philox import MOMENT_STREAM, WEIGHT_STREAM, normals, rounding_bits
+from aim_kernels.step.states import (
     adopt_edits,
     arithmetic_dtype,
     in_memory_order,
@@ -28,10 +27,11 @@ from aim_kernels.states import (
     true_weights,
     weights_of,
 )
+from aim_kernels.step.validation import in_floats
 
 if TYPE_CHECKING:
-    from aim_kernels.distributed import Exchange
-    from aim_kernels.plan import StepPlan
+    from aim_kernels.step.plan import StepPlan
+    from aim_kernels.step.sharding import Exchange
 
 ON_DEVICE, ZEROES, DEVICE, DESCRIPTION = False, False, "any", "eager PyTorch"
 
@@ -302,8 +302,8 @@ def _keep_weights(p: Tensor, group: dict[str, Any], state: dict[str, Any], theta
     """The true weights of a parameter without a master, as its group keeps them."""
     flat, how = in_memory_order(theta), weights_of(group, p)
     if how == "stochastic":
-        flat = packing.to_bfloat16(flat, rounding.bits(WEIGHT_STREAM))
-    stored, rest = packing.halved(flat, how, p.dtype)
+        flat = codecs.to_bfloat16(flat, rounding.bits(WEIGHT_STREAM))
+    stored, rest = codecs.halved(flat, how, p.dtype)
     p.copy_(stored.as_strided(theta.shape, theta.stride()))
     if rest is not None:
         in_memory_order(state[states_of(group, p)["rest"].name]).copy_(rest)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from aim_kernels._native import load
 from aim_kernels.bench.shapes import Arrays
 from aim_kernels.bench.timing import Samples
 
@@ -21,9 +22,9 @@ BYTES = (28, 32)
 
 def streams(arrays: Arrays, wanted: set[int]) -> dict[str, Callable[[], Any]]:
     """The streams to be timed, by name; names start with the number of bytes."""
-    from aim_kernels import _C
     from aim_kernels.backends.cpu import _team
 
+    _C, _ = load("_C")
     table, threads, team = arrays.table(), torch.get_num_threads(), _team()
     cases: dict[str, Callable[[], Any]] = {}
     for size in sorted(wanted):

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
+from aim_kernels.aim.plots import save
 from aim_kernels.bench import report
 from aim_kernels.bench.timing import Samples
 from aim_kernels.command_line import make_folder, write_text
-from aim_kernels.plots import save
 
 
 @dataclass(frozen=True)

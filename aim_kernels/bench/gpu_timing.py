@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from aim_kernels._native import load
 from aim_kernels.bench.timing import Samples, collection_off
 
 Step = Callable[[], Any]
@@ -160,8 +161,7 @@ def copy_bandwidth(clock: Clock, device: str, size: int, rounds: int = 15) -> fl
 
 
 def _own_copy(source: torch.Tensor, target: torch.Tensor) -> None:
-    from aim_kernels import _cuda
-
+    _cuda, _ = load("_cuda")
     device = source.device
     stream = torch.cuda.current_stream(device).cuda_stream
     _cuda.copy_bytes(source.data_ptr(), target.data_ptr(), source.nbytes, device.index or 0, stream)

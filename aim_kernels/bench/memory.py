@@ -23,7 +23,7 @@ from torch import Tensor
 from aim_kernels.bench.report import append_csv, check_columns, circumstances
 from aim_kernels.bench.shapes import vit_b16
 from aim_kernels.command_line import make_folder
-from aim_kernels.optimizer import AIMFusedOptimizer
+from aim_kernels.optim.optimizer import AIMFusedOptimizer
 
 F32, BF16 = torch.float32, torch.bfloat16
 

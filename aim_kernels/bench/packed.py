@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aim_kernels._native import load
 from aim_kernels.bench import report, timing
 from aim_kernels.command_line import make_folder
-from aim_kernels.optimizer import AIMFusedOptimizer
-from aim_kernels.packing import blocks_of
-from aim_kernels.rows import STREAM_RECORD
+from aim_kernels.optim.optimizer import AIMFusedOptimizer
+from aim_kernels.step.codecs import blocks_of
+from aim_kernels.step.layout import STREAM_RECORD
 
 F32, BF16, I16, U8 = torch.float32, torch.bfloat16, torch.int16, torch.uint8
 
@@ -114,7 +115,6 @@ class Configuration:
 
     def floors(self, arrays: Arrays) -> dict[str, Callable[[], Any]]:
         """Plain streams of the same bytes."""
-        from aim_kernels import _C
         from aim_kernels.backends.cpu import _team
 
         runs = np.zeros(len(self.arrays), STREAM_RECORD)
@@ -124,7 +124,7 @@ class Configuration:
         threads = torch.get_num_threads()
         return {
             f"{self.name} floor {chunk or 'shares'}": partial(
-                _C.stream_runs, runs, arrays.numel, chunk, 0, threads, _team()
+                load("_C")[0].stream_runs, runs, arrays.numel, chunk, 0, threads, _team()
             )
             for chunk in _CHUNKS
         }

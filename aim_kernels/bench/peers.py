@@ -11,7 +11,7 @@ from torch import Tensor
 
 from aim_kernels.bench.eager import CompiledAIM, EagerAIM, Settings
 from aim_kernels.bench.shapes import Arrays, ShapeSet
-from aim_kernels.optimizer import AIMFusedOptimizer
+from aim_kernels.optim.optimizer import AIMFusedOptimizer
 
 PLAIN = Settings()
 #: The class and the count decide the step of every element.

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from aim_kernels._native import load
+from aim_kernels.aim.plots import save
 from aim_kernels.command_line import OtherVersionError, append_lines
-from aim_kernels.plots import save
-from aim_kernels.report import cpu_model
+from aim_kernels.diagnostics import cpu_model
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -55,8 +56,7 @@ class Result(Circumstances):
 
 def circumstances() -> dict[str, Any]:
     """As keywords of what derives from :class:`Circumstances`."""
-    from aim_kernels import _C
-
+    _C, _ = load("_C")
     return {
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

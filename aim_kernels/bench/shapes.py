@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from aim_kernels import rows
-from aim_kernels.optimizer import AIMFusedOptimizer
+from aim_kernels.optim.optimizer import AIMFusedOptimizer
+from aim_kernels.step import layout
 
 Shape = tuple[int, ...]
 
@@ -147,8 +147,8 @@ class Arrays:
                 param.grad.copy_(values)
 
     def table(self) -> np.ndarray[Any, Any]:
-        """The set as a table of ``rows.TENSOR_RECORD``, masters included (for the floor's streams)."""
-        table = np.zeros(len(self.params), rows.TENSOR_RECORD)
+        """The set as a table of ``layout.TENSOR_RECORD``, masters included (for the floor's streams)."""
+        table = np.zeros(len(self.params), layout.TENSOR_RECORD)
         columns: dict[str, Sequence[torch.Tensor]] = {
             "param": self.params,
             "grad": self.grads,
@@ -160,5 +160,5 @@ class Arrays:
             table[name] = [t.data_ptr() for t in tensors]
         table["numel"] = [p.numel() for p in self.params]
         table["first"] = np.cumsum(table["numel"]) - table["numel"]
-        table["dtype"] = rows.DTYPES.index("float32")
+        table["dtype"] = layout.DTYPES.index("float32")
         return table

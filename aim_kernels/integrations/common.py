@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from aim_kernels.arguments import numbers_checked
-from aim_kernels.modulated import unwrapped
-from aim_kernels.modulation.aim import AIM
-from aim_kernels.optimizer import AIMFusedOptimizer
+from aim_kernels.aim.aim import AIM
+from aim_kernels.optim.modulation import unwrapped
+from aim_kernels.optim.optimizer import AIMFusedOptimizer
+from aim_kernels.step.arguments import numbers_checked
 
 #: What :meth:`AIM.update` takes: inputs, labels and, or None, held-out inputs and labels.
 Batch = tuple[Sequence[Tensor], Tensor | None]

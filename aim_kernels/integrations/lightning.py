@@ -8,10 +8,10 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.hooks import RemovableHandle
 
+from aim_kernels.aim.aim import AIM
 from aim_kernels.integrations.common import Samples, Updates, aim_optimizer, true_state_dict
 from aim_kernels.integrations.tensorboard import statistics_scalars, update_scalars
-from aim_kernels.modulation.aim import AIM
-from aim_kernels.optimizer import AIMFusedOptimizer
+from aim_kernels.optim.optimizer import AIMFusedOptimizer
 
 
 class AIMCallback(Callback):

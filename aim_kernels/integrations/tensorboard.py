@@ -6,9 +6,9 @@ from __future__ import annotations
 import math
 from typing import Any, Protocol
 
-from aim_kernels.modulated import unwrapped
-from aim_kernels.modulation.strengths import ModulationTable
-from aim_kernels.rows import ROW
+from aim_kernels.aim.strengths import ModulationTable
+from aim_kernels.optim.modulation import unwrapped
+from aim_kernels.step.layout import ROW
 
 #: The entries of ``optimizer.statistics()`` that are written.
 MEASURED = ("under_fraction", "threshold", "grad_norm", "update_norm", "param_norm", "nonfinite")

@@ -8,9 +8,9 @@ import torch
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from aim_kernels.aim.aim import AIM
 from aim_kernels.integrations.common import Samples, Updates, aim_optimizer, true_state_dict
 from aim_kernels.integrations.tensorboard import Writer, write_statistics, write_update
-from aim_kernels.modulation.aim import AIM
 
 #: Where AIM's state lies in trainer_state.json.
 STATE_KEY = "aim_kernels.AIM"

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from aim_kernels.aim.aim import AIM
 from aim_kernels.methods.base import Blocks, Method, Outputs, check_at_least
 from aim_kernels.methods.scores import unimodal_losses
-from aim_kernels.modulation.aim import AIM
 
 
 class AIMMethod(Method):

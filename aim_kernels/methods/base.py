@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aim_kernels.arguments import numbers_checked
-from aim_kernels.modulated import unwrapped
-from aim_kernels.modulation.blocks import block_param_groups
+from aim_kernels.aim.blocks import block_param_groups
+from aim_kernels.optim.modulation import unwrapped
+from aim_kernels.step.arguments import numbers_checked
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from aim_kernels.distributed import averaged
 from aim_kernels.methods.scores import wide
+from aim_kernels.step.sharding import averaged
 
 #: ``2^M - 1`` passes through the fusion: more modalities than this are a mistake.
 MOST_MODALITIES = 10

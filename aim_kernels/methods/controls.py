@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aim_kernels.aim.aim import AIM
+from aim_kernels.aim.strengths import ModulationTable
 from aim_kernels.methods.aim import AIMMethod
 from aim_kernels.methods.base import Blocks, Method, Outputs, check_apply_to, check_at_least
+from aim_kernels.methods.drop import FeatureDrop
 from aim_kernels.methods.scores import unimodal_losses
-from aim_kernels.modulation.aim import AIM
-from aim_kernels.modulation.drop import FeatureDrop
-from aim_kernels.modulation.strengths import ModulationTable
-from aim_kernels.rows import PHASE_COLUMNS, PHASES, ROW
+from aim_kernels.step.layout import PHASE_COLUMNS, PHASES, ROW
 
 
 class Drop(AIMMethod):

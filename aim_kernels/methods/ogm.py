@@ -9,7 +9,7 @@ from torch import Tensor
 
 from aim_kernels.methods.base import Blocks, Outputs, check_at_least, check_choice
 from aim_kernels.methods.coefficients import Coefficients
-from aim_kernels.modulation.ogm_ge import OGMGE
+from aim_kernels.methods.ogm_ge import OGMGE
 
 
 class OGM(Coefficients):

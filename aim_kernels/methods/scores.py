@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from aim_kernels.distributed import averaged
 from aim_kernels.methods.base import Outputs
+from aim_kernels.step.sharding import averaged
 
 
 def wide(x: Tensor) -> Tensor:

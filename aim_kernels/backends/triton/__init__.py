@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from aim_kernels import launch, pieces
+from aim_kernels.backends import device, pieces
 
 if TYPE_CHECKING:
-    from aim_kernels.launch import Share
-    from aim_kernels.plan import StepPlan
+    from aim_kernels.backends.device import Share
+    from aim_kernels.step.plan import StepPlan
 
 ON_DEVICE, ZEROES, DEVICE, DESCRIPTION = True, True, "cuda, xpu", "Triton kernels"
 
@@ -56,7 +56,7 @@ def runs_on(device: torch.device) -> bool:
 
 def step(plan: StepPlan) -> None:
     """One step over all tensors of the plan."""
-    launch.step(plan, _SELF)
+    device.step(plan, _SELF)
 
 
 def update(plan: StepPlan, indices: list[int]) -> list[Tensor]:
@@ -71,11 +71,11 @@ def finish(plan: StepPlan, parts: list[list[Tensor]]) -> None:
 
 def emit(plan: StepPlan) -> None:
     """Writes the live weights of all parameters that have a master."""
-    launch.emit(plan, _SELF)
+    device.emit(plan, _SELF)
 
 
 class _Kernels:
-    """``launch.Kernels``: each call launches, and waits for nothing."""
+    """``device.Kernels``: each call launches, and waits for nothing."""
 
     CHUNK = CHUNK
 

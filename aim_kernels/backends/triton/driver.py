@@ -10,12 +10,12 @@ import torch
 import triton.language as tl
 from numpy.typing import NDArray
 
+from aim_kernels.backends.device import are_packed, rule_families
 from aim_kernels.backends.triton.kernels import emit_kernel, finish_kernel, update_kernel
-from aim_kernels.launch import are_packed, rule_families
-from aim_kernels.rows import DTYPES, FAMILIES, MOMENTS
+from aim_kernels.step.layout import DTYPES, FAMILIES, MOMENTS
 
 if TYPE_CHECKING:
-    from aim_kernels.launch import Share
+    from aim_kernels.backends.device import Share
 
 #: Storage and arithmetic type. bfloat16 travels as its bits: the kernels round it themselves.
 TYPES = {

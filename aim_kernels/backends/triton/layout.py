@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import triton.language as tl
 
-from aim_kernels.rows import (
+from aim_kernels.step.layout import (
     CHUNK_RECORD,
     CONTROL,
     DTYPES,
@@ -24,7 +24,7 @@ from aim_kernels.rows import (
     TENSOR_RECORD,
     WEIGHTS,
 )
-from aim_kernels.rows import PACKED_BLOCK as _PACKED_BLOCK
+from aim_kernels.step.layout import PACKED_BLOCK as _PACKED_BLOCK
 
 
 def _at(record: np.dtype[np.void], name: str) -> tl.constexpr:

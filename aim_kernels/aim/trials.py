@@ -1,0 +1,198 @@
+"""``rule="trial"``: what a few steps with a modality held back do to the held-out loss (our own: a hill climb over the
+set of modalities that are held back, each move judged from the same state)."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from aim_kernels.aim.prototypes import probing
+from aim_kernels.aim.snapshot import Snapshot
+from aim_kernels.aim.strengths import KAPPA_MAX, Measured, ModulationTable, Scores, roles
+
+if TYPE_CHECKING:
+    from aim_kernels.aim.aim import AIM
+    from aim_kernels.aim.scoring import Samples
+
+#: One training step of the user's: ``train(inputs, labels)``.
+Train = Callable[[list[Tensor | None], Tensor], Any]
+#: The arm in which everything goes on as it is; every other arm is the modality that changes.
+AS_IT_IS = ""
+#: Pieces of the held-out samples whose mean losses are compared: enough for a standard error good to a sixth.
+PIECES = 16
+#: How often a trial is looked at, in its latter half.
+LOOKS = 4
+
+
+def checked(samples: Samples, held_out: Samples | None, train: Train | None) -> tuple[Samples, Samples, Train]:
+    """What trials need. Raises ValueError where something is missing."""
+    if train is None:
+        raise ValueError("rule='trial' tries training steps; pass train=, one step as train(inputs, labels)")
+    if held_out is None or samples[1] is None or held_out[1] is None:
+        raise ValueError("rule='trial' compares held-out losses; pass labels and held_out=(inputs, labels)")
+    if len(held_out[1]) < 2:
+        raise ValueError("rule='trial' needs at least two held-out samples for a standard error")
+    return samples, held_out, train
+
+
+def measure(
+    aim: AIM, samples: Samples, held_out: Samples, train: Train, restore: Sequence[Any]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The held-out loss in the latter half of ``trial_steps`` steps of ``train``, and the standard error of its
+    difference to going on as it is, of every arm: as it is, and with each modality held back that is not, or let go
+    that is. All modalities are never held back at once.
+
+    The loss is a mean over four looks; the error joins that of the sample with how unsteadily the difference moves from
+    look to look, since two runs from one state also differ by where they happen to stop. Every arm begins with the
+    weights, states and random state of now, and sees the same batches. Afterwards everything is as it was, also where
+    ``train`` raises.
+    """
+    inputs, labels = samples
+    assert labels is not None
+    snapshot, remembered = Snapshot(aim.model, aim.optimizer), aim._remembered()
+    others = [(each, copy.deepcopy(each.state_dict())) for each in restore]
+    history = len(aim.history)
+
+    def back(gradients: bool) -> None:
+        snapshot.restore(gradients)
+        for each, state in others:
+            each.load_state_dict(copy.deepcopy(state))
+        remembered()
+        del aim.history[history:]
+
+    pieces = _pieces(len(labels), aim.trial_steps)
+    ahead = {look * max(len(pieces) // (2 * LOOKS), 1) for look in range(LOOKS)}  # steps to the end
+    losses: dict[str, Tensor] = {}  # [looks, pieces of the held-out samples]
+    try:
+        for arm in (AS_IT_IS, *aim.modalities):
+            held = aim.held_back ^ ({arm} - {AS_IT_IS})
+            if len(held) == len(aim.modalities):
+                continue
+            back(gradients=False)
+            aim.optimizer.train()
+            if not aim.model.training:  # after a validation
+                aim.model.train()
+            table = _table(aim, {m: KAPPA_MAX * (m in held) for m in aim.modalities})
+            aim.history.append(table)  # two passes and hooks look there for who is held back
+            aim._write_rows(table)
+            seen = []
+            for number, piece in enumerate(pieces, 1):
+                train([None if x is None else x[piece] for x in inputs], labels[piece])
+                if len(pieces) - number in ahead:
+                    seen.append(_held_out_losses(aim, held_out))
+            losses[arm] = torch.stack(seen)
+    finally:
+        back(gradients=True)
+    # Processes have samples of their own, which make the mean surer, and one path through the weights, which does not.
+    looks, sampled = aim._averaged(
+        Measured(
+            {arm: loss.mean(1).tolist() for arm, loss in losses.items()},
+            {arm: [_over_samples(losses[AS_IT_IS] - loss)] * len(loss) for arm, loss in losses.items()},
+        )
+    )
+    means = {arm: sum(row) / len(row) for arm, row in looks.items()}
+    errors = {
+        arm: math.hypot(sampled[arm][0], _unsteadiness([a - b for a, b in zip(looks[AS_IT_IS], row, strict=True)]))
+        for arm, row in looks.items()
+    }
+    return means, errors
+
+
+def _pieces(count: int, most: int) -> list[slice]:
+    """``count`` samples in at most so many parts."""
+    parts = torch.arange(count, device="cpu").tensor_split(min(most, count))
+    return [slice(int(part[0]), int(part[-1]) + 1) for part in parts]
+
+
+def _over_samples(difference: Tensor) -> float:
+    """Standard error of the mean difference over samples; ``[looks, pieces]``."""
+    return float(difference.mean(0).std()) / math.sqrt(difference.shape[1])
+
+
+def _unsteadiness(differences: Sequence[float]) -> float:
+    """Standard deviation from look to look around a line: that the difference grows is what is looked for."""
+    looks = torch.tensor(differences, dtype=torch.float64, device="cpu")
+    if len(looks) < 3:
+        return 0.0
+    time = torch.linspace(-1.0, 1.0, len(looks), dtype=looks.dtype, device="cpu")
+    rest = looks - looks.mean() - time * (looks @ time) / (time @ time)
+    return math.sqrt(float(rest @ rest) / (len(looks) - 2))
+
+
+def judge(
+    held: frozenset[str], losses: Mapping[str, float], errors: Mapping[str, float], dead_zone: float, confidence: float
+) -> frozenset[str]:
+    """Who is held back from now on: the move with the greatest gain is made, if its loss is lower by more than
+    ``confidence`` standard errors and ``dead_zone`` times the loss as it is."""
+    now = losses[AS_IT_IS]
+    gains = {m: now - loss for m, loss in losses.items() if m != AS_IT_IS}
+    sure = {m: gain for m, gain in gains.items() if gain > confidence * errors[m] + dead_zone * abs(now)}
+    return held ^ {max(sure, key=lambda m: sure[m])} if sure else held
+
+
+def table_of(
+    aim: AIM, before: frozenset[str], losses: Mapping[str, float], errors: Mapping[str, float], factor: float
+) -> ModulationTable:
+    """The table of an update. ``excess`` is 1 + (loss with a modality free - loss with it held back) / loss as it is,
+    the others being as they were; not a number of one that was not tried."""
+    scale = max(abs(losses[AS_IT_IS]), 1e-12)
+    gain = {m: (losses[AS_IT_IS] - losses.get(m, math.nan)) / scale for m in aim.modalities}
+    excess = {m: 1.0 + (-gain[m] if m in before else gain[m]) for m in aim.modalities}
+    error = {m: errors.get(m, 0.0) / scale for m in aim.modalities}
+    kappa = {m: factor * KAPPA_MAX * (m in aim.held_back) for m in aim.modalities}
+    return _table(aim, kappa, excess, error, dict(losses))
+
+
+def _table(
+    aim: AIM,
+    kappa: Mapping[str, float],
+    excess: Mapping[str, float] | None = None,
+    error: Mapping[str, float] | None = None,
+    losses: dict[str, float] | None = None,
+) -> ModulationTable:
+    def rows(of: Mapping[str, float]) -> Scores:
+        return {m: [of[m]] * aim.depths[m] for m in aim.modalities}
+
+    ratios = rows(excess or dict.fromkeys(aim.modalities, 1.0))
+    errors = rows(error or dict.fromkeys(aim.modalities, 0.0))
+    # A weak modality is one that is not held back: all the stimulus there is goes to it.
+    weak_kappa = rows({m: max(kappa.values()) * (not kappa[m]) for m in aim.modalities})
+    return ModulationTable(
+        aim.updates,
+        "trial",
+        aim.modalities,
+        ratios,
+        ratios,
+        None,
+        None,
+        ratios,
+        rows(kappa),
+        weak_kappa,
+        aim._under_fraction(),
+        *roles(rows(kappa)),
+        errors=errors,
+        excess_errors=errors,
+        trial_losses=losses or {},
+    )
+
+
+@torch.no_grad()
+def _held_out_losses(aim: AIM, held_out: Samples) -> Tensor:
+    """Mean losses (float64) of pieces of the held-out samples, with the true weights."""
+    inputs, labels = held_out
+    assert labels is not None
+    with aim.optimizer.true_parameters(), probing(aim.model):
+        found = []
+        for piece in _pieces(len(labels), PIECES):
+            total = torch.zeros((), dtype=torch.float64, device="cpu")
+            for start in range(piece.start, piece.stop, aim.batch_size):
+                part = slice(start, min(start + aim.batch_size, piece.stop))
+                loss = aim.loss(aim.model(*(None if x is None else x[part] for x in inputs)), labels[part])
+                total = total.to(loss.device) + loss.double() * (part.stop - part.start)
+            found.append(total / (piece.stop - piece.start))
+        return torch.stack(found).cpu()

@@ -1,0 +1,1 @@
+"""Training runs that compare methods and precisions: data sets, networks, the demo, the comparison."""

@@ -1,0 +1,37 @@
+"""The demo's pictures, each from lines and histories of its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from aim_kernels.aim.plots import modulation_panels, plot_accuracy, plot_modulation, save
+from aim_kernels.aim.strengths import ModulationTable
+from aim_kernels.experiments.demo.results import summary
+from aim_kernels.experiments.demo.trainer import Run
+
+
+def seeds_of(rows: Sequence[dict[str, Any]], data: str) -> str:
+    """The seeds of a data set in words: "10 seeds (100 to 109)"."""
+    seeds = sorted({row["seed"] for row in rows if row["data"] == data})
+    if len(seeds) == 1:
+        return f"seed {seeds[0]}"
+    gapless = len(seeds) > 2 and seeds[-1] - seeds[0] == len(seeds) - 1
+    return f"{len(seeds)} seeds ({f'{seeds[0]} to {seeds[-1]}' if gapless else ', '.join(map(str, seeds))})"
+
+
+def draw_accuracy(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Test accuracy by method, mean and standard error over seeds, a panel a data set."""
+    found = summary(rows)
+    titles = {data: f"{data}, {seeds_of(rows, data)}" for data in found}
+    figure = plot_accuracy(found, "test accuracy (%), mean ± standard error", titles)
+    save(figure, path, {"panels": list(titles.values()), "accuracy": found})
+
+
+def draw_modulation(path: Path, run: Run, history: Sequence[ModulationTable]) -> None:
+    """What AIM saw and held back in one run, by depth and update."""
+    figure = plot_modulation(history)
+    title = f"{run.data}, AIM, seed {run.seed}: one update an epoch, depth 0 is next to the input"
+    figure.suptitle(title, fontsize=10)
+    save(figure, path, {"title": title, **modulation_panels(history)})

@@ -1,0 +1,562 @@
+"""``AIMFusedOptimizer``: a ``torch.optim.Optimizer`` whose step also computes AIM's mask and live weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from aim_kernels.backends import check_name, select
+from aim_kernels.backends.device import capturing
+from aim_kernels.optim import checkpoint, groups, resets, torch_compile
+from aim_kernels.optim.clipping import clip
+from aim_kernels.optim.weights import LiveWeights
+from aim_kernels.step import sharding, validation
+from aim_kernels.step.ownership import drop_absent
+from aim_kernels.step.plan import StepPlan
+from aim_kernels.step.states import arithmetic_dtype, is_frozen, make_states, master_of
+from aim_kernels.step.supported import home_of, is_estimated, is_idle, reason_against
+from aim_kernels.step.tables import KEYS, Tables
+
+#: Options that version 0.1 did not have, with what it did.
+_SINCE_0_1 = {
+    "amsgrad": False,
+    "alpha": 0.99,
+    "centered": False,
+    "lr_decay": 0.0,
+    "initial_accumulator_value": 0.0,
+    "decouple_lr": False,
+    "reference_lr": None,
+    "state_dtype": None,
+    "rounding": "stochastic",
+    "master": None,
+    "ema_decay": None,
+    "measure": "snr",
+}
+
+#: Options that ``optimizer.defaults`` must not have under a rule: schedulers that cycle the momentum (OneCycleLR,
+#: CyclicLR) look for "betas" there, then for "momentum", and cycle what they find.
+_HIDDEN_DEFAULTS = {"sgd": ["betas"], "rmsprop": ["betas"], "adagrad": ["betas", "momentum"]}
+
+#: Options that are not of a group.
+_WHOLE = ("anchor", "backend", "max_grad_norm", "seed", "zero_grad_in_step")
+
+#: What a block's param group says of itself (``block_param_groups``); plain groups keep these.
+_BLOCK_KEYS = {"modality": None, "depth": None, "modulated": False, "module": None}
+
+
+def _has_gradient(p: Tensor) -> bool:
+    return p.grad is not None
+
+
+class AIMFusedOptimizer(LiveWeights):
+    r"""AdamW, Adam, SGD, Adagrad, RMSprop or Lion with adaptive intra-network modulation, in one pass over memory.
+
+    With no strength set it is its base rule (torch.optim's formulae, within a few ulp). Per element and step, with
+    :math:`\hat m, \hat v` the bias-corrected moments that the rule keeps anyway (spec section 2, our reading of the
+    paper's "optimization state")::
+
+        under = m_hat^2 >= tau^2 * (v_hat + eps^2)             the element is under-optimized
+        theta -= lr * (step_under if under else step_well) * direction
+        live   = anchor + (theta - anchor) * (live_under if under else live_well)
+
+    ``tau`` is a threshold per group; docs/design.md gives every formula in order.
+
+    Args:
+        params: tensors, ``(name, tensor)`` pairs, or groups (``block_param_groups`` makes those of blocks). Any
+            option below, but those from ``anchor`` on, may be set per group.
+        lr: learning rate, a number or a one-element tensor.
+        rule: "adamw", "adam", "sgd", "adagrad", "rmsprop" (torch.optim's) or "lion" (arXiv 2302.06675, Algorithm 2).
+            All take the defaults of this signature, also where torch.optim has others for the rule.
+        betas: decay rates of the moments; of "lion", of the direction and of the moment. Under "sgd", "adagrad" and
+            "rmsprop" only ``modulated`` groups use them, for their optimization state.
+        eps: added to the denominator; also the floor of the signal-to-noise ratio.
+        weight_decay: None means the rule's default in torch.optim (1e-2 for "adamw", else 0). Decoupled for "adamw".
+        momentum, dampening, nesterov: of "sgd", as in ``torch.optim.SGD``; "rmsprop" has a momentum, too.
+        amsgrad: of "adamw" and "adam": divides by the root of the greatest second moment so far.
+        alpha, centered: of "rmsprop", as in ``torch.optim.RMSprop``.
+        lr_decay, initial_accumulator_value: of "adagrad", as in ``torch.optim.Adagrad``.
+        decouple_lr: of "adamw" and "lion": a step decays the weights by ``weight_decay * lr / reference_lr``, where
+            ``reference_lr`` is the group's learning rate when the group was made, so that the decay follows a schedule
+            but not the size of the learning rate (Loshchilov and Hutter, arXiv 1711.05101, Algorithm 2: eta_t).
+        maximize: ascend instead of descending.
+        state_dtype: how moments are stored: None (float32; float64 for float64 parameters), "bfloat16" (2 bytes an
+            element) or "int8" (1 byte, and 1 for every 128 elements: docs/design.md, "Fewer bytes"; parameters of
+            fewer than 4096 elements keep float32). The arithmetic is float32 all the same.
+        rounding: of stored moments in fewer bits: "stochastic" (up or down by chance, right on average) or "nearest".
+        master: what 16-bit parameters do for their true weights: None (rounded to nearest in every step, as torch.optim
+            does: small steps are lost, take it as experimental), "stochastic" (rounded up or down by chance; bfloat16),
+            "kahan" (what rounding took is kept in 16 bits more), "split" (16 bits that with a bfloat16 parameter are
+            the float32 weights, exactly), "float32" (those in full beside it).
+            While a group's live weights are degraded its parameters have float32 ones whatever is chosen.
+        ema_decay: keeps a moving average of the true weights, ``ema = ema_decay * ema + (1 - ema_decay) * theta``
+            (state "ema", float32, begun with the first weights); ``ema_parameters()`` puts it into the module.
+        under_optimized: ("fraction", q) steers ``tau`` until a share q of the group is under-optimized;
+            ("absolute", tau) holds it.
+        threshold_rate: step size of that controller.
+        measure: what makes an element under-optimized: "snr" (above), "fisher" (``v_hat >= c``), "grad" (``m_hat^2 >=
+            c``), both with ``c = (tau / (1 - tau))^16``, so that the same controller reaches thresholds of any size;
+            "random" (a control, on ``backend="reference"`` only: a share q of the elements, drawn anew in every step).
+            All but "snr" are for ablation: they take a starved block, whose gradients are small, for converged.
+        anchor: what a degraded weight is withdrawn to: "zero", or "init", the weights at construction (one more copy of
+            the ``modulated`` parameters; others are always withdrawn to zero), or "ema", the moving average of the
+            weights, this step's included (``ema_decay`` of the ``modulated`` groups).
+        backend: "auto", "cpu", "cuda", "triton" or "reference"; "auto" lets the parameters' device decide, and reads
+            the environment variable AIM_KERNELS_BACKEND.
+        seed: of the noise and of the phase draws.
+        process_group: where every process of it has a part of the parameters only, each another one
+            (``ZeroRedundancyOptimizer``); thresholds and statistics then are those of all. DTensor parameters find
+            their mesh by themselves, and equal copies (DDP) need nothing. Left behind by pickle and deepcopy: assign
+            ``optimizer.process_group`` before the next step.
+        sync_every: thresholds and statistics move in every n-th step only, the first among them, and hold in between;
+            with DTensors or a process group, so many steps share one all-reduce (``max_grad_norm`` needs one in each).
+        keep_masters: keeps ``master`` states of all ``modulated`` parameters at all times, so that a checkpoint has
+            the same states whether or not something is degraded when it is taken, as
+            ``torch.distributed.checkpoint.load`` wants it.
+        fused_scaling: lets ``GradScaler.step`` hand over its scale and its finding of infinities, so that gradients are
+            divided, and a step skipped whole, inside the kernel. ``grad`` itself then stays scaled.
+        max_grad_norm: clips all gradients together by their L2 norm, as ``torch.nn.utils.clip_grad_norm_`` does, but
+            inside the step: one read of the gradients for the norm, none more for the factor. ``grad`` itself stays as
+            it is; statistics are of clipped gradients. May be set between steps.
+        zero_grad_in_step: leaves gradients as zeros, in the pass that reads them, so that ``zero_grad()`` is not
+            needed. Also where ``fused_scaling`` skips a step; without it, ``GradScaler`` skips it by itself, and the
+            gradients with it.
+        fused, foreach, capturable, differentiable: of torch.optim, which frameworks pass: taken where they ask for what
+            is so anyway, refused where not.
+
+    Attributes:
+        grad_norm: norm of the gradients in the latest step, before clipping, as a 0-dim tensor; None without
+            ``max_grad_norm``. Inside of a function that is compiled it is that of the step before.
+
+    Raises:
+        ValueError, TypeError: options or parameters that a step cannot work with, by name.
+    """
+
+    # In the constructor: of the groups that the tables are to have.
+    _rows: list[tuple[dict[str, Any], float, bool]] | None = None
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        *,
+        rule: str = "adamw",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float | None = None,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        nesterov: bool = False,
+        amsgrad: bool = False,
+        alpha: float = 0.99,
+        centered: bool = False,
+        lr_decay: float = 0.0,
+        initial_accumulator_value: float = 0.0,
+        decouple_lr: bool = False,
+        maximize: bool = False,
+        state_dtype: str | None = None,
+        rounding: str = "stochastic",
+        master: str | None = None,
+        ema_decay: float | None = None,
+        under_optimized: tuple[str, float] = ("fraction", 0.1),
+        measure: str = "snr",
+        threshold_rate: float = 0.1,
+        anchor: str = "zero",
+        backend: str = "auto",
+        seed: int = 0,
+        fused_scaling: bool = False,
+        max_grad_norm: float | None = None,
+        process_group: Any = None,
+        sync_every: int = 1,
+        keep_masters: bool = False,
+        zero_grad_in_step: bool = False,
+        fused: bool | None = None,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        if anchor not in ("zero", "init", "ema"):
+            raise ValueError(f"anchor: expected 'zero', 'init' or 'ema', got {anchor!r}")
+        seed = validation.check_whole("seed", seed, 0, 2**63)
+        sync_every = validation.check_whole("sync_every", sync_every, 1)
+        if max_grad_norm is not None:
+            validation.check_number("max_grad_norm", max_grad_norm, 0.0)
+        check_name(backend)
+        self.process_group, self.sync_every = process_group, sync_every
+        self.keep_masters = validation.check_flag("keep_masters", keep_masters)
+        self.max_grad_norm = max_grad_norm
+        self.zero_grad_in_step = validation.check_flag("zero_grad_in_step", zero_grad_in_step)
+        self.grad_norm: Tensor | None = None
+        self.anchor = anchor
+        self.backend = backend
+        self._seed = seed
+        self._step_supports_amp_scaling = validation.check_flag("fused_scaling", fused_scaling)  # GradScaler's question
+        self._plan: StepPlan | None = None
+        self._holds_true_weights = self._holds_averages = self._in_true_pass = False
+        self._leaving = set()
+        self._release = None
+        # Of parameters that have no state yet: torch.distributed.checkpoint makes states only where there are none.
+        self._anchors: dict[Tensor, Tensor] = {}
+        # Whose states and tables graphs will read and write as long as they live.
+        self._captured: list[tuple[StepPlan, Any]] = []
+        self._known_masters = resets.Masters()
+        self._tables = Tables(torch.device("cpu"), seed)
+        self._handle = torch_compile.register(self)
+        self._inputs: torch_compile.GraphInputs | None = None
+        defaults = {
+            "lr": lr,
+            "rule": rule,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "dampening": dampening,
+            "nesterov": nesterov,
+            "amsgrad": amsgrad,
+            "alpha": alpha,
+            "centered": centered,
+            "lr_decay": lr_decay,
+            "initial_accumulator_value": initial_accumulator_value,
+            "decouple_lr": decouple_lr,
+            "reference_lr": None,
+            "maximize": maximize,
+            "state_dtype": state_dtype,
+            "rounding": rounding,
+            "master": master,
+            "ema_decay": ema_decay,
+            "under_optimized": under_optimized,
+            "measure": measure,
+            "threshold_rate": threshold_rate,
+            **_BLOCK_KEYS,
+        }
+        asked = {"fused": fused, "foreach": foreach, "capturable": capturable, "differentiable": differentiable}
+        defaults |= {option: value for option, value in asked.items() if value is not groups.IMPLEMENTATION[option]}
+        groups.check_ordered(params)
+        self._hidden_defaults: dict[str, Any] = {}
+        self._members = groups.Members()
+        self._rows = []
+        super().__init__(params, defaults)
+        if self._members.device is not None:
+            self._tables.to(self._members.device)
+        self._tables.add_groups(self._rows)
+        self._rows = None
+        self._hidden_defaults = {name: self.defaults.pop(name) for name in _HIDDEN_DEFAULTS.get(rule, ())}
+        if backend != "auto":
+            select(backend, self.tables.rows.device)
+
+    @torch_compile.outside_graphs
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, at any time; its row starts neutral. As in torch.optim the dict itself becomes the group."""
+        self._refuse_open_step("add_param_group()")
+        if self._rows is None:
+            self._follow_groups()
+        groups.listed(param_group)
+        defaults = {**self.defaults, **self._hidden_defaults}
+        complete = groups.completed(param_group, defaults, len(self.param_groups))
+        groups.check(self, self.param_groups, self._members, complete)
+        param_group.update(complete)
+        others, self.param_groups = self.param_groups, []  # what torch would look for in each of them was looked for
+        try:
+            super().add_param_group(param_group)
+        finally:
+            added, self.param_groups = self.param_groups, others
+        self.param_groups += added
+
+        had_home = self._members.device is not None
+        self._members.add(param_group, self.process_group)
+        row = (param_group, *self._begin_row(complete))
+        if self._rows is not None:
+            self._rows.append(row)
+        else:
+            if not had_home and self._members.device is not None:
+                self._tables.to(self._members.device)
+            self._tables.add_groups([row])
+        if self.anchor == "init" and complete["modulated"]:
+            for p in complete["params"]:
+                if not reason_against(p):
+                    self._anchors[p] = master_of(p)
+        self._plan = self._inputs = None
+        if self._release is not None:
+            self._release.watch()
+
+    # -- the step ----------------------------------------------------------------------------------------------------
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One optimization step over all parameters that have gradients.
+
+        Args:
+            closure: reevaluates the model and returns the loss; run with gradients enabled.
+
+        Raises:
+            RuntimeError: a gradient that cannot be used, by the parameter's name, or true weights in a module that
+                trains on live ones (after ``eval()``). Nothing was changed.
+        """
+        loss = None
+        if closure is not None and self._release is not None:
+            raise RuntimeError(
+                "step(closure) cannot be used after step_in_backward: call backward() and then optimizer.step()"
+            )
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            if torch.compiler.is_compiling():
+                torch_compile.trace_step(self)
+            else:
+                if "_opt_called" not in self.__dict__:
+                    self._opt_called = True
+                if self._release is None:
+                    self._step()
+                else:
+                    self._release.close()
+        return loss
+
+    # LR schedulers wrap step() to see whether it was called, which no graph can trace; this one tells them by itself.
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+
+    def _step(self) -> None:
+        plan = self._ready_plan()
+        if plan is not None:
+            # GradScaler sets both for the time of a step.
+            self._run(plan, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+
+    def _run(self, plan: StepPlan, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        backend = select(self.backend, self._tables.rows.device)
+        plan.grad_scale, plan.found_inf = grad_scale, found_inf
+        if not backend.ON_DEVICE and plan.found_inf is not None and float(plan.found_inf):
+            plan.clear_gradients(of_step=False)
+            plan.forget_gradients()
+            return
+        plan.clip_factor = 1.0
+        if self.grad_norm is not None:
+            self.grad_norm = None
+        if self.max_grad_norm is not None:
+            validation.check_number("max_grad_norm", self.max_grad_norm, 0.0)
+            self.grad_norm = clip(plan, backend, float(self.max_grad_norm))
+        plan.read_hyperparameters(on_device=backend.ON_DEVICE)
+        if plan.waves is None:
+            backend.step(plan)
+        else:
+            backend.finish(plan, [backend.update(plan, wave) for wave in plan.waves])
+        if found_inf is None or not backend.ON_DEVICE:
+            self._in_true_pass = False  # a device may have skipped the step
+        if capturing(self._tables.rows.device):
+            self._captured.append((plan, plan.launch))
+        plan.bump_versions()
+        plan.clear_gradients(of_step=backend.ZEROES)
+        plan.forget_gradients()
+        self._drop_masters(plan)
+
+    def _ready_plan(self) -> StepPlan | None:
+        """A plan that has read this step's gradients; None where there are none."""
+        if torch._C._len_torch_dispatch_stack():
+            validation.check_estimated(self.param_groups)
+        plan = self._plan
+        ready = plan is not None and plan.is_of(self) and plan.read()
+        if not ready:
+            groups.set_listed(self)
+        self._refuse_true_weights()
+        if not ready:
+            none = all(p.grad is None for group in self.param_groups for p in group["params"])
+            if none and self.process_group is None:  # of which others may have gradients, and wait for this process
+                return None
+            if capturing(self._tables.rows.device):
+                raise RuntimeError(
+                    "optimizer.step() cannot be captured before it has run with these parameters, gradients and "
+                    "strengths: run one step outside of torch.cuda.graph, on a side stream"
+                )
+            if any(is_estimated(p.grad) for group in self.param_groups for p in group["params"]):
+                self._estimate()
+                return None
+            self._check_before_building()
+            validation.check_gradients(self.param_groups)
+            only_states = sharding.makes_states_only(self)
+            self._make_state()
+            if only_states:
+                return None
+            plan = self._plan = StepPlan(self)
+            plan.take()
+        assert plan is not None
+        return plan if plan.has_gradients() or self.process_group is not None else None
+
+    def _estimate(self) -> None:
+        """A step of shapes without numbers (FakeTensorMode): there are states after it, and nothing is computed."""
+        for number, group in enumerate(self.param_groups):
+            validation.check_hyperparameters(group, number)
+        self._make_state()
+        if self.max_grad_norm is not None:
+            given = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+            self.grad_norm = given[0].new_zeros((), dtype=arithmetic_dtype(given[0].dtype))
+
+    def _make_state(self, is_stepped: Callable[[Tensor], bool] = _has_gradient, *, masters: bool = True) -> None:
+        """States of parameters that meet their first gradient, and masters where live weights are to exist."""
+        tables = self.tables
+        home = tables.rows.device
+        for number, group in enumerate(self.param_groups):
+            live = tables.has_live_weights(number)
+            # Also of parameters that meet no gradient now: once there is a plan, nobody asks again.
+            params = [p for p in group["params"] if live or is_stepped(p) or "step" in self.state.get(p, ())]
+            if tables.degrades(number):
+                validation.check_degradable(self.param_groups, number, home)
+            params = [p for p in params if not is_idle(p, home)]
+            if live:
+                stays = {p: not is_stepped(p) and is_frozen(p, self.state.get(p, {})) for p in params}
+                params = [p for p in params if not stays[p]]
+                for p, frozen in stays.items():
+                    if frozen and masters and not self.state.get(p):
+                        self.state[p] = {"master": master_of(p)}
+            self._make_states_of(group, params, live=live, masters=masters)
+            if not live and self._superfluous_masters(number):
+                self._leaving.add(number)
+        self._known_masters.note(self.param_groups, self.state)
+
+    def _make_states_of(self, group: dict[str, Any], params: list[Tensor], *, live: bool, masters: bool = True) -> None:
+        """The states of some parameters of one group, as its options ask for them."""
+        make_states(group, params, self.state, live=live, masters=masters)
+        for p in params:
+            if p in self._anchors:
+                self.state[p]["anchor"] = self._anchors.pop(p)
+
+    def _emit(self) -> None:
+        """Writes the live weights of the masters into the module."""
+        self._restore_astray()
+        self._in_true_pass = False
+        masters = self._masters()
+        if not masters or any(is_estimated(p) for p, _ in masters):
+            return
+        self._check_before_building()
+        for number, group in enumerate(self.param_groups):  # whatever somebody has deleted begins anew
+            states = ((p, self.state.get(p, {})) for p in group["params"])
+            params = [p for p, state in states if "master" in state and "step" in state]
+            self._make_states_of(group, params, live=self._tables.has_live_weights(number), masters=False)
+        plan = StepPlan(self)
+        backend = select(self.backend, self.tables.rows.device)
+        plan.read_hyperparameters(on_device=backend.ON_DEVICE)
+        backend.emit(plan)
+        torch.autograd.graph.increment_version([p for p, _ in masters])
+        sharding.reshard_all(p for p, _ in masters)
+
+    def _check_before_building(self) -> None:
+        """What may have changed behind the optimizer's back since it was last looked at."""
+        home = home_of(p for group in self.param_groups for p in group["params"])
+        if home is not None and home != self.tables.rows.device:  # the module was moved
+            self.tables.to(home)
+        self._restore_astray()
+        if self.process_group is sharding.Absent.PROCESS_GROUP:
+            raise RuntimeError(
+                "a process group is neither pickled nor copied: assign optimizer.process_group before the next step"
+            )
+        validation.check_flag("zero_grad_in_step", self.zero_grad_in_step)
+        validation.check_whole("sync_every", self.sync_every, 1)
+        earlier: dict[int, int] = {}
+        for number, group in enumerate(self.param_groups):
+            validation.check_hyperparameters(group, number)
+            validation.check_measure(group, number, self.backend)
+            validation.check_anchor(group, number, self.anchor)
+            validation.check_parameters(group, number, group["params"], self._tables.rows.device, earlier)
+            earlier.update(dict.fromkeys(map(id, group["params"]), number))
+        validation.check_meshes(self.param_groups, self.process_group)
+        if self.process_group is not None or sharding.any_dtensor(self.param_groups):
+            validation.check_noise(self.param_groups, self.process_group, sharding.noisy_groups(self.tables))
+        validation.check_states(self.param_groups, self.state)
+        drop_absent(self.param_groups, self.state)
+        for p, anchor in self._anchors.items():
+            if anchor.device != p.device and anchor.shape == p.shape:
+                self._anchors[p] = anchor.to(p.device)
+        anchors = {p: {"anchor": anchor} for p, anchor in self._anchors.items()}
+        validation.check_states(self.param_groups, anchors, "make a new optimizer, of the weights as they are now")
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    @torch_compile.outside_graphs
+    def state_dict(self) -> dict[str, Any]:
+        """torch.optim's, plus ``master`` states (the true weights) and each group's row, statistics and control."""
+        self._refuse_open_step("state_dict()")
+        self._restore_astray()
+        with torch.no_grad():
+            self._adopt_edits()
+        # The hooks see it complete, so they wait until the tables are there.
+        hooks = self._optimizer_state_dict_post_hooks
+        self._optimizer_state_dict_post_hooks = type(hooks)()
+        try:
+            made = checkpoint.complete(super().state_dict(), self)
+        finally:
+            self._optimizer_state_dict_post_hooks = hooks
+        for hook in hooks.values():
+            changed = hook(self, made)
+            made = made if changed is None else changed
+        return made
+
+    @torch_compile.outside_graphs
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a checkpoint of this class, or of the same rule in torch.optim; values keep their bits and dtype.
+
+        Parameters are matched by name if both sides have names (``named_parameters()``), else by place. What others
+        keep in states and groups is loaded as it is.
+
+        Where live weights exist, the module receives those that belong to the loaded state, so a resumed run
+        continues bit for bit. Load the module first.
+
+        Raises:
+            ValueError: other groups or names, another rule, states of another shape, or some that are missing. Nothing
+                was changed.
+        """
+        self._refuse_open_step("load_state_dict()")
+        self._refuse_averages("load_state_dict()")
+        self._restore_astray()
+        checkpoint.load(self, state_dict)
+        self._reset()
+        if self._holds_true_weights:
+            self._holds_true_weights = False
+            self.eval()
+        else:
+            self._emit()
+
+    def _reset(self) -> None:
+        """Forgets what is derived from states and tables."""
+        self._plan = None
+        self._leaving = set()
+        inputs, self._inputs = self._inputs, None  # they take it in one go
+        for number in range(len(self.param_groups)):
+            self._note_live_weights(number)
+        self._known_masters.note(self.param_groups, self.state)
+        if inputs is not None:
+            self._inputs = inputs
+            inputs.gather()
+
+    def __repr__(self) -> str:
+        whole = "".join(f"{name}: {getattr(self, '_seed' if name == 'seed' else name)}\n" for name in _WHOLE)
+        lines = super().__repr__().removesuffix(")").splitlines(keepends=True)
+        return f"{''.join(line for line in lines if line.partition(':')[0].strip() not in KEYS)}{whole})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ["_tables", "anchor", "backend", "_seed", "_holds_true_weights", "_in_true_pass"]
+        kept += ["_step_supports_amp_scaling"]
+        kept += ["sync_every", "keep_masters", "max_grad_norm", "zero_grad_in_step", "_anchors", "_hidden_defaults"]
+        group = None if self.process_group is None else sharding.Absent.PROCESS_GROUP
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}, "process_group": group}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # What an earlier release did not pickle.
+        self.process_group, self.sync_every, self.keep_masters = None, 1, False
+        self.max_grad_norm = self.grad_norm = None
+        self.zero_grad_in_step = self._holds_averages = self._in_true_pass = False
+        self._anchors, self._hidden_defaults, self._release = {}, {}, None
+        self._members = groups.Members()
+        super().__setstate__(state)
+        for group in (self.defaults, *self.param_groups):
+            for option, value in _SINCE_0_1.items():
+                group.setdefault(option, value)
+        for group in self.param_groups:
+            group.update(dict.fromkeys(KEYS))
+        self._captured = []  # graphs are of the original
+        self._known_masters = resets.Masters()
+        self._handle, self._inputs = torch_compile.register(self), None
+        self._reset()
