@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 from typing import Any
 
 import pytest
 import torch
-from helpers import Gradients, assign, build, frozen, parameter, parameters_of, same_bits, set_row
+from helpers import Gradients, assign, build, parameter, parameters_of, same_bits, set_row
 
 import aim_kernels as ak
 
@@ -97,29 +95,6 @@ def test_a_phase_row_takes_phase_columns_only() -> None:
         with pytest.raises(ValueError, match=column):
             optimizer.set_phase_rows(0, true={"live_well": 0.5, column: 0.5})
     same_bits(before, optimizer.tables.rows)
-
-
-# -- copies ---------------------------------------------------------------------------------------------
-
-
-def test_a_pickle_of_an_earlier_release() -> None:
-    """Without what has come since."""
-    optimizer = stepped()
-    state = optimizer.__getstate__()
-    for name in ("process_group", "sync_every", "keep_masters", "max_grad_norm", "_anchors", "_hidden_defaults"):
-        del state[name]
-    tables = copy.copy(state["_tables"])
-    old = {name: value for name, value in vars(tables).items() if name not in ("_always_live", "_arrays")}
-    state["_tables"] = ak.step.tables.Tables.__new__(ak.step.tables.Tables)
-    state["_tables"].__setstate__(old)
-    again = ak.AIMFusedOptimizer.__new__(ak.AIMFusedOptimizer)
-    again.__setstate__(pickle.loads(pickle.dumps(state)))
-    same_bits(frozen(optimizer), frozen(again))
-    grads = Gradients(parameters_of(optimizer))()
-    for each in (optimizer, again):
-        assign(parameters_of(each), [g.clone() for g in grads])
-        each.step()
-    same_bits(frozen(optimizer), frozen(again))
 
 
 @pytest.mark.parametrize(

@@ -42,21 +42,12 @@ def extended(optimizer: ak.AIMFusedOptimizer) -> ak.AIMFusedOptimizer:
     return optimizer
 
 
-def of_an_earlier_release(optimizer: ak.AIMFusedOptimizer) -> ak.AIMFusedOptimizer:
-    state = optimizer.__getstate__()
-    state["param_groups"] = [{k: v for k, v in g.items() if k not in KEYS} for g in state["param_groups"]]
-    other = ak.AIMFusedOptimizer.__new__(ak.AIMFusedOptimizer)
-    other.__setstate__(copy.deepcopy(state))
-    return other
-
-
 WAYS: dict[str, Callable[[ak.AIMFusedOptimizer], ak.AIMFusedOptimizer]] = {
     "made": lambda o: o,
     "loaded": loaded,
     "extended": extended,
     "deepcopy": copy.deepcopy,
     "pickle": lambda o: pickle.loads(pickle.dumps(o)),
-    "earlier": of_an_earlier_release,
 }
 
 

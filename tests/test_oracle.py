@@ -107,7 +107,7 @@ def block(
     return oracle.Oracle([]), leaf, hyper
 
 
-def test_class_is_the_ratio_of_the_specification() -> None:
+def test_class_is_the_ratio_of_the_design() -> None:
     random = np.random.default_rng(2)
     m, v, t, tau = random.standard_normal(1000) * 0.1, random.uniform(0, 0.01, 1000), 7, 0.4
     model, leaf, hyper = block((m, v), t, tau)

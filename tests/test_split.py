@@ -44,7 +44,7 @@ def run(model: Net, optimizer: AIMFusedOptimizer, aim: AIM, steps: int, seed: in
 
 
 class Transcription:
-    """AdamW with AIM's two passes in eager float64: the formulae of the specification, one by one."""
+    """AdamW with AIM's two passes in eager float64: its formulae, one by one."""
 
     lr, beta1, beta2, eps, target, rate = 1e-2, 0.9, 0.99, 1e-8, 0.25, 0.1
 

@@ -1,4 +1,4 @@
-"""AIM: scores every depth of every modality and writes the rows (specification sections 4 and 5)."""
+"""AIM: scores every depth of every modality and writes the rows (docs/design.md)."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class AIM(Scoring):
 
     Scores are averaged over the ranks of an initialized process group, so that all set the same rows: each rank calls
     :meth:`update`, with samples of its own, of which every rank has equally many where the model is sharded (FSDP2).
-    Everything but S1-S5 of the specification (what the abstracts say) is this library's reading.
+    What the abstracts do not say is this library's reading (docs/design.md, "Decisions of ours").
 
     Raises ValueError for fewer than two modalities, unknown choices and numbers out of range; TypeError for another
     optimizer.
@@ -378,4 +378,4 @@ class AIM(Scoring):
         self.history = [ModulationTable.from_dict(row) for row in state["history"]]
         if self.guard is not None and state.get("guard") is not None:
             vars(self.guard).update(state["guard"])
-        self.held_back = frozenset(state.get("held_back", ()))  # an earlier release has none
+        self.held_back = frozenset(state["held_back"])

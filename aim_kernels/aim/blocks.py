@@ -1,4 +1,4 @@
-"""A block is a param group: modality, depth, and whether its rows may modulate it (specification section 1)."""
+"""A block is a param group: modality, depth, and whether its rows may modulate it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``mixing="features"``: blocks of a dominant modality answer with a mixture of two passes (specification section 4).
+"""``mixing="features"``: blocks of a dominant modality answer with a mixture of two passes.
 
 The readable and expensive form of AIM: any module, in eager PyTorch, two forward passes of every block that is held
 back.

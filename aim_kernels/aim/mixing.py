@@ -1,5 +1,4 @@
-"""How training comes to rely on auxiliary blocks: the rows of each ``mixing``, and the two passes of "split"
-(specification section 4)."""
+"""How training comes to rely on auxiliary blocks: the rows of each ``mixing``, and the two passes of "split"."""
 
 from __future__ import annotations
 

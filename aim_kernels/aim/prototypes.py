@@ -1,4 +1,4 @@
-"""Depth-adaptive prototypes: how well each block's features tell the classes apart (specification section 5).
+"""Depth-adaptive prototypes: how well each block's features tell the classes apart.
 
 The paper (v3) says that each depth is scored with prototypes, learnable inputs that are optimized with the trained
 network frozen and then propagated through the blocks. How they start, how long they are optimized and the score's

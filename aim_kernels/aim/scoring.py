@@ -1,4 +1,4 @@
-"""What AIM scores: the blocks of a model, with one of the probes, on samples (specification section 5)."""
+"""What AIM scores: the blocks of a model, with one of the probes, on samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From scores to strengths: pure arithmetic on small tables (specification sections 4 and 5, steps 3 and 4)."""
+"""From scores to strengths: pure arithmetic on small tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A step on devices in pieces (release.py): some parameters at a time, and at last what they measured together.
+"""A step on devices in pieces (gradient release): some parameters at a time, and at last what they measured together.
 
 Every piece is a share that is not home, so its ``finish`` only counts steps and leaves its sums; home is a share
 without parameters, which takes the total.

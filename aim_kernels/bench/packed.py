@@ -315,7 +315,7 @@ def beside_names() -> tuple[str, str]:
     return "clip+zero+ema", "clip+zero+ema torch"
 
 
-#: candidate, column, limit: what issue and README ask of a quiet machine.
+#: candidate, column, limit: what is to be reached on a quiet machine.
 TARGETS = (
     ("bf16+bf16n", "x_torch_bf16", 0.5),
     ("bf16+bf16n", "x_floor", 1.15),

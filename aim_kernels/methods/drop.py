@@ -1,6 +1,6 @@
 """A control: AIM's probe and strengths, but the dominant modality's features are dropped; no auxiliary blocks, no row.
 
-Cheap and strong against a shortcut (specification section 6), so it belongs in every table beside AIM.
+Cheap and strong against a shortcut, so it belongs in every table beside AIM.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class Modulated(torch.optim.Optimizer):
         target = wrapped if isinstance(wrapped, Modulated) and name in wrapped.__dict__ else self
         object.__setattr__(target, name, value)
 
-    if TYPE_CHECKING:  # live.py has it: called after the live columns of a group were written
+    if TYPE_CHECKING:  # weights.py has it: called after the live columns of a group were written
 
         def _note_live_weights(self, number: int) -> None: ...
         def _reset(self) -> None: ...
@@ -65,7 +65,7 @@ class Modulated(torch.optim.Optimizer):
 
     @outside_graphs
     def set_strength(self, modality: str, depth: int, kappa: float | Tensor, coefficients: str = "chain") -> None:
-        """Turns a block into its Auxiliary Block of strength ``kappa``, in both phases (spec section 4).
+        """Turns a block into its Auxiliary Block of strength ``kappa``, in both phases (docs/design.md).
 
         The next step emits ``live = anchor + (theta - anchor) * (1 if under else 1 - kappa)``.
 
@@ -128,7 +128,7 @@ class Modulated(torch.optim.Optimizer):
         """Writes what holds in the true and in the auxiliary phase; columns not named become one.
 
         Live columns shape the next emission; the gradient columns take effect one step later, when the live weights
-        they belong to are those that the forward pass saw (spec section 4).
+        they belong to are those that the forward pass saw.
         """
         number = self._group_number(group)
         for row in (true or {}, aux or {}):

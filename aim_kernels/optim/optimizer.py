@@ -20,22 +20,6 @@ from aim_kernels.step.states import arithmetic_dtype, is_frozen, make_states, ma
 from aim_kernels.step.supported import home_of, is_estimated, is_idle, reason_against
 from aim_kernels.step.tables import KEYS, Tables
 
-#: Options that version 0.1 did not have, with what it did.
-_SINCE_0_1 = {
-    "amsgrad": False,
-    "alpha": 0.99,
-    "centered": False,
-    "lr_decay": 0.0,
-    "initial_accumulator_value": 0.0,
-    "decouple_lr": False,
-    "reference_lr": None,
-    "state_dtype": None,
-    "rounding": "stochastic",
-    "master": None,
-    "ema_decay": None,
-    "measure": "snr",
-}
-
 #: Options that ``optimizer.defaults`` must not have under a rule: schedulers that cycle the momentum (OneCycleLR,
 #: CyclicLR) look for "betas" there, then for "momentum", and cycle what they find.
 _HIDDEN_DEFAULTS = {"sgd": ["betas"], "rmsprop": ["betas"], "adagrad": ["betas", "momentum"]}
@@ -55,7 +39,7 @@ class AIMFusedOptimizer(LiveWeights):
     r"""AdamW, Adam, SGD, Adagrad, RMSprop or Lion with adaptive intra-network modulation, in one pass over memory.
 
     With no strength set it is its base rule (torch.optim's formulae, within a few ulp). Per element and step, with
-    :math:`\hat m, \hat v` the bias-corrected moments that the rule keeps anyway (spec section 2, our reading of the
+    :math:`\hat m, \hat v` the bias-corrected moments that the rule keeps anyway (our reading of the
     paper's "optimization state")::
 
         under = m_hat^2 >= tau^2 * (v_hat + eps^2)             the element is under-optimized
@@ -544,16 +528,10 @@ class AIMFusedOptimizer(LiveWeights):
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}, "process_group": group}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # What an earlier release did not pickle.
-        self.process_group, self.sync_every, self.keep_masters = None, 1, False
-        self.max_grad_norm = self.grad_norm = None
-        self.zero_grad_in_step = self._holds_averages = self._in_true_pass = False
-        self._anchors, self._hidden_defaults, self._release = {}, {}, None
+        self.grad_norm = self._release = None
+        self._holds_averages = False
         self._members = groups.Members()
         super().__setstate__(state)
-        for group in (self.defaults, *self.param_groups):
-            for option, value in _SINCE_0_1.items():
-                group.setdefault(option, value)
         for group in self.param_groups:
             group.update(dict.fromkeys(KEYS))
         self._captured = []  # graphs are of the original

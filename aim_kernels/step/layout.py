@@ -24,7 +24,7 @@ ROW_COLUMNS = (
 )
 ROW = {name: index for index, name in enumerate(ROW_COLUMNS)}
 
-#: The columns that users read and write: ``modulation()``, ``set_modulation()`` (spec section 3).
+#: The columns that users read and write: ``modulation()``, ``set_modulation()``.
 PUBLIC_COLUMNS = (*PHASE_COLUMNS, "tau_prev", "tau", "noise")
 
 #: Columns of the statistics table (float64), raw sums of the latest step.

@@ -407,7 +407,7 @@ class StepPlan:
             group["threshold_rate"] if kind == "fraction" else 0.0,
             group["lr_decay"] if rule == "adagrad" else 0.0,
             group["ema_decay"] or 0.0,
-            0,  # lr_tensor, by launch.py
+            0,  # lr_tensor, by device.py
             RULES.index(rule),
             bool(group["nesterov"]),
             0,
@@ -428,7 +428,7 @@ class StepPlan:
             if index in self.staged:
                 self.params[index].copy_(self.staged[index])
 
-    # -- one parameter at a time (release.py) -------------------------------------------------------------------------
+    # -- one parameter at a time (gradient release) -------------------------------------------------------------------
 
     def view(self, tables: Tables) -> StepPlan:
         """The same plan over other tables, with records of its own: what is done to it in the middle of a step leaves

@@ -1,4 +1,4 @@
-"""The tables of one optimizer: rows, statistics, control. ``rows.py`` names their columns, docs/design.md explains
+"""The tables of one optimizer: rows, statistics, control. ``layout.py`` names their columns, docs/design.md explains
 them."""
 
 from __future__ import annotations
@@ -178,7 +178,6 @@ class Tables:
         return {**self.__dict__, "_arrays": None}  # a copy's arrays would be of no tensor
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._always_live = [False] * len(state["_live"])  # an earlier release has none
         self.__dict__.update(state)
 
     @_outside_modes

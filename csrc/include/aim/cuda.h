@@ -3,7 +3,7 @@
 //
 // A step is two launches: update() moves all tensors of all groups, finish() adds up what the
 // blocks measured and moves thresholds, step counts and the phase. docs/design.md gives the
-// formulae; Python's launch.py builds the tables.
+// formulae; Python's device.py builds the tables.
 #pragma once
 
 #include <cstdint>
