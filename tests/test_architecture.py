@@ -58,17 +58,17 @@ def imported(name: str, *, at_run_time: bool) -> Iterator[str]:
 
 
 def room_of(name: str) -> str:
-    return (name.split(".") + ["__init__"])[1]
+    return [*name.split("."), "__init__"][1]
 
 
 def test_imports_go_down() -> None:
-    wrong = []
-    for name in FILES:
-        here = LAYERS.index(room_of(name))
-        for other in imported(name, at_run_time=True):
-            # The root is asked for its version, inside of functions.
-            if LAYERS.index(room_of(other)) > here and other != "aim_kernels":
-                wrong.append(f"{name} imports {other}")
+    # The root is asked for its version, inside of functions.
+    wrong = [
+        f"{name} imports {other}"
+        for name in FILES
+        for other in imported(name, at_run_time=True)
+        if LAYERS.index(room_of(other)) > LAYERS.index(room_of(name)) and other != "aim_kernels"
+    ]
     assert not wrong
 
 
