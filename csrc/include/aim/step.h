@@ -2,8 +2,8 @@
 // over memory.
 //
 // Plain structs, raw pointers, status codes: no torch, no Python. docs/design.md gives the formulae
-// and says what each table column means; aim_kernels/step/layout.py holds the same layouts for numpy, and
-// a test compares the two.
+// and says what each table column means; aim_kernels/step/layout.py holds the same layouts for
+// numpy, and a test compares the two.
 #pragma once
 
 #include <cstddef>
