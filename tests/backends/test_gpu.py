@@ -24,7 +24,7 @@ pytestmark = pytest.mark.gpu
 SHAPES = (((5, 7), (3000,), (0,), ()), ((129, 65), (16,)))
 #: 8 bits for the parameter that has elements enough, an average, gradients cleared.
 PACKED: dict[str, object] = {"state_dtype": "int8", "ema_decay": 0.9, "zero_grad_in_step": True}
-TOOL_CASE = Path(__file__).with_name("gpu_case.py")
+TOOL_CASE = Path(__file__).parents[1] / "support" / "gpu_case.py"
 
 
 @pytest.fixture(params=ON_GPU)

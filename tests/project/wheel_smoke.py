@@ -109,7 +109,7 @@ def check_modulation() -> None:
 
 def main() -> None:
     installed = pathlib.Path(ak.__file__).resolve()
-    here = pathlib.Path(__file__).resolve().parents[1]
+    here = pathlib.Path(__file__).resolve().parents[2]
     assert not installed.is_relative_to(here / "aim_kernels"), f"{installed} is the checkout, not an installed wheel"
     assert ak.backends()["cpu"].available, ak.backends()["cpu"].reason
     check_rules()

@@ -43,7 +43,7 @@ def told(folder: Path, *cases: str) -> list[Action]:
     """What triton_just_in_time.py says: in a process of its own, since Triton reads TRITON_INTERPRET once."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
     environment |= {"TRITON_CACHE_DIR": str(folder), "PYTHONPATH": str(Path(ak.__file__).parent.parent)}
-    program = [sys.executable, str(Path(__file__).with_name("triton_just_in_time.py")), *cases]
+    program = [sys.executable, str(Path(__file__).parents[1] / "support" / "triton_just_in_time.py"), *cases]
     done = subprocess.run(program, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return [Action(*line) for line in json.loads(done.stdout)]

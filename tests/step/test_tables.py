@@ -14,21 +14,21 @@ from helpers import build
 from aim_kernels import _C
 from aim_kernels.step import layout
 
-HEADER = Path(__file__).parents[1] / "csrc" / "include" / "aim" / "step.h"
+HEADER = Path(__file__).parents[2] / "csrc" / "include" / "aim" / "step.h"
 
 
 @pytest.mark.parametrize(("record", "name"), [(layout.TENSOR_RECORD, "tensor"), (layout.GROUP_RECORD, "group")])
 def test_records_have_the_compiled_offsets(record: np.dtype, name: str) -> None:
-    layout = _C.layout()
-    assert {field: record.fields[field][1] for field in record.names} == layout[name]
-    assert record.itemsize == layout[f"{name}_size"]
+    compiled = _C.layout()
+    assert {field: record.fields[field][1] for field in record.names} == compiled[name]
+    assert record.itemsize == compiled[f"{name}_size"]
 
 
 def test_tables_have_the_compiled_number_of_columns() -> None:
-    layout = _C.layout()
-    assert layout["row_columns"] == len(layout.ROW_COLUMNS)
-    assert layout["statistics_columns"] == len(layout.STATISTICS_COLUMNS)
-    assert layout["control_columns"] == len(layout.CONTROL_COLUMNS)
+    compiled = _C.layout()
+    assert compiled["row_columns"] == len(layout.ROW_COLUMNS)
+    assert compiled["statistics_columns"] == len(layout.STATISTICS_COLUMNS)
+    assert compiled["control_columns"] == len(layout.CONTROL_COLUMNS)
 
 
 def test_columns_are_those_of_the_contract() -> None:

@@ -1,4 +1,4 @@
-"""Numbers in fewer bits: the torch twin and every instruction set of the kernel against tests/oracle_packing.py."""
+"""Numbers in fewer bits: the torch twin and every instruction set of the kernel against an oracle."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from command_helpers import pictures
 from aim_kernels.aim import plots
 from aim_kernels.experiments.demo import pictures as demo_pictures
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 README, GUIDE, COMPARISON = (ROOT / name for name in ("README.md", "docs/guide.md", "docs/comparison.md"))
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")]

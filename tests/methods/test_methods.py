@@ -108,7 +108,7 @@ def test_names_are_public_and_wrong_ones_are_told() -> None:
 
 
 def test_the_page_of_methods_names_every_one_and_its_options() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "methods.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
     (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     exec(code, {})
     rows = [line.split("|")[1:-1] for line in page.splitlines() if line.startswith("| `")]

@@ -14,7 +14,7 @@ import aim_kernels
 from aim_kernels import __main__ as command_line
 from aim_kernels import diagnostics
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def python(*arguments):

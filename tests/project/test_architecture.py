@@ -7,7 +7,7 @@ import graphlib
 from collections.abc import Iterator
 from pathlib import Path
 
-PACKAGE = Path(__file__).resolve().parents[1] / "aim_kernels"
+PACKAGE = Path(__file__).resolve().parents[2] / "aim_kernels"
 
 #: Downwards only: each imports those that stand before it, and itself.
 LAYERS = (

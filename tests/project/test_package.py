@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 
 import aim_kernels
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 SCRIPTS = Path(sysconfig.get_path("scripts"))
@@ -93,7 +93,7 @@ def test_wheels_are_built_for_every_python_that_is_promised():
     first = int(PROJECT["requires-python"].removeprefix(">=3."))
     assert settings["build"].split() == [f"cp3{minor}-*" for minor in range(first, first + 4)]
     assert settings["linux"]["archs"] == ["x86_64", "aarch64"]
-    assert "tests/wheel_smoke.py" in settings["test-command"]
+    assert "tests/project/wheel_smoke.py" in settings["test-command"]
     assert settings["environment"] == {"AIM_KERNELS_CUDA": "0"}
     workflow = (ROOT / ".github" / "workflows" / "wheels.yml").read_text()
     assert "pypa/cibuildwheel@" in workflow

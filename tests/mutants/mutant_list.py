@@ -1,6 +1,6 @@
 """Bugs to plant: for each the text it replaces, why anybody would write it, and the tests that are to catch it.
 
-Most are bugs that other optimizers had, or have. ``tests/mutants.py`` plants them one at a time and runs the tests;
+Most are bugs that other optimizers had, or have. ``mutants.py`` plants them one at a time and runs the tests;
 ``test_mutants.py`` sees to it that the list still fits the sources.
 """
 
@@ -214,7 +214,7 @@ MUTANTS = (
     Mutant(
         "gradients not looked at",
         OPTIMIZER,
-        "checks.check_gradients(self.param_groups)",
+        "validation.check_gradients(self.param_groups)",
         "pass",
         "flashoptim, bitsandbytes, HeavyBall: sparse gradients reach the kernel",
         ("test_errors.py::test_bad_gradients_change_nothing",),

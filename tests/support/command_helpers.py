@@ -10,7 +10,7 @@ from types import ModuleType
 from aim_kernels import bench
 from aim_kernels.experiments import compare, demo, precision
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def script(name: str) -> ModuleType:

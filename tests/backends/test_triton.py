@@ -257,7 +257,7 @@ def test_what_the_compiler_makes_of_it(capability: int, tmp_path: Path) -> None:
     """128-bit accesses for every array of a step, nothing spilled, nothing contracted, nothing approximate."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(ak.__file__).parent.parent)}
-    program = [sys.executable, str(Path(__file__).parent / "triton_ahead_of_time.py"), str(capability)]
+    program = [sys.executable, str(Path(__file__).parents[1] / "support" / "triton_ahead_of_time.py"), str(capability)]
     done = subprocess.run(program, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     kernels = json.loads(done.stdout)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests"
 
 #: Every part of a target, by words of its command.
@@ -54,7 +54,7 @@ class Made:
         told = folder / "calls"
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS", "AIM_KERNELS_CUDA"))}
         environment = {**clean, "STAND_IN_CALLS": str(told), **settings}
-        python = f"GPU_PYTHON={sys.executable} {TESTS / 'gpu_stand_in.py'}"
+        python = f"GPU_PYTHON={sys.executable} {TESTS / 'support' / 'gpu_stand_in.py'}"
         command = ["make", "--no-print-directory", target, python, f"GPU_OUT={self.folder}", *variables]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         self.status, self.text = done.returncode, done.stdout + done.stderr
@@ -172,15 +172,15 @@ def test_figures_are_written_as_they_come(tmp_path: Path) -> None:
 
 def test_every_file_with_tests_for_a_gpu_is_named() -> None:
     marked = re.compile(r"mark\.gpu\b|\bON_GPU\b|\bDEVICE_PLACES\b|\bPLACES\b")
-    having = {path.name for path in TESTS.glob("test_*.py") if marked.search(path.read_text(encoding="utf-8"))}
-    assert having - {Path(__file__).name} == set(re.findall(r"tests/(test_\w+\.py) ", commands("gpu-test") + " "))
+    having = {path.name for path in TESTS.glob("*/test_*.py") if marked.search(path.read_text(encoding="utf-8"))}
+    assert having - {Path(__file__).name} == set(re.findall(r"tests/\w+/(test_\w+\.py) ", commands("gpu-test") + " "))
 
 
 def test_tests_are_not_ended_by_a_failure_nor_by_a_warning() -> None:
     told = commands("gpu-test")
     assert "--maxfail" not in told and " -x" not in told and "-W default" in told and "-m gpu" in told
-    assert "--deselect tests/test_gpu.py::test_compute_sanitizer" in told
-    assert "def test_compute_sanitizer(" in (TESTS / "test_gpu.py").read_text(encoding="utf-8")
+    assert "--deselect tests/backends/test_gpu.py::test_compute_sanitizer" in told
+    assert "def test_compute_sanitizer(" in (TESTS / "backends" / "test_gpu.py").read_text(encoding="utf-8")
 
 
 def test_a_warning_of_a_version_yet_to_come_fails_nothing(tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_a_warning_of_a_version_yet_to_come_fails_nothing(tmp_path: Path) -> Non
 
 
 def test_the_cases_of_the_oracle_are_there() -> None:
-    cases = re.findall(r'"(tests/test_device_step\.py::[^"]+)"', commands("gpu-first"))
+    cases = re.findall(r'"(tests/backends/test_device_step\.py::[^"]+)"', commands("gpu-first"))
     assert [re.search(r"\[(\w+)@gpu", case)[1] for case in cases] == ["cuda", "triton"]  # type: ignore[index]
     command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "gpu", "-p", "no:cacheprovider", *cases]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

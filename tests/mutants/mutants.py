@@ -1,6 +1,6 @@
 """Plants the bugs of planted.py, one at a time, and tells which test catches each: ``make mutants``, or
 
-    python tests/mutants.py [part of a name ...]
+    python tests/mutants/mutants.py [part of a name ...]
 
 Everything happens in a copy of the tree under build/mutants, which keeps its objects between runs; bugs in Python run
 on the extension of the working tree. The tests have to pass before anything is planted. Exit status 0 where every bug
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from mutant_list import Mutant
 from planted import EVERYTHING
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TREE, KEPT = (ROOT / "build" / "mutants" / name for name in ("tree", "kept"))
 #: What a build makes, and a mutant may spoil.
 MADE = ("build", "aim_kernels/*.so")
@@ -79,7 +79,7 @@ def build() -> str:
 def run_tests(tests: Collection[str], *options: str) -> tuple[str, str]:
     """("passed" | "failed" | "broken", the failing test or what pytest said)."""
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-m", "not gpu", *options]
-    command += [f"tests/{test}" for test in tests]
+    command += [located(test) for test in tests]
     try:
         done = subprocess.run(
             command, cwd=TREE, env=environment(), capture_output=True, text=True, check=False, timeout=LIMIT
@@ -91,10 +91,17 @@ def run_tests(tests: Collection[str], *options: str) -> tuple[str, str]:
         return ("broken", "all tests were skipped") if skipped else ("passed", "")
     if done.returncode < 0:
         return "failed", f"a crash by signal {-done.returncode} in {' or '.join(tests)}"
-    failed = re.search(r"^FAILED tests/(.*?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    failed = re.search(r"^FAILED tests/\w+/(.*?)(?: - .*)?$", done.stdout, re.MULTILINE)
     if done.returncode == 1 and failed:
         return "failed", failed.group(1)
     return "broken", (done.stdout + done.stderr)[-1500:]
+
+
+def located(test: str) -> str:
+    """A test by its path from the root; mutants name its file only."""
+    file, separator, function = test.partition("::")
+    (path,) = TREE.glob(f"tests/*/{file}")
+    return f"{path.relative_to(TREE).as_posix()}{separator}{function}"
 
 
 def is_compiled(mutant: Mutant) -> bool:

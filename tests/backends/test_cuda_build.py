@@ -21,7 +21,7 @@ import pytest
 from aim_kernels import _C
 from aim_kernels.step import layout
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = ("sm_80", "sm_90")
 STORAGE = ("float32", "float64", "bfloat16", "float16")
 UPDATES = [*(f"update_{family}_{storage}" for family in layout.FAMILIES for storage in STORAGE), "update_mixed"]

@@ -49,9 +49,9 @@ MUTANTS = (
     Mutant(
         "a group that stays after its refusal",
         GROUPS,
-        "        checks.check_parameters(group, number, params, here, self._numbers)\n",
+        "        validation.check_parameters(group, number, params, here, self._numbers)\n",
         "        self._numbers.update(dict.fromkeys(map(id, params), number))\n"
-        "        checks.check_parameters(group, number, params, here, {})\n",
+        "        validation.check_parameters(group, number, params, here, {})\n",
         "parameters are noted before they are checked: they count as taken though nobody has them",
         (f"{CONSTRUCTION}::test_a_failed_add_param_group_changes_nothing",),
     ),
@@ -74,9 +74,9 @@ MUTANTS = (
     Mutant(
         "earlier groups gone through for each",
         OPTIMIZER,
-        '            checks.check_parameters(group, number, group["params"], self._tables.rows.device, earlier)\n',
+        '            validation.check_parameters(group, number, group["params"], self._tables.rows.device, earlier)\n',
         '            earlier = {id(p): n for n in range(number) for p in self.param_groups[n]["params"]}\n'
-        '            checks.check_parameters(group, number, group["params"], self._tables.rows.device, earlier)\n',
+        '            validation.check_parameters(group, number, group["params"], self._tables.rows.device, earlier)\n',
         "the first step takes time that grows with the square of the number of groups",
         (f"{LINEAR}[first step]",),
     ),
@@ -157,7 +157,7 @@ MUTANTS = (
     Mutant(
         "an attribute that is not looked at",
         OPTIMIZER,
-        '        checks.check_flag("zero_grad_in_step", self.zero_grad_in_step)\n        checks',
+        '        validation.check_flag("zero_grad_in_step", self.zero_grad_in_step)\n        validation',
         "        checks",
         "zero_grad_in_step='false' clears gradients",
         (f"{NUMBERS}::test_attributes_that_are_set_later_are_looked_at_by_the_next_step",),

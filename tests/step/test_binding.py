@@ -16,7 +16,7 @@ from torch import Tensor
 
 from aim_kernels.step import watch
 
-HERE = Path(__file__).resolve().parent
+SUPPORT = Path(__file__).resolve().parents[1] / "support"
 
 
 @pytest.mark.parametrize("means", ["quick", "by methods"])
@@ -79,9 +79,9 @@ def test_a_watch_tells_which_gradients_cannot_be_read_as_they_are(means: str, mo
 
 
 def test_any_arguments_work_or_raise() -> None:
-    """tests/fuzz_binding.py, in a process of its own: nothing crashes, and what raises has written nothing."""
+    """tests/support/fuzz_binding.py, in a process of its own: nothing crashes, and what raises has written nothing."""
     ran = subprocess.run(
-        [sys.executable, "-X", "faulthandler", str(HERE / "fuzz_binding.py")],
+        [sys.executable, "-X", "faulthandler", str(SUPPORT / "fuzz_binding.py")],
         capture_output=True,
         text=True,
         check=False,

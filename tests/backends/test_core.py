@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from places import make
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_core_under_address_and_undefined_behaviour_sanitizers() -> None:

@@ -201,7 +201,7 @@ assert torch._dynamo.utils.counters["frames"]["ok"] <= 2, counters
 )
 def test_forward_backward_and_step_in_one_graph() -> None:
     # In a process of its own: what torch 2.13 traces after it, in the same process, fails (ours or not).
-    where = Path(__file__).parent
+    where = Path(__file__).parents[1] / "support"
     command = [sys.executable, "-c", ONE_GRAPH]
     done = subprocess.run(command, cwd=where, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -21,7 +21,7 @@ import helpers
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NATIVE = ROOT / "build" / "native"
 
 #: Environment variable of processes for which everything is built.
