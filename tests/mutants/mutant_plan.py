@@ -67,7 +67,7 @@ PLAN_BUGS = (
         "            if not has_memory(grad):\n                return False\n",
         "",
         "a gradient whose storage was freed is read at address 8",
-        ("test_memory.py::test_a_gradient_whose_storage_was_freed_is_refused[False]",),
+        ("test_memory.py::test_a_gradient_whose_storage_was_freed_or_cut_is_refused[False-0]",),
     ),
     Mutant(
         "zeros without memory are read",
