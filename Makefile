@@ -14,11 +14,11 @@ BUILD_REQUIRES = $(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyp
 CXX_FILES = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.h csrc/*/*.cu csrc/*/*.cuh python/*.cpp python/*.h tests/native/*.cpp tests/native/*.h tests/native/*/*.h)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test mutants fuzz build bench gpu gpu-first gpu-test gpu-bench gpu-sweep gpu-sanitizer format lint check-install check-wheel clean
+.PHONY: help demo test test-all nightly huge mutants fuzz build bench gpu gpu-first gpu-test gpu-bench gpu-sweep gpu-sanitizer format lint check-install check-wheel clean
 
 # Threads that spin while they wait take the cores from each other as soon as two processes share them: a small operation then
 # lasts a hundred times longer. `bench` keeps the default, as its users have it.
-demo test mutants fuzz: export OMP_WAIT_POLICY := passive
+demo test test-all huge mutants fuzz: export OMP_WAIT_POLICY := passive
 
 help:  ## list the targets
 	@awk -F ":.*## *" '/^[a-z-]+:.*##/ { printf "%-15s %s\n", $$1, $$2 }' Makefile
@@ -26,8 +26,16 @@ help:  ## list the targets
 demo: build  ## install, build and run the main job: joint training beside AIM, with pictures
 	$(BIN)/python -m aim_kernels demo
 
-test: build  ## install, build and run every test that needs no GPU, style checks included
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not gpu" $(PYTEST_ARGS)
+test: build  ## install, build and run the tests of a few minutes: what to run after every change
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not gpu and not slow and not nightly" $(PYTEST_ARGS)
+
+test-all: test  ## ... and the others that need no GPU: sanitizers, emulated devices, processes, compilers, trainings
+	$(BIN)/python -m pytest -n $(WORKERS) -m "slow and not gpu and not nightly" $(PYTEST_ARGS)
+
+nightly: huge fuzz mutants check-install check-wheel  ## hours: the next three, and the source archive and wheel in empty environments
+
+huge: build  ## more than 2^31 elements; needs 11 GiB of memory
+	$(BIN)/python -m pytest -n 1 -m "nightly and not gpu" $(PYTEST_ARGS)
 
 MUTANTS ?=
 mutants: build  ## plant the bugs of tests/mutants, one at a time: every one has to be caught

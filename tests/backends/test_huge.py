@@ -18,7 +18,7 @@ def available_memory() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_more_than_two_to_the_31_elements() -> None:
     if available_memory() < NEEDED:
         pytest.skip(f"needs {NEEDED >> 30} GiB of free memory")
