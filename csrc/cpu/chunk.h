@@ -8,7 +8,6 @@
 
 #include "cpu/codec.h"
 #include "cpu/kernels.h"
-#include "cpu/stream_chunk.h"
 #include "cpu/vector.h"
 // after vector.h, whose square roots it uses
 #include "common/convert.h"

@@ -54,7 +54,7 @@ def sync() -> None:
     for folder in ("aim_kernels", "csrc", "python", "tests"):
         for path in (TREE / folder).rglob("*.*"):
             name = path.relative_to(TREE).as_posix()
-            if path.is_file() and name not in wanted and path.suffix in (".py", ".h", ".cpp", ".cu"):
+            if path.is_file() and name not in wanted and path.suffix in (".py", ".h", ".inl", ".cpp", ".cu"):
                 path.unlink()
 
 
