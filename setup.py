@@ -129,7 +129,7 @@ def sources() -> dict[Path, list[str]]:
     """Every C++ source of this machine's build, with the flags that only it gets."""
     found: dict[Path, list[str]] = {ROOT / "python" / "bindings.cpp": []}
     isas = ISAS_OF.get(platform.machine(), ["scalar"])
-    for path in sorted((ROOT / "csrc").glob("cpu/*.cpp")):
+    for path in sorted([*(ROOT / "csrc").glob("cpu/*.cpp"), *(ROOT / "csrc").glob("bench/*.cpp")]):
         prefix, _, isa = path.stem.rpartition("_")
         if prefix != "kernels":
             found[path] = []

@@ -11,7 +11,7 @@
 
 #include "aim/isa.h"
 #include "aim/step.h"
-#include "aim/stream.h"
+#include "bench/stream.h"
 #include "watch.h"
 
 namespace py = pybind11;
@@ -150,12 +150,12 @@ double squares(py::array tensors, int threads, const py::object& team) {
 void stream_runs(py::array runs, int64_t numel, int64_t chunk, int32_t add, int threads,
                  const py::object& team) {
   const aim::Execution how = execution(threads, team);
-  const auto* table = records<aim::StreamRun>(runs, "runs");
+  const auto* table = records<aim::bench::StreamRun>(runs, "runs");
   const int64_t count = runs.size();
   aim::Status status;
   {
     py::gil_scoped_release release;
-    status = aim::stream_runs(table, count, numel, chunk, add, how);
+    status = aim::bench::stream_runs(table, count, numel, chunk, add, how);
   }
   raise(status, how.isa);
 }
@@ -168,7 +168,8 @@ void stream(py::array tensors, bool live, bool nontemporal, int64_t chunk, float
   aim::Status status;
   {
     py::gil_scoped_release release;
-    status = aim::stream(tensor_table, tensor_count, {live, nontemporal, chunk}, factor, how);
+    status =
+        aim::bench::stream(tensor_table, tensor_count, {live, nontemporal, chunk}, factor, how);
   }
   raise(status, how.isa);
 }

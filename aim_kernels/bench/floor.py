@@ -1,4 +1,4 @@
-"""The memory floor: the best plain stream of a step's bytes, over the candidates' arrays (csrc/cpu/stream.cpp)."""
+"""The memory floor: the best plain stream of a step's bytes, over the candidates' arrays (csrc/bench/stream.cpp)."""
 
 from __future__ import annotations
 

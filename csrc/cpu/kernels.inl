@@ -3,13 +3,12 @@
 // the same source becomes the code of every instruction set.
 #include "cpu/dispatch.h"
 #include "cpu/norm_chunk.h"
-#include "cpu/stream_chunk.h"
 
 namespace aim {
 namespace AIM_ISA {
 
 extern const KernelTable kKernels;  // external linkage, whichever namespace this is
-const KernelTable kKernels = {update_any, emit_any, adopt_any, stream_any, stream_run, squares_any};
+const KernelTable kKernels = {update_any, emit_any, adopt_any, squares_any};
 
 }  // namespace AIM_ISA
 }  // namespace aim

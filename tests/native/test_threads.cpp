@@ -13,7 +13,7 @@
 
 #include "aim/isa.h"
 #include "aim/step.h"
-#include "aim/stream.h"
+#include "bench/stream.h"
 #include "problem.h"
 
 namespace {
@@ -159,7 +159,7 @@ int streams(const aim::Execution& how, const std::string& what) {
   const aim::Tensor tensors[] = {p.tensor};
   const int64_t chunks[] = {0, 1024};
   for (int64_t chunk : chunks) {
-    expect(aim::stream(tensors, 1, {true, false, chunk}, 0.5f, how) == aim::Status::kOk,
+    expect(aim::bench::stream(tensors, 1, {true, false, chunk}, 0.5f, how) == aim::Status::kOk,
            "stream, " + what);
   }
   expect(p.guards_intact(), "guards of stream, " + what);
