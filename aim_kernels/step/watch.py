@@ -1,4 +1,4 @@
-"""What a plan looks at before every step, and by which means: ``python/watch.h`` does the looking."""
+"""What a plan looks at before every step, and by which means: ``python/watch.cpp`` does the looking."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def watch_over(
     return _C.Watch(param_groups, list(param_groups), params, idle, strides, states, keys, names, values, *means)
 
 
-#: What ``python/watch.h`` calls of torch's C interface, in its order.
+#: What ``python/watch.cpp`` calls of torch's C interface, in its order.
 _FUNCTIONS = (
     *(f"get_{name}" for name in "layout dtype dim sizes strides data_ptr storage_offset storage_size".split()),
     "dtype_element_size",

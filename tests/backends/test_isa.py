@@ -102,7 +102,7 @@ def test_a_function_with_wide_vectors_would_be_found(tmp_path: Path) -> None:
 def test_every_unit_has_an_object() -> None:
     sources = [path for folder in ("bench", "cpu") for path in (ROOT / "csrc" / folder).glob("*.cpp")]
     names = {f"csrc_{path.parent.name}_{path.name}.o" for path in sources if "neon" not in path.name}
-    assert {*names, "python_bindings.cpp.o"} - set(units()) == set()
+    assert {*names, "python_bindings.cpp.o", "python_watch.cpp.o"} - set(units()) == set()
 
 
 @pytest.mark.usefixtures("_built")

@@ -27,7 +27,7 @@ CHECKPOINT, CHECKS, LAUNCH = (
     "aim_kernels/step/validation.py",
     "aim_kernels/backends/device.py",
 )
-BINDING, WATCH = "python/bindings.cpp", "python/watch.h"
+BINDING, WATCH = "python/bindings.cpp", "python/watch.cpp"
 STEP, CHUNK = "csrc/cpu/step.cpp", "csrc/cpu/chunk.h"
 ELEMENT, SHARED, SETUP = "csrc/common/element.h", "csrc/common/shared.h", "setup.py"
 
