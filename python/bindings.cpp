@@ -64,86 +64,82 @@ aim::Execution execution(int threads, const py::object& team) {
   return {reinterpret_cast<aim::Team>(lent), threads, requested_isa()};
 }
 
-void step(py::array tensors, py::array groups, py::array rows, py::array statistics,
-          py::array control, int threads, const py::object& team) {
-  const aim::Execution how = execution(threads, team);
-  const auto* tensor_table = records<aim::Tensor>(tensors, "tensors");
-  const auto* group_table = records<aim::Group>(groups, "groups");
-  const int64_t tensor_count = tensors.size(), group_count = groups.size();
-  auto* const row_table = table<aim::Row, double>(rows, group_count, "rows");
-  auto* const sums = table<aim::Statistics, double>(statistics, group_count, "statistics");
-  auto* const control_table = table<aim::Control, int64_t>(control, 1, "control");
+// The arrays of a call; it may lack some.
+struct Arrays {
+  py::array* tensors = nullptr;
+  py::array* groups = nullptr;
+  py::array* rows = nullptr;
+  py::array* statistics = nullptr;
+  py::array* control = nullptr;
+};
+
+aim::StepTables unpacked(const Arrays& from) {
+  aim::StepTables tables{};
+  if (from.tensors) {
+    tables.tensors = records<aim::Tensor>(*from.tensors, "tensors");
+    tables.tensor_count = from.tensors->size();
+  }
+  if (from.groups) {
+    tables.groups = records<aim::Group>(*from.groups, "groups");
+    tables.group_count = from.groups->size();
+  }
+  const int64_t count = tables.group_count;
+  if (from.rows) tables.rows = table<aim::Row, double>(*from.rows, count, "rows");
+  if (from.statistics)
+    tables.statistics = table<aim::Statistics, double>(*from.statistics, count, "statistics");
+  if (from.control) tables.control = table<aim::Control, int64_t>(*from.control, 1, "control");
+  return tables;
+}
+
+// Calls the core without the GIL.
+template <class Call>
+void run(const aim::Execution& how, const Call& call) {
   aim::Status status;
   {
     py::gil_scoped_release release;
-    status = aim::step(tensor_table, tensor_count, group_table, row_table, sums, group_count,
-                       control_table, how);
+    status = call();
   }
   raise(status, how.isa);
+}
+
+void step(py::array tensors, py::array groups, py::array rows, py::array statistics,
+          py::array control, int threads, const py::object& team) {
+  const aim::Execution how = execution(threads, team);
+  const aim::StepTables tables = unpacked({&tensors, &groups, &rows, &statistics, &control});
+  run(how, [&] { return aim::step(tables, how); });
 }
 
 void update(py::array tensors, py::array groups, py::array rows, py::array statistics,
             py::array control, py::array sums, int threads, const py::object& team) {
   const aim::Execution how = execution(threads, team);
-  const auto* tensor_table = records<aim::Tensor>(tensors, "tensors");
-  const auto* group_table = records<aim::Group>(groups, "groups");
-  const int64_t tensor_count = tensors.size(), group_count = groups.size();
-  const auto* row_table = table<aim::Row, double>(rows, group_count, "rows");
-  const auto* before = table<aim::Statistics, double>(statistics, group_count, "statistics");
-  const auto* control_table = table<aim::Control, int64_t>(control, 1, "control");
-  auto* const after = table<aim::Statistics, double>(sums, group_count, "sums");
-  aim::Status status;
-  {
-    py::gil_scoped_release release;
-    status = aim::update(tensor_table, tensor_count, group_table, row_table, before, group_count,
-                         control_table, how, after);
-  }
-  raise(status, how.isa);
+  const aim::StepTables tables = unpacked({&tensors, &groups, &rows, &statistics, &control});
+  auto* const into = table<aim::Statistics, double>(sums, tables.group_count, "sums");
+  run(how, [&] { return aim::update(tables, how, into); });
 }
 
 void finish(py::array groups, py::array sums, py::array rows, py::array statistics,
             py::array control) {
-  const int64_t group_count = groups.size();
-  raise(aim::finish(records<aim::Group>(groups, "groups"),
-                    table<aim::Statistics, double>(sums, group_count, "sums"),
-                    table<aim::Row, double>(rows, group_count, "rows"),
-                    table<aim::Statistics, double>(statistics, group_count, "statistics"),
-                    group_count, table<aim::Control, int64_t>(control, 1, "control")),
+  const aim::StepTables tables = unpacked({nullptr, &groups, &rows, &statistics, &control});
+  raise(aim::finish(tables, table<aim::Statistics, double>(sums, tables.group_count, "sums")),
         nullptr);
 }
 
 void check(py::array tensors, py::array groups) {
-  raise(aim::check(records<aim::Tensor>(tensors, "tensors"), tensors.size(),
-                   records<aim::Group>(groups, "groups"), groups.size()),
-        nullptr);
+  raise(aim::check(unpacked({&tensors, &groups})), nullptr);
 }
 
 void emit(py::array tensors, py::array groups, py::array rows, int threads,
           const py::object& team) {
   const aim::Execution how = execution(threads, team);
-  const auto* tensor_table = records<aim::Tensor>(tensors, "tensors");
-  const auto* group_table = records<aim::Group>(groups, "groups");
-  const int64_t tensor_count = tensors.size(), group_count = groups.size();
-  const auto* row_table = table<aim::Row, double>(rows, group_count, "rows");
-  aim::Status status;
-  {
-    py::gil_scoped_release release;
-    status = aim::emit(tensor_table, tensor_count, group_table, row_table, group_count, how);
-  }
-  raise(status, how.isa);
+  const aim::StepTables tables = unpacked({&tensors, &groups, &rows});
+  run(how, [&] { return aim::emit(tables, how); });
 }
 
 double squares(py::array tensors, int threads, const py::object& team) {
   const aim::Execution how = execution(threads, team);
-  const auto* tensor_table = records<aim::Tensor>(tensors, "tensors");
-  const int64_t tensor_count = tensors.size();
+  const aim::StepTables tables = unpacked({&tensors});
   double sum = 0;
-  aim::Status status;
-  {
-    py::gil_scoped_release release;
-    status = aim::squares(tensor_table, tensor_count, &sum, how);
-  }
-  raise(status, how.isa);
+  run(how, [&] { return aim::squares(tables, how, &sum); });
   return sum;
 }
 
@@ -152,26 +148,17 @@ void stream_runs(py::array runs, int64_t numel, int64_t chunk, int32_t add, int 
   const aim::Execution how = execution(threads, team);
   const auto* table = records<aim::bench::StreamRun>(runs, "runs");
   const int64_t count = runs.size();
-  aim::Status status;
-  {
-    py::gil_scoped_release release;
-    status = aim::bench::stream_runs(table, count, numel, chunk, add, how);
-  }
-  raise(status, how.isa);
+  run(how, [&] { return aim::bench::stream_runs(table, count, numel, chunk, add, how); });
 }
 
 void stream(py::array tensors, bool live, bool nontemporal, int64_t chunk, float factor,
             int threads, const py::object& team) {
   const aim::Execution how = execution(threads, team);
-  const auto* tensor_table = records<aim::Tensor>(tensors, "tensors");
-  const int64_t tensor_count = tensors.size();
-  aim::Status status;
-  {
-    py::gil_scoped_release release;
-    status =
-        aim::bench::stream(tensor_table, tensor_count, {live, nontemporal, chunk}, factor, how);
-  }
-  raise(status, how.isa);
+  const aim::StepTables tables = unpacked({&tensors});
+  run(how, [&] {
+    return aim::bench::stream(tables.tensors, tables.tensor_count, {live, nontemporal, chunk},
+                              factor, how);
+  });
 }
 
 std::vector<std::tuple<std::string, bool, bool>> isas() {

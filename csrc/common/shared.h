@@ -144,24 +144,39 @@ AIM_INLINE void hold(Uniforms<double>* u) {
   u->sigma = 0;
 }
 
-// `classed` is has_classes() of the tensor, `scale` multiplies the gradient first, `lr` is the
-// learning rate (on devices either may live in memory that the host does not see), `deviation` is
-// standard_deviation() of the group.
-AIM_INLINE Shared shared_of(const Group& group, const Row& row, const PhaseRow& now,
-                            const PhaseRow& next, Kind kind, bool classed, double steps_taken,
-                            double scale, double lr, double deviation, const Control& control) {
+// What a step of a tensor depends on, its elements aside.
+struct StepContext {
+  const Group& group;
+  const Row& row;
+  const PhaseRow& now;   // of the phase at hand
+  const PhaseRow& next;  // of the live weights that the step writes
+  const Control& control;
+  Kind kind;
+  bool classed;  // has_classes() of the tensor
+  double steps_taken;
+  // The learning rate, and what multiplies the gradient first; on devices either may live in memory
+  // that the host does not see.
+  double lr, scale;
+  double deviation;  // standard_deviation() of the group
+};
+
+AIM_INLINE Shared shared_of(const StepContext& context) {
+  const Group& group = context.group;
+  const Row& row = context.row;
+  const Kind kind = context.kind;
+  const double steps_taken = context.steps_taken, lr = context.lr;
   Shared shared{};
   Uniforms<double>& u = shared.u;
-  const bool held = is_held(row, now);
+  const bool held = is_held(row, context.now);
   const double t = held ? steps_taken : steps_taken + 1;
   const Rule rule = static_cast<Rule>(group.rule);
   const bool decoupled = rule == Rule::kAdamW || rule == Rule::kLion;
-  u.scale = scale;
+  u.scale = context.scale;
   u.coupled_decay = decoupled ? 0 : group.weight_decay;
   u.decay = decoupled ? 1 - lr * group.weight_decay : 1;
   copy(row.grad, u.grad);
-  copy(next.live, u.live);
-  u.sigma = row.noise != 0 ? row.noise * deviation : 0;
+  copy(context.next.live, u.live);
+  u.sigma = row.noise != 0 ? row.noise * context.deviation : 0;
   u.routed = u.grad[kUnder] != 1 || u.grad[kWell] != 1;
   if (has_buffer(kind)) {
     u.first_keep = t > 1 ? group.momentum : 0;
@@ -180,7 +195,7 @@ AIM_INLINE Shared shared_of(const Group& group, const Row& row, const PhaseRow& 
   u.eps = group.eps;
   double rate = rule == Rule::kAdagrad ? lr / (1 + steps_taken * group.lr_decay) : lr;
   if (held) hold(&u);
-  if (classed && t >= 1) {
+  if (context.classed && t >= 1) {
     const Age age = age_of(group, kind, t);
     threshold(group, age, row.tau, &u.new_v, &u.new_0);
     // Before the first step everything is under-optimized; without routing nobody asks.
@@ -195,8 +210,8 @@ AIM_INLINE Shared shared_of(const Group& group, const Row& row, const PhaseRow& 
       u.eps = group.eps * root;
     }
   }
-  u.step[kUnder] = rate * now.step[kUnder];
-  u.step[kWell] = rate * now.step[kWell];
+  u.step[kUnder] = rate * context.now.step[kUnder];
+  u.step[kWell] = rate * context.now.step[kWell];
   u.nesterov = group.nesterov ? group.momentum : 0;
   u.is_nesterov = group.nesterov != 0;
   u.buffered = rule == Rule::kRmsprop && group.momentum != 0;
@@ -205,8 +220,8 @@ AIM_INLINE Shared shared_of(const Group& group, const Row& row, const PhaseRow& 
   u.plain = u.scale == 1 && !u.coupled && !u.routed;
   shared.kind = kind;
   shared.has_noise = u.sigma != 0;
-  shared.seed = static_cast<uint64_t>(control.seed);
-  shared.counter = static_cast<uint32_t>(control.counter);
+  shared.seed = static_cast<uint64_t>(context.control.seed);
+  shared.counter = static_cast<uint32_t>(context.control.counter);
   return shared;
 }
 

@@ -57,8 +57,8 @@ __device__ __forceinline__ Shared uniforms_of(const cuda::Work& work, const Tens
   if (!tensor.grad) return emission_of(tensor, group, kind, classed, row.tau, next.live);
   const double deviation = row.noise != 0 ? standard_deviation(work.statistics[tensor.group]) : 0;
   const double scale = work.grad_scale ? group.scale * (1.0 / *work.grad_scale) : group.scale;
-  return shared_of(group, row, row.phases[work.control->phase & 1], next, kind, classed,
-                   *tensor.step, scale, learning_rate(group), deviation, *work.control);
+  return shared_of({group, row, row.phases[work.control->phase & 1], next, *work.control, kind,
+                    classed, *tensor.step, learning_rate(group), scale, deviation});
 }
 
 }  // namespace AIM_ISA

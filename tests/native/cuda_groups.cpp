@@ -111,10 +111,14 @@ struct Model {
   }
 
   void step_on_processor() {
-    expect(aim::step(tensors.data(), static_cast<int64_t>(tensors.size()), groups.data(),
-                     rows.data(), statistics.data(), static_cast<int64_t>(groups.size()), &control,
-                     {nullptr, 1, "scalar"}) == aim::Status::kOk,
-           "step of groups");
+    const aim::StepTables tables{tensors.data(),
+                                 groups.data(),
+                                 rows.data(),
+                                 statistics.data(),
+                                 &control,
+                                 static_cast<int64_t>(tensors.size()),
+                                 static_cast<int64_t>(groups.size())};
+    expect(aim::step(tables, {nullptr, 1, "scalar"}) == aim::Status::kOk, "step of groups");
   }
 
   void same_bits(const Model& other, const std::string& what) const {

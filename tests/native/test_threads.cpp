@@ -124,11 +124,10 @@ struct Model {
     for (int step = 0; step < steps; ++step) {
       const std::vector<aim::Tensor> table = tensors(step);
       const int64_t count = static_cast<int64_t>(table.size());
-      expect(aim::step(table.data(), count, groups, rows, statistics, kGroups, &control, how) ==
-                 aim::Status::kOk,
-             "step, " + what);
-      expect(aim::emit(table.data(), count, groups, rows, kGroups, how) == aim::Status::kOk,
-             "emit, " + what);
+      const aim::StepTables tables{table.data(), groups, rows,   statistics,
+                                   &control,     count,  kGroups};
+      expect(aim::step(tables, how) == aim::Status::kOk, "step, " + what);
+      expect(aim::emit(tables, how) == aim::Status::kOk, "emit, " + what);
     }
   }
 
