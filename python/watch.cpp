@@ -65,7 +65,7 @@ inline bool Look::is(const TensorFunctions& ask, TensorFunctions::Handle tensor)
 
 inline py::object Watch::look(PyObject* tensor, Look& into) const {
   py::object here = py::reinterpret_borrow<py::object>(tensor);
-  if (reinterpret_cast<PyObject*>(Py_TYPE(tensor)) == kind_.ptr())
+  if (reinterpret_cast<PyObject*>(Py_TYPE(tensor)) == distributed_.ptr())
     here = attribute(tensor, local_name_);
   if (look_quickly(here.ptr(), into)) return here;
   const py::tuple told = describe_(py::handle(tensor));
@@ -184,7 +184,7 @@ inline bool Watch::same_states() {
 
 Watch::Watch(py::list param_groups, py::list groups, py::list params, py::list idle,
              py::list strides, py::dict states, py::list keys, py::list names, py::list values,
-             py::object kind, py::object describe, py::object is_negative, py::object quick)
+             py::object distributed, py::object describe, py::object is_negative, py::object quick)
     : param_groups_(std::move(param_groups)),
       groups_(std::move(groups)),
       params_(std::move(params)),
@@ -192,7 +192,7 @@ Watch::Watch(py::list param_groups, py::list groups, py::list params, py::list i
       keys_(std::move(keys)),
       names_(std::move(names)),
       values_(std::move(values)),
-      kind_(std::move(kind)),
+      distributed_(std::move(distributed)),
       describe_(std::move(describe)),
       is_negative_(std::move(is_negative)) {
   if (!quick.is_none()) {

@@ -76,13 +76,13 @@ class Watch {
   // `idle`: those that are only watched for a gradient, since nothing could step them; `strides`:
   // those of a gradient that can be read as it is; `keys`, `names`, `values`: what `states` holds,
   // key by key, and of each state name by name, None for a value that is nobody's business here;
-  // `kind`: the class whose tensors are asked through their `_local_tensor`, or None; `describe`:
-  // (address, dtype, shape, strides, bytes from there to the end of the storage, bytes of an
-  // element) of any tensor; `quick`: None, or what saves calling it: the
-  // class torch.Tensor, the descriptor of `_cdata`, a function that returns a new reference to a
-  // tensor in a capsule, and a capsule of TensorFunctions.
+  // `distributed`: the class whose tensors are asked through their `_local_tensor`, or None;
+  // `describe`: (address, dtype, shape, strides, bytes from there to the end of the storage, bytes
+  // of an element) of any tensor; `quick`: None, or what saves calling it: the class torch.Tensor,
+  // the descriptor of `_cdata`, a function that returns a new reference to a tensor in a capsule,
+  // and a capsule of TensorFunctions.
   Watch(py::list param_groups, py::list groups, py::list params, py::list idle, py::list strides,
-        py::dict states, py::list keys, py::list names, py::list values, py::object kind,
+        py::dict states, py::list keys, py::list names, py::list values, py::object distributed,
         py::object describe, py::object is_negative, py::object quick);
 
   // Whether another watch found the states as this one did.
@@ -93,8 +93,8 @@ class Watch {
   static constexpr uint64_t kNoAddress = 8;
 
   // Fills `addresses` with those of the gradients (0: none), `odd` with whether one cannot be read
-  // as it is, `grads` with the gradients. False where a group, a parameter, a state, or the kind of
-  // a gradient changed.
+  // as it is, `grads` with the gradients. False where a group, a parameter, a state, or the type or
+  // shape of a gradient changed.
   bool read(py::array_t<uint64_t, py::array::c_style> addresses,
             py::array_t<bool, py::array::c_style> odd, py::list grads);
 
@@ -128,7 +128,7 @@ class Watch {
   py::list param_groups_, groups_, params_;
   py::dict states_;
   py::list keys_, names_, values_;
-  py::object kind_, describe_, is_negative_;
+  py::object distributed_, describe_, is_negative_;
   py::str params_name_{"params"}, grad_name_{"grad"}, local_name_{"_local_tensor"};
   py::str dispatch_name_{"__torch_dispatch__"};
   py::object class_, descriptor_;

@@ -45,8 +45,8 @@ def watch_over(
         names.append(None if own is None else list(state))
         values.append([] if own is None else [own.get(name) for name in state])
     module = sys.modules.get("torch.distributed.tensor")
-    kind = None if module is None else module.DTensor
-    means = (kind, _described, Tensor.is_neg, _quick())
+    distributed = None if module is None else module.DTensor
+    means = (distributed, _described, Tensor.is_neg, _quick())
     return _C.Watch(param_groups, list(param_groups), params, idle, strides, states, keys, names, values, *means)
 
 

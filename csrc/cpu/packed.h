@@ -87,15 +87,15 @@ AIM_INLINE void accumulate_block(const PackedStep<kKind>& s, int from, int to, W
   __builtin_memcpy(sums.grad_sq, grad_sq, sizeof grad_sq);
 }
 
-// What a block's elements have beside their moments.
-struct Beside {
+// What a block's elements have beside their moments: random bits, anchor, average.
+struct BlockExtras {
   const uint32_t* drawn = nullptr;
   const float* anchor = nullptr;
   float* ema = nullptr;
 
-  Beside() = default;
+  BlockExtras() = default;
   template <Kind kKind, class M>
-  Beside(const PackedStep<kKind>& s, const M& moments, int64_t at, PackedBits& bits)
+  BlockExtras(const PackedStep<kKind>& s, const M& moments, int64_t at, PackedBits& bits)
       : anchor(s.tensor.anchor ? static_cast<const float*>(s.tensor.anchor) + at : nullptr),
         ema(s.tensor.ema ? static_cast<float*>(s.tensor.ema) + at : nullptr) {
     if (!moments.random()) return;
@@ -112,7 +112,7 @@ struct Beside {
 // that no average is kept.
 template <Kind kKind, bool kLive, bool kSimple = false, class W, class M>
 AIM_INLINE void apply_block(const PackedStep<kKind>& s, int from, int to, W& weights, M& moments,
-                            PackedBlock& b, const Beside& beside, Sums<float>& sums) {
+                            PackedBlock& b, const BlockExtras& extras, Sums<float>& sums) {
   using V = FloatVector;
   constexpr int kParts = kLanes / kStep;
   const Uniforms<V>& u = s.u;
@@ -133,7 +133,7 @@ AIM_INLINE void apply_block(const PackedStep<kKind>& s, int from, int to, W& wei
       if constexpr (is_adam(kKind)) in.numerator = m;
       if constexpr (!is_adam(kKind)) in.numerator = load<V>(b.numerator + lane);
       if constexpr (has_root(kKind)) in.denominator = load<V>(b.denominator + lane);
-      const IntVector drawn = beside.bits(moments, lane);
+      const IntVector drawn = extras.bits(moments, lane);
       if (s.keeps_m()) m = moments.keep(kFirstMoment, lane, m, drawn);
       if (s.keeps_v()) v = moments.keep(kSecondMoment, lane, v, drawn);
       if constexpr (kKind == Kind::kAmsgrad) moments.keep(kExtraMoment, lane, w, drawn);
@@ -142,13 +142,13 @@ AIM_INLINE void apply_block(const PackedStep<kKind>& s, int from, int to, W& wei
       const V delta = apply<kKind>(u, in, w, theta);
       if constexpr (kKind == Kind::kRms) store(b.w + lane, w);
       weights.template keep_theta<kLive>(lane, theta);
-      if (!kSimple && beside.ema) {
-        float* const ema = beside.ema + lane;
+      if (!kSimple && extras.ema) {
+        float* const ema = extras.ema + lane;
         store(ema, load<V>(ema) * u.ema_keep + theta * u.ema_add);
       }
       if constexpr (kLive) {
         // Which may be the average just stored.
-        const V to = beside.anchor ? load<V>(beside.anchor + lane) : V{};
+        const V to = extras.anchor ? load<V>(extras.anchor + lane) : V{};
         weights.write_live(lane, live_weight(theta, to, in.live));
       }
       update_sq[part] += delta * delta;
@@ -161,24 +161,24 @@ AIM_INLINE void apply_block(const PackedStep<kKind>& s, int from, int to, W& wei
 }
 
 template <Kind kKind, class M>
-AIM_INLINE void enter(const PackedStep<kKind>& s, M& moments, int64_t at) {
-  if (s.keeps_m()) moments.enter(kFirstMoment, at);
-  if (s.keeps_v()) moments.enter(kSecondMoment, at);
-  if (s.keeps_w()) moments.enter(kExtraMoment, at);
+AIM_INLINE void begin_block(const PackedStep<kKind>& s, M& moments, int64_t at) {
+  if (s.keeps_m()) moments.begin(kFirstMoment, at);
+  if (s.keeps_v()) moments.begin(kSecondMoment, at);
+  if (s.keeps_w()) moments.begin(kExtraMoment, at);
 }
 
 template <Kind kKind, class M>
-AIM_INLINE void close(const PackedStep<kKind>& s, M& moments, int64_t at) {
-  if (s.keeps_m()) moments.close(kFirstMoment, at);
-  if (s.keeps_v()) moments.close(kSecondMoment, at);
-  if (kKind == Kind::kAmsgrad) moments.close(kExtraMoment, at);
+AIM_INLINE void flush_block(const PackedStep<kKind>& s, M& moments, int64_t at) {
+  if (s.keeps_m()) moments.flush(kFirstMoment, at);
+  if (s.keeps_v()) moments.flush(kSecondMoment, at);
+  if (kKind == Kind::kAmsgrad) moments.flush(kExtraMoment, at);
 }
 
 template <Kind kKind, class M>
-AIM_INLINE void leave(const PackedStep<kKind>& s, const M& moments) {
-  if (s.keeps_m()) moments.leave(kFirstMoment);
-  if (s.keeps_v()) moments.leave(kSecondMoment);
-  if (kKind == Kind::kAmsgrad) moments.leave(kExtraMoment);
+AIM_INLINE void end_block(const PackedStep<kKind>& s, const M& moments) {
+  if (s.keeps_m()) moments.end(kFirstMoment);
+  if (s.keeps_v()) moments.end(kSecondMoment);
+  if (kKind == Kind::kAmsgrad) moments.end(kExtraMoment);
 }
 
 // The block of 128 elements from `at` on, of which `filled` are there: sums go to `sums`, of the
@@ -187,7 +187,7 @@ template <Kind kKind, bool kNoise, bool kLive, class W, class M>
 AIM_INLINE void step_block(const PackedStep<kKind>& s, M moments, int64_t at, int filled,
                            PackedBlock& b, PackedBits& bits, Sums<float>& sums, Sums<float>& ends) {
   W weights(s.tensor, at);
-  enter(s, moments, at);
+  begin_block(s, moments, at);
   if (kNoise) {
     draw_noise(s.shared, s.tensor.first + at, filled, b.noise);
     // What is behind the last element stays zero, or it might be the greatest.
@@ -199,21 +199,21 @@ AIM_INLINE void step_block(const PackedStep<kKind>& s, M moments, int64_t at, in
     accumulate_block<kKind, kNoise, kLive>(s, part ? body : 0, part ? end : body, weights, moments,
                                            b, part ? ends : sums);
   }
-  close(s, moments, at);
-  const Beside beside(s, moments, at, bits);
+  flush_block(s, moments, at);
+  const BlockExtras extras(s, moments, at, bits);
   for (int part = body ? 0 : 1; part < (end > body ? 2 : 1); ++part) {
-    apply_block<kKind, kLive>(s, part ? body : 0, part ? end : body, weights, moments, b, beside,
+    apply_block<kKind, kLive>(s, part ? body : 0, part ? end : body, weights, moments, b, extras,
                               part ? ends : sums);
   }
-  leave(s, moments);
+  end_block(s, moments);
   if (kKind == Kind::kRms && s.keeps_w()) {
     for (int i = filled; i < end; ++i) b.w[i] = 0;  // 0 / 0, where eps is
     for (int i = 0; i < end; i += kStep) moments.gather(kExtraMoment, load<FloatVector>(b.w + i));
-    moments.close(kExtraMoment, at);
+    moments.flush(kExtraMoment, at);
     for (int i = 0; i < end; i += kStep) {
-      moments.keep(kExtraMoment, i, load<FloatVector>(b.w + i), beside.bits(moments, i));
+      moments.keep(kExtraMoment, i, load<FloatVector>(b.w + i), extras.bits(moments, i));
     }
-    moments.leave(kExtraMoment);
+    moments.end(kExtraMoment);
   }
   if constexpr (!W::kDirect) weights.finish(s.shared, bits.weights);
 }
@@ -224,33 +224,33 @@ template <Kind kKind, bool kLive, class W, class M>
 AIM_INLINE void step_blocks(const PackedStep<kKind>& s, const M& moments, int64_t begin,
                             int64_t end, PackedBlock (&b)[2], PackedBits& bits, Sums<float>& sums) {
   M next = moments;
-  Beside beside;
+  BlockExtras extras;
   for (int64_t at = begin; at <= end; at += kPackedBlock) {
     const int64_t before = at - kPackedBlock;
     M now = next;
     if (at < end) {
       W weights(s.tensor, at);
       next = moments;
-      enter(s, next, at);
+      begin_block(s, next, at);
       PackedBlock& into = b[at / kPackedBlock % 2];
       if (s.u.coupled || s.u.routed) {
         accumulate_block<kKind, false, kLive>(s, 0, kPackedBlock, weights, next, into, sums);
       } else {
         accumulate_block<kKind, false, kLive, true>(s, 0, kPackedBlock, weights, next, into, sums);
       }
-      close(s, next, at);
+      flush_block(s, next, at);
     }
     if (before >= begin) {
       W weights(s.tensor, before);
       PackedBlock& from = b[before / kPackedBlock % 2];
-      if (beside.ema) {
-        apply_block<kKind, kLive>(s, 0, kPackedBlock, weights, now, from, beside, sums);
+      if (extras.ema) {
+        apply_block<kKind, kLive>(s, 0, kPackedBlock, weights, now, from, extras, sums);
       } else {
-        apply_block<kKind, kLive, true>(s, 0, kPackedBlock, weights, now, from, beside, sums);
+        apply_block<kKind, kLive, true>(s, 0, kPackedBlock, weights, now, from, extras, sums);
       }
-      leave(s, now);
+      end_block(s, now);
     }
-    if (at < end) beside = Beside(s, next, at, bits);
+    if (at < end) extras = BlockExtras(s, next, at, bits);
   }
 }
 
@@ -384,8 +384,8 @@ void emit_packed(const Tensor& tensor, const Shared& shared, int64_t begin, int6
     M moments(t);
     float m[kPackedBlock] = {}, v[kPackedBlock] = {};
     if (classed) {
-      moments.enter(kFirstMoment, 0);
-      moments.enter(kSecondMoment, 0);
+      moments.begin(kFirstMoment, 0);
+      moments.begin(kSecondMoment, 0);
       for (int i = 0; i < kPackedBlock; i += kStep) {
         store(m + i, moments.read(kFirstMoment, i));
         store(v + i, moments.read(kSecondMoment, i));

@@ -232,7 +232,8 @@ Status check(const StepTables& tables) {
 namespace {
 
 // update(), which is not to be done where `any` is given and no tensor has a gradient.
-Status move(const StepTables& tables, const Execution& execution, Statistics* sums, bool* any) {
+Status update_tensors(const StepTables& tables, const Execution& execution, Statistics* sums,
+                      bool* any) {
   Status status = check(tables);
   if (status == Status::kOk) status = check_rows(tables);
   if (status != Status::kOk) return status;
@@ -302,7 +303,7 @@ Status move(const StepTables& tables, const Execution& execution, Statistics* su
 }  // namespace
 
 Status update(const StepTables& tables, const Execution& execution, Statistics* sums) {
-  return move(tables, execution, sums, nullptr);
+  return update_tensors(tables, execution, sums, nullptr);
 }
 
 Status finish(const StepTables& tables, const Statistics* sums) {
@@ -328,7 +329,7 @@ Status step(const StepTables& tables, const Execution& execution) {
   std::vector<Statistics> sums(
       static_cast<size_t>(tables.group_count > 0 ? tables.group_count : 0));
   bool any = false;
-  const Status status = move(tables, execution, sums.data(), &any);
+  const Status status = update_tensors(tables, execution, sums.data(), &any);
   if (status != Status::kOk || !any) return status;
   return finish(tables, sums.data());
 }

@@ -155,8 +155,8 @@ MUTANTS = (
     Mutant(
         "a pool of threads after a fork",
         "aim_kernels/backends/cpu.py",
-        "return _torch_team() if os.getpid() == _PROCESS else None",
-        "return _torch_team()",
+        "return _torch_thread_pool() if os.getpid() == _PROCESS else None",
+        "return _torch_thread_pool()",
         "pytorch#19996, LightGBM#4751: the child waits for threads that the fork did not copy",
         ("test_native.py::test_a_forked_child_steps_on_its_own",),
     ),

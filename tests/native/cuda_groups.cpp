@@ -23,7 +23,7 @@ struct Model {
     const DType dtypes[] = {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16};
     const int64_t sizes[] = {4097, 31, 0, 64, 1, 1000};
     // Live weights, anchor and noise; then whether there is a first moment, and state.
-    const Case kinds[] = {
+    const Case cases[] = {
         {Rule::kAdamW, DType::kFloat32, 0, true, true, true, false, true},
         {Rule::kSgd, DType::kFloat32, 0, true, false, false, true, true},
         {Rule::kAdam, DType::kFloat32, 0, false, false, false, false, true},
@@ -76,10 +76,10 @@ struct Model {
          0,
          {aim::Moments::kWide, aim::Weights::kSplit, false, false, true}}};
     int64_t first = 5;  // not a multiple of four: draws of noise straddle vectors
-    for (const Case& kind : kinds) {
+    for (const Case& one : cases) {
       const int32_t group = static_cast<int32_t>(groups.size());
       for (int i = 0; i < 4; ++i) {
-        Case c = kind;
+        Case c = one;
         c.dtype = dtypes[(group + i) % 4];
         c.keep = c.keep.of(c.dtype);
         c.numel = sizes[(2 * group + i) % 6];

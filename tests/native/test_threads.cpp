@@ -175,7 +175,7 @@ int main() {
   pool = &threads;
   const struct {
     const char* name;
-    aim::Team team;
+    aim::ThreadPool pool;
     int32_t threads;
   } ways[] = {{"new threads", nullptr, 2},
               {"more new threads than tasks", nullptr, 40},
@@ -190,9 +190,9 @@ int main() {
     for (const auto& way : ways) {
       const std::string what = std::string(way.name) + ", " + isas[i].name;
       Model model;
-      model.run(kSteps, {way.team, way.threads, isas[i].name}, what);
+      model.run(kSteps, {way.pool, way.threads, isas[i].name}, what);
       expect(model.equals(alone), "bits, " + what);
-      cases += 1 + streams({way.team, way.threads, isas[i].name}, what);
+      cases += 1 + streams({way.pool, way.threads, isas[i].name}, what);
     }
   }
   // Two optimizers at once: nothing is shared but the code.

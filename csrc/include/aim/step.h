@@ -135,10 +135,10 @@ inline constexpr int64_t kPackedBlock = 128;
 // Runs `body(data)` on up to `threads` threads, the caller's included, and returns when all have
 // finished. The signature is that of GOMP_parallel, so a caller may lend the OpenMP pool that its
 // process already has.
-using Team = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+using ThreadPool = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 
 struct Execution {
-  Team team;        // null: threads made for the call
+  ThreadPool pool;  // lent by the caller; null: threads made for the call
   int32_t threads;  // at least 1
   const char* isa;  // "scalar", "avx2", "avx512", "neon"; null: the best one here
 };
