@@ -36,7 +36,7 @@ Status check_rows(const StepTables& tables) {
   for (int64_t i = 0; i < tables.tensor_count; ++i) {
     const Tensor& t = tables.tensors[i];
     if ((!t.grad && !t.master) || t.numel == 0 || is_frozen(t) ||
-        has_classes(t, kind_of(t, tables.groups[t.group])))
+        has_classes(t, variant_of(t, tables.groups[t.group])))
       continue;
     const Row& row = tables.rows[t.group];
     bool split = differ(row.grad) || differ(row.emitted);
@@ -79,15 +79,18 @@ class Work {
 class SharedTable {
  public:
   // The index of the entry of `tensor`: that of the tensor before it where both have all in common
-  // that an entry depends on, else of a new one, which `make(kind, classed)` returns.
+  // that an entry depends on, else of a new one, which `make(variant, classed)` returns.
   template <class Make>
   int64_t index_for(const Tensor& tensor, const Group& group, const Make& make) {
-    const Kind kind = kind_of(tensor, group);
-    const Key key{
-        tensor.group,     kind, steps_of(tensor), tensor.grad != nullptr, has_classes(tensor, kind),
-        is_frozen(tensor)};
+    const RuleVariant variant = variant_of(tensor, group);
+    const Key key{tensor.group,
+                  variant,
+                  steps_of(tensor),
+                  tensor.grad != nullptr,
+                  has_classes(tensor, variant),
+                  is_frozen(tensor)};
     if (entries_.empty() || !(key == latest_)) {
-      entries_.push_back(make(kind, key.classed));
+      entries_.push_back(make(variant, key.classed));
       latest_ = key;
     }
     return static_cast<int64_t>(entries_.size()) - 1;
@@ -98,12 +101,12 @@ class SharedTable {
  private:
   struct Key {
     int32_t group;
-    Kind kind;
+    RuleVariant variant;
     double steps;
     bool stepped, classed, frozen;
 
     bool operator==(const Key& other) const {
-      return group == other.group && steps == other.steps && kind == other.kind &&
+      return group == other.group && steps == other.steps && variant == other.variant &&
              stepped == other.stepped && classed == other.classed && frozen == other.frozen;
     }
   };
@@ -130,7 +133,7 @@ void reduce(const StepTables& tables, const Work& work, const std::vector<Partia
     const int32_t number = work.chunks[i].tensor;
     const Tensor& tensor = tables.tensors[number];
     const bool counted = tensor.grad && !tensor.uncounted;
-    const bool classed = has_classes(tensor, kind_of(tensor, tables.groups[tensor.group]));
+    const bool classed = has_classes(tensor, variant_of(tensor, tables.groups[tensor.group]));
     Statistics sums{};
     for (; i < work.chunks.size() && work.chunks[i].tensor == number; ++i) {
       const Partial& p = partials[i];
@@ -212,17 +215,17 @@ Status check(const StepTables& tables) {
       return Status::kBadSize;
     if (t.offset < 0 || t.offset > t.first) return Status::kBadSize;
     if (!t.grad && !t.master) continue;
-    const Kind kind = kind_of(t, groups[t.group]);
+    const RuleVariant variant = variant_of(t, groups[t.group]);
     const bool frozen = is_frozen(t);
     if (!t.step && !frozen) return Status::kNullPointer;
     if (!all_aligned(t)) return Status::kMisaligned;
     if (t.numel == 0) continue;
     const Group& group = groups[t.group];
-    const bool rms = kind == Kind::kRms,
+    const bool rms = variant == RuleVariant::kRms,
                rmsprop = group.rule == static_cast<int32_t>(Rule::kRmsprop);
-    const bool first = rms ? rmsprop && (group.flags & kCentered) : has_first(kind);
-    const bool second = kind != Kind::kLion && has_second(kind);
-    const bool extra = rms ? rmsprop && group.momentum != 0 : has_extra(kind);
+    const bool first = rms ? rmsprop && (group.flags & kCentered) : has_first(variant);
+    const bool second = variant != RuleVariant::kLion && has_second(variant);
+    const bool extra = rms ? rmsprop && group.momentum != 0 : has_extra(variant);
     const bool lacks = (first && !t.exp_avg) || (second && !t.exp_avg_sq) || (extra && !t.extra);
     if (!t.param || (lacks && !frozen) || !has_all_parts(t)) return Status::kNullPointer;
   }
@@ -260,10 +263,10 @@ Status update_tensors(const StepTables& tables, const Execution& execution, Stat
     stepped_any |= t.grad != nullptr;
     const Group& group = tables.groups[t.group];
     const Row& row = rows[t.group];
-    const int64_t index = shared.index_for(t, group, [&](Kind kind, bool classed) {
-      if (!t.grad) return emission_of(t, group, kind, classed, row.tau, row.phases[next].live);
+    const int64_t index = shared.index_for(t, group, [&](RuleVariant variant, bool classed) {
+      if (!t.grad) return emission_of(t, group, variant, classed, row.tau, row.phases[next].live);
       return shared_of({group, row, row.phases[control->phase & 1], row.phases[next], *control,
-                        kind, classed, steps_of(t), group.lr, group.scale,
+                        variant, classed, steps_of(t), group.lr, group.scale,
                         deviations[static_cast<size_t>(t.group)]});
     });
     work.add(i, index, t.numel);
@@ -349,8 +352,8 @@ Status emit(const StepTables& tables, const Execution& execution) {
     if (!t.master) continue;
     const Group& group = tables.groups[t.group];
     const Row& row = tables.rows[t.group];
-    const int64_t index = shared.index_for(t, group, [&](Kind kind, bool classed) {
-      return emission_of(t, group, kind, classed, row.tau_prev, row.emitted);
+    const int64_t index = shared.index_for(t, group, [&](RuleVariant variant, bool classed) {
+      return emission_of(t, group, variant, classed, row.tau_prev, row.emitted);
     });
     work.add(i, index, t.numel);
   }

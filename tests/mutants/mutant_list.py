@@ -352,8 +352,8 @@ MUTANTS = (
     Mutant(
         "old class from new moments",
         ELEMENT,
-        "select(is_under(m, v, u.old_v, u.old_0), u.grad[0], u.grad[1])",
-        "select(is_under(m * u.first_keep + g * u.first_add, v, u.old_v, u.old_0), u.grad[0], u.grad[1])",
+        "select(is_under(m, v, u.old_c_v, u.old_c_0), u.grad[0], u.grad[1])",
+        "select(is_under(m * u.first_keep + g * u.first_add, v, u.old_c_v, u.old_c_0), u.grad[0], u.grad[1])",
         "the gradient belongs to live weights that were made with the old moments",
         (f"{LOCK_STEP}[adamw-grad-float32]",),
     ),
@@ -376,8 +376,8 @@ MUTANTS = (
     Mutant(
         "tau instead of tau_prev",
         SHARED,
-        "threshold(group, old, row.tau_prev, &u.old_v, &u.old_0);",
-        "threshold(group, old, row.tau, &u.old_v, &u.old_0);",
+        "boundary(group, old, row.tau_prev, &u.old_c_v, &u.old_c_0);",
+        "boundary(group, old, row.tau, &u.old_c_v, &u.old_c_0);",
         "the threshold has moved since the live weights were made",
         (f"{LOCK_STEP}[adamw-grad-float32]",),
     ),
