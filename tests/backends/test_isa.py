@@ -100,8 +100,9 @@ def test_a_function_with_wide_vectors_would_be_found(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("_built")
 def test_every_unit_has_an_object() -> None:
-    names = {f"csrc_cpu_{path.name}.o" for path in (ROOT / "csrc" / "cpu").glob("*.cpp") if "neon" not in path.name}
-    assert {*names, "python_bindings.cpp.o"} - set(units()) == set()
+    sources = [path for folder in ("bench", "cpu") for path in (ROOT / "csrc" / folder).glob("*.cpp")]
+    names = {f"csrc_{path.parent.name}_{path.name}.o" for path in sources if "neon" not in path.name}
+    assert {*names, "python_bindings.cpp.o", "python_watch.cpp.o"} - set(units()) == set()
 
 
 @pytest.mark.usefixtures("_built")

@@ -270,12 +270,12 @@ def test_tables_of_another_size_or_type_are_refused(name: str) -> None:
         assert others == [getattr(call, other).tobytes() for other in ("param", "exp_avg", "step")]
 
 
-def test_a_team_is_a_capsule_of_its_name() -> None:
+def test_a_thread_pool_is_a_capsule_of_its_name() -> None:
     call = Call()
     before = call.bytes()
-    for team in (64, object(), "aim.team", _C.step):
+    for pool in (64, object(), "aim.thread_pool", _C.step):
         with pytest.raises((ValueError, TypeError)):
-            _C.step(call.tensors, call.groups, call.rows, call.statistics, call.control, 2, team)
+            _C.step(call.tensors, call.groups, call.rows, call.statistics, call.control, 2, pool)
     assert call.bytes() == before
 
 

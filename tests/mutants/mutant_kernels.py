@@ -201,8 +201,8 @@ KERNELS = (
     Mutant(
         "neighbours of a frozen weight share its class",
         STEP,
-        " || frozen != last_frozen) {",
-        ") {",
+        " && frozen == other.frozen;",
+        ";",
         "what the elements of a tensor share is kept from one tensor to the next of the same age and rule",
         ("test_frozen.py::test_what_has_not_been_stepped_beside_it",),
     ),

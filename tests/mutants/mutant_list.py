@@ -27,7 +27,7 @@ CHECKPOINT, CHECKS, LAUNCH = (
     "aim_kernels/step/validation.py",
     "aim_kernels/backends/device.py",
 )
-BINDING, WATCH = "python/bindings.cpp", "python/watch.h"
+BINDING, WATCH = "python/bindings.cpp", "python/watch.cpp"
 STEP, CHUNK = "csrc/cpu/step.cpp", "csrc/cpu/chunk.h"
 ELEMENT, SHARED, SETUP = "csrc/common/element.h", "csrc/common/shared.h", "setup.py"
 
@@ -155,8 +155,8 @@ MUTANTS = (
     Mutant(
         "a pool of threads after a fork",
         "aim_kernels/backends/cpu.py",
-        "return _torch_team() if os.getpid() == _PROCESS else None",
-        "return _torch_team()",
+        "return _torch_thread_pool() if os.getpid() == _PROCESS else None",
+        "return _torch_thread_pool()",
         "pytorch#19996, LightGBM#4751: the child waits for threads that the fork did not copy",
         ("test_native.py::test_a_forked_child_steps_on_its_own",),
     ),
@@ -328,7 +328,7 @@ MUTANTS = (
     Mutant(
         "step count of the group",
         STEP,
-        "steps != last_steps ||",
+        "steps == other.steps && ",
         "",
         "apex: one bias correction for a group whose parameters are not of one age",
         ("test_contract.py::test_step_counts_are_kept_for_each_parameter",),
@@ -352,8 +352,8 @@ MUTANTS = (
     Mutant(
         "old class from new moments",
         ELEMENT,
-        "select(is_under(m, v, u.old_v, u.old_0), u.grad[0], u.grad[1])",
-        "select(is_under(m * u.first_keep + g * u.first_add, v, u.old_v, u.old_0), u.grad[0], u.grad[1])",
+        "select(is_under(m, v, u.old_c_v, u.old_c_0), u.grad[0], u.grad[1])",
+        "select(is_under(m * u.first_keep + g * u.first_add, v, u.old_c_v, u.old_c_0), u.grad[0], u.grad[1])",
         "the gradient belongs to live weights that were made with the old moments",
         (f"{LOCK_STEP}[adamw-grad-float32]",),
     ),
@@ -376,8 +376,8 @@ MUTANTS = (
     Mutant(
         "tau instead of tau_prev",
         SHARED,
-        "threshold(group, old, row.tau_prev, &u.old_v, &u.old_0);",
-        "threshold(group, old, row.tau, &u.old_v, &u.old_0);",
+        "boundary(group, old, row.tau_prev, &u.old_c_v, &u.old_c_0);",
+        "boundary(group, old, row.tau, &u.old_c_v, &u.old_c_0);",
         "the threshold has moved since the live weights were made",
         (f"{LOCK_STEP}[adamw-grad-float32]",),
     ),

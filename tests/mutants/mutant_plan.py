@@ -18,8 +18,8 @@ PLAN_BUGS = (
     Mutant(
         "sizes are not looked at",
         WATCH,
-        "           std::equal(shape.begin(), shape.end(), sizes) && !ask.strides(tensor, &steps) &&\n",
-        "           !ask.strides(tensor, &steps) &&\n",
+        "         std::equal(shape.begin(), shape.end(), sizes) && !ask.strides(tensor, &steps) &&\n",
+        "         !ask.strides(tensor, &steps) &&\n",
         "a parameter is cut where it lies: the kernel writes past its end",
         (
             f"{MOVES}[quick]",
@@ -45,8 +45,8 @@ PLAN_BUGS = (
     Mutant(
         "states are looked at without their strides",
         WATCH,
-        "           lies_as(other.strides);",
-        "           true;",
+        "         lies_as(other.strides);",
+        "         true;",
         "a state that was transposed where it lies is read in the wrong order",
         (f"{MOVES}[by methods]",),
     ),

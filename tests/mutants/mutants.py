@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TREE, KEPT = (ROOT / "build" / "mutants" / name for name in ("tree", "kept"))
 #: What a build makes, and a mutant may spoil.
 MADE = ("build", "aim_kernels/*.so")
-COMPILED = ("csrc/common/", "csrc/cpu/", "csrc/include/", "python/", "setup.py")
+COMPILED = ("csrc/bench/", "csrc/common/", "csrc/cpu/", "csrc/include/", "python/", "setup.py")
 LIMIT = 600  # seconds for the tests of one mutant
 
 
@@ -54,7 +54,7 @@ def sync() -> None:
     for folder in ("aim_kernels", "csrc", "python", "tests"):
         for path in (TREE / folder).rglob("*.*"):
             name = path.relative_to(TREE).as_posix()
-            if path.is_file() and name not in wanted and path.suffix in (".py", ".h", ".cpp", ".cu"):
+            if path.is_file() and name not in wanted and path.suffix in (".py", ".h", ".inl", ".cpp", ".cu"):
                 path.unlink()
 
 

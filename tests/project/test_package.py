@@ -28,7 +28,7 @@ SCRIPTS = Path(sysconfig.get_path("scripts"))
 NATIVE = sorted(
     path for folder in ("csrc", "python", "tests/native") for path in (ROOT / folder).rglob("*") if path.is_file()
 )
-CXX = [path for path in NATIVE if path.suffix in {".cpp", ".cu", ".cuh", ".h"}]
+CXX = [path for path in NATIVE if path.suffix in {".cpp", ".cu", ".cuh", ".h", ".inl"}]
 PYTHON = [
     path
     for folder in ("aim_kernels", "benchmarks", "examples", "tests", "python")

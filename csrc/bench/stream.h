@@ -1,10 +1,11 @@
 // The memory floor of a step: the plainest kernel that reads and writes the same bytes of the same
-// arrays.
+// arrays. The benchmark's alone: no step calls it.
 #pragma once
 
 #include "aim/step.h"
 
 namespace aim {
+namespace bench {
 
 // How a stream goes over the arrays. What is best differs between machines and sizes: a benchmark
 // tries several.
@@ -36,4 +37,5 @@ struct StreamRun {
 Status stream_runs(const StreamRun* runs, int64_t run_count, int64_t numel, int64_t chunk,
                    int32_t add, const Execution& execution);
 
+}  // namespace bench
 }  // namespace aim

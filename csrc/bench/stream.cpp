@@ -1,14 +1,27 @@
-#include "aim/stream.h"
+#include "bench/stream.h"
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "aim/isa.h"
-#include "cpu/kernels.h"
+#include "bench/stream_table.h"
 #include "cpu/parallel.h"
 
 namespace aim {
+namespace bench {
 namespace {
+
+// The loops of an instruction set that choose_isa() has accepted.
+const StreamTable& streams_of([[maybe_unused]] const char* isa) {
+#if defined(__x86_64__)
+  if (!std::strcmp(isa, "avx2")) return avx2::kStreams;
+  if (!std::strcmp(isa, "avx512")) return avx512::kStreams;
+#elif defined(__aarch64__)
+  if (!std::strcmp(isa, "neon")) return neon::kStreams;
+#endif
+  return scalar::kStreams;
+}
 
 Status check(const Tensor* tensors, int64_t tensor_count, const StreamPlan& plan) {
   if (tensor_count < 0 || plan.chunk < 0) return Status::kBadSize;
@@ -33,7 +46,7 @@ Status stream(const Tensor* tensors, int64_t tensor_count, const StreamPlan& pla
   const char* isa;
   status = choose_isa(execution.isa, &isa);
   if (status != Status::kOk) return status;
-  const auto run = kernels_of(isa).stream;
+  const auto run = streams_of(isa).arrays;
 
   // Tensors lie end to end on one line of elements, which tasks cut at equal lengths.
   std::vector<int64_t> starts(1, 0);
@@ -69,7 +82,7 @@ Status stream_runs(const StreamRun* runs, int64_t run_count, int64_t numel, int6
   const char* isa;
   const Status status = choose_isa(execution.isa, &isa);
   if (status != Status::kOk) return status;
-  const auto run = kernels_of(isa).stream_run;
+  const auto run = streams_of(isa).run;
   const int64_t threads = std::max(execution.threads, 1), share = (numel + threads - 1) / threads;
   // Side by side: a block of every run after the other, short enough to stay in the first-level
   // cache.
@@ -93,4 +106,5 @@ Status stream_runs(const StreamRun* runs, int64_t run_count, int64_t numel, int6
   return Status::kOk;
 }
 
+}  // namespace bench
 }  // namespace aim

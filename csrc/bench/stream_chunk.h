@@ -1,8 +1,8 @@
-// The loops of the memory floor (aim/stream.h), for the instruction set of the including
-// translation unit.
+// The loops of the memory floor (bench/stream.h), for the instruction set of the including
+// translation unit, beside whose kernels they stand only because it has the compiler's flags.
 #pragma once
 
-#include "cpu/kernels.h"
+#include "bench/stream_table.h"
 #include "cpu/vector.h"
 
 #if defined(__x86_64__)
@@ -11,6 +11,8 @@
 
 namespace aim {
 namespace AIM_ISA {
+
+using bench::StreamArrays;
 
 template <class V>
 AIM_INLINE void accumulate_into(float* to, const V& x) {
@@ -73,8 +75,8 @@ void run_stream(const StreamArrays& arrays, int64_t begin, int64_t end, float fa
   }
 }
 
-inline void stream_any(const StreamArrays& a, bool live, bool nontemporal, float factor,
-                       int64_t begin, int64_t end) {
+inline void stream_arrays(const StreamArrays& a, bool live, bool nontemporal, float factor,
+                          int64_t begin, int64_t end) {
   using V = Lanes<float>::Vector;
   if (!live) return run_stream<false, false, V>(a, begin, end, factor);
   const bool aligned = reinterpret_cast<uintptr_t>(a.param + begin) % 16 == 0;
@@ -100,6 +102,9 @@ inline int32_t stream_run(char* run, bool reads, bool writes, int32_t add, int64
   }
   return first_lane(seen);
 }
+
+extern const bench::StreamTable kStreams;  // external linkage, whichever namespace this is
+const bench::StreamTable kStreams = {stream_arrays, stream_run};
 
 }  // namespace AIM_ISA
 }  // namespace aim
