@@ -53,7 +53,7 @@ void raise(aim::Status status, const char* isa) {
 
 const char* requested_isa() { return std::getenv("AIM_KERNELS_ISA"); }
 
-// `pool` is None or a capsule, which nobody makes by accident, of that name.
+// `pool` is None or a capsule "aim.thread_pool", which nobody makes by accident.
 aim::Execution execution(int threads, const py::object& pool) {
   if (threads < 1) throw std::invalid_argument("threads must be at least 1");
   void* lent = nullptr;
