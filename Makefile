@@ -27,7 +27,7 @@ demo: build  ## install, build and run the main job: joint training beside AIM, 
 	$(BIN)/python -m aim_kernels demo
 
 test: build  ## install, build and run every test that needs no GPU, style checks included
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not gpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not gpu" $(PYTEST_ARGS)
 
 MUTANTS ?=
 mutants: build  ## plant the bugs of tests/mutant_*.py, one at a time: every one has to be caught
