@@ -11,14 +11,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # The pin of torch stands in one place, and so do the build requirements.
 TORCH := $(shell grep '^torch==' constraints-dev.txt)
 BUILD_REQUIRES = $(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")'
-CXX_FILES = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.h csrc/*/*.cu csrc/*/*.cuh python/*.cpp python/*.h tests/native/*.cpp tests/native/*.h tests/native/*/*.h)
+CXX_FILES = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*/*.h csrc/*/*.cu csrc/*/*.cuh python/*.cpp python/*.h tests/native/*.cpp tests/native/*.h tests/native/*/*.h)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test mutants fuzz build bench gpu gpu-first gpu-test gpu-bench gpu-sweep gpu-sanitizer format lint check-install check-wheel clean
+.PHONY: help demo test test-all nightly huge mutants fuzz build bench gpu gpu-first gpu-test gpu-bench gpu-sweep gpu-sanitizer format lint check-install check-wheel clean
 
 # Threads that spin while they wait take the cores from each other as soon as two processes share them: a small operation then
 # lasts a hundred times longer. `bench` keeps the default, as its users have it.
-demo test mutants fuzz: export OMP_WAIT_POLICY := passive
+demo test test-all huge mutants fuzz: export OMP_WAIT_POLICY := passive
 
 help:  ## list the targets
 	@awk -F ":.*## *" '/^[a-z-]+:.*##/ { printf "%-15s %s\n", $$1, $$2 }' Makefile
@@ -26,17 +26,25 @@ help:  ## list the targets
 demo: build  ## install, build and run the main job: joint training beside AIM, with pictures
 	$(BIN)/python -m aim_kernels demo
 
-test: build  ## install, build and run every test that needs no GPU, style checks included
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not gpu" $(PYTEST_ARGS)
+test: build  ## install, build and run the tests of a few minutes: what to run after every change
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not gpu and not slow and not nightly" $(PYTEST_ARGS)
+
+test-all: test  ## ... and the others that need no GPU: sanitizers, emulated devices, processes, compilers, trainings
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "slow and not gpu and not nightly" $(PYTEST_ARGS)
+
+nightly: huge fuzz mutants check-install check-wheel  ## hours: the next three, and the source archive and wheel in empty environments
+
+huge: build  ## more than 2^31 elements; needs 11 GiB of memory
+	$(BIN)/python -m pytest -n 1 -m "nightly and not gpu" $(PYTEST_ARGS)
 
 MUTANTS ?=
-mutants: build  ## plant the bugs of tests/mutant_*.py, one at a time: every one has to be caught
-	$(BIN)/python tests/mutants.py $(MUTANTS)
+mutants: build  ## plant the bugs of tests/mutants, one at a time: every one has to be caught
+	$(BIN)/python tests/mutants/mutants.py $(MUTANTS)
 
 # Times the examples of the suite, and others in every run.
 FUZZ ?= 20
 fuzz: build  ## hypothesis for as long as FUZZ says, over whole runs and over the binding's arguments
-	AIM_KERNELS_FUZZ=$(FUZZ) $(BIN)/python -m pytest -n $(WORKERS) tests/test_property.py tests/test_binding.py $(PYTEST_ARGS)
+	AIM_KERNELS_FUZZ=$(FUZZ) $(BIN)/python -m pytest -n $(WORKERS) tests/optim/test_property.py tests/step/test_binding.py $(PYTEST_ARGS)
 
 # torch goes first and alone, exactly as pinned, so that no later requirement can choose another build of it.
 $(STAMP): pyproject.toml constraints-dev.txt
@@ -63,7 +71,8 @@ GPU_LIMIT ?= 225
 GPU_WORKERS ?= 8
 GPU_BENCH_ARGS ?=
 GPU_TARGETS := gpu-first gpu-test gpu-bench
-GPU_TESTS := $(addprefix tests/test_,clipping.py device_step.py edits.py frozen.py gpu.py gpu_use.py numbers.py packed_device.py phases.py scaling.py sizes.py)
+GPU_TESTS := $(addprefix tests/backends/test_,device_step.py gpu.py gpu_use.py packed_device.py phases.py) \
+  $(addprefix tests/optim/test_,clipping.py edits.py frozen.py scaling.py) $(addprefix tests/step/test_,numbers.py sizes.py)
 GPU_ALONE := gpu-sweep gpu-sanitizer
 gpu $(GPU_TARGETS) $(GPU_ALONE): export PYTHONPATH := $(CURDIR)
 gpu $(GPU_TARGETS) $(GPU_ALONE): export PYTHONUNBUFFERED := 1
@@ -85,15 +94,15 @@ gpu:  ## on a machine with a GPU: the next three, whatever becomes of them; GPU_
 gpu-first:  ## ... builds, a report, one case against the oracle for each backend, float32 figures of three sets
 	$(GPU_PARTS) \
 	  --part report 30 $(GPU_PYTHON) -m aim_kernels \
-	  --part "oracle, cuda" 45 $(GPU_PYTEST) "tests/test_device_step.py::test_oracle_in_lock_step[cuda@gpu-adamw-all]" \
-	  --part "oracle, triton" 60 $(GPU_PYTEST) "tests/test_device_step.py::test_oracle_in_lock_step[triton@gpu-adamw-all]" \
+	  --part "oracle, cuda" 45 $(GPU_PYTEST) "tests/backends/test_device_step.py::test_oracle_in_lock_step[cuda@gpu-adamw-all]" \
+	  --part "oracle, triton" 60 $(GPU_PYTEST) "tests/backends/test_device_step.py::test_oracle_in_lock_step[triton@gpu-adamw-all]" \
 	  --part "figures, cuda" 150 $(GPU_FIGURES) cuda --dtypes float32 --sets 256m resnet50 1000x1k \
 	  --part "figures, triton" 150 $(GPU_FIGURES) triton --dtypes float32 --sets 256m resnet50 1000x1k
 
 gpu-test:  ## ... builds, every test marked gpu but the sanitizers
 	$(GPU_PARTS) \
 	  --part tests $(GPU_LIMIT) $(GPU_PYTEST) -n $(GPU_WORKERS) --durations=10 --junitxml="$(GPU_OUT)/gpu-test.xml" \
-	  --deselect tests/test_gpu.py::test_compute_sanitizer $(GPU_TESTS) $(PYTEST_ARGS)
+	  --deselect tests/backends/test_gpu.py::test_compute_sanitizer $(GPU_TESTS) $(PYTEST_ARGS)
 
 gpu-bench:  ## ... builds, the other figures
 	$(GPU_PARTS) \
@@ -109,7 +118,7 @@ gpu-sweep:  ## by itself: builds, then times the kernels by chunk and block size
 
 gpu-sanitizer:  ## by itself: builds, then a small case of the CUDA kernels under NVIDIA's checkers
 	$(GPU_PARTS) \
-	  --part sanitizers $(GPU_LIMIT) $(GPU_PYTEST) -n 4 tests/test_gpu.py::test_compute_sanitizer $(PYTEST_ARGS)
+	  --part sanitizers $(GPU_LIMIT) $(GPU_PYTEST) -n 4 tests/backends/test_gpu.py::test_compute_sanitizer $(PYTEST_ARGS)
 
 format: $(STAMP)  ## rewrite the sources in the house style
 	$(BIN)/ruff check --fix .
@@ -144,12 +153,12 @@ check-wheel:  ## prove the wheel: built without torch and nvcc, looked through, 
 	! $(WHEELS)/builder/bin/python -c 'import torch' 2> /dev/null
 	! PATH=/usr/bin:/bin command -v nvcc
 	env -u PYTHONPATH -u NVCC -u CUDA_HOME PATH=/usr/bin:/bin $(WHEELS)/builder/bin/python -m build --outdir $(WHEELS) .
-	$(WHEELS)/builder/bin/python tests/wheel_contents.py $(WHEELS)/*.whl
+	$(WHEELS)/builder/bin/python tests/project/wheel_contents.py $(WHEELS)/*.whl
 	set -e; for torch in $(WHEEL_TORCHES); do \
 	  $(PYTHON) -m venv $(WHEELS)/with-torch; \
 	  $(WHEELS)/with-torch/bin/python -m pip install --quiet torch==$$torch; \
 	  $(WHEELS)/with-torch/bin/python -m pip install --quiet $(WHEELS)/*.whl; \
-	  env -u PYTHONPATH $(WHEELS)/with-torch/bin/python tests/wheel_smoke.py; \
+	  env -u PYTHONPATH $(WHEELS)/with-torch/bin/python tests/project/wheel_smoke.py; \
 	  rm -rf $(WHEELS)/with-torch; \
 	done
 	rm -rf $(WHEELS)

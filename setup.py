@@ -127,9 +127,9 @@ def architectures() -> list[str]:
 
 def sources() -> dict[Path, list[str]]:
     """Every C++ source of this machine's build, with the flags that only it gets."""
-    found: dict[Path, list[str]] = {ROOT / "python" / "bindings.cpp": []}
+    found: dict[Path, list[str]] = {ROOT / "python" / name: [] for name in ("bindings.cpp", "watch.cpp")}
     isas = ISAS_OF.get(platform.machine(), ["scalar"])
-    for path in sorted((ROOT / "csrc").glob("cpu/*.cpp")):
+    for path in sorted([*(ROOT / "csrc").glob("cpu/*.cpp"), *(ROOT / "csrc").glob("bench/*.cpp")]):
         prefix, _, isa = path.stem.rpartition("_")
         if prefix != "kernels":
             found[path] = []

@@ -3,8 +3,8 @@
     python benchmarks/pictures.py                      # all of them, where they lie
     python benchmarks/pictures.py demo.png --out here  # some of them, elsewhere
 
-What a picture shows goes along in it (``aim_kernels.aim.plots.numbers_of``). tests/test_pictures.py compares that with
-the lines and with the tables of the pages.
+What a picture shows goes along in it (``aim_kernels.aim.plots.numbers_of``). A test (test_pictures.py) compares that
+with the lines and with the tables of the pages.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ def step(
     statistics: NDArray[np.float64],
     control: NDArray[np.int64],
     threads: int,
-    team: object = None,
+    pool: object = None,
 ) -> None: ...
 def update(
     tensors: NDArray[np.void],
@@ -25,7 +25,7 @@ def update(
     control: NDArray[np.int64],
     sums: NDArray[np.float64],
     threads: int,
-    team: object = None,
+    pool: object = None,
 ) -> None: ...
 def finish(
     groups: NDArray[np.void],
@@ -39,9 +39,9 @@ def emit(
     groups: NDArray[np.void],
     rows: NDArray[np.float64],
     threads: int,
-    team: object = None,
+    pool: object = None,
 ) -> None: ...
-def squares(tensors: NDArray[np.void], threads: int, team: object = None) -> float: ...
+def squares(tensors: NDArray[np.void], threads: int, pool: object = None) -> float: ...
 def check(tensors: NDArray[np.void], groups: NDArray[np.void]) -> None: ...
 
 class Watch:
@@ -56,7 +56,7 @@ class Watch:
         keys: list[Any],
         names: list[list[str] | None],
         values: list[list[Any]],
-        kind: object,
+        distributed: object,
         describe: Callable[..., Any],
         is_negative: Callable[..., Any],
         quick: object,
@@ -65,7 +65,7 @@ class Watch:
     def sees(self, other: Watch) -> bool: ...
 
 def stream_runs(
-    runs: NDArray[np.void], numel: int, chunk: int, add: int, threads: int, team: object = None
+    runs: NDArray[np.void], numel: int, chunk: int, add: int, threads: int, pool: object = None
 ) -> None: ...
 def stream(
     tensors: NDArray[np.void],
@@ -74,7 +74,7 @@ def stream(
     chunk: int,
     factor: float,
     threads: int,
-    team: object = None,
+    pool: object = None,
 ) -> None: ...
 def isas() -> list[tuple[str, bool, bool]]: ...
 def active_isa() -> str: ...

@@ -11,7 +11,7 @@
 
 #include "aim/isa.h"
 #include "aim/step.h"
-#include "aim/stream.h"
+#include "bench/stream.h"
 #include "watch.h"
 
 namespace py = pybind11;
@@ -53,124 +53,112 @@ void raise(aim::Status status, const char* isa) {
 
 const char* requested_isa() { return std::getenv("AIM_KERNELS_ISA"); }
 
-// `team` is None or a capsule, which nobody makes by accident, of that name.
-aim::Execution execution(int threads, const py::object& team) {
+// `pool` is None or a capsule, which nobody makes by accident, of that name.
+aim::Execution execution(int threads, const py::object& pool) {
   if (threads < 1) throw std::invalid_argument("threads must be at least 1");
   void* lent = nullptr;
-  if (!team.is_none()) {
-    lent = PyCapsule_GetPointer(team.ptr(), "aim.team");
+  if (!pool.is_none()) {
+    lent = PyCapsule_GetPointer(pool.ptr(), "aim.thread_pool");
     if (!lent) throw py::error_already_set();
   }
-  return {reinterpret_cast<aim::Team>(lent), threads, requested_isa()};
+  return {reinterpret_cast<aim::ThreadPool>(lent), threads, requested_isa()};
+}
+
+// The arrays of a call; it may lack some.
+struct Arrays {
+  py::array* tensors = nullptr;
+  py::array* groups = nullptr;
+  py::array* rows = nullptr;
+  py::array* statistics = nullptr;
+  py::array* control = nullptr;
+};
+
+aim::StepTables unpacked(const Arrays& from) {
+  aim::StepTables tables{};
+  if (from.tensors) {
+    tables.tensors = records<aim::Tensor>(*from.tensors, "tensors");
+    tables.tensor_count = from.tensors->size();
+  }
+  if (from.groups) {
+    tables.groups = records<aim::Group>(*from.groups, "groups");
+    tables.group_count = from.groups->size();
+  }
+  const int64_t count = tables.group_count;
+  if (from.rows) tables.rows = table<aim::Row, double>(*from.rows, count, "rows");
+  if (from.statistics)
+    tables.statistics = table<aim::Statistics, double>(*from.statistics, count, "statistics");
+  if (from.control) tables.control = table<aim::Control, int64_t>(*from.control, 1, "control");
+  return tables;
+}
+
+// Calls the core without the GIL.
+template <class Call>
+void run(const aim::Execution& how, const Call& call) {
+  aim::Status status;
+  {
+    py::gil_scoped_release release;
+    status = call();
+  }
+  raise(status, how.isa);
 }
 
 void step(py::array tensors, py::array groups, py::array rows, py::array statistics,
-          py::array control, int threads, const py::object& team) {
-  const aim::Execution how = execution(threads, team);
-  const auto* tensor_table = records<aim::Tensor>(tensors, "tensors");
-  const auto* group_table = records<aim::Group>(groups, "groups");
-  const int64_t tensor_count = tensors.size(), group_count = groups.size();
-  auto* const row_table = table<aim::Row, double>(rows, group_count, "rows");
-  auto* const sums = table<aim::Statistics, double>(statistics, group_count, "statistics");
-  auto* const control_table = table<aim::Control, int64_t>(control, 1, "control");
-  aim::Status status;
-  {
-    py::gil_scoped_release release;
-    status = aim::step(tensor_table, tensor_count, group_table, row_table, sums, group_count,
-                       control_table, how);
-  }
-  raise(status, how.isa);
+          py::array control, int threads, const py::object& pool) {
+  const aim::Execution how = execution(threads, pool);
+  const aim::StepTables tables = unpacked({&tensors, &groups, &rows, &statistics, &control});
+  run(how, [&] { return aim::step(tables, how); });
 }
 
 void update(py::array tensors, py::array groups, py::array rows, py::array statistics,
-            py::array control, py::array sums, int threads, const py::object& team) {
-  const aim::Execution how = execution(threads, team);
-  const auto* tensor_table = records<aim::Tensor>(tensors, "tensors");
-  const auto* group_table = records<aim::Group>(groups, "groups");
-  const int64_t tensor_count = tensors.size(), group_count = groups.size();
-  const auto* row_table = table<aim::Row, double>(rows, group_count, "rows");
-  const auto* before = table<aim::Statistics, double>(statistics, group_count, "statistics");
-  const auto* control_table = table<aim::Control, int64_t>(control, 1, "control");
-  auto* const after = table<aim::Statistics, double>(sums, group_count, "sums");
-  aim::Status status;
-  {
-    py::gil_scoped_release release;
-    status = aim::update(tensor_table, tensor_count, group_table, row_table, before, group_count,
-                         control_table, how, after);
-  }
-  raise(status, how.isa);
+            py::array control, py::array sums, int threads, const py::object& pool) {
+  const aim::Execution how = execution(threads, pool);
+  const aim::StepTables tables = unpacked({&tensors, &groups, &rows, &statistics, &control});
+  auto* const into = table<aim::Statistics, double>(sums, tables.group_count, "sums");
+  run(how, [&] { return aim::update(tables, how, into); });
 }
 
 void finish(py::array groups, py::array sums, py::array rows, py::array statistics,
             py::array control) {
-  const int64_t group_count = groups.size();
-  raise(aim::finish(records<aim::Group>(groups, "groups"),
-                    table<aim::Statistics, double>(sums, group_count, "sums"),
-                    table<aim::Row, double>(rows, group_count, "rows"),
-                    table<aim::Statistics, double>(statistics, group_count, "statistics"),
-                    group_count, table<aim::Control, int64_t>(control, 1, "control")),
+  const aim::StepTables tables = unpacked({nullptr, &groups, &rows, &statistics, &control});
+  raise(aim::finish(tables, table<aim::Statistics, double>(sums, tables.group_count, "sums")),
         nullptr);
 }
 
 void check(py::array tensors, py::array groups) {
-  raise(aim::check(records<aim::Tensor>(tensors, "tensors"), tensors.size(),
-                   records<aim::Group>(groups, "groups"), groups.size()),
-        nullptr);
+  raise(aim::check(unpacked({&tensors, &groups})), nullptr);
 }
 
 void emit(py::array tensors, py::array groups, py::array rows, int threads,
-          const py::object& team) {
-  const aim::Execution how = execution(threads, team);
-  const auto* tensor_table = records<aim::Tensor>(tensors, "tensors");
-  const auto* group_table = records<aim::Group>(groups, "groups");
-  const int64_t tensor_count = tensors.size(), group_count = groups.size();
-  const auto* row_table = table<aim::Row, double>(rows, group_count, "rows");
-  aim::Status status;
-  {
-    py::gil_scoped_release release;
-    status = aim::emit(tensor_table, tensor_count, group_table, row_table, group_count, how);
-  }
-  raise(status, how.isa);
+          const py::object& pool) {
+  const aim::Execution how = execution(threads, pool);
+  const aim::StepTables tables = unpacked({&tensors, &groups, &rows});
+  run(how, [&] { return aim::emit(tables, how); });
 }
 
-double squares(py::array tensors, int threads, const py::object& team) {
-  const aim::Execution how = execution(threads, team);
-  const auto* tensor_table = records<aim::Tensor>(tensors, "tensors");
-  const int64_t tensor_count = tensors.size();
+double squares(py::array tensors, int threads, const py::object& pool) {
+  const aim::Execution how = execution(threads, pool);
+  const aim::StepTables tables = unpacked({&tensors});
   double sum = 0;
-  aim::Status status;
-  {
-    py::gil_scoped_release release;
-    status = aim::squares(tensor_table, tensor_count, &sum, how);
-  }
-  raise(status, how.isa);
+  run(how, [&] { return aim::squares(tables, how, &sum); });
   return sum;
 }
 
 void stream_runs(py::array runs, int64_t numel, int64_t chunk, int32_t add, int threads,
-                 const py::object& team) {
-  const aim::Execution how = execution(threads, team);
-  const auto* table = records<aim::StreamRun>(runs, "runs");
+                 const py::object& pool) {
+  const aim::Execution how = execution(threads, pool);
+  const auto* table = records<aim::bench::StreamRun>(runs, "runs");
   const int64_t count = runs.size();
-  aim::Status status;
-  {
-    py::gil_scoped_release release;
-    status = aim::stream_runs(table, count, numel, chunk, add, how);
-  }
-  raise(status, how.isa);
+  run(how, [&] { return aim::bench::stream_runs(table, count, numel, chunk, add, how); });
 }
 
 void stream(py::array tensors, bool live, bool nontemporal, int64_t chunk, float factor,
-            int threads, const py::object& team) {
-  const aim::Execution how = execution(threads, team);
-  const auto* tensor_table = records<aim::Tensor>(tensors, "tensors");
-  const int64_t tensor_count = tensors.size();
-  aim::Status status;
-  {
-    py::gil_scoped_release release;
-    status = aim::stream(tensor_table, tensor_count, {live, nontemporal, chunk}, factor, how);
-  }
-  raise(status, how.isa);
+            int threads, const py::object& pool) {
+  const aim::Execution how = execution(threads, pool);
+  const aim::StepTables tables = unpacked({&tensors});
+  run(how, [&] {
+    return aim::bench::stream(tables.tensors, tables.tensor_count, {live, nontemporal, chunk},
+                              factor, how);
+  });
 }
 
 std::vector<std::tuple<std::string, bool, bool>> isas() {
@@ -280,22 +268,22 @@ py::dict layout() {
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Native kernels of aim_kernels; docs/design.md describes the tables.";
   module.attr("CHUNK") = aim::kChunk;
-  module.def("step", &step, py::arg("tensors"), py::arg("groups"), py::arg("rows"),
-             py::arg("statistics"), py::arg("control"), py::arg("threads"),
-             py::arg("team") = py::none(),
-             "One optimizer step over all tensors; `team` is None or a capsule \"aim.team\" of a "
-             "function like GOMP_parallel.");
+  module.def(
+      "step", &step, py::arg("tensors"), py::arg("groups"), py::arg("rows"), py::arg("statistics"),
+      py::arg("control"), py::arg("threads"), py::arg("pool") = py::none(),
+      "One optimizer step over all tensors; `pool` is None or a capsule \"aim.thread_pool\" of a "
+      "function like GOMP_parallel.");
   module.def("update", &update, py::arg("tensors"), py::arg("groups"), py::arg("rows"),
              py::arg("statistics"), py::arg("control"), py::arg("sums"), py::arg("threads"),
-             py::arg("team") = py::none(), "A step up to its sums, which it writes.");
+             py::arg("pool") = py::none(), "A step up to its sums, which it writes.");
   module.def("finish", &finish, py::arg("groups"), py::arg("sums"), py::arg("rows"),
              py::arg("statistics"), py::arg("control"),
              "The rest of a step, for the sums over all processes.");
   module.def("emit", &emit, py::arg("tensors"), py::arg("groups"), py::arg("rows"),
-             py::arg("threads"), py::arg("team") = py::none(),
+             py::arg("threads"), py::arg("pool") = py::none(),
              "Writes the live weights of all tensors that have a master.");
   module.def("squares", &squares, py::arg("tensors"), py::arg("threads"),
-             py::arg("team") = py::none(),
+             py::arg("pool") = py::none(),
              "The sum of squares of all gradients but the uncounted ones'.");
   module.def("check", &check, py::arg("tensors"), py::arg("groups"),
              "Raises on tables that no step could work with; rows are not looked at.");
@@ -305,7 +293,7 @@ PYBIND11_MODULE(_C, module) {
                     py::list, py::object, py::object, py::object, py::object>(),
            py::arg("param_groups"), py::arg("groups"), py::arg("params"), py::arg("idle"),
            py::arg("strides"), py::arg("states"), py::arg("keys"), py::arg("names"),
-           py::arg("values"), py::arg("kind"), py::arg("describe"), py::arg("is_negative"),
+           py::arg("values"), py::arg("distributed"), py::arg("describe"), py::arg("is_negative"),
            py::arg("quick"))
       .def("read", &Watch::read, py::arg("addresses"), py::arg("odd"), py::arg("grads"),
            "Takes the gradients; False where something changed that the plan must be built anew "
@@ -313,10 +301,10 @@ PYBIND11_MODULE(_C, module) {
       .def("sees", &Watch::sees, py::arg("other"),
            "Whether another watch found the states as this one did.");
   module.def("stream_runs", &stream_runs, py::arg("runs"), py::arg("numel"), py::arg("chunk"),
-             py::arg("add"), py::arg("threads"), py::arg("team") = py::none(),
+             py::arg("add"), py::arg("threads"), py::arg("pool") = py::none(),
              "The memory floor of any arrays of `numel` elements.");
   module.def("stream", &stream, py::arg("tensors"), py::arg("live"), py::arg("nontemporal"),
-             py::arg("chunk"), py::arg("factor"), py::arg("threads"), py::arg("team") = py::none(),
+             py::arg("chunk"), py::arg("factor"), py::arg("threads"), py::arg("pool") = py::none(),
              "Moves the bytes of a step and computes next to nothing: the memory floor.");
   module.def("isas", &isas, "(name, compiled, supported) of every instruction set.");
   module.def("active_isa", &active_isa,

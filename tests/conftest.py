@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,19 @@ import torch
 if not (torch.cuda.is_available() or torch.xpu.is_available()):
     # Before anything imports Triton, which reads it where a kernel is decorated.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+#: Of the emulated devices `make test` has these: each rule once, in Triton's interpreter.
+_OF_EVERY_DAY = re.compile(r"test_oracle_in_lock_step\[triton-[\w-]+-all\]")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leaves tests on emulated devices to `make test-all`: they take a compiler or an interpreter."""
+    for item in items:
+        given = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        emulated = any(isinstance(value, str) and value in ("cuda", "triton") for value in given)
+        if emulated and not _OF_EVERY_DAY.fullmatch(item.name):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ _Sums = NDArray[np.float64]
 _C, _REASON = load("_C")
 
 _PROCESS = os.getpid()
-_TEAM = b"aim.team"  # of the capsule, which keeps this very pointer
+_POOL = b"aim.thread_pool"  # of the capsule, which keeps this very pointer
 
 ON_DEVICE, ZEROES, DEVICE, DESCRIPTION = False, True, "cpu", "compiled kernels"
 
@@ -39,7 +39,7 @@ def runs_on(device: torch.device) -> bool:
 
 
 @functools.cache
-def _torch_team() -> object:
+def _torch_thread_pool() -> object:
     """``GOMP_parallel`` of the OpenMP runtime that torch itself uses, in a capsule; None if there is none.
 
     Steps run on torch's own pool: a second one would fight it for the cores, as torch's workers spin for a while
@@ -52,12 +52,12 @@ def _torch_team() -> object:
         return None
     make = ctypes.pythonapi.PyCapsule_New
     make.restype, make.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
-    return make(ctypes.cast(parallel, ctypes.c_void_p), _TEAM, None)
+    return make(ctypes.cast(parallel, ctypes.c_void_p), _POOL, None)
 
 
-def _team() -> object:
+def _thread_pool() -> object:
     # An OpenMP pool does not survive a fork; a child process starts threads of its own (None).
-    return _torch_team() if os.getpid() == _PROCESS else None
+    return _torch_thread_pool() if os.getpid() == _PROCESS else None
 
 
 def step(plan: StepPlan) -> None:
@@ -65,12 +65,14 @@ def step(plan: StepPlan) -> None:
     plan.load_staged()
     if plan.exchange is not None:
         sums = torch.empty_like(plan.tables.statistics)
-        _C.update(plan.records, plan.groups, *plan.tables.arrays(), sums.numpy(), torch.get_num_threads(), _team())
+        _C.update(
+            plan.records, plan.groups, *plan.tables.arrays(), sums.numpy(), torch.get_num_threads(), _thread_pool()
+        )
         plan.store_staged()
         plan.exchange(sums)
         _C.finish(plan.groups, sums.numpy(), *plan.tables.arrays())
         return
-    _C.step(plan.records, plan.groups, *plan.tables.arrays(), torch.get_num_threads(), _team())
+    _C.step(plan.records, plan.groups, *plan.tables.arrays(), torch.get_num_threads(), _thread_pool())
     plan.store_staged()
 
 
@@ -80,7 +82,7 @@ def update(plan: StepPlan, indices: list[int]) -> _Sums:
     sums = np.empty(plan.tables.statistics.shape)
     first, last = indices[0], indices[-1] + 1
     records = plan.records[first:last] if last - first == len(indices) else plan.records[indices]
-    _C.update(records, plan.groups, *plan.tables.arrays(), sums, torch.get_num_threads(), _team())
+    _C.update(records, plan.groups, *plan.tables.arrays(), sums, torch.get_num_threads(), _thread_pool())
     plan.store_staged(indices)
     return sums
 
@@ -95,12 +97,12 @@ def finish(plan: StepPlan, parts: list[_Sums]) -> None:
 
 def squares(plan: StepPlan) -> float:
     """The sum of squares of all gradients but the uncounted ones'."""
-    return float(_C.squares(plan.records, torch.get_num_threads(), _team()))
+    return float(_C.squares(plan.records, torch.get_num_threads(), _thread_pool()))
 
 
 def emit(plan: StepPlan) -> None:
     """Writes the live weights of all parameters that have a master."""
     plan.load_staged()
     rows = plan.tables.arrays()[0]
-    _C.emit(plan.records, plan.groups, rows, torch.get_num_threads(), _team())
+    _C.emit(plan.records, plan.groups, rows, torch.get_num_threads(), _thread_pool())
     plan.store_staged()

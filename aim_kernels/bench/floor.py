@@ -1,4 +1,4 @@
-"""The memory floor: the best plain stream of a step's bytes, over the candidates' arrays (csrc/cpu/stream.cpp)."""
+"""The memory floor: the best plain stream of a step's bytes, over the candidates' arrays (csrc/bench/stream.cpp)."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ BYTES = (28, 32)
 
 def streams(arrays: Arrays, wanted: set[int]) -> dict[str, Callable[[], Any]]:
     """The streams to be timed, by name; names start with the number of bytes."""
-    from aim_kernels.backends.cpu import _team
+    from aim_kernels.backends.cpu import _thread_pool
 
     _C, _ = load("_C")
-    table, threads, team = arrays.table(), torch.get_num_threads(), _team()
+    table, threads, pool = arrays.table(), torch.get_num_threads(), _thread_pool()
     cases: dict[str, Callable[[], Any]] = {}
     for size in sorted(wanted):
         live = size == 32
         for chunk in CHUNKS:
             for nontemporal in (False, True) if live else (False,):
                 name = f"stream-{size}{'-nt' if nontemporal else ''}-{chunk or 'shares'}"
-                cases[name] = partial(_C.stream, table, live, nontemporal, chunk, 0.0, threads, team)
+                cases[name] = partial(_C.stream, table, live, nontemporal, chunk, 0.0, threads, pool)
     return cases
 
 

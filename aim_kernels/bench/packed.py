@@ -115,7 +115,7 @@ class Configuration:
 
     def floors(self, arrays: Arrays) -> dict[str, Callable[[], Any]]:
         """Plain streams of the same bytes."""
-        from aim_kernels.backends.cpu import _team
+        from aim_kernels.backends.cpu import _thread_pool
 
         runs = np.zeros(len(self.arrays), STREAM_RECORD)
         for run, (role, (dtype, how)) in zip(runs, self.arrays.items(), strict=True):
@@ -124,7 +124,7 @@ class Configuration:
         threads = torch.get_num_threads()
         return {
             f"{self.name} floor {chunk or 'shares'}": partial(
-                load("_C")[0].stream_runs, runs, arrays.numel, chunk, 0, threads, _team()
+                load("_C")[0].stream_runs, runs, arrays.numel, chunk, 0, threads, _thread_pool()
             )
             for chunk in _CHUNKS
         }

@@ -1,7 +1,7 @@
 """The tables that a step reads and writes: column names in one place.
 
-The same layouts stand in ``csrc/include/aim/step.h``; ``tests/test_tables.py`` compares the two. ``docs/design.md``
-says what each column means.
+The same layouts stand in ``csrc/include/aim/step.h``; ``tests/step/test_tables.py`` compares the two.
+``docs/design.md`` says what each column means.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a plan looks at before every step, and by which means: ``python/watch.h`` does the looking."""
+"""What a plan looks at before every step, and by which means: ``python/watch.cpp`` does the looking."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def watch_over(
         names.append(None if own is None else list(state))
         values.append([] if own is None else [own.get(name) for name in state])
     module = sys.modules.get("torch.distributed.tensor")
-    kind = None if module is None else module.DTensor
-    means = (kind, _described, Tensor.is_neg, _quick())
+    distributed = None if module is None else module.DTensor
+    means = (distributed, _described, Tensor.is_neg, _quick())
     return _C.Watch(param_groups, list(param_groups), params, idle, strides, states, keys, names, values, *means)
 
 
-#: What ``python/watch.h`` calls of torch's C interface, in its order.
+#: What ``python/watch.cpp`` calls of torch's C interface, in its order.
 _FUNCTIONS = (
     *(f"get_{name}" for name in "layout dtype dim sizes strides data_ptr storage_offset storage_size".split()),
     "dtype_element_size",

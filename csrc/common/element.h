@@ -13,8 +13,8 @@ namespace aim {
 namespace AIM_ISA {
 
 template <class V>
-AIM_INLINE auto is_under(V m, V v, V slope, V offset) {
-  return m * m >= v * slope + offset;
+AIM_INLINE auto is_under(V m, V v, V c_v, V c_0) {
+  return m * m >= v * c_v + c_0;
 }
 
 // anchor + (theta - anchor) * c; theta itself, to the bit, where c is one.
@@ -31,25 +31,25 @@ AIM_INLINE V sign(V x) {
 
 // What a vector of elements hands from steps 1-3 to steps 4-6.
 template <class V>
-struct Between {
-  // Of the update direction. Adam's numerator is m, which is in memory anyway; some kinds divide by
-  // nothing.
+struct StepTerms {
+  // Of the update direction. Adam's numerator is m, which is in memory anyway; some variants divide
+  // by nothing.
   V numerator, denominator;
   V step, live;  // coefficients of the new class; live only where live weights are written
 };
 
 // Steps 1 to 3 and the update direction. `grad` becomes g0, the gradient that the statistics see.
 // kPlain promises u.plain. `w` is the extra moment; only AMSGrad's moves here.
-template <Kind kKind, bool kPlain, bool kNoise, class V>
+template <RuleVariant kVariant, bool kPlain, bool kNoise, class V>
 AIM_INLINE void accumulate(const Uniforms<V>& u, V theta, V& grad, V& m, V& v, V& w, V noise,
-                           Between<V>& out) {
+                           StepTerms<V>& out) {
   if constexpr (!kPlain) grad = grad * u.scale;
   V g = grad;
   if constexpr (!kPlain) {
     if (u.coupled) g = g + theta * u.coupled_decay;
     if (u.routed) {
-      if constexpr (has_second(kKind)) {
-        g = g * select(is_under(m, v, u.old_v, u.old_0), u.grad[0], u.grad[1]);
+      if constexpr (has_second(kVariant)) {
+        g = g * select(is_under(m, v, u.old_c_v, u.old_c_0), u.grad[0], u.grad[1]);
       } else {
         g = g * u.grad[0];
       }
@@ -57,14 +57,15 @@ AIM_INLINE void accumulate(const Uniforms<V>& u, V theta, V& grad, V& m, V& v, V
   }
   if constexpr (kNoise) g = g + noise * u.sigma;
 
-  if constexpr (kKind == Kind::kLion) out.numerator = sign(m * u.lead_keep + g * u.lead_add);
-  if constexpr (has_first(kKind)) m = m * u.first_keep + g * u.first_add;
-  if constexpr (has_second(kKind)) v = v * u.second_keep + (u.second_add * g) * g;
+  if constexpr (kVariant == RuleVariant::kLion)
+    out.numerator = sign(m * u.lead_keep + g * u.lead_add);
+  if constexpr (has_first(kVariant)) m = m * u.first_keep + g * u.first_add;
+  if constexpr (has_second(kVariant)) v = v * u.second_keep + (u.second_add * g) * g;
 
-  if constexpr (kKind == Kind::kAmsgrad) w = select(w > v, w, v);
-  if constexpr (has_root(kKind)) {
-    V below = kKind == Kind::kAmsgrad ? w : v;
-    if constexpr (kKind == Kind::kRms) {
+  if constexpr (kVariant == RuleVariant::kAmsgrad) w = select(w > v, w, v);
+  if constexpr (has_root(kVariant)) {
+    V below = kVariant == RuleVariant::kAmsgrad ? w : v;
+    if constexpr (kVariant == RuleVariant::kRms) {
       if (u.centered) {
         const V variance = v - m * m;  // negative by rounding only
         below = select(variance < V{}, V{}, variance);
@@ -74,19 +75,19 @@ AIM_INLINE void accumulate(const Uniforms<V>& u, V theta, V& grad, V& m, V& v, V
     }
     out.denominator = square_root(below) + u.eps;
   }
-  if constexpr (has_buffer(kKind)) {
+  if constexpr (has_buffer(kVariant)) {
     out.numerator = u.is_nesterov ? g + m * u.nesterov : m;
-  } else if constexpr (!is_adam(kKind) && kKind != Kind::kLion) {
+  } else if constexpr (!is_adam(kVariant) && kVariant != RuleVariant::kLion) {
     out.numerator = g;
   }
 }
 
 // The new class, of moments as they are stored, and what goes by it. Returns the mask of the
 // under-optimized (no meaning where no state is kept).
-template <Kind kKind, bool kLive, class V>
-AIM_INLINE auto classify(const Uniforms<V>& u, V m, V v, Between<V>& out) {
+template <RuleVariant kVariant, bool kLive, class V>
+AIM_INLINE auto classify(const Uniforms<V>& u, V m, V v, StepTerms<V>& out) {
   auto under = m == m;  // any mask: without state both classes have equal coefficients
-  if constexpr (has_second(kKind)) under = is_under(m, v, u.new_v, u.new_0);
+  if constexpr (has_second(kVariant)) under = is_under(m, v, u.new_c_v, u.new_c_0);
   out.step = select(under, u.step[0], u.step[1]);
   if constexpr (kLive) out.live = select(under, u.live[0], u.live[1]);
   return under;
@@ -94,11 +95,11 @@ AIM_INLINE auto classify(const Uniforms<V>& u, V m, V v, Between<V>& out) {
 
 // Steps 4 and 5. Returns delta, what was subtracted. Of the extra moments only RMSprop's buffer `w`
 // moves here.
-template <Kind kKind, class V>
-AIM_INLINE V apply(const Uniforms<V>& u, const Between<V>& in, V& w, V& theta) {
+template <RuleVariant kVariant, class V>
+AIM_INLINE V apply(const Uniforms<V>& u, const StepTerms<V>& in, V& w, V& theta) {
   V direction = in.numerator;
-  if constexpr (has_root(kKind)) direction = direction / in.denominator;
-  if constexpr (kKind == Kind::kRms) {
+  if constexpr (has_root(kVariant)) direction = direction / in.denominator;
+  if constexpr (kVariant == RuleVariant::kRms) {
     if (u.buffered) direction = w = w * u.extra_keep + direction;
   }
   const V delta = direction * in.step;

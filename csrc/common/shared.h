@@ -13,7 +13,7 @@ namespace aim {
 // Kernels round `u` once to their arithmetic type.
 struct Shared {
   Uniforms<double> u;
-  Kind kind;
+  RuleVariant variant;
   bool has_noise;
   uint64_t seed;
   uint32_t counter;
@@ -21,28 +21,29 @@ struct Shared {
 
 namespace AIM_ISA {
 
-AIM_INLINE Kind kind_of(const Tensor& tensor, const Group& group) {
+AIM_INLINE RuleVariant variant_of(const Tensor& tensor, const Group& group) {
   const bool momentum = group.momentum != 0;
   switch (static_cast<Rule>(group.rule)) {
     case Rule::kAdamW:
     case Rule::kAdam:
-      return group.flags & kAmsgrad ? Kind::kAmsgrad : Kind::kAdam;
+      return group.flags & kAmsgrad ? RuleVariant::kAmsgrad : RuleVariant::kAdam;
     case Rule::kSgd:
-      if (tensor.exp_avg_sq) return momentum ? Kind::kSgdMomentumState : Kind::kSgdState;
-      return momentum ? Kind::kSgdMomentum : Kind::kSgd;
+      if (tensor.exp_avg_sq)
+        return momentum ? RuleVariant::kSgdMomentumState : RuleVariant::kSgdState;
+      return momentum ? RuleVariant::kSgdMomentum : RuleVariant::kSgd;
     case Rule::kAdagrad:
     case Rule::kRmsprop:
-      return Kind::kRms;
+      return RuleVariant::kRms;
     case Rule::kLion:
-      return Kind::kLion;
+      return RuleVariant::kLion;
   }
-  return Kind::kSgd;
+  return RuleVariant::kSgd;
 }
 
 // Both moments, so that elements have a class.
-AIM_INLINE bool has_classes(const Tensor& tensor, Kind kind) {
-  return has_first(kind) && has_second(kind) &&
-         (!may_lack(kind) || (tensor.exp_avg && tensor.exp_avg_sq));
+AIM_INLINE bool has_classes(const Tensor& tensor, RuleVariant variant) {
+  return has_first(variant) && has_second(variant) &&
+         (!may_lack(variant) || (tensor.exp_avg && tensor.exp_avg_sq));
 }
 
 // A number as the unevaluated sum of two doubles, good to about 104 bits.
@@ -91,13 +92,13 @@ struct Age {
   double weight, rest;
 };
 
-AIM_INLINE Age age_of(const Group& group, Kind kind, double t) {
-  const bool buffer = has_buffer(kind);
+AIM_INLINE Age age_of(const Group& group, RuleVariant variant, double t) {
+  const bool buffer = has_buffer(variant);
   const double mu = group.momentum;
   double last, squared;
-  powers(buffer                ? mu
-         : kind == Kind::kLion ? group.beta2
-                               : group.beta1,
+  powers(buffer                          ? mu
+         : variant == RuleVariant::kLion ? group.beta2
+                                         : group.beta1,
          buffer ? t - 1 : t, group.beta2, t, &last, &squared);
   if (static_cast<Rule>(group.rule) == Rule::kAdagrad) squared = 1 - t;
   if (!buffer) return {1 - last, 1 - squared};
@@ -109,21 +110,20 @@ AIM_INLINE Age age_of(const Group& group, Kind kind, double t) {
 // v, and small enough for float32: steeper than 2^80, ordinary second moments would overflow.
 inline constexpr double kSteep = 0x1p80;
 
-// under: m^2 >= slope * v + offset, for moments of that age. kFisher: v_hat >= c, as
-// m^2 >= kSteep * (c - v_hat); kGrad: m_hat^2 >= c; c = (tau / (1 - tau))^16.
-AIM_INLINE void threshold(const Group& group, const Age& age, double tau, double* slope,
-                          double* offset) {
+// The class boundary of moments of that age: under-optimized where m^2 >= c_v * v + c_0. kFisher:
+// v_hat >= c, as m^2 >= kSteep * (c - v_hat); kGrad: m_hat^2 >= c; c = (tau / (1 - tau))^16.
+AIM_INLINE void boundary(const Group& group, const Age& age, double tau, double* c_v, double* c_0) {
   if (group.flags & (kFisher | kGrad)) {
     double c = tau / (1 - tau);
     for (int doubled = 0; doubled < 4; ++doubled) c = c * c;
     const bool fisher = (group.flags & kFisher) != 0;
-    *slope = fisher ? -kSteep : 0;
-    *offset = fisher ? c * age.rest * kSteep : c * (age.weight * age.weight);
+    *c_v = fisher ? -kSteep : 0;
+    *c_0 = fisher ? c * age.rest * kSteep : c * (age.weight * age.weight);
     return;
   }
   const double squared = tau * tau * age.weight * age.weight;
-  *slope = squared / age.rest;
-  *offset = squared * group.eps * group.eps;
+  *c_v = squared / age.rest;
+  *c_0 = squared * group.eps * group.eps;
 }
 
 AIM_INLINE void copy(const double from[2], double to[2]) {
@@ -144,30 +144,45 @@ AIM_INLINE void hold(Uniforms<double>* u) {
   u->sigma = 0;
 }
 
-// `classed` is has_classes() of the tensor, `scale` multiplies the gradient first, `lr` is the
-// learning rate (on devices either may live in memory that the host does not see), `deviation` is
-// standard_deviation() of the group.
-AIM_INLINE Shared shared_of(const Group& group, const Row& row, const PhaseRow& now,
-                            const PhaseRow& next, Kind kind, bool classed, double steps_taken,
-                            double scale, double lr, double deviation, const Control& control) {
+// What a step of a tensor depends on, its elements aside.
+struct StepContext {
+  const Group& group;
+  const Row& row;
+  const PhaseRow& now;   // of the phase at hand
+  const PhaseRow& next;  // of the live weights that the step writes
+  const Control& control;
+  RuleVariant variant;
+  bool classed;  // has_classes() of the tensor
+  double steps_taken;
+  // The learning rate, and what multiplies the gradient first; on devices either may live in memory
+  // that the host does not see.
+  double lr, scale;
+  double deviation;  // standard_deviation() of the group
+};
+
+AIM_INLINE Shared shared_of(const StepContext& context) {
+  const Group& group = context.group;
+  const Row& row = context.row;
+  const RuleVariant variant = context.variant;
+  const double steps_taken = context.steps_taken, lr = context.lr;
   Shared shared{};
   Uniforms<double>& u = shared.u;
-  const bool held = is_held(row, now);
+  const bool held = is_held(row, context.now);
   const double t = held ? steps_taken : steps_taken + 1;
   const Rule rule = static_cast<Rule>(group.rule);
   const bool decoupled = rule == Rule::kAdamW || rule == Rule::kLion;
-  u.scale = scale;
+  u.scale = context.scale;
   u.coupled_decay = decoupled ? 0 : group.weight_decay;
   u.decay = decoupled ? 1 - lr * group.weight_decay : 1;
   copy(row.grad, u.grad);
-  copy(next.live, u.live);
-  u.sigma = row.noise != 0 ? row.noise * deviation : 0;
+  copy(context.next.live, u.live);
+  u.sigma = row.noise != 0 ? row.noise * context.deviation : 0;
   u.routed = u.grad[kUnder] != 1 || u.grad[kWell] != 1;
-  if (has_buffer(kind)) {
+  if (has_buffer(variant)) {
     u.first_keep = t > 1 ? group.momentum : 0;
     u.first_add = t > 1 ? 1 - group.dampening : 1;
   } else {
-    u.first_keep = kind == Kind::kLion ? group.beta2 : group.beta1;
+    u.first_keep = variant == RuleVariant::kLion ? group.beta2 : group.beta1;
     u.first_add = 1 - u.first_keep;
   }
   u.second_keep = rule == Rule::kAdagrad ? 1 : group.beta2;
@@ -180,33 +195,33 @@ AIM_INLINE Shared shared_of(const Group& group, const Row& row, const PhaseRow& 
   u.eps = group.eps;
   double rate = rule == Rule::kAdagrad ? lr / (1 + steps_taken * group.lr_decay) : lr;
   if (held) hold(&u);
-  if (classed && t >= 1) {
-    const Age age = age_of(group, kind, t);
-    threshold(group, age, row.tau, &u.new_v, &u.new_0);
+  if (context.classed && t >= 1) {
+    const Age age = age_of(group, variant, t);
+    boundary(group, age, row.tau, &u.new_c_v, &u.new_c_0);
     // Before the first step everything is under-optimized; without routing nobody asks.
     if (u.routed && steps_taken >= 1) {
-      const Age old = age_of(group, kind, steps_taken);
-      threshold(group, old, row.tau_prev, &u.old_v, &u.old_0);
+      const Age old = age_of(group, variant, steps_taken);
+      boundary(group, old, row.tau_prev, &u.old_c_v, &u.old_c_0);
     }
-    if (is_adam(kind)) {
+    if (is_adam(variant)) {
       // m_hat / (sqrt(v_hat) + eps) = m / (sqrt(v) + eps * root) * root / weight
       const double root = square_root(age.rest);
       rate *= root / age.weight;
       u.eps = group.eps * root;
     }
   }
-  u.step[kUnder] = rate * now.step[kUnder];
-  u.step[kWell] = rate * now.step[kWell];
+  u.step[kUnder] = rate * context.now.step[kUnder];
+  u.step[kWell] = rate * context.now.step[kWell];
   u.nesterov = group.nesterov ? group.momentum : 0;
   u.is_nesterov = group.nesterov != 0;
   u.buffered = rule == Rule::kRmsprop && group.momentum != 0;
   u.centered = (group.flags & kCentered) != 0;
   u.coupled = u.coupled_decay != 0;
   u.plain = u.scale == 1 && !u.coupled && !u.routed;
-  shared.kind = kind;
+  shared.variant = variant;
   shared.has_noise = u.sigma != 0;
-  shared.seed = static_cast<uint64_t>(control.seed);
-  shared.counter = static_cast<uint32_t>(control.counter);
+  shared.seed = static_cast<uint64_t>(context.control.seed);
+  shared.counter = static_cast<uint32_t>(context.control.counter);
   return shared;
 }
 
@@ -226,16 +241,16 @@ AIM_INLINE bool adopts(const Tensor& tensor, const Row& row) {
 }
 
 // What emit needs: live coefficients, and the class of the stored moments under `tau`.
-AIM_INLINE Shared emission_of(const Tensor& tensor, const Group& group, Kind kind, bool classed,
-                              double tau, const double live[2]) {
+AIM_INLINE Shared emission_of(const Tensor& tensor, const Group& group, RuleVariant variant,
+                              bool classed, double tau, const double live[2]) {
   Shared shared{};
   copy(live, shared.u.live);
   if (is_frozen(tensor)) shared.u.live[kUnder] = live[kWell];
   const double steps_taken = steps_of(tensor);
   if (classed && steps_taken >= 1) {
-    threshold(group, age_of(group, kind, steps_taken), tau, &shared.u.old_v, &shared.u.old_0);
+    boundary(group, age_of(group, variant, steps_taken), tau, &shared.u.old_c_v, &shared.u.old_c_0);
   }
-  shared.kind = kind;
+  shared.variant = variant;
   return shared;
 }
 

@@ -8,7 +8,6 @@
 
 #include "cpu/codec.h"
 #include "cpu/kernels.h"
-#include "cpu/stream_chunk.h"
 #include "cpu/vector.h"
 // after vector.h, whose square roots it uses
 #include "common/convert.h"
@@ -62,23 +61,23 @@ struct alignas(64) Sums {
 // Two short loops over a block instead of one long body: a square root followed by a division in
 // one dependency chain would fill the processor's window with a single vector's work. The block's
 // intermediate values stay in the first-level cache.
-template <Kind kKind, bool kPlain, bool kNoise, bool kLive, class T>
+template <RuleVariant kVariant, bool kPlain, bool kNoise, bool kLive, class T>
 void run_variant(const Uniforms<T>& uniforms, const Tile<T>& tile, int64_t count, Sums<T>& sums) {
   using V = typename Lanes<T>::Vector;
   constexpr int kWidth = Lanes<T>::kCount, kParts = kLanes / kWidth, kSlots = kBlock / kWidth;
-  constexpr bool kReloaded = is_adam(kKind);  // whose numerator is m
-  constexpr bool kEarly = kKind == Kind::kAmsgrad, kLate = has_extra(kKind) && !kEarly;
+  constexpr bool kReloaded = is_adam(kVariant);  // whose numerator is m
+  constexpr bool kEarly = kVariant == RuleVariant::kAmsgrad, kLate = has_extra(kVariant) && !kEarly;
   // Copies, which no store through a tile's pointers can change, as whole vectors.
   const Uniforms<V> u = mapped<V>(uniforms, [](T x) { return splat<V>(x); });
   const Tile<T> t = tile;
-  // Known when this is compiled, but for the kinds that may lack one.
-  const bool keeps_m = has_first(kKind) && (!may_lack(kKind) || t.m),
-             keeps_v = has_second(kKind) && (!may_lack(kKind) || t.v),
-             keeps_w = kLate && (!may_lack(kKind) || t.w);
+  // Known when this is compiled, but for the variants that may lack one.
+  const bool keeps_m = has_first(kVariant) && (!may_lack(kVariant) || t.m),
+             keeps_v = has_second(kVariant) && (!may_lack(kVariant) || t.v),
+             keeps_w = kLate && (!may_lack(kVariant) || t.w);
   V grad[kParts] = {}, grad_sq[kParts] = {}, update_sq[kParts] = {}, param_sq[kParts] = {};
   typename Lanes<T>::Count under[kParts] = {};
-  V numerators[kReloaded ? 1 : kSlots], denominators[has_root(kKind) ? kSlots : 1], steps[kSlots],
-      lives[kLive ? kSlots : 1];
+  V numerators[kReloaded ? 1 : kSlots], denominators[has_root(kVariant) ? kSlots : 1],
+      steps[kSlots], lives[kLive ? kSlots : 1];
   for (int64_t begin = 0; begin < count; begin += kBlock) {
     const int64_t size = count - begin < kBlock ? count - begin : kBlock;
     for (int64_t i = 0; i < size; i += kLanes) {
@@ -94,13 +93,13 @@ void run_variant(const Uniforms<T>& uniforms, const Tile<T>& tile, int64_t count
         if (keeps_v) v = load<V>(t.v + at);
         if constexpr (kEarly) w = load<V>(t.w + at);
         const V noise = kNoise ? load<V>(t.noise + at) : V{};
-        Between<V> out;
-        accumulate<kKind, kPlain, kNoise>(u, theta, g, m, v, w, noise, out);
-        const auto mask = classify<kKind, kLive>(u, m, v, out);
+        StepTerms<V> out;
+        accumulate<kVariant, kPlain, kNoise>(u, theta, g, m, v, w, noise, out);
+        const auto mask = classify<kVariant, kLive>(u, m, v, out);
         if (keeps_m) store(t.m + at, m);
         if (keeps_v) store(t.v + at, v);
         if constexpr (kEarly) store(t.w + at, w);
-        if constexpr (has_root(kKind)) denominators[slot] = out.denominator;
+        if constexpr (has_root(kVariant)) denominators[slot] = out.denominator;
         if constexpr (!kReloaded) numerators[slot] = out.numerator;
         if constexpr (kLive) lives[slot] = out.live;
         steps[slot] = out.step;
@@ -113,15 +112,15 @@ void run_variant(const Uniforms<T>& uniforms, const Tile<T>& tile, int64_t count
 #pragma GCC unroll 2
       for (int part = 0; part < kParts; ++part) {
         const int64_t at = begin + i + part * kWidth, slot = i / kWidth + part;
-        Between<V> in;
+        StepTerms<V> in;
         if constexpr (kReloaded) in.numerator = load<V>(t.m + at);
         if constexpr (!kReloaded) in.numerator = numerators[slot];
-        if constexpr (has_root(kKind)) in.denominator = denominators[slot];
+        if constexpr (has_root(kVariant)) in.denominator = denominators[slot];
         if constexpr (kLive) in.live = lives[slot];
         in.step = steps[slot];
         V theta = load<V>(t.theta_in + at), w{};
         if (keeps_w) w = load<V>(t.w + at);
-        const V delta = apply<kKind>(u, in, w, theta);
+        const V delta = apply<kVariant>(u, in, w, theta);
         if (keeps_w) store(t.w + at, w);
         store(t.theta_out + at, theta);
         if constexpr (kLive) {
@@ -141,12 +140,12 @@ void run_variant(const Uniforms<T>& uniforms, const Tile<T>& tile, int64_t count
 }
 
 // The common case has a loop of its own; the others do not repay the code.
-template <Kind kKind, bool kNoise, bool kLive, class T>
+template <RuleVariant kVariant, bool kNoise, bool kLive, class T>
 AIM_INLINE void run(const Uniforms<T>& u, const Tile<T>& tile, int64_t count, Sums<T>& sums) {
-  if constexpr (kKind == Kind::kAdam && !kNoise) {
-    if (u.plain) return run_variant<kKind, true, kNoise, kLive>(u, tile, count, sums);
+  if constexpr (kVariant == RuleVariant::kAdam && !kNoise) {
+    if (u.plain) return run_variant<kVariant, true, kNoise, kLive>(u, tile, count, sums);
   }
-  run_variant<kKind, false, kNoise, kLive>(u, tile, count, sums);
+  run_variant<kVariant, false, kNoise, kLive>(u, tile, count, sums);
 }
 
 template <class T>
@@ -171,7 +170,7 @@ AIM_INLINE void add(const Partial& more, Partial& into) {
 
 // The last elements of a tensor: padded to 16 in buffers, run by the same code, the padding's lanes
 // left out of the sums.
-template <Kind kKind, bool kNoise, bool kLive, class T>
+template <RuleVariant kVariant, bool kNoise, bool kLive, class T>
 void run_tail(const Uniforms<T>& u, const Tile<T>& t, int rest, Sums<T>& sums) {
   T theta[kLanes] = {}, grad[kLanes] = {}, m[kLanes] = {}, v[kLanes] = {}, w[kLanes] = {},
     live[kLanes] = {}, anchor[kLanes] = {}, noise[kLanes] = {};
@@ -192,7 +191,7 @@ void run_tail(const Uniforms<T>& u, const Tile<T>& t, int rest, Sums<T>& sums) {
                        live,
                        kLive && t.anchor ? anchor : nullptr,
                        noise};
-  run<kKind, kNoise, kLive>(u, padded, kLanes, sums);
+  run<kVariant, kNoise, kLive>(u, padded, kLanes, sums);
   __builtin_memcpy(t.theta_out, theta, bytes);
   if (t.m) __builtin_memcpy(t.m, m, bytes);
   if (t.v) __builtin_memcpy(t.v, v, bytes);
@@ -236,7 +235,7 @@ AIM_INLINE bool out_of_range(const Partial& tile) {
   return tile.grad_sq - tile.grad_sq != 0 || (tile.grad_sq == 0 && tile.grad_sum != 0);
 }
 
-// A moment from element `at` on; null where there is none, or the kind does not know it.
+// A moment from element `at` on; null where there is none, or the variant does not know it.
 template <bool kKept, class T>
 AIM_INLINE T* part(void* moment, int64_t at) {
   return kKept && moment ? static_cast<T*>(moment) + at : nullptr;
@@ -246,16 +245,16 @@ AIM_INLINE T* part(void* moment, int64_t at) {
 // without both moments all are under-optimized.
 template <class S, class T>
 void write_live(const T* theta, const T* m, const T* v, const T* anchor, const T (&coefficients)[2],
-                T slope, T offset, int64_t count, S* live) {
+                T c_v, T c_0, int64_t count, S* live) {
   for (int64_t i = 0; i < count; ++i) {
-    const bool under = !(m && v) || is_under(m[i], v[i], slope, offset);
+    const bool under = !(m && v) || is_under(m[i], v[i], c_v, c_0);
     const T c = coefficients[under ? kUnder : kWell];
     live[i] = narrowed_to(live_weight(theta[i], anchor ? anchor[i] : T{0}, c), S{});
   }
 }
 
 // S: storage type of parameter, gradient and live weights. T: of everything else.
-template <Kind kKind, bool kNoise, bool kLive, class S, class T>
+template <RuleVariant kVariant, bool kNoise, bool kLive, class S, class T>
 void update_chunk(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t end,
                   Partial* partial) {
   constexpr bool kConvert = sizeof(S) != sizeof(T);
@@ -271,9 +270,9 @@ void update_chunk(const Tensor& tensor, const Shared& shared, int64_t begin, int
     const int64_t count = end - at < kStride ? end - at : kStride;
     Tile<T> t;
     t.grad = widened(static_cast<const S*>(tensor.grad) + at, count, grad_buffer);
-    t.m = part<has_first(kKind), T>(tensor.exp_avg, at);
-    t.v = part<has_second(kKind), T>(tensor.exp_avg_sq, at);
-    t.w = part<has_extra(kKind), T>(tensor.extra, at);
+    t.m = part<has_first(kVariant), T>(tensor.exp_avg, at);
+    t.v = part<has_second(kVariant), T>(tensor.exp_avg_sq, at);
+    t.w = part<has_extra(kVariant), T>(tensor.extra, at);
     t.anchor = kLive && tensor.anchor ? static_cast<const T*>(tensor.anchor) + at : nullptr;
     // What is written to storage: live weights where there is a master, the true weights elsewhere.
     T* stored = theta_buffer;
@@ -294,11 +293,11 @@ void update_chunk(const Tensor& tensor, const Shared& shared, int64_t begin, int
     Partial tile{};
     Sums<T> sums;
     if (body) {
-      run<kKind, kNoise, kLive>(u, t, body, sums);
+      run<kVariant, kNoise, kLive>(u, t, body, sums);
       add(sums, kLanes, tile);
     }
     if (rest) {
-      run_tail<kKind, kNoise, kLive>(u, t.advanced(body), rest, sums);
+      run_tail<kVariant, kNoise, kLive>(u, t.advanced(body), rest, sums);
       add(sums, rest, tile);
     }
     if constexpr (kConvert) {
@@ -312,8 +311,8 @@ void update_chunk(const Tensor& tensor, const Shared& shared, int64_t begin, int
       move_average(u, t.theta_out, count, static_cast<T*>(tensor.ema) + at);
       // The loop above knew the average of the step before.
       if (kLive && tensor.anchor == tensor.ema) {
-        write_live(t.theta_out, t.m, t.v, static_cast<const T*>(tensor.ema) + at, u.live, u.new_v,
-                   u.new_0, count, param + at);
+        write_live(t.theta_out, t.m, t.v, static_cast<const T*>(tensor.ema) + at, u.live, u.new_c_v,
+                   u.new_c_0, count, param + at);
       }
     }
     if (out_of_range(tile)) {
@@ -336,7 +335,7 @@ void emit_chunk(const Tensor& tensor, const Shared& shared, int64_t begin, int64
     return values ? static_cast<const T*>(values) + begin : nullptr;
   };
   write_live(part(tensor.master), part(tensor.exp_avg), part(tensor.exp_avg_sq),
-             part(tensor.anchor), u.live, u.old_v, u.old_0, end - begin,
+             part(tensor.anchor), u.live, u.old_c_v, u.old_c_0, end - begin,
              static_cast<S*>(tensor.param) + begin);
 }
 

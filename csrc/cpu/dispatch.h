@@ -9,16 +9,18 @@ namespace AIM_ISA {
 
 using Update = void (*)(const Tensor&, const Shared&, int64_t, int64_t, Partial*);
 
-template <Kind kKind, class S, class T>
+template <RuleVariant kVariant, class S, class T>
 Update update_of(bool noise, bool live) {
   if (noise)
-    return live ? update_chunk<kKind, true, true, S, T> : update_chunk<kKind, true, false, S, T>;
-  return live ? update_chunk<kKind, false, true, S, T> : update_chunk<kKind, false, false, S, T>;
+    return live ? update_chunk<kVariant, true, true, S, T>
+                : update_chunk<kVariant, true, false, S, T>;
+  return live ? update_chunk<kVariant, false, true, S, T>
+              : update_chunk<kVariant, false, false, S, T>;
 }
 
 // Adam without noise, of float32 and bfloat16 weights that are read and written where they lie, has
 // loops of its own: with fewer bytes it is the instructions that count. Everything else shares one
-// for each kind. Null: it is no such tensor.
+// for each variant. Null: it is no such tensor.
 template <class M>
 Update fast_packed_of(const Tensor& tensor) {
   const bool live = tensor.master != nullptr;
@@ -26,16 +28,17 @@ Update fast_packed_of(const Tensor& tensor) {
   const Weights weights = static_cast<Weights>(tensor.weights);
   if (dtype == DType::kFloat32) {
     using W = DirectWeights<float>;
-    return live ? update_packed<Kind::kAdam, false, true, W, M>
-                : update_packed<Kind::kAdam, false, false, W, M>;
+    return live ? update_packed<RuleVariant::kAdam, false, true, W, M>
+                : update_packed<RuleVariant::kAdam, false, false, W, M>;
   }
   if (dtype != DType::kBFloat16) return nullptr;
   if (live || weights == Weights::kNearest) {
     using W = DirectWeights<BFloat16>;
-    return live ? update_packed<Kind::kAdam, false, true, W, M>
-                : update_packed<Kind::kAdam, false, false, W, M>;
+    return live ? update_packed<RuleVariant::kAdam, false, true, W, M>
+                : update_packed<RuleVariant::kAdam, false, false, W, M>;
   }
-  if (weights == Weights::kSplit) return update_packed<Kind::kAdam, false, false, SplitWeights, M>;
+  if (weights == Weights::kSplit)
+    return update_packed<RuleVariant::kAdam, false, false, SplitWeights, M>;
   return nullptr;
 }
 
@@ -54,60 +57,63 @@ Update fast_of(const Tensor& tensor) {
   return nullptr;
 }
 
-template <Kind kKind, class M>
+template <RuleVariant kVariant, class M>
 Update packed_of(bool noise, bool live) {
   using W = BufferedWeights;
   if (noise) {
-    return live ? update_packed<kKind, true, true, W, M> : update_packed<kKind, true, false, W, M>;
+    return live ? update_packed<kVariant, true, true, W, M>
+                : update_packed<kVariant, true, false, W, M>;
   }
-  return live ? update_packed<kKind, false, true, W, M> : update_packed<kKind, false, false, W, M>;
+  return live ? update_packed<kVariant, false, true, W, M>
+              : update_packed<kVariant, false, false, W, M>;
 }
 
-template <Kind kKind>
+template <RuleVariant kVariant>
 Update packed_of(const Tensor& tensor, bool noise) {
   const bool live = tensor.master != nullptr;
   if (static_cast<Moments>(tensor.moments) == Moments::kInt8) {
-    return packed_of<kKind, Int8Moments<kKind != Kind::kAmsgrad>>(noise, live);
+    return packed_of<kVariant, Int8Moments<kVariant != RuleVariant::kAmsgrad>>(noise, live);
   }
-  return packed_of<kKind, BFloat16Moments<-1>>(noise, live);
+  return packed_of<kVariant, BFloat16Moments<-1>>(noise, live);
 }
 
-template <Kind kKind, class S, class T>
-void update_kind(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t end,
-                 Partial* partial) {
+template <RuleVariant kVariant, class S, class T>
+void update_variant(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t end,
+                    Partial* partial) {
   if constexpr (sizeof(T) == sizeof(float)) {
-    if constexpr (kKind == Kind::kAdam) {
+    if constexpr (kVariant == RuleVariant::kAdam) {
       const Update fast = shared.has_noise ? nullptr : fast_of(tensor);
       if (fast) return fast(tensor, shared, begin, end, partial);
     }
     if (static_cast<Moments>(tensor.moments) != Moments::kWide) {
-      return packed_of<kKind>(tensor, shared.has_noise)(tensor, shared, begin, end, partial);
+      return packed_of<kVariant>(tensor, shared.has_noise)(tensor, shared, begin, end, partial);
     }
   }
-  update_of<kKind, S, T>(shared.has_noise, tensor.master != nullptr)(tensor, shared, begin, end,
-                                                                     partial);
+  update_of<kVariant, S, T>(shared.has_noise, tensor.master != nullptr)(tensor, shared, begin, end,
+                                                                        partial);
 }
 
 template <class S, class T>
 void update_type(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t end,
                  Partial* partial) {
-  switch (shared.kind) {
-    case Kind::kAdam:
-      return update_kind<Kind::kAdam, S, T>(tensor, shared, begin, end, partial);
-    case Kind::kAmsgrad:
-      return update_kind<Kind::kAmsgrad, S, T>(tensor, shared, begin, end, partial);
-    case Kind::kSgd:
-      return update_kind<Kind::kSgd, S, T>(tensor, shared, begin, end, partial);
-    case Kind::kSgdMomentum:
-      return update_kind<Kind::kSgdMomentum, S, T>(tensor, shared, begin, end, partial);
-    case Kind::kSgdState:
-      return update_kind<Kind::kSgdState, S, T>(tensor, shared, begin, end, partial);
-    case Kind::kSgdMomentumState:
-      return update_kind<Kind::kSgdMomentumState, S, T>(tensor, shared, begin, end, partial);
-    case Kind::kRms:
-      return update_kind<Kind::kRms, S, T>(tensor, shared, begin, end, partial);
-    case Kind::kLion:
-      return update_kind<Kind::kLion, S, T>(tensor, shared, begin, end, partial);
+  switch (shared.variant) {
+    case RuleVariant::kAdam:
+      return update_variant<RuleVariant::kAdam, S, T>(tensor, shared, begin, end, partial);
+    case RuleVariant::kAmsgrad:
+      return update_variant<RuleVariant::kAmsgrad, S, T>(tensor, shared, begin, end, partial);
+    case RuleVariant::kSgd:
+      return update_variant<RuleVariant::kSgd, S, T>(tensor, shared, begin, end, partial);
+    case RuleVariant::kSgdMomentum:
+      return update_variant<RuleVariant::kSgdMomentum, S, T>(tensor, shared, begin, end, partial);
+    case RuleVariant::kSgdState:
+      return update_variant<RuleVariant::kSgdState, S, T>(tensor, shared, begin, end, partial);
+    case RuleVariant::kSgdMomentumState:
+      return update_variant<RuleVariant::kSgdMomentumState, S, T>(tensor, shared, begin, end,
+                                                                  partial);
+    case RuleVariant::kRms:
+      return update_variant<RuleVariant::kRms, S, T>(tensor, shared, begin, end, partial);
+    case RuleVariant::kLion:
+      return update_variant<RuleVariant::kLion, S, T>(tensor, shared, begin, end, partial);
   }
 }
 

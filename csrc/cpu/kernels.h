@@ -11,12 +11,6 @@ struct Partial {
   double under, grad_sum, grad_sq, update_sq, param_sq, nonfinite;
 };
 
-// The float32 arrays of one tensor, for the memory floor.
-struct StreamArrays {
-  const float* grad;
-  float *param, *m, *v, *master;
-};
-
 struct KernelTable {
   // Steps elements [begin, end) of `tensor`, which lie in one chunk.
   void (*update)(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t end,
@@ -26,13 +20,6 @@ struct KernelTable {
   void (*emit)(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t end);
   // The master takes the elements [begin, end) that the parameter does not have from it.
   void (*adopt)(const Tensor& tensor, int64_t begin, int64_t end);
-  // Moves the bytes of a step over [begin, end) (aim/stream.h).
-  void (*stream)(const StreamArrays& arrays, bool live, bool nontemporal, float factor,
-                 int64_t begin, int64_t end);
-  // Moves the bytes [begin, end) of a run of memory (aim/stream.h). Returns something of what it
-  // read.
-  int32_t (*stream_run)(char* run, bool reads, bool writes, int32_t add, int64_t begin,
-                        int64_t end);
   // The sum of squares of the gradients [begin, end) of `tensor`.
   double (*squares)(const Tensor& tensor, int64_t begin, int64_t end);
 };

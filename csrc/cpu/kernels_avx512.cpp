@@ -1,4 +1,5 @@
 // The kernels for "avx512"; setup.py gives this file its compiler flags.
 #define AIM_ISA avx512
 #define AIM_VECTOR_BYTES 64
-#include "cpu/norm_chunk.h"
+#include "bench/stream_chunk.h"
+#include "cpu/kernels.inl"

@@ -1,4 +1,5 @@
 // The kernels for "neon"; setup.py gives this file its compiler flags.
 #define AIM_ISA neon
 #define AIM_VECTOR_BYTES 16
-#include "cpu/norm_chunk.h"
+#include "bench/stream_chunk.h"
+#include "cpu/kernels.inl"

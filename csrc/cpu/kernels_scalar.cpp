@@ -1,3 +1,4 @@
 // The kernels for "scalar"; setup.py gives this file its compiler flags.
 #define AIM_ISA scalar
-#include "cpu/norm_chunk.h"
+#include "bench/stream_chunk.h"
+#include "cpu/kernels.inl"

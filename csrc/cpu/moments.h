@@ -1,5 +1,6 @@
 // Moments as they are stored, a vector at a time within one block of 128 elements: read, gathered
-// while the new ones are computed, kept.
+// while the new ones are computed, kept. begin() turns to a block, flush() settles what its new
+// moments share once all are gathered, end() follows the last that is kept.
 #pragma once
 
 #include "cpu/codes.h"
@@ -22,13 +23,13 @@ class WideMoments {
               static_cast<float*>(t.extra)} {}
 
   static AIM_INLINE constexpr bool random() { return false; }
-  AIM_INLINE void enter(Which which, int64_t at) { block_[which] = from_[which] + at; }
+  AIM_INLINE void begin(Which which, int64_t at) { block_[which] = from_[which] + at; }
   AIM_INLINE FloatVector read(Which which, int i) const {
     return load<FloatVector>(block_[which] + i);
   }
   AIM_INLINE void gather(Which, FloatVector) {}
-  AIM_INLINE void close(Which, int64_t) {}
-  AIM_INLINE void leave(Which) const {}
+  AIM_INLINE void flush(Which, int64_t) {}
+  AIM_INLINE void end(Which) const {}
   AIM_INLINE FloatVector keep(Which which, int i, FloatVector x, IntVector) {
     store(block_[which] + i, x);
     return x;
@@ -49,13 +50,13 @@ class BFloat16Moments {
         random_(rounds_at_random<kRandom>(t.stochastic != 0)) {}
 
   AIM_INLINE bool random() const { return rounds_at_random<kRandom>(random_); }
-  AIM_INLINE void enter(Which which, int64_t at) { block_[which] = from_[which] + at; }
+  AIM_INLINE void begin(Which which, int64_t at) { block_[which] = from_[which] + at; }
   AIM_INLINE FloatVector read(Which which, int i) const {
     return as_float(from_small(block_[which] + i) << 16);
   }
   AIM_INLINE void gather(Which, FloatVector) {}
-  AIM_INLINE void close(Which, int64_t) {}
-  AIM_INLINE void leave(Which) const {}
+  AIM_INLINE void flush(Which, int64_t) {}
+  AIM_INLINE void end(Which) const {}
   // Stores a new moment; returns the magnitude of what was stored, or that itself.
   AIM_INLINE FloatVector keep(Which which, int i, FloatVector x, IntVector bits) {
     const IntVector kept = random() ? bfloat16_bits<true>(x, bits) : bfloat16_bits<false>(x, bits);
@@ -81,7 +82,7 @@ class Int8Moments {
 
   static AIM_INLINE constexpr bool random() { return true; }
 
-  AIM_INLINE void enter(Which which, int64_t at) {
+  AIM_INLINE void begin(Which which, int64_t at) {
     block_[which] = from_[which] + at;
     set_exponent(which, scale_[which][at / kPackedBlock]);
     greatest_[which] = IntVector{};
@@ -95,7 +96,7 @@ class Int8Moments {
   AIM_INLINE void gather(Which which, FloatVector x) {
     greatest_[which] = greater(as_int(x) & 0x7FFFFFFF, greatest_[which]);
   }
-  AIM_INLINE void close(Which which, int64_t at) {
+  AIM_INLINE void flush(Which which, int64_t at) {
     const int32_t greatest = greatest_lane(greatest_[which]);
     const int32_t exponent = has_sign(which) ? packed_exponent<PackedFirst>(greatest)
                                              : packed_exponent<PackedSecond>(greatest);
@@ -103,7 +104,7 @@ class Int8Moments {
     set_exponent(which, exponent);
   }
   // After the last moment of the block: of what is not finite, only the exponent tells.
-  AIM_INLINE void leave(Which which) const {
+  AIM_INLINE void end(Which which) const {
     if (!codes_[which].is_finite()) __builtin_memset(block_[which], 0, kPackedBlock);
   }
   AIM_INLINE FloatVector keep(Which which, int i, FloatVector x, IntVector bits) {

@@ -8,12 +8,11 @@
 
 namespace aim {
 
-Status squares(const Tensor* tensors, int64_t tensor_count, double* sum,
-               const Execution& execution) {
-  if (tensor_count < 0) return Status::kBadSize;
-  if ((tensor_count && !tensors) || !sum) return Status::kNullPointer;
-  for (int64_t i = 0; i < tensor_count; ++i) {
-    const Tensor& t = tensors[i];
+Status squares(const StepTables& tables, const Execution& execution, double* sum) {
+  if (tables.tensor_count < 0) return Status::kBadSize;
+  if ((tables.tensor_count && !tables.tensors) || !sum) return Status::kNullPointer;
+  for (int64_t i = 0; i < tables.tensor_count; ++i) {
+    const Tensor& t = tables.tensors[i];
     if (t.dtype < 0 || t.dtype > static_cast<int32_t>(DType::kFloat16)) return Status::kBadDType;
     if (t.numel < 0) return Status::kBadSize;
   }
@@ -28,8 +27,8 @@ Status squares(const Tensor* tensors, int64_t tensor_count, double* sum,
   std::vector<Chunk> chunks;
   std::vector<size_t> tasks(1, 0);  // where each begins: chunks of about kChunk elements together
   int64_t pending = 0;
-  for (int64_t i = 0; i < tensor_count; ++i) {
-    const Tensor& t = tensors[i];
+  for (int64_t i = 0; i < tables.tensor_count; ++i) {
+    const Tensor& t = tables.tensors[i];
     if (!t.grad || t.uncounted) continue;
     for (int64_t begin = 0; begin < t.numel; begin += kChunk) {
       const int64_t end = t.numel - begin < kChunk ? t.numel : begin + kChunk;

@@ -2,7 +2,7 @@
 // unit. Summed in 16 lanes, as the statistics are: every instruction set gives the same bits.
 #pragma once
 
-#include "cpu/dispatch.h"
+#include "cpu/chunk.h"
 
 namespace aim {
 namespace AIM_ISA {
@@ -63,9 +63,6 @@ double squares_any(const Tensor& tensor, int64_t begin, int64_t end) {
   }
   return 0;
 }
-
-extern const KernelTable kKernels;  // external linkage, whichever namespace this is
-const KernelTable kKernels = {update_any, emit_any, adopt_any, stream_any, stream_run, squares_any};
 
 }  // namespace AIM_ISA
 }  // namespace aim

@@ -26,7 +26,7 @@ struct PackedBits {
 };
 
 // What all blocks of a tensor have in common.
-template <Kind kKind>
+template <RuleVariant kVariant>
 struct PackedStep {
   const Tensor& tensor;
   const Shared& shared;
@@ -37,20 +37,22 @@ struct PackedStep {
         u(mapped<FloatVector>(rounded<float>(s.u), [](float x) { return splat<FloatVector>(x); })) {
   }
 
-  // Known when this is compiled, but for the kinds that may lack one.
+  // Known when this is compiled, but for the variants that may lack one.
   AIM_INLINE bool keeps_m() const {
-    return has_first(kKind) && (!may_lack(kKind) || tensor.exp_avg);
+    return has_first(kVariant) && (!may_lack(kVariant) || tensor.exp_avg);
   }
   AIM_INLINE bool keeps_v() const {
-    return has_second(kKind) && (!may_lack(kKind) || tensor.exp_avg_sq);
+    return has_second(kVariant) && (!may_lack(kVariant) || tensor.exp_avg_sq);
   }
-  AIM_INLINE bool keeps_w() const { return has_extra(kKind) && (!may_lack(kKind) || tensor.extra); }
+  AIM_INLINE bool keeps_w() const {
+    return has_extra(kVariant) && (!may_lack(kVariant) || tensor.extra);
+  }
 };
 
 // Steps 1 to 3 for elements [from, to) of a block, a multiple of 16. kSimple promises that
 // gradients are neither decayed nor routed.
-template <Kind kKind, bool kNoise, bool kLive, bool kSimple = false, class W, class M>
-AIM_INLINE void accumulate_block(const PackedStep<kKind>& s, int from, int to, W& weights,
+template <RuleVariant kVariant, bool kNoise, bool kLive, bool kSimple = false, class W, class M>
+AIM_INLINE void accumulate_block(const PackedStep<kVariant>& s, int from, int to, W& weights,
                                  M& moments, PackedBlock& b, Sums<float>& sums) {
   using V = FloatVector;
   constexpr int kParts = kLanes / kStep;
@@ -69,16 +71,16 @@ AIM_INLINE void accumulate_block(const PackedStep<kKind>& s, int from, int to, W
       if (s.keeps_v()) v = moments.read(kSecondMoment, lane);
       if (s.keeps_w()) w = moments.read(kExtraMoment, lane);
       const V noise = kNoise ? load<V>(b.noise + lane) : V{};
-      Between<V> out;
-      accumulate<kKind, false, kNoise>(u, theta, g, m, v, w, noise, out);
+      StepTerms<V> out;
+      accumulate<kVariant, false, kNoise>(u, theta, g, m, v, w, noise, out);
       if (s.keeps_m()) moments.gather(kFirstMoment, m);
       if (s.keeps_v()) moments.gather(kSecondMoment, v);
-      if constexpr (kKind == Kind::kAmsgrad) moments.gather(kExtraMoment, w);
-      if constexpr (has_first(kKind)) store(b.m + lane, m);
-      if constexpr (has_second(kKind)) store(b.v + lane, v);
-      if constexpr (has_extra(kKind)) store(b.w + lane, w);
-      if constexpr (!is_adam(kKind)) store(b.numerator + lane, out.numerator);
-      if constexpr (has_root(kKind)) store(b.denominator + lane, out.denominator);
+      if constexpr (kVariant == RuleVariant::kAmsgrad) moments.gather(kExtraMoment, w);
+      if constexpr (has_first(kVariant)) store(b.m + lane, m);
+      if constexpr (has_second(kVariant)) store(b.v + lane, v);
+      if constexpr (has_extra(kVariant)) store(b.w + lane, w);
+      if constexpr (!is_adam(kVariant)) store(b.numerator + lane, out.numerator);
+      if constexpr (has_root(kVariant)) store(b.denominator + lane, out.denominator);
       grad[part] += g;
       grad_sq[part] += g * g;
     }
@@ -87,15 +89,15 @@ AIM_INLINE void accumulate_block(const PackedStep<kKind>& s, int from, int to, W
   __builtin_memcpy(sums.grad_sq, grad_sq, sizeof grad_sq);
 }
 
-// What a block's elements have beside their moments.
-struct Beside {
+// What a block's elements have beside their moments: random bits, anchor, average.
+struct BlockExtras {
   const uint32_t* drawn = nullptr;
   const float* anchor = nullptr;
   float* ema = nullptr;
 
-  Beside() = default;
-  template <Kind kKind, class M>
-  Beside(const PackedStep<kKind>& s, const M& moments, int64_t at, PackedBits& bits)
+  BlockExtras() = default;
+  template <RuleVariant kVariant, class M>
+  BlockExtras(const PackedStep<kVariant>& s, const M& moments, int64_t at, PackedBits& bits)
       : anchor(s.tensor.anchor ? static_cast<const float*>(s.tensor.anchor) + at : nullptr),
         ema(s.tensor.ema ? static_cast<float*>(s.tensor.ema) + at : nullptr) {
     if (!moments.random()) return;
@@ -110,9 +112,9 @@ struct Beside {
 
 // Stores the moments; steps 4 to 6 by the class of what was stored. kSimple promises
 // that no average is kept.
-template <Kind kKind, bool kLive, bool kSimple = false, class W, class M>
-AIM_INLINE void apply_block(const PackedStep<kKind>& s, int from, int to, W& weights, M& moments,
-                            PackedBlock& b, const Beside& beside, Sums<float>& sums) {
+template <RuleVariant kVariant, bool kLive, bool kSimple = false, class W, class M>
+AIM_INLINE void apply_block(const PackedStep<kVariant>& s, int from, int to, W& weights, M& moments,
+                            PackedBlock& b, const BlockExtras& extras, Sums<float>& sums) {
   using V = FloatVector;
   constexpr int kParts = kLanes / kStep;
   const Uniforms<V>& u = s.u;
@@ -125,30 +127,30 @@ AIM_INLINE void apply_block(const PackedStep<kKind>& s, int from, int to, W& wei
 #pragma GCC unroll 2
     for (int part = 0; part < kParts; ++part) {
       const int lane = i + part * kStep;
-      Between<V> in;
+      StepTerms<V> in;
       V m{}, v{}, w{};
-      if constexpr (has_first(kKind)) m = load<V>(b.m + lane);
-      if constexpr (has_second(kKind)) v = load<V>(b.v + lane);
-      if constexpr (has_extra(kKind)) w = load<V>(b.w + lane);
-      if constexpr (is_adam(kKind)) in.numerator = m;
-      if constexpr (!is_adam(kKind)) in.numerator = load<V>(b.numerator + lane);
-      if constexpr (has_root(kKind)) in.denominator = load<V>(b.denominator + lane);
-      const IntVector drawn = beside.bits(moments, lane);
+      if constexpr (has_first(kVariant)) m = load<V>(b.m + lane);
+      if constexpr (has_second(kVariant)) v = load<V>(b.v + lane);
+      if constexpr (has_extra(kVariant)) w = load<V>(b.w + lane);
+      if constexpr (is_adam(kVariant)) in.numerator = m;
+      if constexpr (!is_adam(kVariant)) in.numerator = load<V>(b.numerator + lane);
+      if constexpr (has_root(kVariant)) in.denominator = load<V>(b.denominator + lane);
+      const IntVector drawn = extras.bits(moments, lane);
       if (s.keeps_m()) m = moments.keep(kFirstMoment, lane, m, drawn);
       if (s.keeps_v()) v = moments.keep(kSecondMoment, lane, v, drawn);
-      if constexpr (kKind == Kind::kAmsgrad) moments.keep(kExtraMoment, lane, w, drawn);
-      add_mask(under[part], classify<kKind, kLive>(u, m, v, in));
+      if constexpr (kVariant == RuleVariant::kAmsgrad) moments.keep(kExtraMoment, lane, w, drawn);
+      add_mask(under[part], classify<kVariant, kLive>(u, m, v, in));
       V theta = weights.template read_theta<kLive>(lane);
-      const V delta = apply<kKind>(u, in, w, theta);
-      if constexpr (kKind == Kind::kRms) store(b.w + lane, w);
+      const V delta = apply<kVariant>(u, in, w, theta);
+      if constexpr (kVariant == RuleVariant::kRms) store(b.w + lane, w);
       weights.template keep_theta<kLive>(lane, theta);
-      if (!kSimple && beside.ema) {
-        float* const ema = beside.ema + lane;
+      if (!kSimple && extras.ema) {
+        float* const ema = extras.ema + lane;
         store(ema, load<V>(ema) * u.ema_keep + theta * u.ema_add);
       }
       if constexpr (kLive) {
         // Which may be the average just stored.
-        const V to = beside.anchor ? load<V>(beside.anchor + lane) : V{};
+        const V to = extras.anchor ? load<V>(extras.anchor + lane) : V{};
         weights.write_live(lane, live_weight(theta, to, in.live));
       }
       update_sq[part] += delta * delta;
@@ -160,34 +162,34 @@ AIM_INLINE void apply_block(const PackedStep<kKind>& s, int from, int to, W& wei
   __builtin_memcpy(sums.under, under, sizeof under);
 }
 
-template <Kind kKind, class M>
-AIM_INLINE void enter(const PackedStep<kKind>& s, M& moments, int64_t at) {
-  if (s.keeps_m()) moments.enter(kFirstMoment, at);
-  if (s.keeps_v()) moments.enter(kSecondMoment, at);
-  if (s.keeps_w()) moments.enter(kExtraMoment, at);
+template <RuleVariant kVariant, class M>
+AIM_INLINE void begin_block(const PackedStep<kVariant>& s, M& moments, int64_t at) {
+  if (s.keeps_m()) moments.begin(kFirstMoment, at);
+  if (s.keeps_v()) moments.begin(kSecondMoment, at);
+  if (s.keeps_w()) moments.begin(kExtraMoment, at);
 }
 
-template <Kind kKind, class M>
-AIM_INLINE void close(const PackedStep<kKind>& s, M& moments, int64_t at) {
-  if (s.keeps_m()) moments.close(kFirstMoment, at);
-  if (s.keeps_v()) moments.close(kSecondMoment, at);
-  if (kKind == Kind::kAmsgrad) moments.close(kExtraMoment, at);
+template <RuleVariant kVariant, class M>
+AIM_INLINE void flush_block(const PackedStep<kVariant>& s, M& moments, int64_t at) {
+  if (s.keeps_m()) moments.flush(kFirstMoment, at);
+  if (s.keeps_v()) moments.flush(kSecondMoment, at);
+  if (kVariant == RuleVariant::kAmsgrad) moments.flush(kExtraMoment, at);
 }
 
-template <Kind kKind, class M>
-AIM_INLINE void leave(const PackedStep<kKind>& s, const M& moments) {
-  if (s.keeps_m()) moments.leave(kFirstMoment);
-  if (s.keeps_v()) moments.leave(kSecondMoment);
-  if (kKind == Kind::kAmsgrad) moments.leave(kExtraMoment);
+template <RuleVariant kVariant, class M>
+AIM_INLINE void end_block(const PackedStep<kVariant>& s, const M& moments) {
+  if (s.keeps_m()) moments.end(kFirstMoment);
+  if (s.keeps_v()) moments.end(kSecondMoment);
+  if (kVariant == RuleVariant::kAmsgrad) moments.end(kExtraMoment);
 }
 
 // The block of 128 elements from `at` on, of which `filled` are there: sums go to `sums`, of the
 // last 16, if some of them are not there, to `ends`. The others are computed and stored.
-template <Kind kKind, bool kNoise, bool kLive, class W, class M>
-AIM_INLINE void step_block(const PackedStep<kKind>& s, M moments, int64_t at, int filled,
+template <RuleVariant kVariant, bool kNoise, bool kLive, class W, class M>
+AIM_INLINE void step_block(const PackedStep<kVariant>& s, M moments, int64_t at, int filled,
                            PackedBlock& b, PackedBits& bits, Sums<float>& sums, Sums<float>& ends) {
   W weights(s.tensor, at);
-  enter(s, moments, at);
+  begin_block(s, moments, at);
   if (kNoise) {
     draw_noise(s.shared, s.tensor.first + at, filled, b.noise);
     // What is behind the last element stays zero, or it might be the greatest.
@@ -196,61 +198,62 @@ AIM_INLINE void step_block(const PackedStep<kKind>& s, M moments, int64_t at, in
   const int body = filled / kLanes * kLanes, end = body < filled ? body + kLanes : body;
   // Twice around rather than written twice: the code would be as much larger.
   for (int part = body ? 0 : 1; part < (end > body ? 2 : 1); ++part) {
-    accumulate_block<kKind, kNoise, kLive>(s, part ? body : 0, part ? end : body, weights, moments,
-                                           b, part ? ends : sums);
+    accumulate_block<kVariant, kNoise, kLive>(s, part ? body : 0, part ? end : body, weights,
+                                              moments, b, part ? ends : sums);
   }
-  close(s, moments, at);
-  const Beside beside(s, moments, at, bits);
+  flush_block(s, moments, at);
+  const BlockExtras extras(s, moments, at, bits);
   for (int part = body ? 0 : 1; part < (end > body ? 2 : 1); ++part) {
-    apply_block<kKind, kLive>(s, part ? body : 0, part ? end : body, weights, moments, b, beside,
-                              part ? ends : sums);
+    apply_block<kVariant, kLive>(s, part ? body : 0, part ? end : body, weights, moments, b, extras,
+                                 part ? ends : sums);
   }
-  leave(s, moments);
-  if (kKind == Kind::kRms && s.keeps_w()) {
+  end_block(s, moments);
+  if (kVariant == RuleVariant::kRms && s.keeps_w()) {
     for (int i = filled; i < end; ++i) b.w[i] = 0;  // 0 / 0, where eps is
     for (int i = 0; i < end; i += kStep) moments.gather(kExtraMoment, load<FloatVector>(b.w + i));
-    moments.close(kExtraMoment, at);
+    moments.flush(kExtraMoment, at);
     for (int i = 0; i < end; i += kStep) {
-      moments.keep(kExtraMoment, i, load<FloatVector>(b.w + i), beside.bits(moments, i));
+      moments.keep(kExtraMoment, i, load<FloatVector>(b.w + i), extras.bits(moments, i));
     }
-    moments.leave(kExtraMoment);
+    moments.end(kExtraMoment);
   }
   if constexpr (!W::kDirect) weights.finish(s.shared, bits.weights);
 }
 
 // All blocks of [begin, end), whole ones. The moments of the next are computed before those of one
 // are stored: exponents and random bits come long after what they are made of.
-template <Kind kKind, bool kLive, class W, class M>
-AIM_INLINE void step_blocks(const PackedStep<kKind>& s, const M& moments, int64_t begin,
+template <RuleVariant kVariant, bool kLive, class W, class M>
+AIM_INLINE void step_blocks(const PackedStep<kVariant>& s, const M& moments, int64_t begin,
                             int64_t end, PackedBlock (&b)[2], PackedBits& bits, Sums<float>& sums) {
   M next = moments;
-  Beside beside;
+  BlockExtras extras;
   for (int64_t at = begin; at <= end; at += kPackedBlock) {
     const int64_t before = at - kPackedBlock;
     M now = next;
     if (at < end) {
       W weights(s.tensor, at);
       next = moments;
-      enter(s, next, at);
+      begin_block(s, next, at);
       PackedBlock& into = b[at / kPackedBlock % 2];
       if (s.u.coupled || s.u.routed) {
-        accumulate_block<kKind, false, kLive>(s, 0, kPackedBlock, weights, next, into, sums);
+        accumulate_block<kVariant, false, kLive>(s, 0, kPackedBlock, weights, next, into, sums);
       } else {
-        accumulate_block<kKind, false, kLive, true>(s, 0, kPackedBlock, weights, next, into, sums);
+        accumulate_block<kVariant, false, kLive, true>(s, 0, kPackedBlock, weights, next, into,
+                                                       sums);
       }
-      close(s, next, at);
+      flush_block(s, next, at);
     }
     if (before >= begin) {
       W weights(s.tensor, before);
       PackedBlock& from = b[before / kPackedBlock % 2];
-      if (beside.ema) {
-        apply_block<kKind, kLive>(s, 0, kPackedBlock, weights, now, from, beside, sums);
+      if (extras.ema) {
+        apply_block<kVariant, kLive>(s, 0, kPackedBlock, weights, now, from, extras, sums);
       } else {
-        apply_block<kKind, kLive, true>(s, 0, kPackedBlock, weights, now, from, beside, sums);
+        apply_block<kVariant, kLive, true>(s, 0, kPackedBlock, weights, now, from, extras, sums);
       }
-      leave(s, now);
+      end_block(s, now);
     }
-    if (at < end) beside = Beside(s, next, at, bits);
+    if (at < end) extras = BlockExtras(s, next, at, bits);
   }
 }
 
@@ -316,21 +319,21 @@ class PaddedBlock {
 };
 
 // The last block of a tensor, which is not whole.
-template <Kind kKind, bool kNoise, bool kLive, class W, class M>
+template <RuleVariant kVariant, bool kNoise, bool kLive, class W, class M>
 __attribute__((noinline)) void step_last_block(const Tensor& tensor, const Shared& shared,
                                                int64_t at, int filled, PackedBlock& b,
                                                PackedBits& bits, Sums<float>& sums,
                                                Sums<float>& ends) {
   PaddedBlock last(tensor, at, filled);
-  const PackedStep<kKind> rest(last.padded, shared);
-  step_block<kKind, kNoise, kLive, W>(rest, M(last.padded), 0, filled, b, bits, sums, ends);
+  const PackedStep<kVariant> rest(last.padded, shared);
+  step_block<kVariant, kNoise, kLive, W>(rest, M(last.padded), 0, filled, b, bits, sums, ends);
   last.put_back();
 }
 
-template <Kind kKind, bool kNoise, bool kLive, class W, class M>
+template <RuleVariant kVariant, bool kNoise, bool kLive, class W, class M>
 void update_packed(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t end,
                    Partial* partial) {
-  const PackedStep<kKind> whole(tensor, shared);
+  const PackedStep<kVariant> whole(tensor, shared);
   const M moments(tensor);
   PackedBlock b[2]{};
   PackedBits bits;
@@ -340,17 +343,17 @@ void update_packed(const Tensor& tensor, const Shared& shared, int64_t begin, in
     Sums<float> sums{}, ends{};
     const int64_t blocks_end = tile + (tile_end - tile) / kPackedBlock * kPackedBlock;
     if constexpr (W::kDirect && !kNoise) {
-      step_blocks<kKind, kLive, W>(whole, moments, tile, blocks_end, b, bits, sums);
+      step_blocks<kVariant, kLive, W>(whole, moments, tile, blocks_end, b, bits, sums);
     } else {
       for (int64_t at = tile; at < blocks_end; at += kPackedBlock) {
-        step_block<kKind, kNoise, kLive, W>(whole, moments, at, kPackedBlock, b[0], bits, sums,
-                                            ends);
+        step_block<kVariant, kNoise, kLive, W>(whole, moments, at, kPackedBlock, b[0], bits, sums,
+                                               ends);
       }
     }
     const int filled = static_cast<int>(tile_end - blocks_end);
     if (filled) {
-      step_last_block<kKind, kNoise, kLive, W, M>(tensor, shared, blocks_end, filled, b[0], bits,
-                                                  sums, ends);
+      step_last_block<kVariant, kNoise, kLive, W, M>(tensor, shared, blocks_end, filled, b[0], bits,
+                                                     sums, ends);
     }
     Partial measured{};
     add(sums, kLanes, measured);
@@ -384,8 +387,8 @@ void emit_packed(const Tensor& tensor, const Shared& shared, int64_t begin, int6
     M moments(t);
     float m[kPackedBlock] = {}, v[kPackedBlock] = {};
     if (classed) {
-      moments.enter(kFirstMoment, 0);
-      moments.enter(kSecondMoment, 0);
+      moments.begin(kFirstMoment, 0);
+      moments.begin(kSecondMoment, 0);
       for (int i = 0; i < kPackedBlock; i += kStep) {
         store(m + i, moments.read(kFirstMoment, i));
         store(v + i, moments.read(kSecondMoment, i));
@@ -396,7 +399,7 @@ void emit_packed(const Tensor& tensor, const Shared& shared, int64_t begin, int6
     with_storage(t, [&](auto* like) {
       using S = std::remove_pointer_t<decltype(like)>;
       for (int64_t i = 0; i < count; ++i) {
-        const bool under = !classed || is_under(m[i], v[i], u.old_v, u.old_0);
+        const bool under = !classed || is_under(m[i], v[i], u.old_c_v, u.old_c_0);
         const float live =
             live_weight(theta[i], anchor ? anchor[i] : 0.0f, u.live[under ? kUnder : kWell]);
         static_cast<S*>(tensor.param)[at + i] = narrowed_to(live, S{});

@@ -7,15 +7,15 @@
 namespace aim {
 
 void run_on_new_threads(void (*body)(void*), void* data, unsigned threads, unsigned) {
-  std::vector<std::thread> team;
-  team.reserve(threads - 1);
+  std::vector<std::thread> others;
+  others.reserve(threads - 1);
   try {
-    while (team.size() + 1 < threads) team.emplace_back(body, data);
+    while (others.size() + 1 < threads) others.emplace_back(body, data);
   } catch (const std::system_error&) {
     // The system gives no more threads; those there are share the tasks.
   }
   body(data);
-  for (std::thread& thread : team) thread.join();
+  for (std::thread& thread : others) thread.join();
 }
 
 }  // namespace aim

@@ -75,8 +75,8 @@ void for_each_task(const Execution& execution, int64_t count, const Task& task) 
     }
     own.apply();
   };
-  const Team team = execution.team ? execution.team : run_on_new_threads;
-  team(body, &region, static_cast<unsigned>(threads), 0);
+  const ThreadPool pool = execution.pool ? execution.pool : run_on_new_threads;
+  pool(body, &region, static_cast<unsigned>(threads), 0);
 }
 
 }  // namespace aim

@@ -31,15 +31,14 @@ struct Task {
 bool differ(const double pair[2]) { return pair[kUnder] != pair[kWell]; }
 
 // Groups without optimization state have one class: their rows must not tell two apart.
-Status check_rows(const Tensor* tensors, int64_t tensor_count, const Group* groups, const Row* rows,
-                  int64_t group_count) {
-  if (group_count && !rows) return Status::kNullPointer;
-  for (int64_t i = 0; i < tensor_count; ++i) {
-    const Tensor& t = tensors[i];
+Status check_rows(const StepTables& tables) {
+  if (tables.group_count && !tables.rows) return Status::kNullPointer;
+  for (int64_t i = 0; i < tables.tensor_count; ++i) {
+    const Tensor& t = tables.tensors[i];
     if ((!t.grad && !t.master) || t.numel == 0 || is_frozen(t) ||
-        has_classes(t, kind_of(t, groups[t.group])))
+        has_classes(t, variant_of(t, tables.groups[t.group])))
       continue;
-    const Row& row = rows[t.group];
+    const Row& row = tables.rows[t.group];
     bool split = differ(row.grad) || differ(row.emitted);
     for (const PhaseRow& phase : row.phases)
       split |= differ(phase.grad) || differ(phase.step) || differ(phase.live);
@@ -76,6 +75,46 @@ class Work {
   int64_t pending_ = 0;
 };
 
+// What tensors share, entry by entry. Most tensors of a group are of one age and share one entry.
+class SharedTable {
+ public:
+  // The index of the entry of `tensor`: that of the tensor before it where both have all in common
+  // that an entry depends on, else of a new one, which `make(variant, classed)` returns.
+  template <class Make>
+  int64_t index_for(const Tensor& tensor, const Group& group, const Make& make) {
+    const RuleVariant variant = variant_of(tensor, group);
+    const Key key{tensor.group,
+                  variant,
+                  steps_of(tensor),
+                  tensor.grad != nullptr,
+                  has_classes(tensor, variant),
+                  is_frozen(tensor)};
+    if (entries_.empty() || !(key == latest_)) {
+      entries_.push_back(make(variant, key.classed));
+      latest_ = key;
+    }
+    return static_cast<int64_t>(entries_.size()) - 1;
+  }
+
+  const Shared& operator[](int64_t index) const { return entries_[static_cast<size_t>(index)]; }
+
+ private:
+  struct Key {
+    int32_t group;
+    RuleVariant variant;
+    double steps;
+    bool stepped, classed, frozen;
+
+    bool operator==(const Key& other) const {
+      return group == other.group && steps == other.steps && variant == other.variant &&
+             stepped == other.stepped && classed == other.classed && frozen == other.frozen;
+    }
+  };
+
+  std::vector<Shared> entries_;
+  Key latest_{};
+};
+
 void add(const Statistics& part, Statistics* into) {
   into->numel += part.numel;
   into->under += part.under;
@@ -88,13 +127,13 @@ void add(const Statistics& part, Statistics* into) {
 
 // Adds chunk sums in the order of the chunks, whichever thread made them: into their tensor first
 // and then into its group, so that tensors that are stepped one at a time have the same sums.
-void reduce(const Tensor* tensors, const Group* groups, const Work& work,
-            const std::vector<Partial>& partials, Statistics* into) {
+void reduce(const StepTables& tables, const Work& work, const std::vector<Partial>& partials,
+            Statistics* into) {
   for (size_t i = 0; i < work.chunks.size();) {
     const int32_t number = work.chunks[i].tensor;
-    const Tensor& tensor = tensors[number];
+    const Tensor& tensor = tables.tensors[number];
     const bool counted = tensor.grad && !tensor.uncounted;
-    const bool classed = has_classes(tensor, kind_of(tensor, groups[tensor.group]));
+    const bool classed = has_classes(tensor, variant_of(tensor, tables.groups[tensor.group]));
     Statistics sums{};
     for (; i < work.chunks.size() && work.chunks[i].tensor == number; ++i) {
       const Partial& p = partials[i];
@@ -153,9 +192,10 @@ bool has_all_parts(const Tensor& t) {
 
 }  // namespace
 
-Status check(const Tensor* tensors, int64_t tensor_count, const Group* groups,
-             int64_t group_count) {
-  if ((tensor_count && !tensors) || (group_count && !groups)) return Status::kNullPointer;
+Status check(const StepTables& tables) {
+  const Group* const groups = tables.groups;
+  const int64_t tensor_count = tables.tensor_count, group_count = tables.group_count;
+  if ((tensor_count && !tables.tensors) || (group_count && !groups)) return Status::kNullPointer;
   if (tensor_count < 0 || group_count < 0) return Status::kBadSize;
   if (tensor_count > std::numeric_limits<int32_t>::max()) return Status::kBadSize;
   for (int64_t g = 0; g < group_count; ++g) {
@@ -167,7 +207,7 @@ Status check(const Tensor* tensors, int64_t tensor_count, const Group* groups,
     }
   }
   for (int64_t i = 0; i < tensor_count; ++i) {
-    const Tensor& t = tensors[i];
+    const Tensor& t = tables.tensors[i];
     if (t.group < 0 || t.group >= group_count) return Status::kBadGroup;
     if (t.dtype < 0 || t.dtype > static_cast<int32_t>(DType::kFloat16)) return Status::kBadDType;
     if (!packs(t)) return Status::kBadPacking;
@@ -175,17 +215,17 @@ Status check(const Tensor* tensors, int64_t tensor_count, const Group* groups,
       return Status::kBadSize;
     if (t.offset < 0 || t.offset > t.first) return Status::kBadSize;
     if (!t.grad && !t.master) continue;
-    const Kind kind = kind_of(t, groups[t.group]);
+    const RuleVariant variant = variant_of(t, groups[t.group]);
     const bool frozen = is_frozen(t);
     if (!t.step && !frozen) return Status::kNullPointer;
     if (!all_aligned(t)) return Status::kMisaligned;
     if (t.numel == 0) continue;
     const Group& group = groups[t.group];
-    const bool rms = kind == Kind::kRms,
+    const bool rms = variant == RuleVariant::kRms,
                rmsprop = group.rule == static_cast<int32_t>(Rule::kRmsprop);
-    const bool first = rms ? rmsprop && (group.flags & kCentered) : has_first(kind);
-    const bool second = kind != Kind::kLion && has_second(kind);
-    const bool extra = rms ? rmsprop && group.momentum != 0 : has_extra(kind);
+    const bool first = rms ? rmsprop && (group.flags & kCentered) : has_first(variant);
+    const bool second = variant != RuleVariant::kLion && has_second(variant);
+    const bool extra = rms ? rmsprop && group.momentum != 0 : has_extra(variant);
     const bool lacks = (first && !t.exp_avg) || (second && !t.exp_avg_sq) || (extra && !t.extra);
     if (!t.param || (lacks && !frozen) || !has_all_parts(t)) return Status::kNullPointer;
   }
@@ -195,53 +235,41 @@ Status check(const Tensor* tensors, int64_t tensor_count, const Group* groups,
 namespace {
 
 // update(), which is not to be done where `any` is given and no tensor has a gradient.
-Status move(const Tensor* tensors, int64_t tensor_count, const Group* groups, const Row* rows,
-            const Statistics* statistics, int64_t group_count, const Control* control,
-            const Execution& execution, Statistics* sums, bool* any) {
-  Status status = check(tensors, tensor_count, groups, group_count);
-  if (status == Status::kOk) status = check_rows(tensors, tensor_count, groups, rows, group_count);
+Status update_tensors(const StepTables& tables, const Execution& execution, Statistics* sums,
+                      bool* any) {
+  Status status = check(tables);
+  if (status == Status::kOk) status = check_rows(tables);
   if (status != Status::kOk) return status;
-  if (!control || (group_count && (!statistics || !sums))) return Status::kNullPointer;
+  const Tensor* const tensors = tables.tensors;
+  const Row* const rows = tables.rows;
+  const Control* const control = tables.control;
+  const int64_t tensor_count = tables.tensor_count, group_count = tables.group_count;
+  if (!control || (group_count && (!tables.statistics || !sums))) return Status::kNullPointer;
   const char* isa;
   status = choose_isa(execution.isa, &isa);
   if (status != Status::kOk) return status;
 
   const int64_t next = draw_phase(*control);
   std::vector<double> deviations;
-  for (int64_t g = 0; g < group_count; ++g) deviations.push_back(standard_deviation(statistics[g]));
+  for (int64_t g = 0; g < group_count; ++g)
+    deviations.push_back(standard_deviation(tables.statistics[g]));
 
-  std::vector<Shared> shared;
+  SharedTable shared;
   Work work(tensor_count);
-  int32_t last_group = -1;
-  double last_steps = -1;
-  bool last_stepped = false, last_classed = false, last_frozen = false;
-  Kind last_kind = Kind::kAdam;
   bool stepped_any = false;
   for (int64_t i = 0; i < tensor_count; ++i) {
     const Tensor& t = tensors[i];
     if (!t.grad && !t.master) continue;
     stepped_any |= t.grad != nullptr;
-    const Group& group = groups[t.group];
+    const Group& group = tables.groups[t.group];
     const Row& row = rows[t.group];
-    const Kind kind = kind_of(t, group);
-    const double steps = steps_of(t);
-    const bool stepped = t.grad != nullptr, classed = has_classes(t, kind), frozen = is_frozen(t);
-    // Most tensors of a group are of one age: they share.
-    if (t.group != last_group || steps != last_steps || kind != last_kind ||
-        stepped != last_stepped || classed != last_classed || frozen != last_frozen) {
-      shared.push_back(stepped
-                           ? shared_of(group, row, row.phases[control->phase & 1], row.phases[next],
-                                       kind, classed, steps, group.scale, group.lr,
-                                       deviations[static_cast<size_t>(t.group)], *control)
-                           : emission_of(t, group, kind, classed, row.tau, row.phases[next].live));
-      last_group = t.group;
-      last_steps = steps;
-      last_kind = kind;
-      last_stepped = stepped;
-      last_classed = classed;
-      last_frozen = frozen;
-    }
-    work.add(i, static_cast<int64_t>(shared.size()) - 1, t.numel);
+    const int64_t index = shared.index_for(t, group, [&](RuleVariant variant, bool classed) {
+      if (!t.grad) return emission_of(t, group, variant, classed, row.tau, row.phases[next].live);
+      return shared_of({group, row, row.phases[control->phase & 1], row.phases[next], *control,
+                        variant, classed, steps_of(t), group.lr, group.scale,
+                        deviations[static_cast<size_t>(t.group)]});
+    });
+    work.add(i, index, t.numel);
   }
   work.close();
   if (any) *any = stepped_any;
@@ -256,7 +284,7 @@ Status move(const Tensor* tensors, int64_t tensor_count, const Group* groups, co
     for (int64_t i = range.begin; i < range.end; ++i) {
       const Chunk& chunk = work.chunks[static_cast<size_t>(i)];
       const Tensor& tensor = tensors[chunk.tensor];
-      const Shared& s = shared[static_cast<size_t>(chunk.shared)];
+      const Shared& s = shared[chunk.shared];
       if (adopts(tensor, rows[tensor.group])) kernels.adopt(tensor, chunk.begin, chunk.end);
       if (tensor.grad) {
         kernels.update(tensor, s, chunk.begin, chunk.end, &partials[static_cast<size_t>(i)]);
@@ -266,7 +294,7 @@ Status move(const Tensor* tensors, int64_t tensor_count, const Group* groups, co
     }
   });
 
-  reduce(tensors, groups, work, partials, sums);
+  reduce(tables, work, partials, sums);
   for (int64_t i = 0; i < tensor_count; ++i) {
     const Tensor& t = tensors[i];
     const Row& row = rows[t.group];
@@ -277,58 +305,57 @@ Status move(const Tensor* tensors, int64_t tensor_count, const Group* groups, co
 
 }  // namespace
 
-Status update(const Tensor* tensors, int64_t tensor_count, const Group* groups, const Row* rows,
-              const Statistics* statistics, int64_t group_count, const Control* control,
-              const Execution& execution, Statistics* sums) {
-  return move(tensors, tensor_count, groups, rows, statistics, group_count, control, execution,
-              sums, nullptr);
+Status update(const StepTables& tables, const Execution& execution, Statistics* sums) {
+  return update_tensors(tables, execution, sums, nullptr);
 }
 
-Status finish(const Group* groups, const Statistics* sums, Row* rows, Statistics* statistics,
-              int64_t group_count, Control* control) {
-  if (!control || group_count < 0) return control ? Status::kBadSize : Status::kNullPointer;
-  if (group_count && (!groups || !sums || !rows || !statistics)) return Status::kNullPointer;
+Status finish(const StepTables& tables, const Statistics* sums) {
+  Row* const rows = tables.rows;
+  Control* const control = tables.control;
+  if (!control) return Status::kNullPointer;
+  if (tables.group_count < 0) return Status::kBadSize;
+  if (tables.group_count && (!tables.groups || !sums || !rows || !tables.statistics)) {
+    return Status::kNullPointer;
+  }
   const int64_t next = draw_phase(*control);
-  for (int64_t g = 0; g < group_count; ++g) {
-    finish_row(groups[g], sums[g], is_held(rows[g], rows[g].phases[control->phase & 1]), next,
-               &rows[g]);
-    if (sums[g].numel > 0) statistics[g] = sums[g];
+  for (int64_t g = 0; g < tables.group_count; ++g) {
+    finish_row(tables.groups[g], sums[g], is_held(rows[g], rows[g].phases[control->phase & 1]),
+               next, &rows[g]);
+    if (sums[g].numel > 0) tables.statistics[g] = sums[g];
   }
   control->phase = next;
   control->counter += 1;
   return Status::kOk;
 }
 
-Status step(const Tensor* tensors, int64_t tensor_count, const Group* groups, Row* rows,
-            Statistics* statistics, int64_t group_count, Control* control,
-            const Execution& execution) {
-  std::vector<Statistics> sums(static_cast<size_t>(group_count > 0 ? group_count : 0));
+Status step(const StepTables& tables, const Execution& execution) {
+  std::vector<Statistics> sums(
+      static_cast<size_t>(tables.group_count > 0 ? tables.group_count : 0));
   bool any = false;
-  const Status status = move(tensors, tensor_count, groups, rows, statistics, group_count, control,
-                             execution, sums.data(), &any);
+  const Status status = update_tensors(tables, execution, sums.data(), &any);
   if (status != Status::kOk || !any) return status;
-  return finish(groups, sums.data(), rows, statistics, group_count, control);
+  return finish(tables, sums.data());
 }
 
-Status emit(const Tensor* tensors, int64_t tensor_count, const Group* groups, const Row* rows,
-            int64_t group_count, const Execution& execution) {
-  Status status = check(tensors, tensor_count, groups, group_count);
-  if (status == Status::kOk) status = check_rows(tensors, tensor_count, groups, rows, group_count);
+Status emit(const StepTables& tables, const Execution& execution) {
+  Status status = check(tables);
+  if (status == Status::kOk) status = check_rows(tables);
   if (status != Status::kOk) return status;
   const char* isa;
   status = choose_isa(execution.isa, &isa);
   if (status != Status::kOk) return status;
 
-  std::vector<Shared> shared;
-  Work work(tensor_count);
-  for (int64_t i = 0; i < tensor_count; ++i) {
-    const Tensor& t = tensors[i];
+  SharedTable shared;
+  Work work(tables.tensor_count);
+  for (int64_t i = 0; i < tables.tensor_count; ++i) {
+    const Tensor& t = tables.tensors[i];
     if (!t.master) continue;
-    const Group& group = groups[t.group];
-    const Row& row = rows[t.group];
-    const Kind kind = kind_of(t, group);
-    shared.push_back(emission_of(t, group, kind, has_classes(t, kind), row.tau_prev, row.emitted));
-    work.add(i, static_cast<int64_t>(shared.size()) - 1, t.numel);
+    const Group& group = tables.groups[t.group];
+    const Row& row = tables.rows[t.group];
+    const int64_t index = shared.index_for(t, group, [&](RuleVariant variant, bool classed) {
+      return emission_of(t, group, variant, classed, row.tau_prev, row.emitted);
+    });
+    work.add(i, index, t.numel);
   }
   work.close();
   const KernelTable& kernels = kernels_of(isa);
@@ -336,8 +363,7 @@ Status emit(const Tensor* tensors, int64_t tensor_count, const Group* groups, co
     const Task& range = work.tasks[static_cast<size_t>(task)];
     for (int64_t i = range.begin; i < range.end; ++i) {
       const Chunk& chunk = work.chunks[static_cast<size_t>(i)];
-      kernels.emit(tensors[chunk.tensor], shared[static_cast<size_t>(chunk.shared)], chunk.begin,
-                   chunk.end);
+      kernels.emit(tables.tensors[chunk.tensor], shared[chunk.shared], chunk.begin, chunk.end);
     }
   });
   return Status::kOk;

@@ -51,14 +51,14 @@ __device__ __forceinline__ double learning_rate(const Group& group) {
 __device__ __forceinline__ Shared uniforms_of(const cuda::Work& work, const Tensor& tensor) {
   const Group& group = work.groups[tensor.group];
   const Row& row = work.rows[tensor.group];
-  const Kind kind = kind_of(tensor, group);
-  const bool classed = has_classes(tensor, kind);
+  const RuleVariant variant = variant_of(tensor, group);
+  const bool classed = has_classes(tensor, variant);
   const PhaseRow& next = row.phases[draw_phase(*work.control)];
-  if (!tensor.grad) return emission_of(tensor, group, kind, classed, row.tau, next.live);
+  if (!tensor.grad) return emission_of(tensor, group, variant, classed, row.tau, next.live);
   const double deviation = row.noise != 0 ? standard_deviation(work.statistics[tensor.group]) : 0;
   const double scale = work.grad_scale ? group.scale * (1.0 / *work.grad_scale) : group.scale;
-  return shared_of(group, row, row.phases[work.control->phase & 1], next, kind, classed,
-                   *tensor.step, scale, learning_rate(group), deviation, *work.control);
+  return shared_of({group, row, row.phases[work.control->phase & 1], next, *work.control, variant,
+                    classed, *tensor.step, learning_rate(group), scale, deviation});
 }
 
 }  // namespace AIM_ISA

@@ -26,7 +26,7 @@ __device__ __forceinline__ void emit_chunk(const Tensor& tensor, const Shared& s
   for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
     const bool under = !(m.values && v.values) ||
                        is_under(moment_at<PackedFirst, T>(m, how, i),
-                                moment_at<PackedSecond, T>(v, how, i), u.old_v, u.old_0);
+                                moment_at<PackedSecond, T>(v, how, i), u.old_c_v, u.old_c_0);
     const T c = under ? u.live[kUnder] : u.live[kWell];
     static_cast<S*>(tensor.param)[i] =
         narrow_to(live_weight(theta[i], anchor ? anchor[i] : T{0}, c), S{});

@@ -57,8 +57,9 @@ __global__ void AIM_BLOCK emit(const __grid_constant__ cuda::Work work) {
   if (threadIdx.x == 0) {
     const Group& group = work.groups[tensor.group];
     const Row& row = work.rows[tensor.group];
-    const Kind kind = kind_of(tensor, group);
-    shared = emission_of(tensor, group, kind, has_classes(tensor, kind), row.tau_prev, row.emitted);
+    const RuleVariant variant = variant_of(tensor, group);
+    shared = emission_of(tensor, group, variant, has_classes(tensor, variant), row.tau_prev,
+                         row.emitted);
   }
   __syncthreads();
   const int64_t begin = static_cast<int64_t>(chunk.index) * work.chunk_size;

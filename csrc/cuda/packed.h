@@ -68,7 +68,7 @@ __device__ __forceinline__ void draw_across(const Shared& shared, int64_t index,
 
 // A thread's elements [at, at + count) of the row that begins at element `row`. The tensor's record
 // is in shared memory: its pointers would fill a quarter of the registers.
-template <Kind kKind, class S, class T>
+template <RuleVariant kVariant, class S, class T>
 __device__ __forceinline__ void step_row(const Uniforms<T>& u, const Tensor& record,
                                          const Shared& shared, int32_t row, int32_t at, int count,
                                          bool aligned, Sums<T>& sums) {
@@ -76,41 +76,41 @@ __device__ __forceinline__ void step_row(const Uniforms<T>& u, const Tensor& rec
   // What is in shared memory, the compiler would keep in registers all the same.
   asm volatile("" ::: "memory");
   const Tensor tensor = in_global(record);
-  using Third = std::conditional_t<kKind == Kind::kRms, PackedFirst, PackedSecond>;
+  using Third = std::conditional_t<kVariant == RuleVariant::kRms, PackedFirst, PackedSecond>;
   const StoredMoment first{tensor.exp_avg, tensor.exp_avg_scale},
       second{tensor.exp_avg_sq, tensor.exp_avg_sq_scale}, third{tensor.extra, tensor.extra_scale};
   const int32_t how = tensor.moments;
-  // Known when this is compiled, but for the kinds that may lack one.
-  const bool keeps_m = has_first(kKind) && (!may_lack(kKind) || tensor.exp_avg),
-             keeps_v = has_second(kKind) && (!may_lack(kKind) || tensor.exp_avg_sq),
-             keeps_w = has_extra(kKind) && (!may_lack(kKind) || tensor.extra);
+  // Known when this is compiled, but for the variants that may lack one.
+  const bool keeps_m = has_first(kVariant) && (!may_lack(kVariant) || tensor.exp_avg),
+             keeps_v = has_second(kVariant) && (!may_lack(kVariant) || tensor.exp_avg_sq),
+             keeps_w = has_extra(kVariant) && (!may_lack(kVariant) || tensor.extra);
   T theta[kCount], grad[kCount], m[kCount] = {}, v[kCount] = {}, w[kCount] = {};
   fetch_wide(static_cast<const S*>(tensor.grad) + at, count, aligned, grad);
   read_weights<S>(tensor, at, count, aligned, theta);
   if (keeps_m) read_moment<PackedFirst>(first, how, at, count, aligned, m);
   if (keeps_v) read_moment<PackedSecond>(second, how, at, count, aligned, v);
   if (keeps_w) read_moment<Third>(third, how, at, count, aligned, w);
-  Between<T> between[kCount];
+  StepTerms<T> terms[kCount];
   if (shared.has_noise) {
     T noise[kCount];
     draw_across(shared, tensor.first + at, noise);
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
-      accumulate<kKind, false, true>(u, theta[k], grad[k], m[k], v[k], w[k], noise[k], between[k]);
+      accumulate<kVariant, false, true>(u, theta[k], grad[k], m[k], v[k], w[k], noise[k], terms[k]);
     }
   } else {
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
-      accumulate<kKind, false, false>(u, theta[k], grad[k], m[k], v[k], w[k], T{0}, between[k]);
+      accumulate<kVariant, false, false>(u, theta[k], grad[k], m[k], v[k], w[k], T{0}, terms[k]);
     }
   }
-  if constexpr (is_adam(kKind)) {
+  if constexpr (is_adam(kVariant)) {
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) between[k].numerator = m[k];
+    for (int k = 0; k < kCount; ++k) terms[k].numerator = m[k];
   }
   uint32_t random[kCount] = {};
   const bool stochastic = tensor.stochastic != 0;
-  if constexpr (sizeof(T) == 4 && kKind != Kind::kSgd) {
+  if constexpr (sizeof(T) == 4 && kVariant != RuleVariant::kSgd) {
     // 8 bits are always rounded at random.
     if (how == static_cast<int32_t>(Moments::kInt8) ||
         (how == static_cast<int32_t>(Moments::kBFloat16) && stochastic)) {
@@ -120,15 +120,15 @@ __device__ __forceinline__ void step_row(const Uniforms<T>& u, const Tensor& rec
   }
   if (keeps_m) keep_moment<PackedFirst>(first, how, stochastic, random, at, count, aligned, m);
   if (keeps_v) keep_moment<PackedSecond>(second, how, stochastic, random, at, count, aligned, v);
-  if (kKind == Kind::kAmsgrad)
+  if (kVariant == RuleVariant::kAmsgrad)
     keep_moment<Third>(third, how, stochastic, random, at, count, aligned, w);
 
   T live[kCount];
 #pragma unroll
   for (int k = 0; k < kCount; ++k) {
-    const bool under = classify<kKind, true>(u, m[k], v[k], between[k]);
-    const T delta = apply<kKind>(u, between[k], w[k], theta[k]);
-    live[k] = between[k].live;
+    const bool under = classify<kVariant, true>(u, m[k], v[k], terms[k]);
+    const T delta = apply<kVariant>(u, terms[k], w[k], theta[k]);
+    live[k] = terms[k].live;
     if (k < count) {
       sums.grad += grad[k];
       sums.grad_sq += grad[k] * grad[k];
@@ -137,7 +137,7 @@ __device__ __forceinline__ void step_row(const Uniforms<T>& u, const Tensor& rec
       sums.under += under;
     }
   }
-  if (kKind != Kind::kAmsgrad && keeps_w)
+  if (kVariant != RuleVariant::kAmsgrad && keeps_w)
     keep_moment<Third>(third, how, stochastic, random, at, count, aligned, w);
   if (tensor.ema) {
     T* const ema = static_cast<T*>(tensor.ema) + at;
@@ -183,14 +183,14 @@ __device__ __forceinline__ void clear_grad(const Tensor& tensor, int32_t end, bo
 }
 
 // The first `end` elements of a tensor that has a gradient.
-template <Kind kKind, class S, class T>
+template <RuleVariant kVariant, class S, class T>
 __device__ __forceinline__ void update_packed(const Tensor& tensor, const Uniforms<T>& u,
                                               const Shared& shared, int32_t end,
                                               Statistics* partial) {
   const bool aligned = on_words<S, T>(tensor);
   Sums<T> sums;
   for_each_row<T>(end, [&](int32_t row, int32_t at, int count) {
-    step_row<kKind, S>(u, tensor, shared, row, at, count, aligned, sums);
+    step_row<kVariant, S>(u, tensor, shared, row, at, count, aligned, sums);
   });
   double squares = sums.grad_sq, nonfinite = 0;
   // Squares that leave the range of T, and gradients that are not finite: once more, in float64.
@@ -207,7 +207,7 @@ __device__ __forceinline__ void update_packed(const Tensor& tensor, const Unifor
     });
   }
   if (tensor.zero_grad) clear_grad<S, T>(tensor, end, aligned);
-  report<kKind>(tensor, sums, squares, nonfinite, end, partial);
+  report<kVariant>(tensor, sums, squares, nonfinite, end, partial);
 }
 
 // A chunk of a step that is skipped.
@@ -221,9 +221,9 @@ __device__ __forceinline__ void skip_packed(const Tensor& all, int64_t begin, in
 // Elements [begin, last) of a tensor that has a gradient. Thread 0's `shared` is there once all
 // have arrived.
 template <class S, class T>
-__device__ __forceinline__ void update_packed_kinds(const Tensor& all, const Shared& shared,
-                                                    Kind kind, int64_t begin, int64_t last,
-                                                    Statistics* partial) {
+__device__ __forceinline__ void update_packed_variants(const Tensor& all, const Shared& shared,
+                                                       RuleVariant variant, int64_t begin,
+                                                       int64_t last, Statistics* partial) {
   __shared__ Tensor tensor;
   __shared__ Uniforms<T> u;
   if (threadIdx.x == 0) {
@@ -232,10 +232,10 @@ __device__ __forceinline__ void update_packed_kinds(const Tensor& all, const Sha
   }
   __syncthreads();
   const int32_t end = static_cast<int32_t>(last - begin);
-#define AIM_UPDATE(name) \
-  case Kind::name:       \
-    return update_packed<Kind::name, S, T>(tensor, u, shared, end, partial)
-  switch (kind) {
+#define AIM_UPDATE(name)  \
+  case RuleVariant::name: \
+    return update_packed<RuleVariant::name, S, T>(tensor, u, shared, end, partial)
+  switch (variant) {
     AIM_UPDATE(kAdam);
     AIM_UPDATE(kAmsgrad);
     AIM_UPDATE(kSgd);

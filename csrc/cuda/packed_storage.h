@@ -19,9 +19,11 @@ struct Dispatch {
   static __device__ __forceinline__ bool takes(DType dtype, cuda::Family family) {
     return dtype == DType::AIM_DTYPE && family == cuda::kPackedFamily;
   }
-  static __device__ __forceinline__ void run(const Tensor& tensor, const Shared& shared, Kind kind,
-                                             int64_t begin, int64_t end, Statistics* partial) {
-    update_packed_kinds<AIM_STORAGE, AIM_ARITHMETIC>(tensor, shared, kind, begin, end, partial);
+  static __device__ __forceinline__ void run(const Tensor& tensor, const Shared& shared,
+                                             RuleVariant variant, int64_t begin, int64_t end,
+                                             Statistics* partial) {
+    update_packed_variants<AIM_STORAGE, AIM_ARITHMETIC>(tensor, shared, variant, begin, end,
+                                                        partial);
   }
   static __device__ __forceinline__ void skip(const Tensor& tensor, int64_t begin, int64_t end) {
     skip_packed<AIM_STORAGE, AIM_ARITHMETIC>(tensor, begin, end);

@@ -15,8 +15,8 @@ namespace AIM_ISA {
 // Vectors that a thread has in flight at a time: 64 (float64) to 128 bytes a thread, so that a
 // quarter of a multiprocessor's threads covers the latency of its memory. More would spill
 // registers; for their sake, too, the loops over vectors are not unrolled any further.
-template <Kind kKind, class S, class T>
-inline constexpr int kUnroll = sizeof(S) == 4 && !has_extra(kKind) ? 2 : 1;
+template <RuleVariant kVariant, class S, class T>
+inline constexpr int kUnroll = sizeof(S) == 4 && !has_extra(kVariant) ? 2 : 1;
 
 // Neighbouring elements in a thread's registers.
 template <class T, int kCount>
@@ -69,10 +69,10 @@ __device__ __forceinline__ Tensor moved(Tensor t, int64_t begin) {
   return in_global(t);
 }
 
-template <Kind kKind, class T, int kCount>
+template <RuleVariant kVariant, class T, int kCount>
 __device__ __forceinline__ void load_moment(const void* moment, int32_t at, int count, bool aligned,
                                             T (&x)[kCount]) {
-  if (may_lack(kKind) && !moment) {
+  if (may_lack(kVariant) && !moment) {
 #pragma unroll
     for (int k = 0; k < kCount; ++k) x[k] = 0;
     return;
@@ -80,19 +80,20 @@ __device__ __forceinline__ void load_moment(const void* moment, int32_t at, int 
   load(static_cast<const T*>(moment) + at, count, aligned, x);
 }
 
-template <Kind kKind, class T, int kCount>
+template <RuleVariant kVariant, class T, int kCount>
 __device__ __forceinline__ void store_moment(void* moment, int32_t at, int count, bool aligned,
                                              const T (&x)[kCount]) {
-  if (may_lack(kKind) && !moment) return;
+  if (may_lack(kVariant) && !moment) return;
   store(static_cast<T*>(moment) + at, count, aligned, x);
 }
 
-template <Kind kKind, class S, class T, int kCount>
+template <RuleVariant kVariant, class S, class T, int kCount>
 __device__ __forceinline__ void load_vector(const Tensor& tensor, int32_t at, int count,
                                             bool aligned, Vector<T, kCount>& x) {
   load(static_cast<const S*>(tensor.grad) + at, count, aligned, x.grad);
-  if constexpr (has_first(kKind)) load_moment<kKind>(tensor.exp_avg, at, count, aligned, x.m);
-  if constexpr (has_second(kKind)) load_moment<kKind>(tensor.exp_avg_sq, at, count, aligned, x.v);
+  if constexpr (has_first(kVariant)) load_moment<kVariant>(tensor.exp_avg, at, count, aligned, x.m);
+  if constexpr (has_second(kVariant))
+    load_moment<kVariant>(tensor.exp_avg_sq, at, count, aligned, x.v);
   if (tensor.master) {
     load(static_cast<const T*>(tensor.master) + at, count, aligned, x.theta);
   } else {
@@ -100,25 +101,25 @@ __device__ __forceinline__ void load_vector(const Tensor& tensor, int32_t at, in
   }
 }
 
-template <Kind kKind, bool kNoise, class S, class T, int kCount>
+template <RuleVariant kVariant, bool kNoise, class S, class T, int kCount>
 __device__ __forceinline__ void step_vector(const Uniforms<T>& u, const Tensor& tensor, int32_t at,
                                             int count, bool aligned, const T (&noise)[kCount],
                                             Vector<T, kCount>& x, Sums<T>& sums) {
   T live[kCount];
   // Not fetched ahead, as the others are: registers are scarce, and few rules have it.
   T w[kCount] = {};
-  if constexpr (has_extra(kKind)) load_moment<kKind>(tensor.extra, at, count, aligned, w);
+  if constexpr (has_extra(kVariant)) load_moment<kVariant>(tensor.extra, at, count, aligned, w);
   // Where uniforms are in shared memory, the compiler would keep them in registers all the same.
   if constexpr (sizeof(T) == 8) asm volatile("" ::: "memory");
 #pragma unroll
   for (int k = 0; k < kCount; ++k) {
-    Between<T> between;
-    accumulate<kKind, false, kNoise>(u, x.theta[k], x.grad[k], x.m[k], x.v[k], w[k], noise[k],
-                                     between);
-    const bool under = classify<kKind, true>(u, x.m[k], x.v[k], between);
-    if constexpr (is_adam(kKind)) between.numerator = x.m[k];
-    const T delta = apply<kKind>(u, between, w[k], x.theta[k]);
-    live[k] = between.live;
+    StepTerms<T> terms;
+    accumulate<kVariant, false, kNoise>(u, x.theta[k], x.grad[k], x.m[k], x.v[k], w[k], noise[k],
+                                        terms);
+    const bool under = classify<kVariant, true>(u, x.m[k], x.v[k], terms);
+    if constexpr (is_adam(kVariant)) terms.numerator = x.m[k];
+    const T delta = apply<kVariant>(u, terms, w[k], x.theta[k]);
+    live[k] = terms.live;
     if (k < count) {
       sums.grad += x.grad[k];
       sums.grad_sq += x.grad[k] * x.grad[k];
@@ -127,9 +128,11 @@ __device__ __forceinline__ void step_vector(const Uniforms<T>& u, const Tensor& 
       sums.under += under;
     }
   }
-  if constexpr (has_first(kKind)) store_moment<kKind>(tensor.exp_avg, at, count, aligned, x.m);
-  if constexpr (has_second(kKind)) store_moment<kKind>(tensor.exp_avg_sq, at, count, aligned, x.v);
-  if constexpr (has_extra(kKind)) store_moment<kKind>(tensor.extra, at, count, aligned, w);
+  if constexpr (has_first(kVariant))
+    store_moment<kVariant>(tensor.exp_avg, at, count, aligned, x.m);
+  if constexpr (has_second(kVariant))
+    store_moment<kVariant>(tensor.exp_avg_sq, at, count, aligned, x.v);
+  if constexpr (has_extra(kVariant)) store_moment<kVariant>(tensor.extra, at, count, aligned, w);
   S* const param = static_cast<S*>(tensor.param) + at;
   if (!tensor.master) {
     store(param, count, aligned, x.theta);
@@ -171,7 +174,7 @@ __device__ __forceinline__ decltype(auto) uniforms_as(const Shared& shared) {
 }
 
 // What the threads of a block measured of `count` elements.
-template <Kind kKind, class T>
+template <RuleVariant kVariant, class T>
 __device__ __forceinline__ void report(const Tensor& tensor, const Sums<T>& sums, double squares,
                                        double nonfinite, int32_t count, Statistics* partial) {
   const double mine[] = {
@@ -182,17 +185,17 @@ __device__ __forceinline__ void report(const Tensor& tensor, const Sums<T>& sums
   double* const columns = reinterpret_cast<double*>(partial);
   if (threadIdx.x == 0) columns[0] = count;
   if (threadIdx.x < 6) {
-    const bool classless = threadIdx.x == 0 && !has_classes(tensor, kKind);
+    const bool classless = threadIdx.x == 0 && !has_classes(tensor, kVariant);
     columns[1 + threadIdx.x] = classless ? static_cast<double>(bits_float(0x7FC00000u)) : total;
   }
 }
 
 // Elements [begin, last) of a tensor that has a gradient. Thread 0's `shared` is there once all
 // have arrived; the first loads are under way before that.
-template <Kind kKind, class S, class T>
+template <RuleVariant kVariant, class S, class T>
 __device__ __forceinline__ void update_chunk(const Tensor& all, const Shared& shared, int64_t begin,
                                              int64_t last, Statistics* partial) {
-  constexpr int kCount = kWidth<S>, kVectors = kUnroll<kKind, S, T>, kDrawn = kTogether<T>;
+  constexpr int kCount = kWidth<S>, kVectors = kUnroll<kVariant, S, T>, kDrawn = kTogether<T>;
   const Tensor tensor = moved<S, T>(all, begin);
   const int32_t end = static_cast<int32_t>(last - begin);
   const Run run = run_of(end, kCount, 0);
@@ -201,7 +204,7 @@ __device__ __forceinline__ void update_chunk(const Tensor& all, const Shared& sh
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     const int32_t at = run.first + i * run.stride;
-    if (at < end) load_vector<kKind, S>(tensor, at, elements(at, end, kCount), aligned, x[i]);
+    if (at < end) load_vector<kVariant, S>(tensor, at, elements(at, end, kCount), aligned, x[i]);
   }
   __syncthreads();
   const Uniforms<T>& u = uniforms_as<T>(shared);
@@ -215,13 +218,14 @@ __device__ __forceinline__ void update_chunk(const Tensor& all, const Shared& sh
       for (int i = 0; i < kVectors; ++i) {
         const int32_t at = round + i * run.stride;
         if (at >= end) break;
-        step_vector<kKind, false, S>(u, tensor, at, elements(at, end, kCount), aligned, none, x[i],
-                                     sums);
+        step_vector<kVariant, false, S>(u, tensor, at, elements(at, end, kCount), aligned, none,
+                                        x[i], sums);
       }
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
         const int32_t at = round + (kVectors + i) * run.stride;
-        if (at < end) load_vector<kKind, S>(tensor, at, elements(at, end, kCount), aligned, x[i]);
+        if (at < end)
+          load_vector<kVariant, S>(tensor, at, elements(at, end, kCount), aligned, x[i]);
       }
     }
   } else {
@@ -232,10 +236,10 @@ __device__ __forceinline__ void update_chunk(const Tensor& all, const Shared& sh
       const int count = elements(begin, end, at + kDrawn - begin);
       const bool whole = aligned && lead == 0;
       Vector<T, kDrawn> vector;
-      load_vector<kKind, S>(tensor, begin, count, whole, vector);
+      load_vector<kVariant, S>(tensor, begin, count, whole, vector);
       T noise[kDrawn];
       draw(shared, tensor.first + begin, noise);
-      step_vector<kKind, true, S>(u, tensor, begin, count, whole, noise, vector, sums);
+      step_vector<kVariant, true, S>(u, tensor, begin, count, whole, noise, vector, sums);
     }
   }
 
@@ -255,25 +259,26 @@ __device__ __forceinline__ void update_chunk(const Tensor& all, const Shared& sh
       }
     }
   }
-  report<kKind>(all, sums, squares, nonfinite, end, partial);
+  report<kVariant>(all, sums, squares, nonfinite, end, partial);
 }
 
-// kFamilies: bit i for each cuda::Family i whose kinds the kernel knows.
+// kFamilies: bit i for each cuda::Family i whose variants the kernel knows.
 template <class S, class T, int kFamilies>
-__device__ __forceinline__ void update_kinds(const Tensor& tensor, const Shared& shared, Kind kind,
-                                             int64_t begin, int64_t end, Statistics* partial) {
-#define AIM_UPDATE(name) \
-  case Kind::name:       \
-    return update_chunk<Kind::name, S, T>(tensor, shared, begin, end, partial)
+__device__ __forceinline__ void update_variants(const Tensor& tensor, const Shared& shared,
+                                                RuleVariant variant, int64_t begin, int64_t end,
+                                                Statistics* partial) {
+#define AIM_UPDATE(name)  \
+  case RuleVariant::name: \
+    return update_chunk<RuleVariant::name, S, T>(tensor, shared, begin, end, partial)
   if constexpr ((kFamilies >> cuda::kAdamFamily & 1) != 0) {
-    switch (kind) {
+    switch (variant) {
       AIM_UPDATE(kAdam);
       default:
         break;
     }
   }
   if constexpr ((kFamilies >> cuda::kSgdFamily & 1) != 0) {
-    switch (kind) {
+    switch (variant) {
       AIM_UPDATE(kSgd);
       AIM_UPDATE(kSgdMomentum);
       AIM_UPDATE(kSgdState);
@@ -283,7 +288,7 @@ __device__ __forceinline__ void update_kinds(const Tensor& tensor, const Shared&
     }
   }
   if constexpr ((kFamilies >> cuda::kOtherFamily & 1) != 0) {
-    switch (kind) {
+    switch (variant) {
       AIM_UPDATE(kAmsgrad);
       AIM_UPDATE(kRms);
       AIM_UPDATE(kLion);
@@ -294,13 +299,14 @@ __device__ __forceinline__ void update_kinds(const Tensor& tensor, const Shared&
 #undef AIM_UPDATE
 }
 
-__device__ __forceinline__ cuda::Family family_of(const Tensor& t, Kind kind) {
+__device__ __forceinline__ cuda::Family family_of(const Tensor& t, RuleVariant variant) {
   if (t.moments || t.weights || t.zero_grad || t.ema) return cuda::kPackedFamily;
-  if (kind == Kind::kAdam) return cuda::kAdamFamily;
-  return kind == Kind::kAmsgrad || may_lack(kind) ? cuda::kOtherFamily : cuda::kSgdFamily;
+  if (variant == RuleVariant::kAdam) return cuda::kAdamFamily;
+  return variant == RuleVariant::kAmsgrad || may_lack(variant) ? cuda::kOtherFamily
+                                                               : cuda::kSgdFamily;
 }
 
-// `Dispatch::takes` says which storage types and kinds a kernel knows; a launch leaves chunks of
+// `Dispatch::takes` says which storage types and variants a kernel knows; a launch leaves chunks of
 // others to another. `Dispatch::run` steps a chunk; `Dispatch::skip`, where `Dispatch::kPacked`,
 // does what is left of a step that is skipped.
 template <class Dispatch>
@@ -316,8 +322,8 @@ __device__ __forceinline__ void update_block(const cuda::Work& work) {
   if (blockIdx.x >= work.chunk_count) return;
   const cuda::Chunk chunk = work.chunks[blockIdx.x];
   const Tensor tensor = in_global(work.tensors[chunk.tensor]);
-  const Kind kind = kind_of(tensor, work.groups[tensor.group]);
-  if (!Dispatch::takes(static_cast<DType>(tensor.dtype), family_of(tensor, kind))) return;
+  const RuleVariant variant = variant_of(tensor, work.groups[tensor.group]);
+  if (!Dispatch::takes(static_cast<DType>(tensor.dtype), family_of(tensor, variant))) return;
   const int64_t begin = static_cast<int64_t>(chunk.index) * work.chunk_size;
   const int64_t end = begin + elements(begin, tensor.numel, work.chunk_size);
   if constexpr (Dispatch::kPacked) {
@@ -336,7 +342,7 @@ __device__ __forceinline__ void update_block(const cuda::Work& work) {
     if (threadIdx.x == 0) shared = uniforms_of(work, tensor);
   }
   if (tensor.grad) {
-    Dispatch::run(tensor, shared, kind, begin, end, partial);
+    Dispatch::run(tensor, shared, variant, begin, end, partial);
     return;
   }
   if (threadIdx.x == 0) *partial = Statistics{};

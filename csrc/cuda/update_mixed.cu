@@ -16,17 +16,19 @@ struct AnyDispatch {
   static __device__ __forceinline__ bool takes(DType, cuda::Family family) {
     return (kBoth >> family & 1) != 0;
   }
-  static __device__ __forceinline__ void run(const Tensor& tensor, const Shared& shared, Kind kind,
-                                             int64_t begin, int64_t end, Statistics* partial) {
+  static __device__ __forceinline__ void run(const Tensor& tensor, const Shared& shared,
+                                             RuleVariant variant, int64_t begin, int64_t end,
+                                             Statistics* partial) {
     switch (static_cast<DType>(tensor.dtype)) {
       case DType::kFloat32:
-        return update_kinds<float, float, kBoth>(tensor, shared, kind, begin, end, partial);
+        return update_variants<float, float, kBoth>(tensor, shared, variant, begin, end, partial);
       case DType::kFloat64:
-        return update_kinds<double, double, kBoth>(tensor, shared, kind, begin, end, partial);
+        return update_variants<double, double, kBoth>(tensor, shared, variant, begin, end, partial);
       case DType::kBFloat16:
-        return update_kinds<BFloat16, float, kBoth>(tensor, shared, kind, begin, end, partial);
+        return update_variants<BFloat16, float, kBoth>(tensor, shared, variant, begin, end,
+                                                       partial);
       case DType::kFloat16:
-        return update_kinds<Float16, float, kBoth>(tensor, shared, kind, begin, end, partial);
+        return update_variants<Float16, float, kBoth>(tensor, shared, variant, begin, end, partial);
     }
   }
 };

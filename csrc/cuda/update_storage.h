@@ -20,10 +20,11 @@ struct Dispatch {
   static __device__ __forceinline__ bool takes(DType dtype, cuda::Family family) {
     return dtype == DType::AIM_DTYPE && family == kFamily;
   }
-  static __device__ __forceinline__ void run(const Tensor& tensor, const Shared& shared, Kind kind,
-                                             int64_t begin, int64_t end, Statistics* partial) {
-    update_kinds<AIM_STORAGE, AIM_ARITHMETIC, 1 << kFamily>(tensor, shared, kind, begin, end,
-                                                            partial);
+  static __device__ __forceinline__ void run(const Tensor& tensor, const Shared& shared,
+                                             RuleVariant variant, int64_t begin, int64_t end,
+                                             Statistics* partial) {
+    update_variants<AIM_STORAGE, AIM_ARITHMETIC, 1 << kFamily>(tensor, shared, variant, begin, end,
+                                                               partial);
   }
 };
 

@@ -23,7 +23,7 @@ struct Model {
     const DType dtypes[] = {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16};
     const int64_t sizes[] = {4097, 31, 0, 64, 1, 1000};
     // Live weights, anchor and noise; then whether there is a first moment, and state.
-    const Case kinds[] = {
+    const Case cases[] = {
         {Rule::kAdamW, DType::kFloat32, 0, true, true, true, false, true},
         {Rule::kSgd, DType::kFloat32, 0, true, false, false, true, true},
         {Rule::kAdam, DType::kFloat32, 0, false, false, false, false, true},
@@ -76,10 +76,10 @@ struct Model {
          0,
          {aim::Moments::kWide, aim::Weights::kSplit, false, false, true}}};
     int64_t first = 5;  // not a multiple of four: draws of noise straddle vectors
-    for (const Case& kind : kinds) {
+    for (const Case& one : cases) {
       const int32_t group = static_cast<int32_t>(groups.size());
       for (int i = 0; i < 4; ++i) {
-        Case c = kind;
+        Case c = one;
         c.dtype = dtypes[(group + i) % 4];
         c.keep = c.keep.of(c.dtype);
         c.numel = sizes[(2 * group + i) % 6];
@@ -111,10 +111,14 @@ struct Model {
   }
 
   void step_on_processor() {
-    expect(aim::step(tensors.data(), static_cast<int64_t>(tensors.size()), groups.data(),
-                     rows.data(), statistics.data(), static_cast<int64_t>(groups.size()), &control,
-                     {nullptr, 1, "scalar"}) == aim::Status::kOk,
-           "step of groups");
+    const aim::StepTables tables{tensors.data(),
+                                 groups.data(),
+                                 rows.data(),
+                                 statistics.data(),
+                                 &control,
+                                 static_cast<int64_t>(tensors.size()),
+                                 static_cast<int64_t>(groups.size())};
+    expect(aim::step(tables, {nullptr, 1, "scalar"}) == aim::Status::kOk, "step of groups");
   }
 
   void same_bits(const Model& other, const std::string& what) const {
@@ -141,9 +145,10 @@ struct Model {
   aim::Control control{99, 3, int64_t{1} << 31, 1};
 };
 
-// Every `every`th parameter from `from` on, as one device's tables. Home works on the model's own.
+// Every `every`th parameter from `from` on, as one device's tables. The primary works on the
+// model's own.
 struct Device {
-  Device(Model& model, size_t from, size_t every, bool home, int32_t chunk_size, int32_t threads)
+  Device(Model& model, size_t from, size_t every, bool primary, int32_t chunk_size, int32_t threads)
       : rows(model.rows), statistics(model.statistics), control(model.control) {
     const size_t count = model.groups.size();
     for (size_t g = 0; g < count; ++g) {
@@ -160,19 +165,19 @@ struct Device {
       spans.push_back(span);
     }
     partials.resize(chunks.size());
-    sums.resize(home ? 0 : count);
+    sums.resize(primary ? 0 : count);
     work.tensors = tensors.data();
     work.families = aim::cuda::kAllFamilies;
     work.dtypes = 15;
     work.groups = model.groups.data();
-    work.rows = home ? model.rows.data() : rows.data();
-    work.statistics = home ? model.statistics.data() : statistics.data();
-    work.control = home ? &model.control : &control;
+    work.rows = primary ? model.rows.data() : rows.data();
+    work.statistics = primary ? model.statistics.data() : statistics.data();
+    work.control = primary ? &model.control : &control;
     work.chunks = chunks.data();
     work.spans = spans.data();
     work.partials = partials.data();
     work.phases = phases;
-    work.sums = home ? nullptr : sums.data();
+    work.sums = primary ? nullptr : sums.data();
     work.chunk_count = static_cast<int64_t>(chunks.size());
     work.group_count = static_cast<int64_t>(count);
     work.chunk_size = chunk_size;
@@ -212,14 +217,14 @@ void agree(int32_t chunk_size, int32_t threads) {
            what + ": sums depend on the order of the blocks");
 
     // Two devices, neither with whole groups.
-    Device home(pair, 0, 2, true, chunk_size, threads),
+    Device primary(pair, 0, 2, true, chunk_size, threads),
         away(pair, 1, 2, false, chunk_size, threads);
     away.update();
     away.finish();
-    home.work.others = away.sums.data();
-    home.work.others_count = 1;
-    home.update();
-    home.finish();
+    primary.work.others = away.sums.data();
+    primary.work.others_count = 1;
+    primary.update();
+    primary.finish();
     pair.same_bits(expected, what + ", two devices");
     pair.near_statistics(expected, what + ", two devices");
 

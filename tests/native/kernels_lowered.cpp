@@ -2,4 +2,4 @@
 // there is.
 #define AIM_ISA lowered
 #define AIM_VECTOR_BYTES 64
-#include "cpu/norm_chunk.h"
+#include "cpu/kernels.inl"

@@ -262,7 +262,7 @@ struct Problem {
            !std::memcmp(&control, &other.control, sizeof control);
   }
   aim::Status run(const char* isa, int threads) {
-    return aim::step(&tensor, 1, &group, &row, &statistics, 1, &control, {nullptr, threads, isa});
+    return aim::step({&tensor, &group, &row, &statistics, &control, 1, 1}, {nullptr, threads, isa});
   }
 
   Case shape;

@@ -59,9 +59,9 @@ void lowered_kernels_agree(const Case& c) {
   u.first_add = 0.1;
   u.second_keep = 0.99;
   u.second_add = 0.01;
-  u.old_v = 0.1;
-  u.new_v = 0.2;
-  u.old_0 = u.new_0 = 1e-12;
+  u.old_c_v = 0.1;
+  u.new_c_v = 0.2;
+  u.old_c_0 = u.new_c_0 = 1e-12;
   u.eps = 1e-8;
   u.nesterov = u.lead_keep = u.extra_keep = 0.9;
   u.lead_add = 0.1;
@@ -72,7 +72,7 @@ void lowered_kernels_agree(const Case& c) {
   u.buffered = c.rule == aim::Rule::kRmsprop && c.momentum;
   if (!(a.tensor.exp_avg && a.tensor.exp_avg_sq))
     u.grad[1] = u.grad[0], u.step[1] = u.step[0], u.live[1] = u.live[0];
-  shared.kind = aim::baseline::kind_of(a.tensor, a.group);
+  shared.variant = aim::baseline::variant_of(a.tensor, a.group);
   shared.has_noise = c.noisy;
   shared.seed = 99;
   shared.counter = 5;

@@ -62,12 +62,12 @@ void reads_learning_rates() {
   const Case c{aim::Rule::kAdam, aim::DType::kFloat32, 700, false, false, false, false, true};
   float single = 0.03f;
   double wide = 0.03;
-  for (int kind = 0; kind < 2; ++kind) {
+  for (bool is_wide : {false, true}) {
     Problem expected(c, 5, true), p(c, 5, true);
-    expected.group.lr = kind ? wide : static_cast<double>(single);
+    expected.group.lr = is_wide ? wide : static_cast<double>(single);
     p.group.lr = -1;
-    p.group.lr_tensor = kind ? static_cast<void*>(&wide) : &single;
-    p.group.lr_dtype = static_cast<int32_t>(kind ? aim::DType::kFloat64 : aim::DType::kFloat32);
+    p.group.lr_tensor = is_wide ? static_cast<void*>(&wide) : &single;
+    p.group.lr_dtype = static_cast<int32_t>(is_wide ? aim::DType::kFloat64 : aim::DType::kFloat32);
     Launch launch(p, 256, 64);
     launch.step("learning rate");
     expect(expected.run("scalar", 1) == aim::Status::kOk, "learning rate");

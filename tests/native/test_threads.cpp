@@ -13,7 +13,7 @@
 
 #include "aim/isa.h"
 #include "aim/step.h"
-#include "aim/stream.h"
+#include "bench/stream.h"
 #include "problem.h"
 
 namespace {
@@ -124,11 +124,10 @@ struct Model {
     for (int step = 0; step < steps; ++step) {
       const std::vector<aim::Tensor> table = tensors(step);
       const int64_t count = static_cast<int64_t>(table.size());
-      expect(aim::step(table.data(), count, groups, rows, statistics, kGroups, &control, how) ==
-                 aim::Status::kOk,
-             "step, " + what);
-      expect(aim::emit(table.data(), count, groups, rows, kGroups, how) == aim::Status::kOk,
-             "emit, " + what);
+      const aim::StepTables tables{table.data(), groups, rows,   statistics,
+                                   &control,     count,  kGroups};
+      expect(aim::step(tables, how) == aim::Status::kOk, "step, " + what);
+      expect(aim::emit(tables, how) == aim::Status::kOk, "emit, " + what);
     }
   }
 
@@ -159,7 +158,7 @@ int streams(const aim::Execution& how, const std::string& what) {
   const aim::Tensor tensors[] = {p.tensor};
   const int64_t chunks[] = {0, 1024};
   for (int64_t chunk : chunks) {
-    expect(aim::stream(tensors, 1, {true, false, chunk}, 0.5f, how) == aim::Status::kOk,
+    expect(aim::bench::stream(tensors, 1, {true, false, chunk}, 0.5f, how) == aim::Status::kOk,
            "stream, " + what);
   }
   expect(p.guards_intact(), "guards of stream, " + what);
@@ -176,7 +175,7 @@ int main() {
   pool = &threads;
   const struct {
     const char* name;
-    aim::Team team;
+    aim::ThreadPool pool;
     int32_t threads;
   } ways[] = {{"new threads", nullptr, 2},
               {"more new threads than tasks", nullptr, 40},
@@ -191,9 +190,9 @@ int main() {
     for (const auto& way : ways) {
       const std::string what = std::string(way.name) + ", " + isas[i].name;
       Model model;
-      model.run(kSteps, {way.team, way.threads, isas[i].name}, what);
+      model.run(kSteps, {way.pool, way.threads, isas[i].name}, what);
       expect(model.equals(alone), "bits, " + what);
-      cases += 1 + streams({way.team, way.threads, isas[i].name}, what);
+      cases += 1 + streams({way.pool, way.threads, isas[i].name}, what);
     }
   }
   // Two optimizers at once: nothing is shared but the code.

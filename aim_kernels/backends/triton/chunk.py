@@ -139,9 +139,9 @@ def emit_chunk(
     state = first & second
     steps = tl.load(tensor + STEP)
     taken = tl.load(steps.to(tl.pointer_type(tl.float32)), mask=steps != 0, other=0).to(tl.float64)
-    slope, offset = boundary(group, buffer, state, taken, tau)
-    slope = slope.to(ARITHMETIC)
-    offset = offset.to(ARITHMETIC)
+    c_v, c_0 = boundary(group, buffer, state, taken, tau)
+    c_v = c_v.to(ARITHMETIC)
+    c_0 = c_0.to(ARITHMETIC)
     live_under = live_under.to(ARITHMETIC)
     live_well = live_well.to(ARITHMETIC)
     anchored = tl.load(tensor + ANCHOR) != 0
@@ -161,7 +161,7 @@ def emit_chunk(
         m = read_moment(moment, moment_scale, begin, size, first, inside, True, ARITHMETIC)
         v = read_moment(square, square_scale, begin, size, second, inside, False, ARITHMETIC)
         anchor = tl.load(anchors + begin + lane, mask=inside & anchored, other=0)
-        under = (m * m >= v * slope + offset) | (state == 0)
+        under = (m * m >= v * c_v + c_0) | (state == 0)
         live = _live_weight(theta, anchor, tl.where(under, live_under, live_well))
         tl.store(param + begin + lane, narrow(live, STORAGE), mask=inside)
         begin += BLOCK
@@ -259,11 +259,11 @@ def step_chunk(
     first_add = first_add.to(ARITHMETIC)
     second_keep = second_keep.to(ARITHMETIC)
     second_add = second_add.to(ARITHMETIC)
-    old_slope, old_offset, new_slope, new_offset = boundaries
-    old_slope = old_slope.to(ARITHMETIC)
-    old_offset = old_offset.to(ARITHMETIC)
-    new_slope = new_slope.to(ARITHMETIC)
-    new_offset = new_offset.to(ARITHMETIC)
+    old_c_v, old_c_0, new_c_v, new_c_0 = boundaries
+    old_c_v = old_c_v.to(ARITHMETIC)
+    old_c_0 = old_c_0.to(ARITHMETIC)
+    new_c_v = new_c_v.to(ARITHMETIC)
+    new_c_0 = new_c_0.to(ARITHMETIC)
     eps, mu, decay, step_under, step_well = update
     eps = eps.to(ARITHMETIC)
     mu = mu.to(ARITHMETIC)
@@ -349,7 +349,7 @@ def step_chunk(
 
         g0 = widen(g0, ARITHMETIC) * scale
         g = tl.where(coupled, g0 + theta * coupled_decay, g0)
-        old = (m * m >= v * old_slope + old_offset) | (state == 0)
+        old = (m * m >= v * old_c_v + old_c_0) | (state == 0)
         g = tl.where(routed, g * tl.where(old, grad_under, grad_well), g)
         g = tl.where(noisy, g + z, g)
 
@@ -362,7 +362,7 @@ def step_chunk(
             random = rounding_bits(seed, counter, MOMENT_STREAM, base, whole + begin, BLOCK)
         kept = keep_moment(m, moment, moment_scale, begin, size, first, inside, random, stochastic, True)
         kept_sq = keep_moment(v, square, square_scale, begin, size, second, inside, random, stochastic, False)
-        under = (kept * kept >= kept_sq * new_slope + new_offset) | (state == 0)
+        under = (kept * kept >= kept_sq * new_c_v + new_c_0) | (state == 0)
 
         if OTHER:
             if MOMENTS != INT8 or amsgrad:

@@ -149,11 +149,11 @@ def _age(group, buffer, t):
 
 @triton.jit
 def _boundary(group, state, t, tau, weight, rest):
-    """(slope, offset): under-optimized where m^2 >= slope * v + offset. At t = 0, or without state, that is all."""
+    """(c_v, c_0): under-optimized where m^2 >= c_v * v + c_0. At t = 0, or without state, that is all."""
     eps = tl.load(group.to(tl.pointer_type(tl.float64)) + EPS)
     squared = tau * tau * weight * weight
-    slope = squared / rest
-    offset = squared * eps * eps
+    c_v = squared / rest
+    c_0 = squared * eps * eps
     fisher = flag_of(group, BY_FISHER)
     if fisher | flag_of(group, BY_GRAD):
         left = 1 - tau
@@ -162,10 +162,10 @@ def _boundary(group, state, t, tau, weight, rest):
         c = c * c
         c = c * c
         c = c * c
-        slope = tl.where(fisher, -_STEEP, 0.0).to(tl.float64)
-        offset = tl.where(fisher, c * rest * _STEEP, c * (weight * weight))
+        c_v = tl.where(fisher, -_STEEP, 0.0).to(tl.float64)
+        c_0 = tl.where(fisher, c * rest * _STEEP, c * (weight * weight))
     classed = state & (t >= 1)
-    return tl.where(classed, slope, 0.0), tl.where(classed, offset, 0.0)
+    return tl.where(classed, c_v, 0.0), tl.where(classed, c_0, 0.0)
 
 
 @triton.jit
@@ -209,8 +209,8 @@ def is_held(row, now):
 @triton.jit
 def uniforms(group, row, statistics, now, following, grad_scale, adam, buffer, state, taken):
     """The numbers of ``aim::Uniforms`` for a parameter that took ``taken`` steps, in these tuples: gradient (scale,
-    coupled decay, under, well, sigma), moments (keep and add of either), boundaries (old slope, old offset, new slope,
-    new offset), update (eps, momentum, decay, step under, step well). Lion leads with the betas of its group.
+    coupled decay, under, well, sigma), moments (keep and add of either), boundaries (old c_v, old c_0, new c_v,
+    new c_0), update (eps, momentum, decay, step under, step well). Lion leads with the betas of its group.
 
     ``group`` points to the group's record as int64, ``row`` and ``statistics`` to its lines; ``now`` and ``following``
     are phases.
@@ -247,12 +247,12 @@ def uniforms(group, row, statistics, now, following, grad_scale, adam, buffer, s
     )
 
     weight, rest = _age(group, buffer, tl.maximum(t, 1.0))
-    old_slope = tl.full((), 0.0, tl.float64)
-    old_offset = tl.full((), 0.0, tl.float64)
+    old_c_v = tl.full((), 0.0, tl.float64)
+    old_c_0 = tl.full((), 0.0, tl.float64)
     if routed:  # or nobody asks
-        old_slope, old_offset = boundary(group, buffer, state, taken, tl.load(row + TAU_PREV))
-    new_slope, new_offset = _boundary(group, state, t, tl.load(row + TAU), weight, rest)
-    boundaries = (old_slope, old_offset, new_slope, new_offset)
+        old_c_v, old_c_0 = boundary(group, buffer, state, taken, tl.load(row + TAU_PREV))
+    new_c_v, new_c_0 = _boundary(group, state, t, tl.load(row + TAU), weight, rest)
+    boundaries = (old_c_v, old_c_0, new_c_v, new_c_0)
 
     # m_hat / (sqrt(v_hat) + eps) = m / (sqrt(v) + eps * root) * root / weight
     root = tl.sqrt(rest)

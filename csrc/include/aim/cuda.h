@@ -40,10 +40,10 @@ struct Work {
   const Span* spans;     // [group_count]
   Statistics* partials;  // [chunk_count]; update() fills it, finish() adds it up
   int64_t* phases;       // [2]: update() leaves its phase and the next here, for finish()
-  // Where the tensors lie on several devices, one of them is home. Elsewhere finish() only writes
-  // the group's sums here and counts steps; null: home.
+  // Where the tensors lie on several devices, one of them is the primary. Elsewhere finish() only
+  // writes the group's sums here and counts steps; null: the primary.
   Statistics* sums;
-  // At home: the other devices' sums, [others_count, group_count].
+  // On the primary: the other devices' sums, [others_count, group_count].
   const Statistics* others;
   const float* grad_scale;  // gradients are divided by it first; null: 1
   const float* found_inf;   // the step is skipped whole where it is not 0; null: never

@@ -115,6 +115,17 @@ struct Control {
   int64_t phase;
 };
 
+// What a call reads and writes; fields that it does not speak of may be null.
+struct StepTables {
+  const Tensor* tensors;   // [tensor_count], in the order of summation
+  const Group* groups;     // [group_count]
+  Row* rows;               // [group_count]; a group's coefficients and thresholds
+  Statistics* statistics;  // [group_count], of the last step that counted anything in the group
+  Control* control;        // one: seed, counter and phase of the optimizer
+  int64_t tensor_count;
+  int64_t group_count;
+};
+
 // Elements of one unit of work; chunks start at multiples of it from the start of a tensor.
 inline constexpr int64_t kChunk = 16384;
 
@@ -124,41 +135,36 @@ inline constexpr int64_t kPackedBlock = 128;
 // Runs `body(data)` on up to `threads` threads, the caller's included, and returns when all have
 // finished. The signature is that of GOMP_parallel, so a caller may lend the OpenMP pool that its
 // process already has.
-using Team = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+using ThreadPool = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 
 struct Execution {
-  Team team;        // null: threads made for the call
+  ThreadPool pool;  // lent by the caller; null: threads made for the call
   int32_t threads;  // at least 1
   const char* isa;  // "scalar", "avx2", "avx512", "neon"; null: the best one here
 };
 
 // One optimizer step over all tensors. On any status but kOk nothing was written.
-Status step(const Tensor* tensors, int64_t tensor_count, const Group* groups, Row* rows,
-            Statistics* statistics, int64_t group_count, Control* control,
-            const Execution& execution);
+Status step(const StepTables& tables, const Execution& execution);
 
 // The same in two parts, for tensors that several processes hold: update() moves the tensors and
-// their step counts and overwrites `sums` ([group_count]) with what it measured; finish() takes the
-// sums over all processes and moves thresholds, latched columns, statistics and control. A group
-// whose numel is 0 there keeps threshold and statistics.
-Status update(const Tensor* tensors, int64_t tensor_count, const Group* groups, const Row* rows,
-              const Statistics* statistics, int64_t group_count, const Control* control,
-              const Execution& execution, Statistics* sums);
-Status finish(const Group* groups, const Statistics* sums, Row* rows, Statistics* statistics,
-              int64_t group_count, Control* control);
+// their step counts, leaves all other tables alone and overwrites `sums` ([group_count]) with what
+// it measured; finish() takes the sums over all processes and moves thresholds, latched columns,
+// statistics and control. A group whose numel is 0 there keeps threshold and statistics. finish()
+// needs no tensors.
+Status update(const StepTables& tables, const Execution& execution, Statistics* sums);
+Status finish(const StepTables& tables, const Statistics* sums);
 
 // Writes the live weights of all tensors that have a master, from stored state, `tau_prev` and the
-// emitted columns.
-Status emit(const Tensor* tensors, int64_t tensor_count, const Group* groups, const Row* rows,
-            int64_t group_count, const Execution& execution);
+// emitted columns. Needs tensors, groups and rows.
+Status emit(const StepTables& tables, const Execution& execution);
 
 // The sum of squares of all gradients but the uncounted ones', in float64: for clipping by their
-// norm, in one read. Adds in a fixed order.
-Status squares(const Tensor* tensors, int64_t tensor_count, double* sum,
-               const Execution& execution);
+// norm, in one read. Adds in a fixed order. Needs only tensors.
+Status squares(const StepTables& tables, const Execution& execution, double* sum);
 
 // The part of their checks that needs no row: what may be asked of tables that go to a device.
-Status check(const Tensor* tensors, int64_t tensor_count, const Group* groups, int64_t group_count);
+// Needs tensors and groups.
+Status check(const StepTables& tables);
 
 // Philox4x32-10 output for (seed, counter words): what noise and phases are drawn with.
 void philox(uint64_t seed, const uint32_t counter[4], uint32_t output[4]);
