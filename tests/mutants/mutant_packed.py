@@ -9,6 +9,7 @@ COMPILED, LIVE, PACKING = (
     "aim_kernels/optim/weights.py",
     "aim_kernels/step/codecs.py",
 )
+IN_TWO = "test_distributed.py::test_scenario"
 CONVERTED = "test_packed_checkpoint.py::test_true_weights_are_converted"
 
 PACKED = (
@@ -58,7 +59,7 @@ PACKED = (
         "            local = local.view(torch.int16)\n",
         "            pass\n",
         "bits that were saved as bfloat16 are converted to whole numbers",
-        ("test_distributed.py::test_a_world[2]",),
+        (f"{IN_TWO}[2-packed_under_fsdp2-int8-split]", f"{IN_TWO}[2-packed_and_flattened-int8-split]"),
     ),
     Mutant(
         "codes move without their exponents",
@@ -124,6 +125,6 @@ PACKED = (
         "        if self.optim.zero_grad_in_step:\n",
         "        if False:\n",
         "the next backward adds to gradients that another process has stepped",
-        ("test_distributed.py::test_a_world[2]",),
+        (f"{IN_TWO}[2-zero_redundancy_clears_and_averages]",),
     ),
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from mutant_list import Mutant
 from planted import EVERYTHING
+from worlds import scenarios
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -21,6 +22,9 @@ def test_it_can_be_planted(mutant: Mutant) -> None:
         (path,) = TESTS.glob(f"*/{name}")
         text = path.read_text()
         assert not function or re.search(rf"^def {function.partition('[')[0]}\(", text, re.MULTILINE), f"no test {test}"
+        if function.startswith("test_scenario["):
+            size, _, scenario = function[len("test_scenario[") : -1].partition("-")
+            assert int(size) in scenarios()[scenario][0], f"no scenario {scenario} in a world of {size}"
 
 
 def test_names_are_unique_and_there_are_many() -> None:

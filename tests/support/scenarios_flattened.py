@@ -123,9 +123,8 @@ def resuming_flattened_under_ddp(folder: Path) -> None:
 def flattened_in_other_parts(folder: Path) -> None:
     """Saved in parts: loaded by one process, by processes of which each has a copy, and in two dimensions; and back."""
     size = dist.get_world_size()
-    shape = (2, size // 2) if size > 2 else (size, 1)
-    two = init_device_mesh("cpu", shape, mesh_dim_names=("copies", "parts"))
-    copies = init_device_mesh("cpu", (size, 1), mesh_dim_names=("copies", "parts"))
+    shapes = [(size, 1), (2, size // 2)] if size > 2 else [(size, 1)]
+    meshes = [init_device_mesh("cpu", shape, mesh_dim_names=("copies", "parts")) for shape in shapes]
 
     def in_parts(mesh: Any) -> nn.Module:
         model = plain()
@@ -139,7 +138,7 @@ def flattened_in_other_parts(folder: Path) -> None:
     train(model, optimizer, range(3))
     save(model, optimizer, folder / "parts")
     others: list[tuple[nn.Module, ak.AIMFusedOptimizer]] = []
-    for number, made in enumerate((plain(), in_parts(copies), in_parts(two))):
+    for number, made in enumerate((plain(), *map(in_parts, meshes))):
         resumed = optimizer_of(made, keep_masters=True)
         load(made, resumed, folder / "parts", no_dist=number == 0)
         same_bits(held(optimizer), held(resumed), f"way {number}")
