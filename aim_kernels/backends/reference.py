@@ -103,11 +103,11 @@ def update(plan: StepPlan, indices: Iterable[int]) -> list[Sums]:
     return sums
 
 
-def finish(plan: StepPlan, parts: list[list[Sums]]) -> None:
-    """The rest of a step, for what all its parts measured, in the order of the parameters."""
+def finish(plan: StepPlan, piece_sums: list[list[Sums]]) -> None:
+    """The rest of a step, for the sums of all its parts, in the order of the parameters."""
     total = [Sums() for _ in plan.param_groups]
-    for part in parts:
-        for sums, more in zip(total, part, strict=True):
+    for piece in piece_sums:
+        for sums, more in zip(total, piece, strict=True):
             for name in STATISTIC:
                 setattr(sums, name, getattr(sums, name) + getattr(more, name))
     _finish(plan, PHASES[plan.tables.next_phase()], total)

@@ -43,16 +43,16 @@ def clip(plan: StepPlan, backend: ModuleType, max_norm: float) -> Tensor:
 
 def _squares(plan: StepPlan) -> Tensor:
     """The sum of squares of all gradients but the uncounted ones', as a float64 tensor beside the tables."""
-    home = plan.tables.rows.device
+    primary = plan.tables.rows.device
     alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for grad, uncounted in zip(plan.grads, plan.records["uncounted"], strict=True):
         if grad is not None and not uncounted:
             alike.setdefault((grad.device, grad.dtype), []).append(grad)
-    total = torch.zeros((), dtype=torch.float64, device=home)
+    total = torch.zeros((), dtype=torch.float64, device=primary)
     for (_, dtype), grads in alike.items():
         # In the arithmetic type: the norm of float16 gradients may be beyond float16.
         norms = torch._foreach_norm(grads, 2, dtype=torch.promote_types(dtype, torch.float32))
-        total += torch.stack(norms).to(home, torch.float64).square().sum()
+        total += torch.stack(norms).to(primary, torch.float64).square().sum()
     return total
 
 

@@ -17,7 +17,7 @@ from aim_kernels.step import sharding, validation
 from aim_kernels.step.ownership import drop_absent
 from aim_kernels.step.plan import StepPlan
 from aim_kernels.step.states import arithmetic_dtype, is_frozen, make_states, master_of
-from aim_kernels.step.supported import home_of, is_estimated, is_idle, reason_against
+from aim_kernels.step.supported import is_estimated, is_idle, primary_device, reason_against
 from aim_kernels.step.tables import KEYS, Tables
 
 #: Options that ``optimizer.defaults`` must not have under a rule: schedulers that cycle the momentum (OneCycleLR,
@@ -248,13 +248,13 @@ class AIMFusedOptimizer(LiveWeights):
             added, self.param_groups = self.param_groups, others
         self.param_groups += added
 
-        had_home = self._members.device is not None
+        had_device = self._members.device is not None
         self._members.add(param_group, self.process_group)
         row = (param_group, *self._begin_row(complete))
         if self._rows is not None:
             self._rows.append(row)
         else:
-            if not had_home and self._members.device is not None:
+            if not had_device and self._members.device is not None:
                 self._tables.to(self._members.device)
             self._tables.add_groups([row])
         if self.anchor == "init" and complete["modulated"]:
@@ -381,14 +381,14 @@ class AIMFusedOptimizer(LiveWeights):
     def _make_state(self, is_stepped: Callable[[Tensor], bool] = _has_gradient, *, masters: bool = True) -> None:
         """States of parameters that meet their first gradient, and masters where live weights are to exist."""
         tables = self.tables
-        home = tables.rows.device
+        primary = tables.rows.device
         for number, group in enumerate(self.param_groups):
             live = tables.has_live_weights(number)
             # Also of parameters that meet no gradient now: once there is a plan, nobody asks again.
             params = [p for p in group["params"] if live or is_stepped(p) or "step" in self.state.get(p, ())]
             if tables.degrades(number):
-                validation.check_degradable(self.param_groups, number, home)
-            params = [p for p in params if not is_idle(p, home)]
+                validation.check_degradable(self.param_groups, number, primary)
+            params = [p for p in params if not is_idle(p, primary)]
             if live:
                 stays = {p: not is_stepped(p) and is_frozen(p, self.state.get(p, {})) for p in params}
                 params = [p for p in params if not stays[p]]
@@ -428,9 +428,9 @@ class AIMFusedOptimizer(LiveWeights):
 
     def _check_before_building(self) -> None:
         """What may have changed behind the optimizer's back since it was last looked at."""
-        home = home_of(p for group in self.param_groups for p in group["params"])
-        if home is not None and home != self.tables.rows.device:  # the module was moved
-            self.tables.to(home)
+        primary = primary_device(p for group in self.param_groups for p in group["params"])
+        if primary is not None and primary != self.tables.rows.device:  # the module was moved
+            self.tables.to(primary)
         self._restore_astray()
         if self.process_group is sharding.Absent.PROCESS_GROUP:
             raise RuntimeError(

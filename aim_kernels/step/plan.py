@@ -63,7 +63,7 @@ class StepPlan:
         params: what is stepped of them here: a DTensor's local part, others as they are. In the place of one that is
             passed by (``supported.is_idle``) stands an empty tensor.
         grads: this step's gradients as the user's tensors; None where there is none.
-        records: ``rows.TENSOR_RECORD``, one a parameter; groups: ``rows.GROUP_RECORD``, one a group.
+        records: ``layout.TENSOR_RECORD``, one a parameter; groups: ``layout.GROUP_RECORD``, one a group.
         grad_scale, found_inf: what GradScaler handed over for this step; None where it did not.
         clip_factor: what clipping multiplies gradients by, where the host knows it.
         lr_tensors: learning rates that a device reads by itself, by group.
@@ -87,12 +87,12 @@ class StepPlan:
         self.state = optimizer.state
         self.param_groups = optimizer.param_groups
         self.owners: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
-        home = self.tables.rows.device
-        self._idle = [is_idle(p, home) for p in self.owners]
+        primary = self.tables.rows.device
+        self._idle = [is_idle(p, primary) for p in self.owners]
         self._sharded = [index for index, p in enumerate(self.owners) if sharding.is_dtensor(p)]
         self.params = [sharding.local_of(p) for p in self.owners] if self._sharded else self.owners
         if any(self._idle):
-            nothing = torch.empty(0, dtype=torch.float32, device=home)
+            nothing = torch.empty(0, dtype=torch.float32, device=primary)
             self.params = [nothing if idle else p for p, idle in zip(self.params, self._idle, strict=True)]
         self.exchange = sharding.exchange_of(
             self.owners, optimizer.process_group, optimizer.sync_every, optimizer.tables

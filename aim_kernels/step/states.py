@@ -27,7 +27,7 @@ def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def moments_of(group: dict[str, Any]) -> dict[str, str]:
-    """The moments that a group keeps: field of ``rows.TENSOR_RECORD`` -> state key, torch.optim's where it has one.
+    """The moments that a group keeps: field of ``layout.TENSOR_RECORD`` -> state key, torch.optim's where it has one.
 
     Modulated groups keep a first and a second moment under every rule: what the classes are made of.
     """
@@ -118,7 +118,7 @@ class Kept(NamedTuple):
 
 def states_of(group: dict[str, Any], p: Tensor, master: bool = False) -> dict[str, Kept]:
     """The states of a parameter that a step reads and writes, but for master, anchor and step: field of
-    ``rows.TENSOR_RECORD`` -> state. ``master``: whether it has one. Exponents (:func:`scale_of`) are not listed."""
+    ``layout.TENSOR_RECORD`` -> state. ``master``: whether it has one. Exponents (:func:`scale_of`) are not listed."""
     dtype = moments_dtype(group, p)
     found = {field: Kept(name, dtype) for field, name in moments_of(group).items()}
     kind = weights_of(group, p)

@@ -248,11 +248,11 @@ def check_parameters(
             )
 
 
-def check_degradable(groups: list[Group], number: int, home: torch.device) -> None:
+def check_degradable(groups: list[Group], number: int, primary: torch.device) -> None:
     """Raises RuntimeError on a frozen parameter of a group with live weights that there can be none of."""
     for index, p in enumerate(groups[number]["params"]):
-        if not is_lazy(p) and is_idle(p, home):
-            reason = reason_against(p) or f"is on {p.device}, the others on {home}"
+        if not is_lazy(p) and is_idle(p, primary):
+            reason = reason_against(p) or f"is on {p.device}, the others on {primary}"
             raise RuntimeError(
                 f"{name_of(groups, number, index)}: cannot be degraded with its block ({reason}); take it out of the "
                 "group"

@@ -251,7 +251,7 @@ def test_learning_rate_tensors_on_the_device(backend: str, dtype: torch.dtype, m
 def test_tensors_in_several_places_are_one_optimizer(
     backend: str, rule: str, row: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two shares, as of two devices, neither with whole groups: thresholds and statistics are those of the groups."""
+    """Two shards, as of two devices, neither with whole groups: thresholds and statistics are those of the groups."""
     one, two = (build(rule, EDGES, backend=backend) for _ in range(2))
     launches = []
 
@@ -259,8 +259,8 @@ def test_tensors_in_several_places_are_one_optimizer(
         if plan.launch is None:
             numbers, where = np.arange(len(plan.params)), plan.params[0].device
             split = plan.param_groups is two.param_groups
-            places = [(where, numbers[number::2]) for number in range(2)] if split else [(where, numbers)]
-            plan.launch = device.Launch(plan, kernels.CHUNK, places)
+            assignments = [(where, numbers[number::2]) for number in range(2)] if split else [(where, numbers)]
+            plan.launch = device.Launch(plan, kernels.CHUNK, assignments)
             launches.append(plan.launch)
         return plan.launch
 
@@ -268,7 +268,7 @@ def test_tensors_in_several_places_are_one_optimizer(
     for optimizer in (one, two):
         set_row(optimizer, 0, row)
         run(optimizer, 4, missing=1)
-    assert {len(made.shares) for made in launches} == {1, 2}
+    assert {len(made.shards) for made in launches} == {1, 2}
     agree(one, two)
     for optimizer in (one, two):
         optimizer.eval()

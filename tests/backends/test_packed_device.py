@@ -186,11 +186,11 @@ def test_families_are_those_of_the_tensors() -> None:
     rules = ["adamw", "sgd", "lion"]
     assert families(rules, []) == []
     assert families(rules, [(1, {}), (0, {}), (1, {})]) == ["adam", "sgd"]
-    assert families(rules, [(2, {}), (0, {"moments": 2})]) == ["other", "packed"]
+    assert families(rules, [(2, {}), (0, {"moments": 2})]) == ["other", "general"]
     for field in ("moments", "weights", "zero_grad", "ema"):
-        assert families(rules, [(0, {field: 1})]) == ["packed"]
+        assert families(rules, [(0, {field: 1})]) == ["general"]
     for field in ("stochastic", "master", "rest", "exp_avg_scale", "offset"):
         assert families(rules, [(0, {field: 1})]) == ["adam"]
     groups, tensors = records(rules, [(0, {}), (1, {"ema": 8})])
     groups["flags"][0] = FLAGS["amsgrad"]
-    assert device.families_of(groups, tensors) == (FAMILIES.index("other"), FAMILIES.index("packed"))
+    assert device.families_of(groups, tensors) == (FAMILIES.index("other"), FAMILIES.index("general"))

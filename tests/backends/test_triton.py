@@ -265,7 +265,7 @@ def test_what_the_compiler_makes_of_it(capability: int, tmp_path: Path) -> None:
         assert not made["contracted"] and not made["approximate"], f"{name}: {made}"
         assert not made["in_local_memory"] and made["stack"] == made["local"] == 0, f"{name}: {made}"
     if capability >= 90:
-        assert kernels["update packed bfloat16 int8"]["reg"] <= 168 and len(kernels) == 18
+        assert kernels["update general bfloat16 int8"]["reg"] <= 168 and len(kernels) == 18
         assert all(kernels[f"update other {dtype}"]["reg"] <= 255 for dtype in STORED)
     for dtype in STORED if capability >= 90 else ("float32", "bfloat16"):
         made = kernels[f"update {dtype}"]

@@ -40,7 +40,7 @@ def described(kernel: Any) -> str:
         words.append(STORED[constants["NUMBER"]])
     if "OTHER" in constants:
         words += ["other"] if constants["OTHER"] else []
-        words += ["packed"] if constants["PACKED"] else []
+        words += ["general"] if constants["GENERAL"] else []
     if "MOMENTS" in constants:
         words.append(MOMENTS[constants["MOMENTS"]])
     present = [name for name in ("grad_scale", "found_inf", "sums", "others") if name in names]
@@ -230,8 +230,8 @@ def split(count: int) -> Iterator[None]:
     def of(plan: device.StepPlan, kernels: device.Kernels) -> device.Launch:
         if plan.launch is None:
             numbers = np.arange(len(plan.params))
-            places = [(plan.params[0].device, numbers[number::count]) for number in range(count)]
-            plan.launch = device.Launch(plan, kernels.CHUNK, places)
+            assignments = [(plan.params[0].device, numbers[number::count]) for number in range(count)]
+            plan.launch = device.Launch(plan, kernels.CHUNK, assignments)
         return plan.launch
 
     device._launch_of = of

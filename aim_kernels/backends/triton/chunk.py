@@ -228,12 +228,12 @@ def step_chunk(
     BLOCK: tl.constexpr,
     FULL: tl.constexpr,
     OTHER: tl.constexpr,
-    PACKED: tl.constexpr,
+    GENERAL: tl.constexpr,
     MOMENTS: tl.constexpr,
 ):
     """Steps the elements [start, start + size) and writes what was measured. FULL promises size == CHUNK and aligned
-    addresses; OTHER that the rule is of the family "other", without it that it is not; without PACKED nothing is stored
-    in fewer bytes, or beside the update. MOMENTS is how moments are stored (``rows.MOMENTS``)."""
+    addresses; OTHER that the rule is of the family "other", without it that it is not; without GENERAL nothing is
+    stored in fewer bytes, or beside the update. MOMENTS is how moments are stored (``layout.MOMENTS``)."""
     MOMENT: tl.constexpr = tl.uint8 if MOMENTS == INT8 else ARITHMETIC if MOMENTS == WIDE else tl.int16
     adam, buffer, first, second = kind_of(group, tensor)
     state = first & second
@@ -296,7 +296,7 @@ def step_chunk(
     master = _pointer(tl.load(tensor + MASTER), ARITHMETIC, FULL) + start
     anchors = _pointer(tl.load(tensor + ANCHOR), ARITHMETIC, FULL) + start
     stochastic = False
-    if PACKED:
+    if GENERAL:
         tl.static_assert((CHUNK | BLOCK) & 127 == 0)
         small = tensor.to(tl.pointer_type(tl.int32))
         stochastic = tl.load(small + STOCHASTIC) != 0
@@ -313,7 +313,7 @@ def step_chunk(
 
     # Neighbours that lie in one thread, then over the blocks: at most VECTOR + CHUNK / BLOCK additions before float64
     # takes over.
-    VECTOR: tl.constexpr = PACKED_VECTOR if PACKED else 128 // STORAGE.primitive_bitwidth
+    VECTOR: tl.constexpr = PACKED_VECTOR if GENERAL else 128 // STORAGE.primitive_bitwidth
     LANES: tl.constexpr = BLOCK // VECTOR
     grad_sum = tl.zeros((LANES,), ARITHMETIC)
     grad_sq = tl.zeros((LANES,), ARITHMETIC)
@@ -339,7 +339,7 @@ def step_chunk(
         v = read_moment(square, square_scale, begin, size, second, inside, False, ARITHMETIC)
         theta = tl.load(master + begin + lane, mask=inside & live, other=0)
         stored = tl.load(param + begin + lane, mask=inside & (live == 0), other=0)
-        if PACKED and STORAGE.primitive_bitwidth == 16:
+        if GENERAL and STORAGE.primitive_bitwidth == 16:
             beside = inside & (live == 0) & has_rest(weights)
             rest = tl.load(rests + begin + lane, mask=beside, other=0)
             theta = tl.where(live, theta, true_weights(stored, rest, weights, ARITHMETIC))
@@ -389,13 +389,13 @@ def step_chunk(
         delta = direction * tl.where(under, step_under, step_well)
         theta = theta * decay - delta
         tl.store(master + begin + lane, theta, mask=inside & live)
-        if PACKED:
+        if GENERAL:
             average = tl.load(averages + begin + lane, mask=inside & averaged, other=0)
             average = average * ema_keep + theta * ema_add
             tl.store(averages + begin + lane, average, mask=inside & averaged)
             anchor = tl.where(follows, average, anchor)
         shown = tl.where(live, _live_weight(theta, anchor, tl.where(under, live_under, live_well)), theta)
-        if PACKED and STORAGE.primitive_bitwidth == 16:
+        if GENERAL and STORAGE.primitive_bitwidth == 16:
             random = tl.zeros((BLOCK,), tl.uint32)
             if weights == STOCHASTIC_WEIGHTS:
                 random = rounding_bits(seed, counter, WEIGHT_STREAM, base, whole + begin, BLOCK)
@@ -419,7 +419,7 @@ def step_chunk(
     squares = tl.sum(grad_sq.to(tl.float64), 0)
     if (squares - squares != 0) | ((squares == 0) & (sum_of_grads != 0)):
         squares = _squares(grads, scale, size, ARITHMETIC, BLOCK)
-    if PACKED and tl.load(small + ZERO_GRAD) != 0:
+    if GENERAL and tl.load(small + ZERO_GRAD) != 0:
         # Other threads may have loaded what this one clears.
         tl.debug_barrier()
         clear_chunk(grads, size, STORAGE, CHUNK, BLOCK, FULL)

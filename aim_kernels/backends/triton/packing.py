@@ -14,7 +14,7 @@ import triton.language as tl
 
 from aim_kernels.backends.triton.layout import KAHAN, PACKED_BLOCK, SPLIT, STOCHASTIC_WEIGHTS
 
-# Elements that a thread holds of a block (``driver.PACKED_ELEMENTS``): more would not fit in its registers.
+# Elements that a thread holds of a block (``driver.GENERAL_ELEMENTS``): more would not fit in its registers.
 VECTOR = tl.constexpr(4)
 
 # From float32's mantissa to that of a code.
@@ -189,7 +189,7 @@ def has_rest(weights):
 
 @triton.jit
 def true_weights(stored, rest, weights, ARITHMETIC: tl.constexpr):
-    """What parameters and what they lack stand for. ``weights``: as numbered in ``rows.WEIGHTS``."""
+    """What parameters and what they lack stand for. ``weights``: as numbered in ``layout.WEIGHTS``."""
     theta = widen(stored, ARITHMETIC)
     if stored.dtype.is_int():
         theta = tl.where(weights == SPLIT, _joined(stored, rest), theta)

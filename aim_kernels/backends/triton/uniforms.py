@@ -81,7 +81,7 @@ def kind_of(group, tensor):
 
 @triton.jit
 def is_other(group):
-    """Whether a rule is of the family "other" (``rows.FAMILIES``)."""
+    """Whether a rule is of the family "other" (``layout.FAMILIES``)."""
     rule = rule_of(group)
     return (rule > SGD) | ((rule != SGD) & flag_of(group, AMSGRAD))
 
