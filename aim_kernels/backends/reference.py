@@ -119,12 +119,12 @@ class Rounding:
     def __init__(self, plan: StepPlan, index: int) -> None:
         control, record = plan.tables.control.tolist(), plan.records[index]
         self.offset, self.count = int(record["offset"]), int(record["numel"])
-        self.place = control[CONTROL["seed"]], control[CONTROL["counter"]], int(record["first"]) - self.offset
+        self.origin = control[CONTROL["seed"]], control[CONTROL["counter"]], int(record["first"]) - self.offset
         self.device = plan.params[index].device
 
     def bits(self, stream: int) -> Tensor:
         """16 for every element, in memory order."""
-        seed, counter, base = self.place
+        seed, counter, base = self.origin
         drawn = rounding_bits(seed, counter, stream, base, self.offset, self.count)
         return torch.from_numpy(drawn).to(self.device)
 

@@ -102,10 +102,10 @@ def load(optimizer: AIMFusedOptimizer, state_dict: dict[str, Any]) -> None:
     for number, saved in enumerate(tables_saved):
         tables.check_lists(number, saved)
     state = {}
-    for place, p, saved in _pairs(groups, saved_groups, saved_states):
-        present = _present(groups[place[0]]["rule"], saved, optimizer.state.get(p, {}))
-        today = optimizer.param_groups[place[0]]
-        state[p] = _checked_state(groups, place, p, present, saved_groups[place[0]], today)
+    for position, p, saved in _pairs(groups, saved_groups, saved_states):
+        present = _present(groups[position[0]]["rule"], saved, optimizer.state.get(p, {}))
+        today = optimizer.param_groups[position[0]]
+        state[p] = _checked_state(groups, position, p, present, saved_groups[position[0]], today)
     for number, group in enumerate(groups):
         counts = [float(state[p].get("step", 0.0)) for p in group["params"]]
         if "modulation_row" in tables_saved[number]:
@@ -265,7 +265,7 @@ def _of_other_blocks(p: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
 
 def _checked_state(
     groups: list[dict[str, Any]],
-    place: tuple[int, int],
+    position: tuple[int, int],
     p: Tensor,
     saved: dict[str, Any],
     saved_group: dict[str, Any],
@@ -273,7 +273,7 @@ def _checked_state(
 ) -> dict[str, Any]:
     """The state of one parameter: own copies, in the arithmetic dtype and the parameter's memory order; and what others
     keep there, as it is, on the parameter's device."""
-    group, name = groups[place[0]], validation.name_of(groups, *place)
+    group, name = groups[position[0]], validation.name_of(groups, *position)
     rule, state = group["rule"], dict[str, Any]()
     own = {key: value for key, value in own_states(rule, saved).items() if value is not None}
     foreign = {key: value for key, value in saved.items() if not is_own(rule, saved, key)}

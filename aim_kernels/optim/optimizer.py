@@ -482,7 +482,7 @@ class AIMFusedOptimizer(LiveWeights):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint of this class, or of the same rule in torch.optim; values keep their bits and dtype.
 
-        Parameters are matched by name if both sides have names (``named_parameters()``), else by place. What others
+        Parameters are matched by name if both sides have names (``named_parameters()``), else by position. What others
         keep in states and groups is loaded as it is.
 
         Where live weights exist, the module receives those that belong to the loaded state, so a resumed run

@@ -15,7 +15,7 @@ from aim_kernels.optim.modulation import Modulated
 from aim_kernels.step import sharding, validation
 from aim_kernels.step.layout import ROW
 from aim_kernels.step.plan import StepPlan, adopts_edits
-from aim_kernels.step.states import adopt_edits, keeps_master, place_weights, weights_of
+from aim_kernels.step.states import adopt_edits, keeps_master, store_weights, weights_of
 from aim_kernels.step.supported import is_estimated
 
 if TYPE_CHECKING:
@@ -226,7 +226,7 @@ class LiveWeights(Modulated):
                 if "step" not in state:  # frozen: the module holds it to the bit
                     del self.state[p]
                 elif (kind := weights_of(group, p)) not in (None, "stochastic"):
-                    place_weights(stepped, state, master, kind)
+                    store_weights(stepped, state, master, kind)
                 if master.is_cuda:  # the step may still be under way, on any stream
                     master.record_stream(torch.cuda.current_stream(master.device))
         self._leaving = self._leaving - leaving

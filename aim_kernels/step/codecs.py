@@ -62,12 +62,12 @@ def packed(x: Tensor, kind: Format, random: Tensor | None = None) -> tuple[Tenso
     exponent = ((greatest.clamp(max=_INFINITY) + (1 << _SHIFT) - 1) >> 23).clamp(min=kind.binades - 1)
     lowest = ((exponent - (kind.binades - 2)) << 23)[:, None]
     linear = _bits(_floats(magnitude) + _floats(lowest)) - lowest
-    place = torch.where(magnitude < lowest, linear, magnitude - lowest + 0x800000)
+    rung = torch.where(magnitude < lowest, linear, magnitude - lowest + 0x800000)
     if random is None:
         drawn = torch.full_like(bits, _NEAREST)
     else:
         drawn = torch.nn.functional.pad(random, (0, pad)).view(-1, PACKED_BLOCK)
-    code = (place + (drawn << (_SHIFT - 16))) >> _SHIFT
+    code = (rung + (drawn << (_SHIFT - 16))) >> _SHIFT
     code = code | ((bits >> 24) & 0x80) if kind.signed else torch.where(magnitude != 0, code.clamp(min=1), code)
     code = torch.where((exponent == 255)[:, None], 0, code)
     return code.view(-1)[: len(x)].to(torch.uint8), exponent.to(torch.uint8)
@@ -77,9 +77,9 @@ def unpacked(codes: Tensor, exponents: Tensor, kind: Format) -> Tensor:
     """The float32 numbers ``[n]`` of codes ``[n]`` and their blocks' exponents."""
     code = torch.nn.functional.pad(codes.to(torch.int32), (0, -len(codes) % PACKED_BLOCK)).view(-1, PACKED_BLOCK)
     lowest = ((exponents.to(torch.int32) - (kind.binades - 2)) << 23)[:, None]
-    place = (code & kind.most) << _SHIFT
-    linear = place < 0x800000
-    above = _floats(place + lowest - torch.where(linear, 0, 0x800000))
+    rung = (code & kind.most) << _SHIFT
+    linear = rung < 0x800000
+    above = _floats(rung + lowest - torch.where(linear, 0, 0x800000))
     value = above - torch.where(linear, _floats(lowest), 0.0)
     if kind.signed:
         value = torch.where(code & 0x80 != 0, -value, value)

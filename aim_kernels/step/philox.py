@@ -57,7 +57,7 @@ def rounding_bits(seed: int, counter: int, stream: int, base: int, index: int, c
     i = np.arange(index, index + count, dtype=np.uint64)
     draws = i // np.uint64(256) * np.uint64(16) + i % np.uint64(16)
     rows = (i % np.uint64(256) // np.uint64(16)).astype(np.int64)
-    place = (draws & _LOW, base & 0xFFFFFFFF, counter & 0xFFFFFFFF, stream | (base >> 32 << 8) & 0xFFFFFFFF)
-    words = np.stack(philox4x32(seed, place, ROUNDING_ROUNDS))[rows % 4, np.arange(count)]
+    counter_words = (draws & _LOW, base & 0xFFFFFFFF, counter & 0xFFFFFFFF, stream | (base >> 32 << 8) & 0xFFFFFFFF)
+    words = np.stack(philox4x32(seed, counter_words, ROUNDING_ROUNDS))[rows % 4, np.arange(count)]
     halves = (words >> (rows // 4 % 2 * 16).astype(np.uint64)) & np.uint64(0xFFFF)
     return np.where(rows < 8, halves, np.uint64(0xFFFF) - halves).astype(np.int32)

@@ -203,7 +203,7 @@ def true_weights(p: Tensor, state: dict[str, Any]) -> Tensor:
 
 
 @torch.no_grad()
-def place_weights(p: Tensor, state: dict[str, Any], theta: Tensor, kind: str | None) -> None:
+def store_weights(p: Tensor, state: dict[str, Any], theta: Tensor, kind: str | None) -> None:
     """Puts true weights into a parameter that is to have no master, with what it keeps of them beside it."""
     here, values = local_of(p), local_of(theta)
     for name in RESTS:
@@ -239,7 +239,7 @@ def conform(group: dict[str, Any], p: Tensor, state: dict[str, Any], live: bool)
             for name in RESTS:
                 state.pop(name, None)
     elif has is not None and has != kind and "master" not in state:
-        place_weights(p, state, true_weights(p, state), kind)
+        store_weights(p, state, true_weights(p, state), kind)
     if group["ema_decay"] is None:
         state.pop("ema", None)
 

@@ -54,8 +54,8 @@ def name_of(groups: list[Group], number: int, index: int) -> str:
 def name_in(group: Group, number: int, index: int) -> str:
     """:func:`name_of`, of a group that may stand in no list yet."""
     names = group.get("param_names") or ()
-    place = f"parameter {index} of group {number}"
-    return f"{names[index]!r} ({place})" if index < len(names) and names[index] is not None else place
+    position = f"parameter {index} of group {number}"
+    return f"{names[index]!r} ({position})" if index < len(names) and names[index] is not None else position
 
 
 def _on_device(value: Any) -> bool:
@@ -418,8 +418,8 @@ def check_noise(groups: list[Group], process_group: Any, noisy: set[int]) -> Non
     """Raises ValueError where noise cannot go by global element index, for groups that are to have noise."""
     if not noisy:
         return
-    places = [(number, index) for number, group in enumerate(groups) for index in range(len(group["params"]))]
-    for (number, index), first in zip(places, sharding.first_indices(groups, process_group), strict=True):
+    positions = [(number, index) for number, group in enumerate(groups) for index in range(len(group["params"]))]
+    for (number, index), first in zip(positions, sharding.first_indices(groups, process_group), strict=True):
         if first is None and number in noisy:
             why = (
                 "its place among all parameters is not known; use aim_kernels.AIMZeroRedundancyOptimizer"

@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from places import make
+from backends_under_test import make
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,5 +1,5 @@
-"""The whole optimizer over the device backends, run on this machine's processor (places.py): against the float64
-oracle, and bit for bit against the CPU kernels."""
+"""The whole optimizer over the device backends, on this machine's processor (backends_under_test.py): against the
+float64 oracle, and bit for bit against the CPU kernels."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tolerances as tol
 import torch
+from backends_under_test import CHUNK, DEVICE_BACKENDS, enter
 from helpers import (
     DTYPES,
     ROWS,
@@ -23,7 +24,6 @@ from helpers import (
     same_numbers,
     set_row,
 )
-from places import CHUNK, DEVICE_PLACES, enter
 from twin import Twin, run_twin
 
 import aim_kernels as ak
@@ -36,7 +36,7 @@ KINDS = ("contiguous", "transposed", "offset")
 EDGES = (((1,), (CHUNK + 5,), (63,)), ((2 * CHUNK,), (0,), (CHUNK - 1,)))
 
 
-@pytest.fixture(params=DEVICE_PLACES)
+@pytest.fixture(params=DEVICE_BACKENDS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return enter(request.param, monkeypatch)
 

@@ -162,16 +162,16 @@ def test_a_replayed_step_heeds_scale_and_infinities(backend: str) -> None:
     with torch.cuda.graph(graph):
         captured.step()
     before = frozen(captured)
-    for place in static:
-        place.fill_(float("nan"))
+    for buffer in static:
+        buffer.fill_(float("nan"))
     found.fill_(1.0)
     graph.replay()
     same_bits(before, frozen(captured))
     found.fill_(0.0)
     for number in (1, 2):
         scale.fill_(2.0**number)
-        for place, grad in zip(static, steps[number], strict=True):
-            place.copy_(grad * 2.0**number)
+        for buffer, grad in zip(static, steps[number], strict=True):
+            buffer.copy_(grad * 2.0**number)
         graph.replay()
     same_bits(frozen(plain), frozen(captured))
 
@@ -192,8 +192,8 @@ def test_eval_and_train_between_replays(backend: str) -> None:
         with visited.true_parameters():
             true = [visited.state[p].get("master", p.detach()) for p in params]
             same_bits([p.detach() for p in params], true)
-        for place, grad in zip(static, grads, strict=True):
-            place.copy_(grad)
+        for buffer, grad in zip(static, grads, strict=True):
+            buffer.copy_(grad)
         graph.replay()
     same_bits(frozen(plain), frozen(visited))
 

@@ -9,10 +9,10 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from backends_under_test import enter
 from helpers import Gradients, assign, build, parameters_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from places import enter
 
 from aim_kernels.backends import device
 from aim_kernels.step.layout import GROUP_RECORD, TENSOR_RECORD
@@ -145,8 +145,8 @@ def test_capture_before_the_first_step_is_refused(monkeypatch: pytest.MonkeyPatc
 
 def test_what_a_graph_uses_outlives_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     """A captured step goes on reading tables and states, also when the optimizer has planned anew since."""
-    place = enter("cuda", monkeypatch)
-    optimizer = build("adamw", (((5,), (70,)),), backend=place)
+    name = enter("cuda", monkeypatch)
+    optimizer = build("adamw", (((5,), (70,)),), backend=name)
     params = parameters_of(optimizer)
     gradients = Gradients(params)
     assign(params, gradients())

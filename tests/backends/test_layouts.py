@@ -92,10 +92,10 @@ def test_layout_does_not_change_the_bits(rule: str) -> None:
         same_bits(results[0], other)
 
 
-@pytest.mark.parametrize("place", range(4))
-def test_empty_tensors_anywhere(place: int) -> None:
+@pytest.mark.parametrize("at", range(4))
+def test_empty_tensors_anywhere(at: int) -> None:
     shapes: list[tuple[int, ...]] = [(5,), (3, 3), (1,)]
-    shapes.insert(place, (0, 4))
+    shapes.insert(at, (0, 4))
     optimizer = build("adamw", (shapes, [(0,)]))
     for group in (0, 1):
         set_row(optimizer, group, "all")
@@ -142,8 +142,8 @@ def test_guard_bytes(rule: str, size: int, dtype: str) -> None:
         plain.step()
         guarded.step()
         state = guarded.state[q]
-        for place, name in enumerate(sorted(state.keys() - {"step"})):
-            state[name] = guard(state[name], 3 + 2 * number + place)
+        for position, name in enumerate(sorted(state.keys() - {"step"})):
+            state[name] = guard(state[name], 3 + 2 * number + position)
     same_bits(frozen(plain), frozen(guarded))
     for base, view in buffers:
         assert int((base == -77.0).sum()) >= base.numel() - view.numel()

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from backends_under_test import CHUNK, enter
 from helpers import Gradients, assign, build, frozen, parameters_of, same_bits, same_numbers, set_row
-from places import CHUNK, enter
 
 import aim_kernels as ak
 from aim_kernels.backends import device
@@ -138,8 +138,8 @@ def test_a_skipped_step_clears_gradients_only(backend: str) -> None:
     _, device = pair(backend, "adamw", "chain", "float32", state_dtype="int8", ema_decay=0.9, zero_grad_in_step=True)
     run(device, 2)
     before = frozen(device)
-    place = parameters_of(device)[0].device
-    device.found_inf = torch.ones((), device=place)
+    where = parameters_of(device)[0].device
+    device.found_inf = torch.ones((), device=where)
     assert all(bool((grad == 0).all()) for grad in run(device, 1))
     same_bits(before, frozen(device))
 

@@ -77,8 +77,8 @@ def step_both(optimizers: tuple[ak.AIMFusedOptimizer, ...], grads: list[torch.Te
 CASES = [
     (rule, dtype)
     for number, rule in enumerate(RULES)
-    for place, dtype in enumerate(DTYPES)
-    if number < 7 or (number + place) % 2
+    for position, dtype in enumerate(DTYPES)
+    if number < 7 or (number + position) % 2
 ]
 
 

@@ -65,13 +65,13 @@ def test_groups_can_be_passed_again(kind: str) -> None:
     first, second = AK(groups[0], lr=0.1), AK(groups[0], lr=0.2)
     torch.optim.AdamW(groups[1], lr=0.1)
     expected = torch.optim.AdamW(groups[1], lr=0.2)
-    place = {id(p): n for n, p in enumerate(ours)} | {id(p): n for n, p in enumerate(theirs)}
+    number_of = {id(p): n for n, p in enumerate(ours)} | {id(p): n for n, p in enumerate(theirs)}
 
-    def placed(groups: list[dict[str, Any]]) -> list[Any]:
-        return [([place[i] for i in ids], *rest) for ids, *rest in outline(groups)]
+    def numbered(groups: list[dict[str, Any]]) -> list[Any]:
+        return [([number_of[i] for i in ids], *rest) for ids, *rest in outline(groups)]
 
     for optimizer in (first, second):
-        assert placed(optimizer.param_groups) == placed(expected.param_groups)
+        assert numbered(optimizer.param_groups) == numbered(expected.param_groups)
         assert all(group is given for group, given in zip(optimizer.param_groups, groups[0], strict=True))
     for ps, optimizer in ((ours, second), (theirs, expected)):
         for p in ps:

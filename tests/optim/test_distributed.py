@@ -12,7 +12,7 @@ import scenarios_modules  # noqa: F401  registers its scenarios
 import scenarios_packed  # noqa: F401
 import scenarios_zero  # noqa: F401
 import worlds
-from places import BUILT, cuda_on_cpu
+from backends_under_test import BUILT, cuda_on_cpu
 
 
 @pytest.mark.slow

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from backends_under_test import BACKENDS, enter
 from helpers import DTYPES, frozen, same_bits
-from places import PLACES, enter
 from torch import Tensor, nn
 
 import aim_kernels as ak
@@ -124,8 +124,8 @@ class Pair:
             same_bits(p.detach(), q.detach().to(p.dtype))
 
 
-def pair(kind: str, rule: str, place: str, monkeypatch: pytest.MonkeyPatch) -> Pair:
-    return Pair(kind, rule, enter(place, monkeypatch), "cuda" if "@" in place else "cpu")
+def pair(kind: str, rule: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> Pair:
+    return Pair(kind, rule, enter(backend, monkeypatch), "cuda" if "@" in backend else "cpu")
 
 
 @pytest.mark.parametrize("edit", EDITS)
@@ -141,11 +141,11 @@ def test_edits_between_steps_count(kind: str, edit: str) -> None:
     assert all("master" in made.optimizer.state[p] for p in made.layer.parameters())
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("kind", ["bfloat16", "float16", "kept"])
-def test_every_kernel_takes_them(kind: str, rule: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = pair(kind, rule, place, monkeypatch)
+def test_every_kernel_takes_them(kind: str, rule: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = pair(kind, rule, backend, monkeypatch)
     made.step()
     for number, edit in enumerate((set_one, begin_anew)):
         made.edit(edit)

@@ -12,6 +12,8 @@ import helpers
 import numpy as np
 import pytest
 import torch
+from backends_under_test import CHUNK as SMALL_CHUNK
+from backends_under_test import EMULATED, enter
 from fuzzing import examples
 from helpers import (
     DTYPES,
@@ -30,8 +32,6 @@ from helpers import (
 )
 from hypothesis import assume, event, given
 from hypothesis import strategies as st
-from places import CHUNK as SMALL_CHUNK
-from places import EMULATED, enter
 from twin import Twin
 
 import aim_kernels as ak
@@ -235,14 +235,14 @@ def test_any_run(backend: str) -> None:
     check()
 
 
-@pytest.mark.parametrize("place", EMULATED)
-def test_any_run_on_an_emulated_device(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = enter(place, monkeypatch)
+@pytest.mark.parametrize("backend", EMULATED)
+def test_any_run_on_an_emulated_device(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = enter(backend, monkeypatch)
 
-    @examples({"cuda": 12, "triton": 6}[place])
+    @examples({"cuda": 12, "triton": 6}[backend])
     @given(runs(chunk=SMALL_CHUNK, steps=4))
     def check(case: dict[str, Any]) -> None:
-        Run(case, backend).go()
+        Run(case, name).go()
 
     check()
 
@@ -250,14 +250,14 @@ def test_any_run_on_an_emulated_device(place: str, monkeypatch: pytest.MonkeyPat
 @st.composite
 def odd_values(draw: st.DrawFn) -> dict[str, Any]:
     size = draw(st.integers(1, 70) | st.sampled_from([1023, 1024, 4099]))
-    places = st.dictionaries(
+    spoils = st.dictionaries(
         st.integers(0, size - 1), st.sampled_from([float("inf"), -float("inf"), float("nan")]), max_size=5
     )
     return {
         "rule": draw(st.sampled_from(sorted(RULES))),
         "dtype": draw(st.sampled_from(sorted(DTYPES))),
         "size": size,
-        "places": draw(places),
+        "spoils": draw(spoils),
         "row": draw(st.sampled_from(["ones", "step", "chain", "all"])),
     }
 
@@ -267,20 +267,20 @@ def odd_values(draw: st.DrawFn) -> dict[str, Any]:
 def test_odd_values_stay_where_they_are(case: dict[str, Any]) -> None:
     """NaN and infinities are counted, and spoil their own element alone."""
     made = []
-    places = list(case["places"])
+    spoils = list(case["spoils"])
     for spoilt in (False, True):
         optimizer = build(case["rule"], (((case["size"],),),), case["dtype"])
         set_row(optimizer, 0, case["row"])
         (p,) = parameters_of(optimizer)
         (grad,) = Gradients([p])()
         if spoilt:
-            for place, value in case["places"].items():
-                grad[place] = value
+            for index, value in case["spoils"].items():
+                grad[index] = value
         assign([p], [grad])
         optimizer.step()
-        assert optimizer.statistics()[0]["nonfinite"] == (len(places) if spoilt else 0)
+        assert optimizer.statistics()[0]["nonfinite"] == (len(spoils) if spoilt else 0)
         made.append(frozen(optimizer))
-    others = torch.from_numpy(np.setdiff1d(np.arange(case["size"]), places))
+    others = torch.from_numpy(np.setdiff1d(np.arange(case["size"]), spoils))
     for one, two in zip(*(m["params"] for m in made), strict=True):
         same_bits(one[others], two[others])
     for name, state in made[0]["state"][0].items():

@@ -16,8 +16,8 @@ import method_helpers
 import numpy as np
 import pytest
 import torch
+from backends_under_test import DEVICE_BACKENDS, enter
 from helpers import frozen, parameter, same_bits
-from places import DEVICE_PLACES, enter
 
 import aim_kernels as ak
 from aim_kernels.methods import METHODS, make_method
@@ -142,22 +142,22 @@ KINDS: dict[str, Callable[[float], Any]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("place", ["cpu", "reference"])
-def test_numbers_of_numpy_and_torch_are_what_they_are_worth(place: str, name: str, kind: str) -> None:
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_numbers_of_numpy_and_torch_are_what_they_are_worth(backend: str, name: str, kind: str) -> None:
     """The bits of Python's floats: nothing is computed in the precision of the number that was given."""
     runs = []
     for make in (float, KINDS[kind]):
         _, needed, option = case(name, make)
         group = {"params": [parameter((40,)), parameter((3, 5))], "modality": "a", "depth": 0, "modulated": True}
-        optimizer = AK([{**group, **option}], **needed, backend=place, seed=3)
+        optimizer = AK([{**group, **option}], **needed, backend=backend, seed=3)
         optimizer.set_strength("a", 0, 0.25)
         runs.append(frozen(stepped(optimizer, 3)))
     same_bits(*runs)
 
 
-@pytest.mark.parametrize("place", DEVICE_PLACES)
-def test_devices_take_them_too(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = enter(place, monkeypatch)
+@pytest.mark.parametrize("backend", DEVICE_BACKENDS)
+def test_devices_take_them_too(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = enter(backend, monkeypatch)
     runs = []
     for make in (float, np.float32, torch.tensor):
         options = {
@@ -166,7 +166,7 @@ def test_devices_take_them_too(place: str, monkeypatch: pytest.MonkeyPatch) -> N
             "weight_decay": make(0.25),
             "betas": (make(0.5), make(0.75)),
         }
-        runs.append(frozen(stepped(AK([parameter((40,))], **options, backend=backend))))
+        runs.append(frozen(stepped(AK([parameter((40,))], **options, backend=name))))
     same_bits(runs[0], runs[1])
     same_bits(runs[0], runs[2])
 

@@ -166,15 +166,15 @@ def test_compensation(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    "place",
+    "at",
     [(0, 0, 2, 0, 0), (2**62 + 7, 9, 3, 5, 0), (1, 2**33 + 1, 2, 2**34 + 3, 250), (5, 1, 3, 7, 2**32 - 200)],
     ids=str,
 )
-def test_rounding_bits_are_the_documented_ones(place: tuple[int, ...]) -> None:
-    found = rounding_bits(*place, 700)
-    one_by_one = [want.rounding_bits(*place[:4], i) for i in range(place[4], place[4] + 700)]
+def test_rounding_bits_are_the_documented_ones(at: tuple[int, ...]) -> None:
+    found = rounding_bits(*at, 700)
+    one_by_one = [want.rounding_bits(*at[:4], i) for i in range(at[4], at[4] + 700)]
     same(found.astype(np.int64), np.array(one_by_one))
-    same(want.all_rounding_bits(*place, 700), np.array(one_by_one))
+    same(want.all_rounding_bits(*at, 700), np.array(one_by_one))
 
 
 def test_rounding_bits_are_uniform() -> None:

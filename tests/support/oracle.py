@@ -165,8 +165,8 @@ class Oracle:
             names = ("true", "aux")
             step = [block.row[f"{names[self.phase]}_step_{side}"] for side in ("under", "well")]
             live = [block.row[f"{names[upcoming]}_live_{side}"] for side in ("under", "well")]
-            for place, (leaf, grad) in enumerate(zip(block.leaves, block_grads, strict=True)):
-                seen = observed[index][place] if observed else None
+            for number_in_block, (leaf, grad) in enumerate(zip(block.leaves, block_grads, strict=True)):
+                seen = observed[index][number_in_block] if observed else None
                 if grad is None:
                     emitting = block.emitting or (leaf.weights == "float32" and leaf.live is not None)
                     if leaf.live is not None and not emitting:

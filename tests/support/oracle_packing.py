@@ -1,7 +1,7 @@
 """Numbers in fewer bits, in Python integers and float64, written from docs/design.md ("Fewer bytes").
 
 Nothing here reads the package. Numbers are float32 values held as float64; codes are whole numbers. A stored value is
-``unit * place`` of a table of all places, so rounding is a search in that table and not arithmetic on bits.
+``unit * rung`` of a table of all rungs, so rounding is a search in that table and not arithmetic on bits.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def exponent_of(x: np.ndarray, kind: Kind) -> int:
     return 255
 
 
-def places(x: np.ndarray, kind: Kind, exponent: int) -> np.ndarray:
-    """Places of magnitudes in units of 2^-19 codes: whole numbers, since nothing finer is looked at.
+def rungs(x: np.ndarray, kind: Kind, exponent: int) -> np.ndarray:
+    """Rungs of magnitudes in units of 2^-19 codes: whole numbers, since nothing finer is looked at.
 
     In the linear binade a float32 sum lines the magnitude up, to the nearest even of its last bits.
     """
@@ -76,7 +76,7 @@ def codes_of(x: np.ndarray, kind: Kind, exponent: int, bits: np.ndarray) -> np.n
     """Codes of one block's numbers, of which none lies beyond its greatest code."""
     if exponent == 255:
         return np.zeros(len(x), np.int64)
-    found = (places(np.abs(x), kind, exponent) + bits * 8) // 2**19
+    found = (rungs(np.abs(x), kind, exponent) + bits * 8) // 2**19
     if kind.signed:
         return found + 128 * np.signbit(x)
     return np.where((x != 0) & (found == 0), 1, found)
@@ -152,8 +152,13 @@ def philox(seed: int, counter: tuple[int, int, int, int], rounds: int) -> tuple[
 
 def draw(seed: int, counter: int, stream: int, base: int, number: int) -> tuple[int, ...]:
     """The words of one draw of the parameter that begins at the global index ``base``."""
-    place = (number & 0xFFFFFFFF, base & 0xFFFFFFFF, counter & 0xFFFFFFFF, (stream + 256 * (base >> 32)) & 0xFFFFFFFF)
-    return philox(seed, place, 7)
+    counter_words = (
+        number & 0xFFFFFFFF,
+        base & 0xFFFFFFFF,
+        counter & 0xFFFFFFFF,
+        (stream + 256 * (base >> 32)) & 0xFFFFFFFF,
+    )
+    return philox(seed, counter_words, 7)
 
 
 def rounding_bits(seed: int, counter: int, stream: int, base: int, index: int) -> int:

@@ -161,8 +161,8 @@ def flattened_in_other_parts(folder: Path) -> None:
                 p.grad = placed_as(p, grad)
         for each in (optimizer, *(other for _, other in others)):
             each.step()
-        for place, (_, other) in enumerate(others):
-            same_bits(held(optimizer), held(other), f"step {number}, way {place}")
+        for way, (_, other) in enumerate(others):
+            same_bits(held(optimizer), held(other), f"step {number}, way {way}")
 
 
 def placed_as(p: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:

@@ -34,8 +34,8 @@ def compiled(
     """What a kernel is made of; arguments in ``absent`` are None."""
     constants = constants | dict.fromkeys(absent)
     signature = {name: "constexpr" if name in constants else TYPES[name] for name in function.arg_names}
-    places = {(function.arg_names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(function, signature, places)
+    attributes = {(function.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(function, signature, attributes)
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     ptx = kernel.asm["ptx"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

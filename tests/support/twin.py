@@ -163,11 +163,11 @@ class Twin:
         for p, grad, version in zip(params, grads, versions, strict=True):
             if grad is not None and p.numel():
                 assert p._version > version, "a parameter was written without bumping its version"
-        nested, seen, place = [], [], 0
+        nested, seen, begin = [], [], 0
         for group in self.optimizer.param_groups:
             count = len(group["params"])
-            nested.append(flat_grads[place : place + count])
-            place += count
+            nested.append(flat_grads[begin : begin + count])
+            begin += count
             leaves = [self.leaf(p, group, 0) for p in group["params"]]
             seen.append([self.observed(p, group, leaf) for p, leaf in zip(group["params"], leaves, strict=True)])
         if getattr(self.optimizer, "zero_grad_in_step", False):
@@ -193,8 +193,8 @@ class Twin:
         o = self.oracle
         assert tables.control.tolist() == [o.seed, o.counter, o.threshold, o.phase]
         for index, (block, group) in enumerate(zip(o.blocks, self.optimizer.param_groups, strict=True)):
-            for place, (leaf, p) in enumerate(zip(block.leaves, group["params"], strict=True)):
-                where = f"group {index}, parameter {place} {tuple(p.shape)}"
+            for position, (leaf, p) in enumerate(zip(block.leaves, group["params"], strict=True)):
+                where = f"group {index}, parameter {position} {tuple(p.shape)}"
                 self._compare_leaf(leaf, self.leaf(p, group, leaf.first), block.hyper.initial, where)
             row = dict(zip(oracle.COLUMNS, tables.rows[index].tolist(), strict=True))
             for name, value in block.row.items():

@@ -135,11 +135,11 @@ def rounding_bits(seed, counter, STREAM: tl.constexpr, base, index, BLOCK: tl.co
     if shift != 0:
         # A part of a parameter that does not begin with such a block.
         later = _rounding_block(seed, counter, STREAM, base, block + BLOCK // 256, BLOCK)
-        place = tl.arange(0, BLOCK) + shift
+        source = tl.arange(0, BLOCK) + shift
         bits = tl.where(
-            place < BLOCK,
-            tl.gather(bits, tl.minimum(place, BLOCK - 1), 0),
-            tl.gather(later, tl.maximum(place - BLOCK, 0), 0),
+            source < BLOCK,
+            tl.gather(bits, tl.minimum(source, BLOCK - 1), 0),
+            tl.gather(later, tl.maximum(source - BLOCK, 0), 0),
         )
     return bits
 

@@ -73,9 +73,9 @@ def _lowest(exponent, SIGNED: tl.constexpr):
 def _value(code, exponent, SIGNED: tl.constexpr):
     """The numbers of codes (uint32), by the exponents (int32) of their blocks."""
     lowest = _lowest(exponent, SIGNED)
-    place = (code & (0x7F if SIGNED else 0xFF)) << SHIFT
-    linear = place < 0x800000
-    above = (place + lowest - tl.where(linear, 0, 0x800000).to(tl.uint32)).to(tl.float32, bitcast=True)
+    rung = (code & (0x7F if SIGNED else 0xFF)) << SHIFT
+    linear = rung < 0x800000
+    above = (rung + lowest - tl.where(linear, 0, 0x800000).to(tl.uint32)).to(tl.float32, bitcast=True)
     value = above - tl.where(linear, lowest.to(tl.float32, bitcast=True), 0.0)
     bits = value.to(tl.uint32, bitcast=True)
     if SIGNED:
@@ -102,8 +102,8 @@ def _code(x, exponent, random, SIGNED: tl.constexpr):
     magnitude = bits & 0x7FFFFFFF
     # A sum lines up what lies in the linear binade: its step is that of the binade above.
     linear = magnitude.to(tl.float32, bitcast=True) + lowest.to(tl.float32, bitcast=True)
-    place = tl.where(magnitude < lowest, linear.to(tl.uint32, bitcast=True), magnitude + 0x800000) - lowest
-    code = (place + (random << (SHIFT - 16)).to(tl.uint32)) >> SHIFT
+    rung = tl.where(magnitude < lowest, linear.to(tl.uint32, bitcast=True), magnitude + 0x800000) - lowest
+    code = (rung + (random << (SHIFT - 16)).to(tl.uint32)) >> SHIFT
     with_sign = code | ((bits >> 24) & 0x80)
     without = tl.where((code == 0) & (magnitude != 0), 1, code).to(tl.uint32)
     return tl.where(exponent == 255, 0, with_sign if SIGNED else without).to(tl.uint32)
