@@ -169,7 +169,7 @@ def _update(
     rounding: Rounding,
     draws: tuple[Draw, ...],
 ) -> None:
-    kind = arithmetic_dtype(p.dtype)
+    arithmetic = arithmetic_dtype(p.dtype)
     theta = true_weights(p, state)
     taken = float(state["step"])
     held = _is_held(row, steps)
@@ -181,7 +181,7 @@ def _update(
     m, v, w = _moments(group, state)
 
     # 1 and 2: the gradient, by the class that the old moments give
-    g0 = grad.to(kind) * scale
+    g0 = grad.to(arithmetic) * scale
     g = g0 if decoupled or not decay else g0 + theta * decay
     grad_under, grad_well = row[ROW["grad_under"]], row[ROW["grad_well"]]
     if m is None or v is None:
@@ -189,7 +189,7 @@ def _update(
     else:
         g = g * _choose(_under(m, v, group, taken, row[ROW["tau_prev"]], draws[0]), grad_under, grad_well, g)
     if noise is not None and not held:
-        g = g + noise.to(kind)
+        g = g + noise.to(arithmetic)
 
     # 3: moments; what Lion moves by is made of the old one
     beta1, beta2 = _betas(group)
@@ -427,7 +427,7 @@ def _finish(plan: StepPlan, following: str, sums: list[Sums]) -> None:
     tables = plan.tables
     for number, (group, total) in enumerate(zip(plan.param_groups, sums, strict=True)):
         row = tables.rows[number].tolist()
-        kind, target = in_floats(group)["under_optimized"]
+        how, target = in_floats(group)["under_optimized"]
         tau = row[ROW["tau"]]
         changed = {
             "tau_prev": tau,
@@ -439,7 +439,7 @@ def _finish(plan: StepPlan, following: str, sums: list[Sums]) -> None:
         if total.numel:
             now = PHASES[tables.phase()]
             held = _is_held(row, (row[ROW[f"{now}_step_under"]], row[ROW[f"{now}_step_well"]]))
-            if kind == "fraction" and not math.isnan(total.under) and not held:
+            if how == "fraction" and not math.isnan(total.under) and not held:
                 changed["tau"] = min(
                     max(tau + float(group["threshold_rate"]) * (total.under / total.numel - target), 0.0), 1.0
                 )

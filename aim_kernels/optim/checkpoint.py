@@ -201,7 +201,7 @@ def _check_masters(
     Args:
         counts: steps of the group's parameters. What was never stepped is under-optimized.
     """
-    under, well = (row[ROW[f"emitted_{kind}"]] for kind in ("under", "well"))
+    under, well = (row[ROW[f"emitted_{side}"]] for side in ("under", "well"))
     for index, (p, count) in enumerate(zip(groups[number]["params"], counts, strict=True)):
         if "master" not in state[p] and (under != 1.0 or (count and well != 1.0)):
             raise ValueError(
@@ -218,8 +218,8 @@ def _pairs(
         for index, (p, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
             state = saved_states.get(key)
             if state is not None and not isinstance(state, dict):
-                name, kind = validation.name_of(groups, number, index), type(state).__name__
-                raise ValueError(f"{name}: its state is a {kind} in the checkpoint, expected a dict")
+                name, found = validation.name_of(groups, number, index), type(state).__name__
+                raise ValueError(f"{name}: its state is a {found} in the checkpoint, expected a dict")
             yield (number, index), p, state or {}
 
 
@@ -238,12 +238,12 @@ def _empty_state(p: Tensor, key: str, dtype: torch.dtype) -> Tensor:
     """For a saved state of that type. Moments in fewer bits stay so until :func:`states.conform` makes of them what the
     group's options ask for."""
     local = sharding.local_of(p)
-    kind = arithmetic_dtype(p.dtype)
+    stored_dtype = arithmetic_dtype(p.dtype)
     if key in ("compensation", "remainder"):
-        kind = p.dtype if key == "compensation" else torch.int16
+        stored_dtype = p.dtype if key == "compensation" else torch.int16
     elif key not in STATES and dtype in (torch.bfloat16, torch.uint8):
-        kind = dtype
-    made = torch.empty_like(local, dtype=kind, memory_format=state_layout(p), requires_grad=False)
+        stored_dtype = dtype
+    made = torch.empty_like(local, dtype=stored_dtype, memory_format=state_layout(p), requires_grad=False)
     return sharding.like(p, made)
 
 
@@ -285,8 +285,8 @@ def _checked_state(
             state[key] = step_count(p, _count(f"{name}: its step", value))
             continue
         if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
-            kind = f"{value.layout} tensor on {value.device}" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{name}: its {key} is a {kind} in the checkpoint, a dense tensor here")
+            found = f"{value.layout} tensor on {value.device}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{name}: its {key} is a {found} in the checkpoint, a dense tensor here")
         if key.endswith("_scale"):
             blocks = blocks_of(sharding.local_of(p).numel())
             if value.shape != (blocks,):

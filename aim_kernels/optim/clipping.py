@@ -30,8 +30,8 @@ def clip(plan: StepPlan, backend: ModuleType, max_norm: float) -> Tensor:
         squares = torch.tensor(backend.squares(plan), dtype=torch.float64, device=plan.tables.rows.device)
         total = _of_all_processes(plan, squares).item() ** 0.5 / scale
         plan.clip_factor = clipped_to(max_norm, total)
-        kind = torch.float64 if any(p.dtype == torch.float64 for p in plan.params) else torch.float32
-        return torch.tensor(total, dtype=kind, device=plan.tables.rows.device)
+        dtype = torch.float64 if any(p.dtype == torch.float64 for p in plan.params) else torch.float32
+        return torch.tensor(total, dtype=dtype, device=plan.tables.rows.device)
     norm = _of_all_processes(plan, _squares(plan)).sqrt()
     norm = norm.to(torch.float64 if any(p.dtype == torch.float64 for p in plan.params) else torch.float32)
     scaled = norm if plan.grad_scale is None else norm / plan.grad_scale.to(norm.device)

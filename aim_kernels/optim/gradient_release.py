@@ -73,10 +73,10 @@ def step_in_backward(optimizer: Any, model: nn.Module) -> Release:
 
 def _refuse_wrapped(model: nn.Module) -> None:
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    kinds: list[Any] = [nn.parallel.DistributedDataParallel]
-    kinds += [] if fsdp is None else [fsdp.FullyShardedDataParallel]
+    wrappers: list[Any] = [nn.parallel.DistributedDataParallel]
+    wrappers += [] if fsdp is None else [fsdp.FullyShardedDataParallel]
     for module in model.modules():
-        if isinstance(module, tuple(kinds)):
+        if isinstance(module, tuple(wrappers)):
             raise ValueError(
                 f"model: {type(module).__name__} averages gradients after the hooks that step_in_backward steps in; "
                 "train without it, or without step_in_backward"

@@ -73,9 +73,9 @@ class Members:
                 "none; give (name, parameter) pairs or parameters only"
             )
         if groups and ("param_names" in group) != ("param_names" in groups[0]):
-            kind = "with" if "param_names" in group else "without"
+            which = "with" if "param_names" in group else "without"
             raise ValueError(
-                f"group {number}: all optimizer param groups should be with/without names, this one is {kind}; give "
+                f"group {number}: all optimizer param groups should be with/without names, this one is {which}; give "
                 "(name, parameter) pairs in all of them or in none"
             )
         widest = validation.check_meshes([group], process_group, number, self._mesh)

@@ -44,7 +44,7 @@ _ALIGN = 16  # elements, so that every master in a buffer starts on a cache line
 _NOTHING, _STEPPED, _EMITTED = "-", "s", "e"
 
 _SCHEMA = (
-    "(Tensor inputs, str kinds, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor(c!)[] masters, "
+    "(Tensor inputs, str actions, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor(c!)[] masters, "
     "Tensor(d!) rows, Tensor(e!) statistics, Tensor(f!) control, Tensor[] anchors, Tensor[] lrs, Tensor? grad_scale, "
     "Tensor? found_inf) -> ()"
 )
@@ -159,9 +159,9 @@ class GraphInputs:
                 first = sum(len(group["params"]) for group in optimizer.param_groups[:number])
             self.emits[first : first + len(params)] = [True] * len(params)
 
-    def tensors(self, kinds: str) -> list[Tensor]:
+    def tensors(self, actions: str) -> list[Tensor]:
         """What a graph hands over, but for gradients, in the order of the operator's arguments."""
-        params = [p for p, kind in zip(self.params, kinds, strict=True) if kind != _NOTHING]
+        params = [p for p, action in zip(self.params, actions, strict=True) if action != _NOTHING]
         tables = (self.rows, self.statistics, self.control)
         return [*params, *self.states, *self.masters, *tables, *self.anchors, *self.lrs]
 
@@ -258,14 +258,14 @@ def _prepare_params(handle: str) -> None:
         optimizer._inputs = GraphInputs(optimizer)
 
 
-def _prepare_states(handle: str, kinds: str) -> None:
+def _prepare_states(handle: str, actions: str) -> None:
     """Called while a graph is traced: makes the states that the graph will be given. Masters, which hold the
     parameters' values, begin when the graph runs."""
     optimizer = _OPTIMIZERS[handle]
     optimizer._check_before_building()
     inputs = optimizer._inputs
     assert inputs is not None
-    stepped = {id(p) for p, kind in zip(inputs.params, kinds, strict=True) if kind == _STEPPED}
+    stepped = {id(p) for p, action in zip(inputs.params, actions, strict=True) if action == _STEPPED}
     optimizer._make_state(lambda p: id(p) in stepped, masters=False)
     inputs.gather()
 
@@ -275,25 +275,25 @@ def trace_step(optimizer: AIMFusedOptimizer) -> None:
     handle = optimizer._handle
     _prepare_params(handle)
     inputs: Any = optimizer._inputs
-    params, grads, kinds = [], [], ""
+    params, grads, actions = [], [], ""
     for index, p in enumerate(inputs.params):
         grad = p.grad
         if grad is not None:
             params.append(p)
             grads.append(grad)
-            kinds += _STEPPED
+            actions += _STEPPED
         # Asked last: what is asked here becomes a condition of the graph.
         elif inputs.emits[index]:
             params.append(p)
-            kinds += _EMITTED
+            actions += _EMITTED
         else:
-            kinds += _NOTHING
+            actions += _NOTHING
     if not grads and optimizer.process_group is None:  # of which others may have gradients, and wait for this process
         return
-    _prepare_states(handle, kinds)
+    _prepare_states(handle, actions)
     torch.ops.aim_kernels.step(
         inputs.number,
-        kinds,
+        actions,
         params,
         grads,
         inputs.states,
@@ -313,7 +313,7 @@ def trace_step(optimizer: AIMFusedOptimizer) -> None:
 
 def _step(
     inputs: Tensor,
-    kinds: str,
+    actions: str,
     params: list[Tensor],
     grads: list[Tensor],
     states: list[Tensor],
@@ -335,9 +335,9 @@ def _step(
     optimizer._opt_called = True  # not where it is traced: the compiler loses what is set there
     optimizer._refuse_true_weights()
     each = iter(grads)
-    all_grads = [next(each) if kind == _STEPPED else None for kind in kinds]
+    all_grads = [next(each) if action == _STEPPED else None for action in actions]
     passed = [*params, *states, *masters, rows, statistics, control, *anchors, *lrs]
-    own = given.tensors(kinds)
+    own = given.tensors(actions)
 
     plan = optimizer._plan
     known = plan is not None and given.plan is plan and plan.is_of(optimizer) and plan.read()
@@ -449,5 +449,5 @@ torch.library.impl("aim_kernels::step", "CompositeExplicitAutograd")(_step)
 
 
 @torch.library.register_fake("aim_kernels::step")
-def _(inputs: Tensor, kinds: str, params: list[Tensor], grads: list[Tensor], *others: Any) -> None:
+def _(inputs: Tensor, actions: str, params: list[Tensor], grads: list[Tensor], *others: Any) -> None:
     """Nothing comes out."""

@@ -225,8 +225,8 @@ class LiveWeights(Modulated):
                 del state["master"]
                 if "step" not in state:  # frozen: the module holds it to the bit
                     del self.state[p]
-                elif (kind := weights_of(group, p)) not in (None, "stochastic"):
-                    store_weights(stepped, state, master, kind)
+                elif (storage := weights_of(group, p)) not in (None, "stochastic"):
+                    store_weights(stepped, state, master, storage)
                 if master.is_cuda:  # the step may still be under way, on any stream
                     master.record_stream(torch.cuda.current_stream(master.device))
         self._leaving = self._leaving - leaving

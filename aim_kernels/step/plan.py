@@ -222,15 +222,15 @@ class StepPlan:
         owner = self.owners[index]
         self._known.setdefault(owner, {})[name] = self.state[owner][name]
 
-    def _in_order(self, index: int, tensor: Tensor, kind: torch.dtype) -> Tensor:
+    def _in_order(self, index: int, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """A state in the type and memory order that the kernel reads: itself, or a copy where the parameter was laid
         out anew."""
         p = self.params[index]
         flat = index in self.staged or p.is_contiguous()
-        if tensor.dtype == kind and (tensor.is_contiguous() if flat else tensor.stride() == p.stride()):
+        if tensor.dtype == dtype and (tensor.is_contiguous() if flat else tensor.stride() == p.stride()):
             return tensor
         strides = _contiguous_strides(p) if flat else p.stride()
-        return torch.empty_strided(p.shape, strides, dtype=kind, device=p.device).copy_(tensor)
+        return torch.empty_strided(p.shape, strides, dtype=dtype, device=p.device).copy_(tensor)
 
     def anchor_of(self, index: int) -> Tensor | None:
         """What the live weights of a parameter are withdrawn to, of DTensors the local part; None: zero."""
@@ -392,7 +392,7 @@ class StepPlan:
             beta1 = beta2 if group["centered"] else beta1
         if group["decouple_lr"]:
             decay = decay / group["reference_lr"]
-        kind, target = group["under_optimized"]
+        how, target = group["under_optimized"]
         flags = FLAGS.get(group["measure"], 0)
         self.groups[number] = (
             group["lr"],
@@ -404,7 +404,7 @@ class StepPlan:
             group["dampening"],
             -1.0 if group["maximize"] else 1.0,
             target,
-            group["threshold_rate"] if kind == "fraction" else 0.0,
+            group["threshold_rate"] if how == "fraction" else 0.0,
             group["lr_decay"] if rule == "adagrad" else 0.0,
             group["ema_decay"] or 0.0,
             0,  # lr_tensor, by device.py

@@ -89,8 +89,8 @@ def moments_dtype(group: dict[str, Any], p: Tensor) -> torch.dtype:
 def weights_of(group: dict[str, Any], p: Tensor) -> str | None:
     """What a parameter without live weights does for its true weights: the group's ``master``, where it is of 16
     bits."""
-    kind: str | None = group["master"] if p.dtype in _HALVES else None
-    return kind
+    storage: str | None = group["master"] if p.dtype in _HALVES else None
+    return storage
 
 
 def always_has_master(group: dict[str, Any], p: Tensor) -> bool:
@@ -121,9 +121,9 @@ def states_of(group: dict[str, Any], p: Tensor, master: bool = False) -> dict[st
     ``layout.TENSOR_RECORD`` -> state. ``master``: whether it has one. Exponents (:func:`scale_of`) are not listed."""
     dtype = moments_dtype(group, p)
     found = {field: Kept(name, dtype) for field, name in moments_of(group).items()}
-    kind = weights_of(group, p)
-    if kind in _RESTS and not master:
-        name, rest = _RESTS[kind]
+    storage = weights_of(group, p)
+    if storage in _RESTS and not master:
+        name, rest = _RESTS[storage]
         found["rest"] = Kept(name, rest or p.dtype)
     if group["ema_decay"] is not None:
         found["ema"] = Kept("ema", arithmetic_dtype(p.dtype))
@@ -203,16 +203,16 @@ def true_weights(p: Tensor, state: dict[str, Any]) -> Tensor:
 
 
 @torch.no_grad()
-def store_weights(p: Tensor, state: dict[str, Any], theta: Tensor, kind: str | None) -> None:
+def store_weights(p: Tensor, state: dict[str, Any], theta: Tensor, storage: str | None) -> None:
     """Puts true weights into a parameter that is to have no master, with what it keeps of them beside it."""
     here, values = local_of(p), local_of(theta)
     for name in RESTS:
         state.pop(name, None)
-    stored, rest = codecs.halved(in_memory_order(values), kind, p.dtype)
+    stored, rest = codecs.halved(in_memory_order(values), storage, p.dtype)
     here.copy_(stored.as_strided(values.shape, values.stride()))
-    if rest is not None and kind is not None:
+    if rest is not None and storage is not None:
         kept = torch.empty_like(values, dtype=rest.dtype).copy_(rest.as_strided(values.shape, values.stride()))
-        state[_RESTS[kind][0]] = like(p, kept)
+        state[_RESTS[storage][0]] = like(p, kept)
 
 
 def conform(group: dict[str, Any], p: Tensor, state: dict[str, Any], live: bool) -> None:
@@ -226,9 +226,9 @@ def conform(group: dict[str, Any], p: Tensor, state: dict[str, Any], live: bool)
     for name in moments_of(group).values():
         if name in state and state[name].dtype != dtype:
             keep_moment(p, state, name, read_moment(state, name), dtype)
-    kind = weights_of(group, p)
+    storage = weights_of(group, p)
     has = next((other for other, (name, _) in _RESTS.items() if name in state), None)
-    if live or kind == "float32":
+    if live or storage == "float32":
         if has is not None:
             theta = true_weights(p, state)
             if "master" not in state:
@@ -238,8 +238,8 @@ def conform(group: dict[str, Any], p: Tensor, state: dict[str, Any], live: bool)
                 local_of(p).data.copy_(local_of(theta))
             for name in RESTS:
                 state.pop(name, None)
-    elif has is not None and has != kind and "master" not in state:
-        store_weights(p, state, true_weights(p, state), kind)
+    elif has is not None and has != storage and "master" not in state:
+        store_weights(p, state, true_weights(p, state), storage)
     if group["ema_decay"] is None:
         state.pop("ema", None)
 

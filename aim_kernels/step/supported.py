@@ -55,8 +55,8 @@ def reason_against(p: Tensor) -> str:
             "take torch.view_as_complex of it in forward"
         )
     if p.dtype not in DTYPE_NUMBER:
-        kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPE_NUMBER)
-        return f"{p.dtype} is not supported; use one of {kinds}"
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPE_NUMBER)
+        return f"{p.dtype} is not supported; use one of {names}"
     if p.device.type == "meta":
         return "is on the meta device; give it memory first (module.to_empty)"
     # Empty tensors share nothing, whatever their strides (channels_last has zeros there).
@@ -81,7 +81,7 @@ def is_idle(p: Tensor, primary: torch.device) -> bool:
 
 
 def is_beside(p: Tensor, primary: torch.device) -> bool:
-    """Whether one step can reach both a parameter and ``primary``: devices of one kind, and the same one if a CPU."""
+    """Whether one step can reach both a parameter and ``primary``: devices of one type, and the same one if a CPU."""
     return p.device.type == primary.type and (p.device == primary or primary.type != "cpu")
 
 

@@ -24,7 +24,7 @@ Group = dict[str, Any]
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_LIVE_COLUMNS = tuple(f"{phase}_live_{kind}" for phase in PHASES for kind in ("under", "well"))
+_LIVE_COLUMNS = tuple(f"{phase}_live_{side}" for phase in PHASES for side in ("under", "well"))
 
 
 def _outside_modes(method: Callable[P, T]) -> Callable[P, T]:

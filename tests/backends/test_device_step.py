@@ -31,7 +31,7 @@ from aim_kernels.backends import device
 from aim_kernels.step.layout import STATISTIC
 
 SHAPES = (((5, 7), (33,), (0,), ()), ((3, 4, 2), (16,)))
-KINDS = ("contiguous", "transposed", "offset")
+LAYOUTS = ("contiguous", "transposed", "offset")
 #: Tails, chunk edges, several chunks a tensor; the interpreter is slow, so only a few.
 EDGES = (((1,), (CHUNK + 5,), (63,)), ((2 * CHUNK,), (0,), (CHUNK - 1,)))
 
@@ -47,11 +47,11 @@ def interpreted(backend: str) -> bool:
 
 
 def twin(backend: str, rule: str, row: str, dtype: str, free: bool) -> None:
-    optimizer = build(rule, SHAPES, dtype, KINDS, backend=backend)
+    optimizer = build(rule, SHAPES, dtype, LAYOUTS, backend=backend)
     set_row(optimizer, 0, row)
     made = Twin(optimizer, RULES[rule]["rule"], free=free)
     run_twin(
-        made, Gradients(parameters_of(optimizer), kinds=("contiguous", "sliced")), 5 if interpreted(backend) else 20
+        made, Gradients(parameters_of(optimizer), layouts=("contiguous", "sliced")), 5 if interpreted(backend) else 20
     )
     assert min(made.masks.values()) > 20, "one class only: nothing was tested"
 
@@ -152,7 +152,7 @@ def test_the_bits_of_the_cpu_kernels(backend: str, rule: str, row: str, dtype: s
         pytest.skip("the interpreter is slow: six of the combinations there")
     made = []
     for name in ("cpu", backend):
-        optimizer = build(rule, EDGES, dtype, KINDS, backend=name)
+        optimizer = build(rule, EDGES, dtype, LAYOUTS, backend=name)
         set_row(optimizer, 0, row)
         run(optimizer, 3 if interpreted(backend) else 6, missing=1)
         made.append(optimizer)
@@ -178,7 +178,7 @@ def test_noise_is_drawn_by_global_index(backend: str, rule: str) -> None:
 @pytest.mark.parametrize("row", ["chain", "alternate"])
 def test_live_and_true_weights(backend: str, row: str, dtype: str) -> None:
     """eval() and train() are exact, as on the CPU."""
-    cpu, device = (build("adamw", SHAPES, dtype, KINDS, backend=name) for name in ("cpu", backend))
+    cpu, device = (build("adamw", SHAPES, dtype, LAYOUTS, backend=name) for name in ("cpu", backend))
     for optimizer in (cpu, device):
         set_row(optimizer, 0, row)
         run(optimizer, 3)

@@ -40,14 +40,14 @@ def test_the_bits_of_the_cpu_kernels(
     """Ten steps of several chunks, in every layout."""
     chunk = importlib.import_module(f"aim_kernels.backends.{backend}").CHUNK
     shapes = (((4, 6, 5, 3), (2 * chunk + 5,), (63,), (37, 129)), ((chunk,), (1,), (3, 4, 2), (4097,)))
-    kinds = ("channels_last", "contiguous", "offset", "transposed")
+    layouts = ("channels_last", "contiguous", "offset", "transposed")
     made = []
     for name, device in (("cpu", "cpu"), (backend, "cuda")):
         monkeypatch.setattr(helpers, "DEVICE", device)
-        optimizer = build(rule, shapes, dtype, kinds, backend=name)
+        optimizer = build(rule, shapes, dtype, layouts, backend=name)
         set_row(optimizer, 0, row)
         params = parameters_of(optimizer)
-        gradients = Gradients(params, kinds=("contiguous", "sliced", "channels_last"))
+        gradients = Gradients(params, layouts=("contiguous", "sliced", "channels_last"))
         for _ in range(10):
             assign(params, gradients())
             optimizer.step()

@@ -16,7 +16,7 @@ from aim_kernels.step.layout import FAMILIES, FLAGS, GROUP_RECORD, RULES, STATIS
 
 #: 8 bits begin with 4096 elements; an odd block at the end, and a parameter whose address is not that of a vector.
 SHAPES = (((37,), (4 * CHUNK + 4,), (5, 7)), ((70, 64), (0,)))
-KINDS = ("contiguous", "offset", "transposed")
+LAYOUTS = ("contiguous", "offset", "transposed")
 
 #: (state_dtype, rounding); 8 bits are always rounded at random.
 MOMENTS = ((None, "stochastic"), ("bfloat16", "stochastic"), ("bfloat16", "nearest"), ("int8", "stochastic"))
@@ -35,7 +35,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 def pair(backend: str, rule: str, row: str, dtype: str, **options: Any) -> list[ak.AIMFusedOptimizer]:
     """The same optimizer on the CPU kernels and on the device."""
-    made = [build(rule, SHAPES, dtype, KINDS, backend=name, **options) for name in ("cpu", backend)]
+    made = [build(rule, SHAPES, dtype, LAYOUTS, backend=name, **options) for name in ("cpu", backend)]
     for optimizer in made:
         set_row(optimizer, 0, row)
     return made

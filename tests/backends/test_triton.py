@@ -44,7 +44,9 @@ def pair(
     """The same optimizer on the CPU kernels and on the interpreted ones."""
     monkeypatch.setattr(backend._Kernels, "CHUNK", chunk)
     shapes = [[(size,) for size in group] for group in sizes or SIZES[chunk]]
-    cpu, device = (build(rule, shapes, kinds=("contiguous", "offset"), backend=b, **options) for b in ("cpu", "triton"))
+    cpu, device = (
+        build(rule, shapes, layouts=("contiguous", "offset"), backend=b, **options) for b in ("cpu", "triton")
+    )
     return cpu, device
 
 

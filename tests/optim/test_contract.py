@@ -60,7 +60,7 @@ def test_closure_runs_once_with_gradients_enabled() -> None:
 
 
 def test_version_counters_of_parameters_and_states() -> None:
-    optimizer = build("adamw", (((4, 3), (5,)),), kinds=("contiguous", "sliced"))
+    optimizer = build("adamw", (((4, 3), (5,)),), layouts=("contiguous", "sliced"))
     set_row(optimizer, 0, "all")
     params = parameters_of(optimizer)
     gradients = Gradients(params)

@@ -90,8 +90,8 @@ def runs(draw: st.DrawFn, chunk: int = _C.CHUNK, steps: int = 6) -> dict[str, An
         "rule": draw(st.sampled_from(sorted(RULES))),
         "dtype": draw(st.sampled_from(sorted(DTYPES))),
         "groups": draw(st.lists(groups(chunk), min_size=1, max_size=3)),
-        "kinds": draw(st.lists(st.sampled_from(PARAMETER_LAYOUTS), min_size=1, max_size=3)),
-        "grad_kinds": draw(st.lists(st.sampled_from(GRADIENT_LAYOUTS), min_size=1, max_size=3)),
+        "layouts": draw(st.lists(st.sampled_from(PARAMETER_LAYOUTS), min_size=1, max_size=3)),
+        "grad_layouts": draw(st.lists(st.sampled_from(GRADIENT_LAYOUTS), min_size=1, max_size=3)),
         "anchor": draw(st.sampled_from(["zero", "zero", "init"])),
         "seed": draw(st.integers(0, 2**63 - 1)),
         "steps": draw(st.lists(st.tuples(st.none() | changes(chunk), missing), min_size=2, max_size=steps)),
@@ -116,8 +116,8 @@ class Run:
     def _group(self, options: dict[str, Any]) -> dict[str, Any]:
         params = []
         for shape in options["shapes"]:
-            kind = self.case["kinds"][self.made % len(self.case["kinds"])]
-            params.append(parameter(shape, self.case["dtype"], kind, seed=self.made))
+            memory = self.case["layouts"][self.made % len(self.case["layouts"])]
+            params.append(parameter(shape, self.case["dtype"], memory, seed=self.made))
             self.made += 1
         given = {name: value for name, value in options.items() if name in OPTIONS}
         if RULES[self.case["rule"]].get("decouple_lr") and not given.get("lr", 1.0):
@@ -134,7 +134,7 @@ class Run:
         # Until their first step, parameters have no states.
         self.twin.anchors = dict(optimizer._anchors)
         self.twin.anchors |= {p: s["anchor"] for p, s in optimizer.state.items() if "anchor" in s}
-        self.gradients = Gradients(params, kinds=self.case["grad_kinds"])
+        self.gradients = Gradients(params, layouts=self.case["grad_layouts"])
 
     def change(self, name: str, argument: Any) -> None:
         event(name)

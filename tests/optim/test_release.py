@@ -368,9 +368,9 @@ def test_a_weight_that_is_needed_after_its_step_fails_in_autograd() -> None:
 def test_what_cannot_work_is_refused() -> None:
     model = mlp()
 
-    def refused(match: str, kind: type[Exception] = ValueError, of: Any = model, **options: Any) -> None:
+    def refused(match: str, error: type[Exception] = ValueError, of: Any = model, **options: Any) -> None:
         optimizer = ak.AIMFusedOptimizer(model.parameters(), **options)
-        with pytest.raises(kind, match=match):
+        with pytest.raises(error, match=match):
             ak.step_in_backward(optimizer, of)
         assert all(not p._post_accumulate_grad_hooks for p in model.parameters())
 

@@ -40,8 +40,8 @@ JUNK: st.SearchStrategy[Any] = st.one_of(
     st.just(len),
     st.just(object()),
     st.sampled_from(["f8", "i8", "f4", "u1", "?", "O", "S112", "V160", "V120", "V24", "V8"]).flatmap(
-        lambda kind: st.sampled_from([(), (0,), (1,), (2,), (1, 19), (2, 19), (1, 7), (4,), (3, 2, 2)]).map(
-            lambda shape: np.zeros(shape, kind)
+        lambda dtype: st.sampled_from([(), (0,), (1,), (2,), (1, 19), (2, 19), (1, 7), (4,), (3, 2, 2)]).map(
+            lambda shape: np.zeros(shape, dtype)
         )
     ),
 )

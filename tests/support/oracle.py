@@ -353,8 +353,8 @@ class Oracle:
             if leaf.stored == "bfloat16":
                 check_bfloat16(found, x, error, bits, where)
             else:
-                kind = FIRST if name == "m" or (name == "w" and not hyper.amsgrad) else SECOND
-                check_int8(found, seen.exponents[name], kind, x, error, bits, where)
+                fmt = FIRST if name == "m" or (name == "w" and not hyper.amsgrad) else SECOND
+                check_int8(found, seen.exponents[name], fmt, x, error, bits, where)
             setattr(leaf, name, found)
             setattr(leaf, f"e_{name}", 0.0)
 

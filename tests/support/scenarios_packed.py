@@ -156,8 +156,8 @@ def packed_under_fsdp2(folder: Path, name: str) -> None:
         alone.step()
         compare(alone, together, f"step {number}")
     saved = dict(zip(("model", "optimizer"), get_state_dict(model, together), strict=True))
-    kinds = {str(s["exp_avg"].dtype) for s in saved["optimizer"]["state"].values()}
-    assert kinds <= {"torch.bfloat16", "torch.float32"} and "torch.bfloat16" in kinds
+    dtypes = {str(s["exp_avg"].dtype) for s in saved["optimizer"]["state"].values()}
+    assert dtypes <= {"torch.bfloat16", "torch.float32"} and "torch.bfloat16" in dtypes
     path = folder / f"packed-{name}"
     dcp.save(saved, checkpoint_id=path)
     by_hand = optimizer_of(sharded(dtype), name)

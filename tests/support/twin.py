@@ -36,9 +36,9 @@ def moment(state: dict[str, Any], name: str | None, p: torch.Tensor) -> np.ndarr
     if state[name].dtype != torch.uint8:
         return flat(state[name], p)
     unsigned = name in ("exp_avg_sq", "max_exp_avg_sq", "sum", "square_avg")
-    kind = oracle_packing.SECOND if unsigned else oracle_packing.FIRST
+    fmt = oracle_packing.SECOND if unsigned else oracle_packing.FIRST
     codes = flat(state[name], p).astype(np.int64)
-    return oracle_packing.unpacked(codes, state[f"{name}_scale"].cpu().numpy(), kind)
+    return oracle_packing.unpacked(codes, state[f"{name}_scale"].cpu().numpy(), fmt)
 
 
 def true_weights(state: dict[str, Any], p: torch.Tensor) -> np.ndarray:

@@ -1,6 +1,6 @@
 """The elements of one chunk: the arithmetic of ``csrc/common/element.h``, in its order, with loads, stores and sums.
 
-The kinds of update differ by scalars that the whole program shares: what a kind does not keep is masked out of its
+Rules differ by scalars that the whole program shares: what a rule does not keep is masked out of its
 loads and stores, which costs no memory traffic.
 """
 
