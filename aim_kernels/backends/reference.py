@@ -97,9 +97,9 @@ def update(plan: StepPlan, indices: Iterable[int]) -> list[Sums]:
         noise = _noise(plan, index, row[ROW["noise"]])
         into = Sums() if plan.records["uncounted"][index] else sums[number]
         draws = tuple(draw_of(tables.control.tolist(), index, ago) for ago in (1, 0))
-        scale, rounding = float(plan.groups["scale"][number]), Rounding(plan, index)
+        multiplier, rounding = float(plan.groups["scale"][number]), Rounding(plan, index)
         anchor = plan.anchor_of(index)
-        _update(p, grad, group, state, row, steps, live, anchor, noise, scale, into, rounding, draws)
+        _update(p, grad, group, state, row, steps, live, anchor, noise, multiplier, into, rounding, draws)
     return sums
 
 
@@ -164,7 +164,7 @@ def _update(
     live: tuple[float, float],
     anchor: Tensor | None,
     noise: Tensor | None,
-    scale: float,
+    multiplier: float,
     sums: Sums,
     rounding: Rounding,
     draws: tuple[Draw, ...],
@@ -181,7 +181,7 @@ def _update(
     m, v, w = _moments(group, state)
 
     # 1 and 2: the gradient, by the class that the old moments give
-    g0 = grad.to(arithmetic) * scale
+    g0 = grad.to(arithmetic) * multiplier
     g = g0 if decoupled or not decay else g0 + theta * decay
     grad_under, grad_well = row[ROW["grad_under"]], row[ROW["grad_well"]]
     if m is None or v is None:
@@ -303,7 +303,7 @@ def _keep_weights(p: Tensor, group: dict[str, Any], state: dict[str, Any], theta
     flat, how = in_memory_order(theta), weights_of(group, p)
     if how == "stochastic":
         flat = codecs.to_bfloat16(flat, rounding.bits(WEIGHT_STREAM))
-    stored, rest = codecs.halved(flat, how, p.dtype)
+    stored, rest = codecs.to_storage(flat, how, p.dtype)
     p.copy_(stored.as_strided(theta.shape, theta.stride()))
     if rest is not None:
         in_memory_order(state[states_of(group, p)["rest"].name]).copy_(rest)

@@ -17,9 +17,9 @@ from aim_kernels.step.ownership import STATES, copied, count_of, is_own, own_sta
 from aim_kernels.step.states import (
     arithmetic_dtype,
     conform,
+    exponents_key,
     moments_of,
     read_moment,
-    scale_of,
     state_layout,
     step_count,
     zeros_like_all,
@@ -67,15 +67,15 @@ def _movable(p: Tensor, rule: str, state: dict[str, Any]) -> dict[str, Any]:
     saved as bfloat16, which has all their values. So is a DTensor's remainder, by its bits, since neither gloo nor NCCL
     gathers int16."""
     sharded = sharding.is_dtensor(p)
-    packed = [
+    with_codes = [
         name
         for name in state
-        if is_own(rule, state, scale_of(name))
-        and scale_of(name) in state
+        if is_own(rule, state, exponents_key(name))
+        and exponents_key(name) in state
         and (sharded or not state[name].is_contiguous())
     ]
-    kept = {name: value for name, value in state.items() if name not in map(scale_of, packed)}
-    for name in packed:
+    kept = {name: value for name, value in state.items() if name not in map(exponents_key, with_codes)}
+    for name in with_codes:
         kept[name] = sharding.like(p, read_moment(state, name).to(torch.bfloat16))
     if sharded and "remainder" in kept:
         kept["remainder"] = sharding.like(p, sharding.local_of(kept["remainder"]).view(torch.bfloat16))
@@ -253,13 +253,13 @@ def _of_other_blocks(p: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
     kept = dict(saved)
     strides = torch.empty_like(sharding.local_of(p), device="meta", memory_format=state_layout(p)).stride()
     for name, value in saved.items():
-        scale = saved.get(scale_of(name))
-        if not isinstance(scale, Tensor) or sharding.is_dtensor(value) or value.dtype != torch.uint8:
+        exponents = saved.get(exponents_key(name))
+        if not isinstance(exponents, Tensor) or sharding.is_dtensor(value) or value.dtype != torch.uint8:
             continue
-        fits = value.shape == p.shape and scale.shape == (blocks_of(value.numel()),)  # if not, that is said later
+        fits = value.shape == p.shape and exponents.shape == (blocks_of(value.numel()),)  # if not, that is said later
         if fits and (sharding.is_dtensor(p) or value.stride() != strides):
             kept[name] = read_moment(saved, name).to(torch.bfloat16)
-            del kept[scale_of(name)]
+            del kept[exponents_key(name)]
     return kept
 
 
@@ -300,8 +300,8 @@ def _checked_state(
             raise ValueError(
                 f"{name}: its {key} has shape {tuple(value.shape)} in the checkpoint, {tuple(p.shape)} here"
             )
-        if value.dtype == torch.uint8 and scale_of(key) not in own:
-            raise ValueError(f"{name}: the checkpoint has its {key} in 8 bits without {scale_of(key)}")
+        if value.dtype == torch.uint8 and exponents_key(key) not in own:
+            raise ValueError(f"{name}: the checkpoint has its {key} in 8 bits without {exponents_key(key)}")
         if value.dtype not in (*_FLOATS, torch.int16 if key == "remainder" else torch.uint8):
             raise ValueError(f"{name}: its {key} is {value.dtype} in the checkpoint, which is not how it is kept here")
         state[key] = _empty_state(p, key, value.dtype)

@@ -26,16 +26,16 @@ def clip(plan: StepPlan, backend: ModuleType, max_norm: float) -> Tensor:
         The norm before clipping, of unscaled gradients, as a 0-dim tensor. On a device nothing waits for it.
     """
     if not backend.ON_DEVICE:
-        scale = 1.0 if plan.grad_scale is None else float(plan.grad_scale)
+        grad_scale = 1.0 if plan.grad_scale is None else float(plan.grad_scale)
         squares = torch.tensor(backend.squares(plan), dtype=torch.float64, device=plan.tables.rows.device)
-        total = _of_all_processes(plan, squares).item() ** 0.5 / scale
+        total = _of_all_processes(plan, squares).item() ** 0.5 / grad_scale
         plan.clip_factor = clipped_to(max_norm, total)
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in plan.params) else torch.float32
         return torch.tensor(total, dtype=dtype, device=plan.tables.rows.device)
     norm = _of_all_processes(plan, _squares(plan)).sqrt()
     norm = norm.to(torch.float64 if any(p.dtype == torch.float64 for p in plan.params) else torch.float32)
     scaled = norm if plan.grad_scale is None else norm / plan.grad_scale.to(norm.device)
-    # What a device divides by. A factor of 0 (an infinite norm) is a scale of infinity, NaN stays NaN.
+    # What a device divides by. A factor of 0 (an infinite norm) is a grad_scale of infinity, NaN stays NaN.
     stretch = ((scaled + _EPS) / max_norm).clamp(min=1.0)
     plan.grad_scale = stretch if plan.grad_scale is None else stretch * plan.grad_scale.to(norm.device)
     return scaled

@@ -130,7 +130,7 @@ class _OpenStep:
             torch.cuda.current_stream(grad.device).wait_event(self.began)
         if not plan.records["step"][index]:
             # Of groups with live weights only what was frozen until now: others have states since the step began.
-            optimizer._make_states_of(plan.param_groups[plan.group_of[index]], [plan.owners[index]], live=False)
+            optimizer._ensure_group_states(plan.param_groups[plan.group_of[index]], [plan.owners[index]], live=False)
         plan.take_one(index, grad)
         try:
             self.piece_sums[index] = self.backend.update(plan, [index])
@@ -312,9 +312,9 @@ class Release:
         optimizer._refuse_true_weights()
         plan = optimizer._plan
         if plan is None or not plan.is_of(optimizer) or not plan.read():
-            optimizer._check_before_building()
+            optimizer._sync_with_module()
             validation.check_gradients(optimizer.param_groups)
-            optimizer._make_state(lambda p: False)  # of live weights; others' are made when their gradient comes
+            optimizer._ensure_states(lambda p: False)  # of live weights; others' are made when their gradient comes
             plan = optimizer._plan = StepPlan(optimizer)
         if plan.waves is not None:
             raise RuntimeError(
@@ -340,7 +340,7 @@ class Release:
         else:
             self._view.tables.rows.copy_(tables.rows)
             self._view.tables.control.copy_(tables.control)
-        self._view.hold_still(plan)
+        self._view.freeze_hyperparameters(plan)
         return self._view
 
     # -- optimizer.step() ---------------------------------------------------------------------------------------------

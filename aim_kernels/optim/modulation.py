@@ -142,7 +142,7 @@ class Modulated(torch.optim.Optimizer):
     def set_phases(self, probability: float) -> None:
         """Probability of drawing the auxiliary phase for the next forward pass; 0: always the true one."""
         validation.check_number("probability", probability, 0.0, 1.0)
-        self.tables.set_threshold(round(probability * 2**32))
+        self.tables.set_draw_limit(round(probability * 2**32))
 
     @property
     def phase(self) -> str:

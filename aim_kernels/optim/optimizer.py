@@ -358,10 +358,10 @@ class AIMFusedOptimizer(LiveWeights):
             if any(is_estimated(p.grad) for group in self.param_groups for p in group["params"]):
                 self._estimate()
                 return None
-            self._check_before_building()
+            self._sync_with_module()
             validation.check_gradients(self.param_groups)
             only_states = sharding.makes_states_only(self)
-            self._make_state()
+            self._ensure_states()
             if only_states:
                 return None
             plan = self._plan = StepPlan(self)
@@ -373,12 +373,12 @@ class AIMFusedOptimizer(LiveWeights):
         """A step of shapes without numbers (FakeTensorMode): there are states after it, and nothing is computed."""
         for number, group in enumerate(self.param_groups):
             validation.check_hyperparameters(group, number)
-        self._make_state()
+        self._ensure_states()
         if self.max_grad_norm is not None:
             given = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
             self.grad_norm = given[0].new_zeros((), dtype=arithmetic_dtype(given[0].dtype))
 
-    def _make_state(self, is_stepped: Callable[[Tensor], bool] = _has_gradient, *, masters: bool = True) -> None:
+    def _ensure_states(self, is_stepped: Callable[[Tensor], bool] = _has_gradient, *, masters: bool = True) -> None:
         """States of parameters that meet their first gradient, and masters where live weights are to exist."""
         tables = self.tables
         primary = tables.rows.device
@@ -395,12 +395,14 @@ class AIMFusedOptimizer(LiveWeights):
                 for p, frozen in stays.items():
                     if frozen and masters and not self.state.get(p):
                         self.state[p] = {"master": master_of(p)}
-            self._make_states_of(group, params, live=live, masters=masters)
+            self._ensure_group_states(group, params, live=live, masters=masters)
             if not live and self._superfluous_masters(number):
                 self._leaving.add(number)
         self._known_masters.note(self.param_groups, self.state)
 
-    def _make_states_of(self, group: dict[str, Any], params: list[Tensor], *, live: bool, masters: bool = True) -> None:
+    def _ensure_group_states(
+        self, group: dict[str, Any], params: list[Tensor], *, live: bool, masters: bool = True
+    ) -> None:
         """The states of some parameters of one group, as its options ask for them."""
         make_states(group, params, self.state, live=live, masters=masters)
         for p in params:
@@ -414,11 +416,11 @@ class AIMFusedOptimizer(LiveWeights):
         masters = self._masters()
         if not masters or any(is_estimated(p) for p, _ in masters):
             return
-        self._check_before_building()
+        self._sync_with_module()
         for number, group in enumerate(self.param_groups):  # whatever somebody has deleted begins anew
             states = ((p, self.state.get(p, {})) for p in group["params"])
             params = [p for p, state in states if "master" in state and "step" in state]
-            self._make_states_of(group, params, live=self._tables.has_live_weights(number), masters=False)
+            self._ensure_group_states(group, params, live=self._tables.has_live_weights(number), masters=False)
         plan = StepPlan(self)
         backend = select(self.backend, self.tables.rows.device)
         plan.read_hyperparameters(on_device=backend.ON_DEVICE)
@@ -426,8 +428,8 @@ class AIMFusedOptimizer(LiveWeights):
         torch.autograd.graph.increment_version([p for p, _ in masters])
         sharding.reshard_all(p for p, _ in masters)
 
-    def _check_before_building(self) -> None:
-        """What may have changed behind the optimizer's back since it was last looked at."""
+    def _sync_with_module(self) -> None:
+        """Follows what changed outside since the last look: a moved module, tables that came back, options."""
         primary = primary_device(p for group in self.param_groups for p in group["params"])
         if primary is not None and primary != self.tables.rows.device:  # the module was moved
             self.tables.to(primary)

@@ -199,22 +199,22 @@ def _pack_masters(
     state = optimizer.state
     members: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for p in params:
-        held = members.setdefault((p.device, arithmetic_dtype(p.dtype)), [])
+        with_masters = members.setdefault((p.device, arithmetic_dtype(p.dtype)), [])
         if "master" in state.get(p, ()):
-            held.append(p)
+            with_masters.append(p)
     if len(buffers) != len(members):
         buffers = [torch.empty(0, device="cpu")] * len(members)
     result = []
-    for ((device, dtype), held), buffer in zip(members.items(), buffers, strict=True):
-        sizes = [-(-p.numel() // _ALIGN) * _ALIGN for p in held]
+    for ((device, dtype), with_masters), buffer in zip(members.items(), buffers, strict=True):
+        sizes = [-(-p.numel() // _ALIGN) * _ALIGN for p in with_masters]
         # Sizes 0 and 1 would be another graph.
         size = max(sum(sizes), _ALIGN)
         kept = buffer.numel() == size and buffer.dtype == dtype and buffer.device == device
-        if not kept or any(buffer_of(state[p]["master"]) is not buffer for p in held):
+        if not kept or any(buffer_of(state[p]["master"]) is not buffer for p in with_masters):
             buffer = torch.zeros(size, dtype=dtype, device=device)
             torch._dynamo.maybe_mark_dynamic(buffer, 0)
             offset = 0
-            for p, length in zip(held, sizes, strict=True):
+            for p, length in zip(with_masters, sizes, strict=True):
                 master = state[p]["master"]
                 strides = p.stride() if is_dense(p) else torch.empty(p.shape, device="meta").stride()
                 state[p]["master"] = buffer.as_strided(p.shape, strides, offset).copy_(_resolve(master, elsewhere))
@@ -262,11 +262,11 @@ def _prepare_states(handle: str, actions: str) -> None:
     """Called while a graph is traced: makes the states that the graph will be given. Masters, which hold the
     parameters' values, begin when the graph runs."""
     optimizer = _OPTIMIZERS[handle]
-    optimizer._check_before_building()
+    optimizer._sync_with_module()
     inputs = optimizer._inputs
     assert inputs is not None
     stepped = {id(p) for p, action in zip(inputs.params, actions, strict=True) if action == _STEPPED}
-    optimizer._make_state(lambda p: id(p) in stepped, masters=False)
+    optimizer._ensure_states(lambda p: id(p) in stepped, masters=False)
     inputs.gather()
 
 
@@ -387,7 +387,7 @@ def _rebuild(
     for p in optimizer._restore_astray():
         if id(p) in elsewhere:  # which the graph puts back
             elsewhere[id(p)].copy_(p)
-    optimizer._check_before_building()
+    optimizer._sync_with_module()
     validation.check_gradients(optimizer.param_groups, grads)
     stepped = {id(p) for p, grad in zip(given.params, grads, strict=True) if grad is not None}
     # Of those that may get a master: what they keep beside their weights, which the master takes up.
@@ -396,7 +396,7 @@ def _rebuild(
         for p in given.params
         if id(p) in elsewhere and "master" not in optimizer.state.get(p, ())
     }
-    optimizer._make_state(lambda p: id(p) in stepped)
+    optimizer._ensure_states(lambda p: id(p) in stepped)
     for p in given.params:
         if id(p) in rests and "master" in optimizer.state.get(p, ()):
             optimizer.state[p]["master"].copy_(true_weights(elsewhere[id(p)], rests[id(p)]))

@@ -37,7 +37,7 @@ class LiveWeights(Modulated):
 
     if TYPE_CHECKING:  # optimizer.py has them
 
-        def _check_before_building(self) -> None: ...
+        def _sync_with_module(self) -> None: ...
         def _emit(self) -> None: ...
 
     @torch_compile.outside_graphs
@@ -67,7 +67,7 @@ class LiveWeights(Modulated):
         if not self._holds_true_weights:
             return
         self._refuse_open_step("train()")
-        self._check_before_building()
+        self._sync_with_module()
         self._adopt_edits()
         self._emit()
         self._holds_true_weights = False
@@ -80,12 +80,12 @@ class LiveWeights(Modulated):
     @contextmanager
     def true_parameters(self) -> Iterator[None]:
         """The true weights inside, what was there before after."""
-        held = self._holds_true_weights
+        was_true = self._holds_true_weights
         self.eval()
         try:
             yield
         finally:
-            if not held:
+            if not was_true:
                 self.train()
 
     @contextmanager

@@ -51,7 +51,7 @@ def _floats(bits: Tensor) -> Tensor:
     return bits.to(torch.int32).view(torch.float32)
 
 
-def packed(x: Tensor, fmt: Format, random: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def encode(x: Tensor, fmt: Format, random: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Codes and exponents (uint8) of float32 numbers ``[n]``. A block with something that is not finite gets the
     exponent 255 and codes of zero, and is NaN when read."""
     pad = -len(x) % PACKED_BLOCK
@@ -73,7 +73,7 @@ def packed(x: Tensor, fmt: Format, random: Tensor | None = None) -> tuple[Tensor
     return code.view(-1)[: len(x)].to(torch.uint8), exponent.to(torch.uint8)
 
 
-def unpacked(codes: Tensor, exponents: Tensor, fmt: Format) -> Tensor:
+def decode(codes: Tensor, exponents: Tensor, fmt: Format) -> Tensor:
     """The float32 numbers ``[n]`` of codes ``[n]`` and their blocks' exponents."""
     code = torch.nn.functional.pad(codes.to(torch.int32), (0, -len(codes) % PACKED_BLOCK)).view(-1, PACKED_BLOCK)
     lowest = ((exponents.to(torch.int32) - (fmt.binades - 2)) << 23)[:, None]
@@ -96,7 +96,7 @@ def to_bfloat16(x: Tensor, random: Tensor | None = None) -> Tensor:
     return torch.where(x.isnan(), x, kept).to(torch.bfloat16)
 
 
-def split(theta: Tensor) -> tuple[Tensor, Tensor]:
+def split_bf16(theta: Tensor) -> tuple[Tensor, Tensor]:
     """float32 weights as the nearest bfloat16 (away from zero where two are as near) and the 16 bits (int16) that make
     them whole again."""
     bits = _bits(theta).to(torch.int64)  # whose sums do not wrap around
@@ -108,8 +108,8 @@ def split(theta: Tensor) -> tuple[Tensor, Tensor]:
     return _halves(upper).view(torch.bfloat16), lower.to(torch.int16)
 
 
-def joined(upper: Tensor, lower: Tensor) -> Tensor:
-    """The float32 weights of :func:`split`."""
+def join_bf16(upper: Tensor, lower: Tensor) -> Tensor:
+    """The float32 weights of :func:`split_bf16`."""
     high = upper.contiguous().view(torch.int16).to(torch.int64)
     low = lower.contiguous().to(torch.int64)
     low = torch.where(upper.isnan(), low & 0xFFFF, low)
@@ -132,9 +132,9 @@ def compensated(theta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return kept, lost.to(dtype)
 
 
-def halved(theta: Tensor, storage: str | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def to_storage(theta: Tensor, storage: str | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """float32 weights as a parameter of ``dtype`` keeps them by ``master=storage``: what goes into the parameter (to be
     rounded to nearest where it is not of its type), and what it lacks; None where nothing is kept of that."""
     if storage == "split":
-        return split(theta)
+        return split_bf16(theta)
     return compensated(theta, dtype) if storage == "kahan" else (theta, None)

@@ -31,9 +31,9 @@ def philox4x32(
     return [c0, c1, c2, c3]
 
 
-def draw_phase(seed: int, counter: int, threshold: int) -> int:
-    """The phase after step ``counter``: 1 (auxiliary) with probability ``threshold / 2**32``, else 0 (true)."""
-    return int(int(philox4x32(seed, (0, 0, counter & 0xFFFFFFFF, PHASE_STREAM))[0][0]) < threshold)
+def draw_phase(seed: int, counter: int, limit: int) -> int:
+    """The phase after step ``counter``: 1 (auxiliary) with probability ``limit / 2**32``, else 0 (true)."""
+    return int(int(philox4x32(seed, (0, 0, counter & 0xFFFFFFFF, PHASE_STREAM))[0][0]) < limit)
 
 
 def normals(seed: int, counter: int, first: int, count: int) -> NDArray[np.float32]:

@@ -298,8 +298,8 @@ def makes_states_only(optimizer: AIMFusedOptimizer) -> bool:
     groups = optimizer.param_groups
     # Of a process group, one may have no parameters, and never states: steps are counted there.
     shared = optimizer.process_group is not None
-    held = (optimizer.state.get(p, ()) for group in groups for p in group["params"])
-    if optimizer.tables.steps if shared else any("step" in state for state in held):
+    states = (optimizer.state.get(p, ()) for group in groups for p in group["params"])
+    if optimizer.tables.steps if shared else any("step" in state for state in states):
         return False
     for group in groups:
         lr = group["lr"]

@@ -118,7 +118,7 @@ class Kept(NamedTuple):
 
 def states_of(group: dict[str, Any], p: Tensor, master: bool = False) -> dict[str, Kept]:
     """The states of a parameter that a step reads and writes, but for master, anchor and step: field of
-    ``layout.TENSOR_RECORD`` -> state. ``master``: whether it has one. Exponents (:func:`scale_of`) are not listed."""
+    ``layout.TENSOR_RECORD`` -> state. ``master``: whether it has one. Exponents are not listed."""
     dtype = moments_dtype(group, p)
     found = {field: Kept(name, dtype) for field, name in moments_of(group).items()}
     storage = weights_of(group, p)
@@ -130,7 +130,7 @@ def states_of(group: dict[str, Any], p: Tensor, master: bool = False) -> dict[st
     return found
 
 
-def scale_of(name: str) -> str:
+def exponents_key(name: str) -> str:
     """State key of the exponents of a moment in 8 bits."""
     return f"{name}_scale"
 
@@ -144,7 +144,7 @@ def read_moment(state: dict[str, Any], name: str) -> Tensor:
     """A moment in the arithmetic type; itself where that is how it is stored."""
     value: Tensor = local_of(state[name])
     if value.dtype == torch.uint8:
-        flat = codecs.unpacked(in_memory_order(value), state[scale_of(name)], format_of(name))
+        flat = codecs.decode(in_memory_order(value), state[exponents_key(name)], format_of(name))
         return torch.empty_like(value, dtype=torch.float32).copy_(flat.as_strided(value.shape, value.stride()))
     return value.float() if value.dtype == torch.bfloat16 else value
 
@@ -158,22 +158,22 @@ def keep_moment(
         random: 16 bits for every element, in memory order; None rounds to nearest.
     """
     old = state.get(name)
-    was_packed = old is not None and old.dtype == torch.uint8
+    had_codes = old is not None and old.dtype == torch.uint8
     if old is None or old.dtype != dtype:
         kept = torch.empty_like(value, dtype=dtype)
         state[name] = old = like(p, kept)
     kept = local_of(old)
     if dtype == torch.uint8:
-        codes, exponents = codecs.packed(in_memory_order(value), format_of(name), random)
+        codes, exponents = codecs.encode(in_memory_order(value), format_of(name), random)
         in_memory_order(kept).copy_(codes)
-        scale = scale_of(name)
-        if was_packed and state[scale].shape == exponents.shape:
-            state[scale].copy_(exponents)
+        key = exponents_key(name)
+        if had_codes and state[key].shape == exponents.shape:
+            state[key].copy_(exponents)
         else:
-            state[scale] = exponents
+            state[key] = exponents
         return
-    if was_packed:
-        state.pop(scale_of(name), None)
+    if had_codes:
+        state.pop(exponents_key(name), None)
     if dtype == torch.bfloat16 and random is not None:
         in_memory_order(kept).copy_(codecs.to_bfloat16(in_memory_order(value), random))
     elif kept is not value:
@@ -193,7 +193,7 @@ def true_weights(p: Tensor, state: dict[str, Any]) -> Tensor:
         # In the remainder's memory order, whatever became of the parameter's.
         here = torch.empty_like(rest, dtype=torch.bfloat16).copy_(here)
         made = torch.empty_like(rest, dtype=torch.float32)
-        flat = codecs.joined(in_memory_order(here), in_memory_order(rest))
+        flat = codecs.join_bf16(in_memory_order(here), in_memory_order(rest))
         made.copy_(flat.as_strided(rest.shape, rest.stride()))
         return like(p, made)
     theta = master_of(p)
@@ -208,7 +208,7 @@ def store_weights(p: Tensor, state: dict[str, Any], theta: Tensor, storage: str 
     here, values = local_of(p), local_of(theta)
     for name in RESTS:
         state.pop(name, None)
-    stored, rest = codecs.halved(in_memory_order(values), storage, p.dtype)
+    stored, rest = codecs.to_storage(in_memory_order(values), storage, p.dtype)
     here.copy_(stored.as_strided(values.shape, values.stride()))
     if rest is not None and storage is not None:
         kept = torch.empty_like(values, dtype=rest.dtype).copy_(rest.as_strided(values.shape, values.stride()))
@@ -389,7 +389,7 @@ def make_states(
         if name == "ema":
             local_of(value).copy_(local_of(true_weights(p, state[p])))
         if dtype == torch.uint8:
-            state[p][scale_of(name)] = exponents_of(p)
+            state[p][exponents_key(name)] = exponents_of(p)
         if name == "sum" and group["initial_accumulator_value"]:
             begin = torch.full_like(local_of(value), 0, dtype=arithmetic_dtype(p.dtype))
             keep_moment(p, state[p], name, begin.fill_(float(group["initial_accumulator_value"])), dtype)

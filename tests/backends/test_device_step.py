@@ -24,7 +24,7 @@ from helpers import (
     same_numbers,
     set_row,
 )
-from twin import Twin, run_twin
+from lockstep import Twin, run_twin
 
 import aim_kernels as ak
 from aim_kernels.backends import device

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from helpers import GRADIENT_LAYOUTS, PARAMETER_LAYOUTS, ROWS, RULES, Gradients, build, parameters_of, set_row
-from twin import Twin, run_twin
+from lockstep import Twin, run_twin
 
 from aim_kernels import _C
 

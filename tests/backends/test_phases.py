@@ -22,7 +22,7 @@ from helpers import (
     same_bits,
     set_row,
 )
-from twin import Twin, run_twin
+from lockstep import Twin, run_twin
 
 import aim_kernels as ak
 from aim_kernels import _C

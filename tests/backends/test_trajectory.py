@@ -8,7 +8,7 @@ import pytest
 import tolerances as tol
 import torch
 from helpers import DTYPES, ROWS, RULES, Gradients, assign, build, frozen, parameter, parameters_of, same_bits, set_row
-from twin import Twin, run_twin
+from lockstep import Twin, run_twin
 
 SHAPES = (((5, 7), (33,), (0,), ()), ((3, 4, 2), (16,)))
 LAYOUTS = ("contiguous", "transposed", "offset")

@@ -12,7 +12,7 @@ import tolerances as tol
 import torch
 from checkpoint_helpers import batches, drive, through_a_file, transplant
 from helpers import build, flat, frozen, parameter, parameters_of, same_bits, set_row
-from twin import moment, true_weights
+from lockstep import moment, true_weights
 
 import aim_kernels as ak
 from aim_kernels import _C

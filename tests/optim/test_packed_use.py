@@ -11,7 +11,7 @@ import tolerances as tol
 import torch
 from compile_helpers import Pair
 from helpers import GRADIENT_LAYOUTS, Gradients, assign, build, frozen, parameters_of, same_bits, set_row
-from twin import Twin, run_twin, true_weights
+from lockstep import Twin, run_twin, true_weights
 
 from aim_kernels import _C
 from aim_kernels.step import states

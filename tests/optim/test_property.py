@@ -32,7 +32,7 @@ from helpers import (
 )
 from hypothesis import assume, event, given
 from hypothesis import strategies as st
-from twin import Twin
+from lockstep import Twin
 
 import aim_kernels as ak
 from aim_kernels import _C

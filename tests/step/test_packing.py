@@ -80,13 +80,13 @@ def test_8_bits(name: str, at_random: bool) -> None:
     fmt, theirs = FORMATS[name]
     x = blocks(fmt.signed)
     random = draws(len(x)) if at_random else None
-    codes, exponents = want.packed(x, fmt, random)
+    codes, exponents = want.encode(x, fmt, random)
     drawn = None if random is None else torch.from_numpy(random).to(torch.int32)
-    found, scales = codecs.packed(torch.from_numpy(x), theirs, drawn)
+    found, scales = codecs.encode(torch.from_numpy(x), theirs, drawn)
     same(scales.numpy(), exponents)
     same(found.numpy(), codes)
-    values = want.unpacked(codes, exponents, fmt)
-    same(codecs.unpacked(found, scales, theirs).double().numpy(), values)
+    values = want.decode(codes, exponents, fmt)
+    same(codecs.decode(found, scales, theirs).double().numpy(), values)
     finite = np.repeat(exponents != 255, 128)[: len(x)]
     assert 5 < (~finite).sum() / 128 < 20  # blocks with something not finite, or nearly so
     # Either neighbour: an error of one step, half of one to nearest.
@@ -105,14 +105,14 @@ def test_every_code_is_its_documented_value_and_stays(name: str) -> None:
         exponents = np.full(2, exponent, np.uint8)
         if not fmt.signed:
             codes[5] = 255  # the first block has the greatest code, too
-        values = codecs.unpacked(torch.from_numpy(codes), torch.from_numpy(exponents), theirs)
-        same(values.double().numpy(), want.unpacked(codes, exponents, fmt))
+        values = codecs.decode(torch.from_numpy(codes), torch.from_numpy(exponents), theirs)
+        same(values.double().numpy(), want.decode(codes, exponents, fmt))
         top, low = 2.0 ** (exponent - 127), 2.0 ** (exponent - 127 - fmt.binades + 2)
         assert values[127 if fmt.signed else 255] == 1.9375 * top and values[16] == low and values[1] == low / 16
         assert torch.equal(values.bfloat16().float(), values)
         for random in (None, 0, 0xFFFF):
             bits = None if random is None else torch.full((256,), random, dtype=torch.int32)
-            again, scales = codecs.packed(values, theirs, bits)
+            again, scales = codecs.encode(values, theirs, bits)
             same(again.numpy(), codes)
             same(scales.numpy(), exponents)
 
@@ -134,12 +134,12 @@ def test_bfloat16(at_random: bool) -> None:
 
 def test_split_is_exact() -> None:
     x = every_bfloat16_and_between()
-    upper, lower = codecs.split(torch.from_numpy(x))
+    upper, lower = codecs.split_bf16(torch.from_numpy(x))
     halves = np.array([want.split_bits(int(b)) for b in x.view(np.uint32)])
     # Of NaN the sign may not survive a conversion, so bits are compared as integers.
     assert np.array_equal(upper.view(torch.int16).numpy().view(np.uint16), halves[:, 0])
     assert np.array_equal(lower.numpy(), halves[:, 1])
-    bits = codecs.joined(upper, lower).numpy().view(np.uint32)
+    bits = codecs.join_bf16(upper, lower).numpy().view(np.uint32)
     quiet = np.where(np.isnan(x), x.view(np.uint32) | 0x400000, x.view(np.uint32))
     assert np.array_equal(bits, quiet)
 
@@ -200,7 +200,7 @@ def test_random_rounding_is_right_on_average(name: str) -> None:
     if name == "bfloat16":
         kept = codecs.to_bfloat16(many, bits).double()
     else:
-        kept = codecs.unpacked(*codecs.packed(many, FORMATS[name][1], bits), FORMATS[name][1]).double()
+        kept = codecs.decode(*codecs.encode(many, FORMATS[name][1], bits), FORMATS[name][1]).double()
     found = kept.view(trials, count).numpy()
     step = found.max(0) - found.min(0)
     # A share p of the draws lies one step above the others.
@@ -248,7 +248,7 @@ def test_the_kernel_stores_moments_so(moments: str, rule: str, isa: str, monkeyp
                 state[name].float().sign().nan_to_num(), torch.from_numpy(x).sign().nan_to_num() * (state[name] != 0)
             )
             continue
-        codes, exponents = want.packed(x + np.float32(0), how, bits)
+        codes, exponents = want.encode(x + np.float32(0), how, bits)
         same(state[f"{name}_scale"].numpy(), exponents)
         same(state[name].numpy(), codes)
 

@@ -82,7 +82,7 @@ def codes_of(x: np.ndarray, fmt: Format, exponent: int, bits: np.ndarray) -> np.
     return np.where((x != 0) & (found == 0), 1, found)
 
 
-def packed(x: np.ndarray, fmt: Format, random: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+def encode(x: np.ndarray, fmt: Format, random: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Codes (uint8) of float32 numbers and exponents of their blocks; ``random``: 16 bits each, None to nearest."""
     bits = np.full(len(x), NEAREST) if random is None else np.asarray(random, np.int64)
     codes, exponents = np.zeros(len(x), np.int64), []
@@ -93,7 +93,7 @@ def packed(x: np.ndarray, fmt: Format, random: np.ndarray | None = None) -> tupl
     return codes.astype(np.uint8), np.array(exponents, np.uint8)
 
 
-def unpacked(codes: np.ndarray, exponents: np.ndarray, fmt: Format) -> np.ndarray:
+def decode(codes: np.ndarray, exponents: np.ndarray, fmt: Format) -> np.ndarray:
     """The numbers of codes."""
     values = np.empty(len(codes))
     for number, exponent in enumerate(exponents.tolist()):
@@ -225,7 +225,7 @@ def check_int8(
             continue
         top = magnitudes(fmt, exponent)[-1]
         ends = [
-            unpacked(codes_of(np.clip(end, -top, top), fmt, exponent, bits[part]), np.array([exponent]), fmt)
+            decode(codes_of(np.clip(end, -top, top), fmt, exponent, bits[part]), np.array([exponent]), fmt)
             for end in (low, high)
         ]
         between(found[part], *ends, f"{where}, block {number}")

@@ -145,8 +145,8 @@ def rounding_bits(seed, counter, STREAM: tl.constexpr, base, index, BLOCK: tl.co
 
 
 @triton.jit
-def draw_phase(seed, counter, threshold):
+def draw_phase(seed, counter, limit):
     """The phase of the live weights that the step at hand writes (int64): 0 true, 1 auxiliary."""
     zero = counter ^ counter
     x0, _x1, _x2, _x3 = philox(seed, zero, zero, counter, zero + PHASE_STREAM)
-    return (x0.to(tl.int64) < threshold).to(tl.int64)
+    return (x0.to(tl.int64) < limit).to(tl.int64)

@@ -38,7 +38,7 @@ def moment(state: dict[str, Any], name: str | None, p: torch.Tensor) -> np.ndarr
     unsigned = name in ("exp_avg_sq", "max_exp_avg_sq", "sum", "square_avg")
     fmt = oracle_packing.SECOND if unsigned else oracle_packing.FIRST
     codes = flat(state[name], p).astype(np.int64)
-    return oracle_packing.unpacked(codes, state[f"{name}_scale"].cpu().numpy(), fmt)
+    return oracle_packing.decode(codes, state[f"{name}_scale"].cpu().numpy(), fmt)
 
 
 def true_weights(state: dict[str, Any], p: torch.Tensor) -> np.ndarray:
@@ -118,7 +118,7 @@ class Twin:
             sums = dict(zip(oracle.SUMS, tables.statistics[index].tolist(), strict=True))
             blocks.append(oracle.Block(self.hyper(group), row, leaves, sums))
         self.oracle.blocks = blocks
-        self.oracle.seed, self.oracle.counter, self.oracle.threshold, self.oracle.phase = tables.control.tolist()
+        self.oracle.seed, self.oracle.counter, self.oracle.draw_limit, self.oracle.phase = tables.control.tolist()
 
     def leaf(self, p: torch.Tensor, group: dict[str, Any], first: int) -> oracle.Leaf:
         state = self.optimizer.state.get(p, {})
@@ -191,7 +191,7 @@ class Twin:
         """Every element of parameters, states, rows, statistics and control."""
         tables = self.optimizer.tables
         o = self.oracle
-        assert tables.control.tolist() == [o.seed, o.counter, o.threshold, o.phase]
+        assert tables.control.tolist() == [o.seed, o.counter, o.draw_limit, o.phase]
         for index, (block, group) in enumerate(zip(o.blocks, self.optimizer.param_groups, strict=True)):
             for position, (leaf, p) in enumerate(zip(block.leaves, group["params"], strict=True)):
                 where = f"group {index}, parameter {position} {tuple(p.shape)}"
