@@ -214,8 +214,8 @@ class Scoring:
         if self.targets == "classes":
             return labels, None, None
         values, k = labels.flatten(), self.num_classes
-        places = torch.arange(2 * k + 1, device=values.device, dtype=values.dtype) / (2 * k)
-        quantiles = torch.quantile(values.float(), places.float()).to(values.dtype)
+        fractions = torch.arange(2 * k + 1, device=values.device, dtype=values.dtype) / (2 * k)
+        quantiles = torch.quantile(values.float(), fractions.float()).to(values.dtype)
         edges, middles = quantiles[2:-1:2].contiguous(), quantiles[1::2]
         classes = _bins(labels, edges)
         counts = torch.bincount(classes, minlength=k)

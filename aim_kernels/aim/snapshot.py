@@ -40,8 +40,8 @@ class Snapshot:
         self._buffers = [(module, dict(module._buffers)) for module in model.modules()]
         # Whatever others keep there as well: what is written in it, at any depth, and who holds what.
         self._states = dict(own.state)
-        within = {id(part): part for held in self._states.values() for part in parts_of(held)}.values()
-        self._holders = [(part, copy.copy(part)) for part in within if not isinstance(part, Tensor)]
+        within = {id(part): part for state in self._states.values() for part in parts_of(state)}.values()
+        self._containers = [(part, copy.copy(part)) for part in within if not isinstance(part, Tensor)]
         self._anchors = dict(own._anchors)
         tables = own.tables
         kept = [*self._parameters, *self._anchors.values()]
@@ -76,12 +76,12 @@ class Snapshot:
         own, tables = self._own, self._own.tables
         own.state.clear()
         own.state.update(self._states)
-        for holder, contents in self._holders:
-            if isinstance(holder, dict):
-                holder.clear()
-                holder.update(contents)
+        for container, contents in self._containers:
+            if isinstance(container, dict):
+                container.clear()
+                container.update(contents)
             else:
-                holder[... if isinstance(holder, np.ndarray) else slice(None)] = contents
+                container[... if isinstance(container, np.ndarray) else slice(None)] = contents
         own._anchors.clear()
         own._anchors.update(self._anchors)
         for group, options in self._options:

@@ -70,14 +70,14 @@ def measure(
     losses: dict[str, Tensor] = {}  # [looks, pieces of the held-out samples]
     try:
         for arm in (AS_IT_IS, *aim.modalities):
-            held = aim.held_back ^ ({arm} - {AS_IT_IS})
-            if len(held) == len(aim.modalities):
+            held_back = aim.held_back ^ ({arm} - {AS_IT_IS})
+            if len(held_back) == len(aim.modalities):
                 continue
             back(gradients=False)
             aim.optimizer.train()
             if not aim.model.training:  # after a validation
                 aim.model.train()
-            table = _table(aim, {m: KAPPA_MAX * (m in held) for m in aim.modalities})
+            table = _table(aim, {m: KAPPA_MAX * (m in held_back) for m in aim.modalities})
             aim.history.append(table)  # two passes and hooks look there for who is held back
             aim._write_rows(table)
             seen = []
@@ -125,14 +125,18 @@ def _unsteadiness(differences: Sequence[float]) -> float:
 
 
 def judge(
-    held: frozenset[str], losses: Mapping[str, float], errors: Mapping[str, float], dead_zone: float, confidence: float
+    held_back: frozenset[str],
+    losses: Mapping[str, float],
+    errors: Mapping[str, float],
+    dead_zone: float,
+    confidence: float,
 ) -> frozenset[str]:
     """Who is held back from now on: the move with the greatest gain is made, if its loss is lower by more than
     ``confidence`` standard errors and ``dead_zone`` times the loss as it is."""
     now = losses[AS_IT_IS]
     gains = {m: now - loss for m, loss in losses.items() if m != AS_IT_IS}
     sure = {m: gain for m, gain in gains.items() if gain > confidence * errors[m] + dead_zone * abs(now)}
-    return held ^ {max(sure, key=lambda m: sure[m])} if sure else held
+    return held_back ^ {max(sure, key=lambda m: sure[m])} if sure else held_back
 
 
 def table_of(
@@ -140,10 +144,10 @@ def table_of(
 ) -> ModulationTable:
     """The table of an update. ``excess`` is 1 + (loss with a modality free - loss with it held back) / loss as it is,
     the others being as they were; not a number of one that was not tried."""
-    scale = max(abs(losses[AS_IT_IS]), 1e-12)
-    gain = {m: (losses[AS_IT_IS] - losses.get(m, math.nan)) / scale for m in aim.modalities}
+    unit = max(abs(losses[AS_IT_IS]), 1e-12)
+    gain = {m: (losses[AS_IT_IS] - losses.get(m, math.nan)) / unit for m in aim.modalities}
     excess = {m: 1.0 + (-gain[m] if m in before else gain[m]) for m in aim.modalities}
-    error = {m: errors.get(m, 0.0) / scale for m in aim.modalities}
+    error = {m: errors.get(m, 0.0) / unit for m in aim.modalities}
     kappa = {m: factor * KAPPA_MAX * (m in aim.held_back) for m in aim.modalities}
     return _table(aim, kappa, excess, error, dict(losses))
 

@@ -87,11 +87,11 @@ def update(plan: StepPlan, indices: list[int]) -> _Sums:
     return sums
 
 
-def finish(plan: StepPlan, parts: list[_Sums]) -> None:
-    """The rest of a step, for what all its parts measured, in the order of the parameters."""
+def finish(plan: StepPlan, piece_sums: list[_Sums]) -> None:
+    """The rest of a step, for the sums of all its parts, in the order of the parameters."""
     total = np.zeros(plan.tables.statistics.shape)
-    for part in parts:
-        total += part
+    for piece in piece_sums:
+        total += piece
     _C.finish(plan.groups, total, *plan.tables.arrays())
 
 

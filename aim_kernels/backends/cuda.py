@@ -14,7 +14,7 @@ from aim_kernels.backends import device, pieces
 from aim_kernels.step.layout import WORK_RECORD
 
 if TYPE_CHECKING:
-    from aim_kernels.backends.device import Share
+    from aim_kernels.backends.device import DeviceShard
     from aim_kernels.step.plan import StepPlan
 
 _cuda, _REASON = load("_cuda")
@@ -65,9 +65,9 @@ def update(plan: StepPlan, indices: list[int]) -> list[Tensor]:
     return pieces.update(plan, _SELF, indices)
 
 
-def finish(plan: StepPlan, parts: list[list[Tensor]]) -> None:
-    """The rest of a step, for what all its parts measured."""
-    pieces.finish(plan, _SELF, parts)
+def finish(plan: StepPlan, piece_sums: list[list[Tensor]]) -> None:
+    """The rest of a step, for the sums of all its parts."""
+    pieces.finish(plan, _SELF, piece_sums)
 
 
 def emit(plan: StepPlan) -> None:
@@ -80,37 +80,41 @@ class _Kernels:
 
     CHUNK = CHUNK
 
-    def update(self, share: Share) -> None:
-        _cuda.update(*_arguments(share))
+    def update(self, shard: DeviceShard) -> None:
+        _cuda.update(*_arguments(shard))
 
-    def finish(self, share: Share) -> None:
-        _cuda.finish(*_arguments(share))
+    def finish(self, shard: DeviceShard) -> None:
+        _cuda.finish(*_arguments(shard))
 
-    def emit(self, share: Share) -> None:
-        _cuda.emit(*_arguments(share))
+    def emit(self, shard: DeviceShard) -> None:
+        _cuda.emit(*_arguments(shard))
 
 
 _SELF = _Kernels()
 
 
-def _arguments(share: Share) -> tuple[np.ndarray[Any, Any], int, int]:
-    """A share as ``aim::cuda::Work``, its device and the stream that the caller is on."""
-    if share.call is None:
-        share.call = _work_of(share)
-    return share.call, share.device.index or 0, _stream(share.device)
+def _arguments(shard: DeviceShard) -> tuple[np.ndarray[Any, Any], int, int]:
+    """A shard as ``aim::cuda::Work``, its device and the stream that the caller is on."""
+    if shard.call is None:
+        shard.call = _work_of(shard)
+    return shard.call, shard.device.index or 0, _stream(shard.device)
 
 
-def _work_of(share: Share) -> np.ndarray[Any, Any]:
+#: Fields of ``aim::cuda::Work`` that have another name in a :class:`DeviceShard`.
+_ATTRIBUTES = {"partials": "chunk_sums", "others": "peer_sums"}
+
+
+def _work_of(shard: DeviceShard) -> np.ndarray[Any, Any]:
     work = np.zeros(1, WORK_RECORD)
     for name in WORK_RECORD.names or ():
-        value = getattr(share, name, None)
+        value = getattr(shard, _ATTRIBUTES.get(name, name), None)
         if isinstance(value, torch.Tensor):
             work[name] = value.data_ptr()
-    work["chunk_count"], work["group_count"] = len(share.chunks), len(share.groups)
-    work["others_count"] = 0 if share.others is None else len(share.others)
-    work["chunk_size"], work["threads"] = share.chunk_size, THREADS
-    work["dtypes"] = sum(1 << dtype for dtype in share.dtypes)
-    work["families"] = sum(1 << family for family in share.families)
+    work["chunk_count"], work["group_count"] = len(shard.chunks), len(shard.groups)
+    work["others_count"] = 0 if shard.peer_sums is None else len(shard.peer_sums)
+    work["chunk_size"], work["threads"] = shard.chunk_size, THREADS
+    work["dtypes"] = sum(1 << dtype for dtype in shard.dtypes)
+    work["families"] = sum(1 << family for family in shard.families)
     return work
 
 

@@ -1,9 +1,8 @@
-"""What a device needs to take a step: a plan's tables in its memory, cut into chunks, sent only where they changed.
+"""Device side of a plan: its tables in device memory, cut into chunks, sent only when they changed.
 
-The device backends (cuda, triton) share it; they differ in who moves the elements. A step is ``update`` and ``finish``
-of ``csrc/include/aim/cuda.h``, on the current stream of every device, and never waits for one. Tensors on several
-devices form one share a device. One device, that of the optimizer's tables, is home: it adds up what the others
-measured.
+The device backends (cuda, triton) share it; they differ in the kernels. A step is ``update`` and ``finish`` of
+``csrc/include/aim/cuda.h``, on the current stream of every device, and never waits for one. Tensors on several devices
+form one shard per device. One device, that of the optimizer's tables, is the primary: it reduces the others' sums.
 """
 
 from __future__ import annotations
@@ -35,9 +34,9 @@ class Kernels(Protocol):
     @property
     def CHUNK(self) -> int: ...  # noqa: N802
 
-    def update(self, share: Share) -> None: ...
-    def finish(self, share: Share) -> None: ...
-    def emit(self, share: Share) -> None: ...
+    def update(self, shard: DeviceShard) -> None: ...
+    def finish(self, shard: DeviceShard) -> None: ...
+    def emit(self, shard: DeviceShard) -> None: ...
 
 
 def step(plan: StepPlan, kernels: Kernels) -> None:
@@ -46,17 +45,17 @@ def step(plan: StepPlan, kernels: Kernels) -> None:
     plan.load_staged()
     launch.send()
     launch.send_tables_away()
-    for share in launch.shares:
-        with share.current():
-            kernels.update(share)
-            if share is not launch.home:
-                kernels.finish(share)
+    for shard in launch.shards:
+        with shard.current():
+            kernels.update(shard)
+            if shard is not launch.primary:
+                kernels.finish(shard)
     launch.fetch_sums()
     if plan.exchange is not None:
-        with launch.home.current():
+        with launch.primary.current():
             plan.exchange(launch.add_up())
-    with launch.home.current():
-        kernels.finish(launch.home)
+    with launch.primary.current():
+        kernels.finish(launch.primary)
     plan.store_staged()
 
 
@@ -66,9 +65,9 @@ def emit(plan: StepPlan, kernels: Kernels) -> None:
     plan.load_staged()
     launch.send()
     launch.send_tables_away()
-    for share in launch.shares:
-        with share.current():
-            kernels.emit(share)
+    for shard in launch.shards:
+        with shard.current():
+            kernels.emit(shard)
     plan.store_staged()
 
 
@@ -83,8 +82,8 @@ def chunk_table(
     """Cuts tensors, which stand in the order of their groups, into chunks.
 
     Returns:
-        ``rows.CHUNK_RECORD`` in the order of the tensors (an empty tensor has none), and ``rows.SPAN_RECORD``, one a
-        group.
+        ``layout.CHUNK_RECORD`` in the order of the tensors (an empty tensor has none), and ``layout.SPAN_RECORD``, one
+        per group.
     """
     counts = -(-numel // chunk_size)
     first = np.cumsum(counts) - counts
@@ -102,95 +101,97 @@ def chunk_table(
 
 
 def families_of(groups: NDArray[np.void], tensors: NDArray[np.void]) -> tuple[int, ...]:
-    """The families (numbers in ``rows.FAMILIES``) among some tensor records, with the records of all groups."""
-    packed = are_packed(tensors)
-    rules = rule_families(groups)[np.unique(tensors["group"][~packed])]
-    return (*np.unique(rules).tolist(), *([FAMILIES.index("packed")] if packed.any() else []))
+    """The families (numbers in ``layout.FAMILIES``) among some tensor records, with the records of all groups."""
+    general = needs_general_kernel(tensors)
+    rules = rule_families(groups)[np.unique(tensors["group"][~general])]
+    return (*np.unique(rules).tolist(), *([FAMILIES.index("general")] if general.any() else []))
 
 
 def rule_families(groups: NDArray[np.void]) -> NDArray[np.int64]:
-    """The family of each group's rule, by its number in ``rows.FAMILIES``."""
+    """The family of each group's rule, by its number in ``layout.FAMILIES``."""
     names = [{"adamw": "adam", "adam": "adam", "sgd": "sgd"}.get(rule, "other") for rule in RULES]
     numbers: NDArray[np.int64] = np.array([FAMILIES.index(name) for name in names])[groups["rule"]]
     numbers[(groups["flags"] & FLAGS["amsgrad"]) != 0] = FAMILIES.index("other")
     return numbers
 
 
-def are_packed(tensors: NDArray[np.void]) -> NDArray[np.bool_]:
+def needs_general_kernel(tensors: NDArray[np.void]) -> NDArray[np.bool_]:
     """Which tensors keep something in fewer bytes, or ask for something beside the update."""
-    packed = np.zeros(len(tensors), bool)
+    general = np.zeros(len(tensors), bool)
     for field in ("moments", "weights", "zero_grad", "ema"):
-        packed |= tensors[field] != 0
-    return packed
+        general |= tensors[field] != 0
+    return general
 
 
 class Launch:
-    """A plan as shares, one a place. A place is a device and the parameters there, by their numbers in the plan; the
-    first is home.
+    """A plan split by device.
 
-    Where sums are exchanged between processes, none of the shares is home: all are finished up to their sums, and home
-    is a share without parameters, which takes what the processes have together.
+    ``assignments``: devices, each with the numbers of its parameters in the plan. The first is the primary device,
+    which holds the tables and reduces the others' sums. If sums are exchanged between processes, none of the shards is
+    primary: all are finished up to their sums, and the primary is a shard without parameters that takes the total of
+    all processes.
     """
 
     def __init__(
-        self, plan: StepPlan, chunk_size: int, places: Sequence[tuple[torch.device, NDArray[np.int64]]]
+        self, plan: StepPlan, chunk_size: int, assignments: Sequence[tuple[torch.device, NDArray[np.int64]]]
     ) -> None:
         # The plan holds the launch: a cycle would leave both to the garbage collector, which may come while a graph is
         # captured.
         self.plan: StepPlan = weakref.proxy(plan)
         self.chunk_size = chunk_size
-        (device, indices), *others = places
+        (device, indices), *peers = assignments
         if plan.exchange is None:
-            self.home = Share(plan, device, indices, chunk_size, others=len(others))
-            self.shares = [self.home, *(Share(plan, *place, chunk_size, home=False) for place in others)]
+            self.primary = DeviceShard(plan, device, indices, chunk_size, peers=len(peers))
+            self.shards = [self.primary, *(DeviceShard(plan, *peer, chunk_size, primary=False) for peer in peers)]
         else:
-            self.shares = [Share(plan, *place, chunk_size, home=False) for place in places]
-            self.home = Share(plan, device, indices[:0], chunk_size, others=len(places))
-            self.home.phases = self.shares[0].phases
+            self.shards = [DeviceShard(plan, *peer, chunk_size, primary=False) for peer in assignments]
+            self.primary = DeviceShard(plan, device, indices[:0], chunk_size, peers=len(assignments))
+            self.primary.phases = self.shards[0].phases
 
     def send(self) -> None:
-        for share in self.shares if self.home in self.shares else (*self.shares, self.home):
-            with share.current():
-                share.send()
+        for shard in self.shards if self.primary in self.shards else (*self.shards, self.primary):
+            with shard.current():
+                shard.send()
 
     def send_tables_away(self) -> None:
-        """Rows, statistics and control as they are at home."""
+        """Copies rows, statistics and control from the primary device to the others."""
         tables = self.plan.tables
-        for share in self.shares:
-            if share is self.home:
+        for shard in self.shards:
+            if shard is self.primary:
                 continue
             for name in ("rows", "statistics", "control"):
-                getattr(share, name).copy_(getattr(tables, name), non_blocking=True)
+                getattr(shard, name).copy_(getattr(tables, name), non_blocking=True)
 
     def fetch_sums(self) -> None:
-        """Home learns what the other devices measured."""
-        for number, share in enumerate(share for share in self.shares if share is not self.home):
-            assert self.home.others is not None and share.sums is not None
-            self.home.others[number].copy_(share.sums, non_blocking=True)
+        """Copies the peers' sums to the primary device."""
+        for number, shard in enumerate(shard for shard in self.shards if shard is not self.primary):
+            assert self.primary.peer_sums is not None and shard.sums is not None
+            self.primary.peer_sums[number].copy_(shard.sums, non_blocking=True)
 
     def add_up(self) -> Tensor:
-        """The sums of all devices, [G, 7], where home finds them: in the place of the first, and the rest zero."""
-        assert self.home.others is not None
-        total, rest = self.home.others[0], self.home.others[1:]
+        """The sums of all devices, [G, 7], in ``peer_sums[0]`` of the primary; the other entries become zero."""
+        assert self.primary.peer_sums is not None
+        total, rest = self.primary.peer_sums[0], self.primary.peer_sums[1:]
         if len(rest):
             total.add_(rest.sum(0))
             rest.zero_()
         return total
 
 
-class Share:
-    """One device's share of a plan. All tensors are in that device's memory.
+class DeviceShard:
+    """One device's part of a plan. All tensors are in that device's memory.
 
     Attributes:
         tensors, groups: the plan's records as int64 words, [T, words] and [G, words].
-        rows, statistics, control: at home the optimizer's own, elsewhere copies.
+        rows, statistics, control: the optimizer's own on the primary, copies elsewhere.
         chunks, spans: int32 [C, 2] and int64 [G, 4], see :func:`chunk_table`.
-        partials: float64 [C, 7], what every chunk measured; phases: int64 [2], this step's and the next,
+        chunk_sums: float64 [C, 7], what every chunk measured; phases: int64 [2], this step's and the next,
             which update() leaves for finish().
-        sums: float64 [G, 7] where this is not home; others: float64 [devices, G, 7] at home, of the other devices.
+        sums: float64 [G, 7], unless this is the primary; peer_sums: float64 [devices, G, 7], the other devices' sums,
+            if it is.
         grad_scale, found_inf: one float32 number each, or None.
         call: what a backend made of all this for its calls; None again where anything moved.
-        dtypes, families: what there is among the parameters, numbered as in ``rows.DTYPES`` and ``rows.FAMILIES``.
+        dtypes, families: what there is among the parameters, numbered as in ``layout.DTYPES`` and ``layout.FAMILIES``.
     """
 
     tensors: Tensor
@@ -205,14 +206,14 @@ class Share:
         indices: NDArray[np.int64],
         chunk_size: int,
         *,
-        home: bool = True,
-        others: int = 0,
+        primary: bool = True,
+        peers: int = 0,
     ) -> None:
         self.plan: StepPlan = weakref.proxy(plan)
         self.device, self.indices, self.chunk_size = device, indices, chunk_size
         tables, records = plan.tables, plan.records[indices]
         group_count = len(plan.groups)
-        if home:
+        if primary:
             self.rows, self.statistics, self.control = tables.rows, tables.statistics, tables.control
         else:
             self.rows, self.statistics, self.control = (
@@ -222,10 +223,10 @@ class Share:
         self.chunks = torch.from_numpy(chunks.view(np.int32).reshape(-1, 2)).to(device)
         self.spans = torch.from_numpy(spans.view(np.int64).reshape(-1, 4)).to(device)
         columns = len(STATISTICS_COLUMNS)
-        self.partials = torch.zeros(len(chunks), columns, dtype=torch.float64, device=device)
+        self.chunk_sums = torch.zeros(len(chunks), columns, dtype=torch.float64, device=device)
         self.phases = torch.zeros(2, dtype=torch.int64, device=device)
-        self.sums = None if home else torch.zeros(group_count, columns, dtype=torch.float64, device=device)
-        self.others = torch.zeros(others, group_count, columns, dtype=torch.float64, device=device) if others else None
+        self.sums = None if primary else torch.zeros(group_count, columns, dtype=torch.float64, device=device)
+        self.peer_sums = torch.zeros(peers, group_count, columns, dtype=torch.float64, device=device) if peers else None
         self.dtypes: tuple[int, ...] = tuple(np.unique(records["dtype"]).tolist())
         self.grad_scale: Tensor | None = None
         self.found_inf: Tensor | None = None
@@ -242,7 +243,7 @@ class Share:
         stream = torch.cuda.current_stream(self.device)
         if stream == self._made_on:
             return
-        tables = (self.chunks, self.spans, self.partials, self.phases, self.sums, self.others, self.tensors)
+        tables = (self.chunks, self.spans, self.chunk_sums, self.phases, self.sums, self.peer_sums, self.tensors)
         for table in (*tables, self.rows, self.statistics, self.control):
             if table is not None:
                 table.record_stream(stream)
@@ -329,7 +330,7 @@ class Upload:
 def _launch_of(plan: StepPlan, kernels: Kernels) -> Launch:
     if plan.launch is None or plan.launch.chunk_size != kernels.CHUNK:
         devices = list(dict.fromkeys([plan.tables.rows.device, *(p.device for p in plan.params)]))
-        where = np.array([devices.index(p.device) for p in plan.params], dtype=np.int64)
-        places = [(device, np.flatnonzero(where == number)) for number, device in enumerate(devices)]
-        plan.launch = Launch(plan, kernels.CHUNK, places)
+        numbers = np.array([devices.index(p.device) for p in plan.params], dtype=np.int64)
+        assignments = [(device, np.flatnonzero(numbers == number)) for number, device in enumerate(devices)]
+        plan.launch = Launch(plan, kernels.CHUNK, assignments)
     return plan.launch

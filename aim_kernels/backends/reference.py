@@ -97,17 +97,17 @@ def update(plan: StepPlan, indices: Iterable[int]) -> list[Sums]:
         noise = _noise(plan, index, row[ROW["noise"]])
         into = Sums() if plan.records["uncounted"][index] else sums[number]
         draws = tuple(draw_of(tables.control.tolist(), index, ago) for ago in (1, 0))
-        scale, rounding = float(plan.groups["scale"][number]), Rounding(plan, index)
+        multiplier, rounding = float(plan.groups["scale"][number]), Rounding(plan, index)
         anchor = plan.anchor_of(index)
-        _update(p, grad, group, state, row, steps, live, anchor, noise, scale, into, rounding, draws)
+        _update(p, grad, group, state, row, steps, live, anchor, noise, multiplier, into, rounding, draws)
     return sums
 
 
-def finish(plan: StepPlan, parts: list[list[Sums]]) -> None:
-    """The rest of a step, for what all its parts measured, in the order of the parameters."""
+def finish(plan: StepPlan, piece_sums: list[list[Sums]]) -> None:
+    """The rest of a step, for the sums of all its parts, in the order of the parameters."""
     total = [Sums() for _ in plan.param_groups]
-    for part in parts:
-        for sums, more in zip(total, part, strict=True):
+    for piece in piece_sums:
+        for sums, more in zip(total, piece, strict=True):
             for name in STATISTIC:
                 setattr(sums, name, getattr(sums, name) + getattr(more, name))
     _finish(plan, PHASES[plan.tables.next_phase()], total)
@@ -119,12 +119,12 @@ class Rounding:
     def __init__(self, plan: StepPlan, index: int) -> None:
         control, record = plan.tables.control.tolist(), plan.records[index]
         self.offset, self.count = int(record["offset"]), int(record["numel"])
-        self.place = control[CONTROL["seed"]], control[CONTROL["counter"]], int(record["first"]) - self.offset
+        self.origin = control[CONTROL["seed"]], control[CONTROL["counter"]], int(record["first"]) - self.offset
         self.device = plan.params[index].device
 
     def bits(self, stream: int) -> Tensor:
         """16 for every element, in memory order."""
-        seed, counter, base = self.place
+        seed, counter, base = self.origin
         drawn = rounding_bits(seed, counter, stream, base, self.offset, self.count)
         return torch.from_numpy(drawn).to(self.device)
 
@@ -164,12 +164,12 @@ def _update(
     live: tuple[float, float],
     anchor: Tensor | None,
     noise: Tensor | None,
-    scale: float,
+    multiplier: float,
     sums: Sums,
     rounding: Rounding,
     draws: tuple[Draw, ...],
 ) -> None:
-    kind = arithmetic_dtype(p.dtype)
+    arithmetic = arithmetic_dtype(p.dtype)
     theta = true_weights(p, state)
     taken = float(state["step"])
     held = _is_held(row, steps)
@@ -181,7 +181,7 @@ def _update(
     m, v, w = _moments(group, state)
 
     # 1 and 2: the gradient, by the class that the old moments give
-    g0 = grad.to(kind) * scale
+    g0 = grad.to(arithmetic) * multiplier
     g = g0 if decoupled or not decay else g0 + theta * decay
     grad_under, grad_well = row[ROW["grad_under"]], row[ROW["grad_well"]]
     if m is None or v is None:
@@ -189,7 +189,7 @@ def _update(
     else:
         g = g * _choose(_under(m, v, group, taken, row[ROW["tau_prev"]], draws[0]), grad_under, grad_well, g)
     if noise is not None and not held:
-        g = g + noise.to(kind)
+        g = g + noise.to(arithmetic)
 
     # 3: moments; what Lion moves by is made of the old one
     beta1, beta2 = _betas(group)
@@ -303,7 +303,7 @@ def _keep_weights(p: Tensor, group: dict[str, Any], state: dict[str, Any], theta
     flat, how = in_memory_order(theta), weights_of(group, p)
     if how == "stochastic":
         flat = codecs.to_bfloat16(flat, rounding.bits(WEIGHT_STREAM))
-    stored, rest = codecs.halved(flat, how, p.dtype)
+    stored, rest = codecs.to_storage(flat, how, p.dtype)
     p.copy_(stored.as_strided(theta.shape, theta.stride()))
     if rest is not None:
         in_memory_order(state[states_of(group, p)["rest"].name]).copy_(rest)
@@ -427,7 +427,7 @@ def _finish(plan: StepPlan, following: str, sums: list[Sums]) -> None:
     tables = plan.tables
     for number, (group, total) in enumerate(zip(plan.param_groups, sums, strict=True)):
         row = tables.rows[number].tolist()
-        kind, target = in_floats(group)["under_optimized"]
+        how, target = in_floats(group)["under_optimized"]
         tau = row[ROW["tau"]]
         changed = {
             "tau_prev": tau,
@@ -439,7 +439,7 @@ def _finish(plan: StepPlan, following: str, sums: list[Sums]) -> None:
         if total.numel:
             now = PHASES[tables.phase()]
             held = _is_held(row, (row[ROW[f"{now}_step_under"]], row[ROW[f"{now}_step_well"]]))
-            if kind == "fraction" and not math.isnan(total.under) and not held:
+            if how == "fraction" and not math.isnan(total.under) and not held:
                 changed["tau"] = min(
                     max(tau + float(group["threshold_rate"]) * (total.under / total.numel - target), 0.0), 1.0
                 )

@@ -103,8 +103,8 @@ class EagerAIM(_AIM):
         super().__init__(*args, **kwargs)
         largest = max(p.numel() for p in self.params)
         self.device = self.params[0].device
-        kinds = (torch.float32, torch.float32, torch.bool)
-        scratch = [torch.empty(largest, dtype=dtype, device=self.device) for dtype in kinds]
+        dtypes = (torch.float32, torch.float32, torch.bool)
+        scratch = [torch.empty(largest, dtype=dtype, device=self.device) for dtype in dtypes]
         self.grads, self.lives = self._pair(self.settings.grad), self._pair(self.settings.live)
         self.temporaries = [[t[: p.numel()].view(p.shape) for t in scratch] for p in self.params]
 

@@ -13,7 +13,7 @@ from aim_kernels.bench.shapes import Arrays, ShapeSet
 SMALL = ShapeSet("small", ((64, 65), (1,), (37,), (16, 1025)), "odd sizes, more than one chunk")
 STEPS = 6
 ATTEMPTS = 3
-KINDS = ("params", "exp_avg", "exp_avg_sq", "master")
+COMPARED = ("params", "exp_avg", "exp_avg_sq", "master")
 
 #: The references contract into FMA where torch does, and fold constants differently: a few ulp of a parameter a step.
 RELATIVE, ABSOLUTE = 1e-5, 2e-6
@@ -57,13 +57,13 @@ def verify_one(candidate: Candidate, device: str, seed: int) -> None:
         raise WrongResultError("the check itself is worthless: all elements are of one class")
 
 
-def compare(name: str, step: int, mine: Arrays, reference: Arrays, kinds: Iterable[str] = KINDS) -> None:
+def compare(name: str, step: int, mine: Arrays, reference: Arrays, arrays: Iterable[str] = COMPARED) -> None:
     """Every element of parameters and states."""
-    for kind in kinds:
-        for index, (got, want) in enumerate(zip(getattr(mine, kind), getattr(reference, kind), strict=True)):
+    for array in arrays:
+        for index, (got, want) in enumerate(zip(getattr(mine, array), getattr(reference, array), strict=True)):
             try:
                 torch.testing.assert_close(got.detach(), want.detach(), rtol=RELATIVE, atol=ABSOLUTE)
             except AssertionError as error:
                 raise WrongResultError(
-                    f"{name}, step {step}, {kind}[{index}] of shape {tuple(got.shape)}: {error}"
+                    f"{name}, step {step}, {array}[{index}] of shape {tuple(got.shape)}: {error}"
                 ) from None

@@ -179,7 +179,7 @@ def gate_of(peer: Peer, dtype: str, device: str) -> None:
         step()
         if expected is not None:
             expected()
-            gate.compare(peer.name, number, mine, reference, kinds=("exp_avg", "exp_avg_sq", "master"))
+            gate.compare(peer.name, number, mine, reference, arrays=("exp_avg", "exp_avg_sq", "master"))
             for p, q in zip(mine.params, reference.params, strict=True):
                 torch.testing.assert_close(p.detach(), q.detach(), rtol=_NARROW, atol=_NARROW)
         mine.stir()

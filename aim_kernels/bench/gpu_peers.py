@@ -107,11 +107,11 @@ def _options() -> dict[str, Any]:
     return {"lr": PLAIN.lr, "betas": PLAIN.betas, "eps": PLAIN.eps, "weight_decay": PLAIN.weight_decay}
 
 
-def _torch(**kind: Any) -> Callable[[Arrays, bool], Step]:
+def _torch(**implementation: Any) -> Callable[[Arrays, bool], Step]:
     def build(arrays: Arrays, capturable: bool) -> Step:
-        optimizer = torch.optim.AdamW(arrays.params, **_options(), **kind, capturable=capturable)
+        optimizer = torch.optim.AdamW(arrays.params, **_options(), **implementation, capturable=capturable)
         adopt(optimizer, arrays)
-        if not (capturable or kind.get("fused")):
+        if not (capturable or implementation.get("fused")):
             for p in arrays.params:  # where torch itself keeps it: on the device it would wait for every count
                 optimizer.state[p]["step"] = torch.zeros(())
         return optimizer.step
@@ -119,8 +119,8 @@ def _torch(**kind: Any) -> Callable[[Arrays, bool], Step]:
     return build
 
 
-def _written(kind: type[CompiledAIM] | type[EagerAIM]) -> Callable[[Arrays, bool], Step]:
-    return lambda arrays, capturable: kind(arrays.params, arrays.exp_avg, arrays.exp_avg_sq, STEP).step
+def _written(peer: type[CompiledAIM] | type[EagerAIM]) -> Callable[[Arrays, bool], Step]:
+    return lambda arrays, capturable: peer(arrays.params, arrays.exp_avg, arrays.exp_avg_sq, STEP).step
 
 
 def _with_casts(arrays: Arrays, capturable: bool) -> Step:

@@ -266,14 +266,14 @@ def read(table: Path) -> list[GpuResult]:
     """The lines of a results file; none where there is no such file, or one of other columns."""
     if not table.is_file():
         return []
-    kinds = {field.name: {"int": int, "float": float}.get(str(field.type), str) for field in fields(GpuResult)}
+    types = {field.name: {"int": int, "float": float}.get(str(field.type), str) for field in fields(GpuResult)}
     with table.open(newline="", encoding="utf-8") as file:
         rows = csv.DictReader(file)
-        if list(rows.fieldnames or ()) != list(kinds):
+        if list(rows.fieldnames or ()) != list(types):
             return []
         # The last line of a run that was cut off may be a part of one.
         whole = [row for row in rows if None not in row.values()]
-    return [GpuResult(**{name: kind(row[name]) for name, kind in kinds.items()}) for row in whole]
+    return [GpuResult(**{name: read(row[name]) for name, read in types.items()}) for row in whole]
 
 
 def stem_of(folder: Path, title: str) -> Path:

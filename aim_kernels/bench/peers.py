@@ -92,10 +92,10 @@ def _torch(**options: bool) -> Callable[[Arrays], tuple[Callable[[], Any], State
     return build
 
 
-def _written(kind: type[EagerAIM] | type[CompiledAIM], settings: Settings) -> Callable[..., Any]:
+def _written(peer: type[EagerAIM] | type[CompiledAIM], settings: Settings) -> Callable[..., Any]:
     def build(arrays: Arrays) -> tuple[Callable[[], Any], States]:
         master = arrays.master if settings.live != PLAIN.live else None
-        aim = kind(arrays.params, arrays.exp_avg, arrays.exp_avg_sq, settings, master)
+        aim = peer(arrays.params, arrays.exp_avg, arrays.exp_avg_sq, settings, master)
         return aim.step, aim.state
 
     return build

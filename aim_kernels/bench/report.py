@@ -105,11 +105,11 @@ def print_table(title: str, results: Sequence[Result]) -> None:
         print("  ".join([f"  {name:<{widths[0]}}", *padded]))
 
 
-def append_csv(path: Path, results: Iterable[DataclassInstance], kind: type[DataclassInstance] = Result) -> None:
-    """Append results of one kind; a file of other columns is not touched. What follows a line that was cut short begins
+def append_csv(path: Path, results: Iterable[DataclassInstance], columns_of: type[DataclassInstance] = Result) -> None:
+    """Append results of one type; a file of other columns is not touched. What follows a line that was cut short begins
     a new one."""
-    check_columns(path, kind)
-    names = [f.name for f in fields(kind)]
+    check_columns(path, columns_of)
+    names = [f.name for f in fields(columns_of)]
     text = io.StringIO()
     writer = csv.DictWriter(text, names, lineterminator="\n")
     for result in results:
@@ -118,20 +118,20 @@ def append_csv(path: Path, results: Iterable[DataclassInstance], kind: type[Data
     append_lines(path, ",".join(names) + "\n", text.getvalue())
 
 
-def check_columns(path: Path, kind: type[DataclassInstance] = Result) -> None:
+def check_columns(path: Path, columns_of: type[DataclassInstance] = Result) -> None:
     """Raises :class:`OtherVersionError` where :func:`append_csv` would not append."""
     if path.exists() and path.stat().st_size:
         with path.open(newline="", encoding="utf-8", errors="replace") as file:
-            if next(csv.reader(file), []) != [f.name for f in fields(kind)]:
+            if next(csv.reader(file), []) != [f.name for f in fields(columns_of)]:
                 raise OtherVersionError(f"{path} has other columns than this version writes; move it away")
 
 
 def read(path: Path) -> list[Result]:
     """The lines of a file that :func:`append_csv` wrote."""
     check_columns(path)
-    kinds = {f.name: {"int": int, "float": float}.get(str(f.type), str) for f in fields(Result)}
+    types = {f.name: {"int": int, "float": float}.get(str(f.type), str) for f in fields(Result)}
     with path.open(newline="", encoding="utf-8") as file:
-        return [Result(**{name: kinds[name](value) for name, value in row.items()}) for row in csv.DictReader(file)]
+        return [Result(**{name: types[name](value) for name, value in row.items()}) for row in csv.DictReader(file)]
 
 
 def title_of(shared: Mapping[str, Any]) -> str:

@@ -30,12 +30,12 @@ def statistics_scalars(optimizer: Any) -> dict[str, float]:
     live_well = optimizer.tables.rows[:, ROW["aux_live_well"]].tolist()
     scalars: dict[str, float] = {}
     for number, (group, row) in enumerate(zip(optimizer.param_groups, optimizer.statistics(), strict=True)):
-        place = f"aim/group{number}"
+        tag = f"aim/group{number}"
         if row["modality"] is not None:
-            place = f"aim/{row['modality']}/{row['depth']}" + ("" if group["modulated"] else "/rest")
-        scalars |= {f"{place}/{name}": float(row[name]) for name in MEASURED}
+            tag = f"aim/{row['modality']}/{row['depth']}" + ("" if group["modulated"] else "/rest")
+        scalars |= {f"{tag}/{name}": float(row[name]) for name in MEASURED}
         if group["modulated"]:
-            scalars[f"{place}/strength"] = 1.0 - live_well[number]
+            scalars[f"{tag}/strength"] = 1.0 - live_well[number]
     return {tag: value for tag, value in scalars.items() if not math.isnan(value)}
 
 

@@ -148,5 +148,5 @@ class AMSS(Method):
             kept = rank < (rho * n).ceil()
         if self.weight == "one":
             return kept.double()
-        scale = 1.0 / (p + 1.0 / n) if self.weight == "plus" else 1.0 / probability.clamp_min(_TINY)
-        return torch.where(kept, scale, torch.zeros_like(scale))
+        weight = 1.0 / (p + 1.0 / n) if self.weight == "plus" else 1.0 / probability.clamp_min(_TINY)
+        return torch.where(kept, weight, torch.zeros_like(weight))

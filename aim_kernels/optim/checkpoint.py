@@ -17,9 +17,9 @@ from aim_kernels.step.ownership import STATES, copied, count_of, is_own, own_sta
 from aim_kernels.step.states import (
     arithmetic_dtype,
     conform,
+    exponents_key,
     moments_of,
     read_moment,
-    scale_of,
     state_layout,
     step_count,
     zeros_like_all,
@@ -67,15 +67,15 @@ def _movable(p: Tensor, rule: str, state: dict[str, Any]) -> dict[str, Any]:
     saved as bfloat16, which has all their values. So is a DTensor's remainder, by its bits, since neither gloo nor NCCL
     gathers int16."""
     sharded = sharding.is_dtensor(p)
-    packed = [
+    with_codes = [
         name
         for name in state
-        if is_own(rule, state, scale_of(name))
-        and scale_of(name) in state
+        if is_own(rule, state, exponents_key(name))
+        and exponents_key(name) in state
         and (sharded or not state[name].is_contiguous())
     ]
-    kept = {name: value for name, value in state.items() if name not in map(scale_of, packed)}
-    for name in packed:
+    kept = {name: value for name, value in state.items() if name not in map(exponents_key, with_codes)}
+    for name in with_codes:
         kept[name] = sharding.like(p, read_moment(state, name).to(torch.bfloat16))
     if sharded and "remainder" in kept:
         kept["remainder"] = sharding.like(p, sharding.local_of(kept["remainder"]).view(torch.bfloat16))
@@ -102,10 +102,10 @@ def load(optimizer: AIMFusedOptimizer, state_dict: dict[str, Any]) -> None:
     for number, saved in enumerate(tables_saved):
         tables.check_lists(number, saved)
     state = {}
-    for place, p, saved in _pairs(groups, saved_groups, saved_states):
-        present = _present(groups[place[0]]["rule"], saved, optimizer.state.get(p, {}))
-        today = optimizer.param_groups[place[0]]
-        state[p] = _checked_state(groups, place, p, present, saved_groups[place[0]], today)
+    for position, p, saved in _pairs(groups, saved_groups, saved_states):
+        present = _present(groups[position[0]]["rule"], saved, optimizer.state.get(p, {}))
+        today = optimizer.param_groups[position[0]]
+        state[p] = _checked_state(groups, position, p, present, saved_groups[position[0]], today)
     for number, group in enumerate(groups):
         counts = [float(state[p].get("step", 0.0)) for p in group["params"]]
         if "modulation_row" in tables_saved[number]:
@@ -201,7 +201,7 @@ def _check_masters(
     Args:
         counts: steps of the group's parameters. What was never stepped is under-optimized.
     """
-    under, well = (row[ROW[f"emitted_{kind}"]] for kind in ("under", "well"))
+    under, well = (row[ROW[f"emitted_{side}"]] for side in ("under", "well"))
     for index, (p, count) in enumerate(zip(groups[number]["params"], counts, strict=True)):
         if "master" not in state[p] and (under != 1.0 or (count and well != 1.0)):
             raise ValueError(
@@ -218,8 +218,8 @@ def _pairs(
         for index, (p, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
             state = saved_states.get(key)
             if state is not None and not isinstance(state, dict):
-                name, kind = validation.name_of(groups, number, index), type(state).__name__
-                raise ValueError(f"{name}: its state is a {kind} in the checkpoint, expected a dict")
+                name, found = validation.name_of(groups, number, index), type(state).__name__
+                raise ValueError(f"{name}: its state is a {found} in the checkpoint, expected a dict")
             yield (number, index), p, state or {}
 
 
@@ -238,12 +238,12 @@ def _empty_state(p: Tensor, key: str, dtype: torch.dtype) -> Tensor:
     """For a saved state of that type. Moments in fewer bits stay so until :func:`states.conform` makes of them what the
     group's options ask for."""
     local = sharding.local_of(p)
-    kind = arithmetic_dtype(p.dtype)
+    stored_dtype = arithmetic_dtype(p.dtype)
     if key in ("compensation", "remainder"):
-        kind = p.dtype if key == "compensation" else torch.int16
+        stored_dtype = p.dtype if key == "compensation" else torch.int16
     elif key not in STATES and dtype in (torch.bfloat16, torch.uint8):
-        kind = dtype
-    made = torch.empty_like(local, dtype=kind, memory_format=state_layout(p), requires_grad=False)
+        stored_dtype = dtype
+    made = torch.empty_like(local, dtype=stored_dtype, memory_format=state_layout(p), requires_grad=False)
     return sharding.like(p, made)
 
 
@@ -253,19 +253,19 @@ def _of_other_blocks(p: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
     kept = dict(saved)
     strides = torch.empty_like(sharding.local_of(p), device="meta", memory_format=state_layout(p)).stride()
     for name, value in saved.items():
-        scale = saved.get(scale_of(name))
-        if not isinstance(scale, Tensor) or sharding.is_dtensor(value) or value.dtype != torch.uint8:
+        exponents = saved.get(exponents_key(name))
+        if not isinstance(exponents, Tensor) or sharding.is_dtensor(value) or value.dtype != torch.uint8:
             continue
-        fits = value.shape == p.shape and scale.shape == (blocks_of(value.numel()),)  # if not, that is said later
+        fits = value.shape == p.shape and exponents.shape == (blocks_of(value.numel()),)  # if not, that is said later
         if fits and (sharding.is_dtensor(p) or value.stride() != strides):
             kept[name] = read_moment(saved, name).to(torch.bfloat16)
-            del kept[scale_of(name)]
+            del kept[exponents_key(name)]
     return kept
 
 
 def _checked_state(
     groups: list[dict[str, Any]],
-    place: tuple[int, int],
+    position: tuple[int, int],
     p: Tensor,
     saved: dict[str, Any],
     saved_group: dict[str, Any],
@@ -273,7 +273,7 @@ def _checked_state(
 ) -> dict[str, Any]:
     """The state of one parameter: own copies, in the arithmetic dtype and the parameter's memory order; and what others
     keep there, as it is, on the parameter's device."""
-    group, name = groups[place[0]], validation.name_of(groups, *place)
+    group, name = groups[position[0]], validation.name_of(groups, *position)
     rule, state = group["rule"], dict[str, Any]()
     own = {key: value for key, value in own_states(rule, saved).items() if value is not None}
     foreign = {key: value for key, value in saved.items() if not is_own(rule, saved, key)}
@@ -285,8 +285,8 @@ def _checked_state(
             state[key] = step_count(p, _count(f"{name}: its step", value))
             continue
         if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
-            kind = f"{value.layout} tensor on {value.device}" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{name}: its {key} is a {kind} in the checkpoint, a dense tensor here")
+            found = f"{value.layout} tensor on {value.device}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{name}: its {key} is a {found} in the checkpoint, a dense tensor here")
         if key.endswith("_scale"):
             blocks = blocks_of(sharding.local_of(p).numel())
             if value.shape != (blocks,):
@@ -300,8 +300,8 @@ def _checked_state(
             raise ValueError(
                 f"{name}: its {key} has shape {tuple(value.shape)} in the checkpoint, {tuple(p.shape)} here"
             )
-        if value.dtype == torch.uint8 and scale_of(key) not in own:
-            raise ValueError(f"{name}: the checkpoint has its {key} in 8 bits without {scale_of(key)}")
+        if value.dtype == torch.uint8 and exponents_key(key) not in own:
+            raise ValueError(f"{name}: the checkpoint has its {key} in 8 bits without {exponents_key(key)}")
         if value.dtype not in (*_FLOATS, torch.int16 if key == "remainder" else torch.uint8):
             raise ValueError(f"{name}: its {key} is {value.dtype} in the checkpoint, which is not how it is kept here")
         state[key] = _empty_state(p, key, value.dtype)

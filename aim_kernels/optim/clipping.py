@@ -26,16 +26,16 @@ def clip(plan: StepPlan, backend: ModuleType, max_norm: float) -> Tensor:
         The norm before clipping, of unscaled gradients, as a 0-dim tensor. On a device nothing waits for it.
     """
     if not backend.ON_DEVICE:
-        scale = 1.0 if plan.grad_scale is None else float(plan.grad_scale)
+        grad_scale = 1.0 if plan.grad_scale is None else float(plan.grad_scale)
         squares = torch.tensor(backend.squares(plan), dtype=torch.float64, device=plan.tables.rows.device)
-        total = _of_all_processes(plan, squares).item() ** 0.5 / scale
+        total = _of_all_processes(plan, squares).item() ** 0.5 / grad_scale
         plan.clip_factor = clipped_to(max_norm, total)
-        kind = torch.float64 if any(p.dtype == torch.float64 for p in plan.params) else torch.float32
-        return torch.tensor(total, dtype=kind, device=plan.tables.rows.device)
+        dtype = torch.float64 if any(p.dtype == torch.float64 for p in plan.params) else torch.float32
+        return torch.tensor(total, dtype=dtype, device=plan.tables.rows.device)
     norm = _of_all_processes(plan, _squares(plan)).sqrt()
     norm = norm.to(torch.float64 if any(p.dtype == torch.float64 for p in plan.params) else torch.float32)
     scaled = norm if plan.grad_scale is None else norm / plan.grad_scale.to(norm.device)
-    # What a device divides by. A factor of 0 (an infinite norm) is a scale of infinity, NaN stays NaN.
+    # What a device divides by. A factor of 0 (an infinite norm) is a grad_scale of infinity, NaN stays NaN.
     stretch = ((scaled + _EPS) / max_norm).clamp(min=1.0)
     plan.grad_scale = stretch if plan.grad_scale is None else stretch * plan.grad_scale.to(norm.device)
     return scaled
@@ -43,16 +43,16 @@ def clip(plan: StepPlan, backend: ModuleType, max_norm: float) -> Tensor:
 
 def _squares(plan: StepPlan) -> Tensor:
     """The sum of squares of all gradients but the uncounted ones', as a float64 tensor beside the tables."""
-    home = plan.tables.rows.device
+    primary = plan.tables.rows.device
     alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for grad, uncounted in zip(plan.grads, plan.records["uncounted"], strict=True):
         if grad is not None and not uncounted:
             alike.setdefault((grad.device, grad.dtype), []).append(grad)
-    total = torch.zeros((), dtype=torch.float64, device=home)
+    total = torch.zeros((), dtype=torch.float64, device=primary)
     for (_, dtype), grads in alike.items():
         # In the arithmetic type: the norm of float16 gradients may be beyond float16.
         norms = torch._foreach_norm(grads, 2, dtype=torch.promote_types(dtype, torch.float32))
-        total += torch.stack(norms).to(home, torch.float64).square().sum()
+        total += torch.stack(norms).to(primary, torch.float64).square().sum()
     return total
 
 

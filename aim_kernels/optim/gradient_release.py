@@ -73,10 +73,10 @@ def step_in_backward(optimizer: Any, model: nn.Module) -> Release:
 
 def _refuse_wrapped(model: nn.Module) -> None:
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    kinds: list[Any] = [nn.parallel.DistributedDataParallel]
-    kinds += [] if fsdp is None else [fsdp.FullyShardedDataParallel]
+    wrappers: list[Any] = [nn.parallel.DistributedDataParallel]
+    wrappers += [] if fsdp is None else [fsdp.FullyShardedDataParallel]
     for module in model.modules():
-        if isinstance(module, tuple(kinds)):
+        if isinstance(module, tuple(wrappers)):
             raise ValueError(
                 f"model: {type(module).__name__} averages gradients after the hooks that step_in_backward steps in; "
                 "train without it, or without step_in_backward"
@@ -108,14 +108,14 @@ class _OpenStep:
 
     Attributes:
         plan: a view whose tables and options stand still.
-        parts: what each stepped parameter measured, by its number.
+        piece_sums: what each stepped parameter measured, by its number.
         leaving: groups whose masters this step makes superfluous.
         began: on CUDA, when the view's tables were in place: backward may go on in other streams.
     """
 
     def __init__(self, optimizer: AIMFusedOptimizer, plan: StepPlan, backend: Any) -> None:
         self.plan, self.backend = plan, backend
-        self.parts: dict[int, Any] = {}
+        self.piece_sums: dict[int, Any] = {}
         self.leaving = set(optimizer._leaving)
         self.began: torch.cuda.Event | None = None
         if (device := plan.tables.rows.device).type == "cuda":
@@ -130,10 +130,10 @@ class _OpenStep:
             torch.cuda.current_stream(grad.device).wait_event(self.began)
         if not plan.records["step"][index]:
             # Of groups with live weights only what was frozen until now: others have states since the step began.
-            optimizer._make_states_of(plan.param_groups[plan.group_of[index]], [plan.owners[index]], live=False)
+            optimizer._ensure_group_states(plan.param_groups[plan.group_of[index]], [plan.owners[index]], live=False)
         plan.take_one(index, grad)
         try:
-            self.parts[index] = self.backend.update(plan, [index])
+            self.piece_sums[index] = self.backend.update(plan, [index])
         finally:
             plan.forget_one(index)
         plan.bump_versions_of([index])
@@ -142,7 +142,7 @@ class _OpenStep:
 
     def emit_rest(self) -> None:
         """Live weights of parameters that got no gradient."""
-        rest = [index for index in np.flatnonzero(self.plan.records["master"]).tolist() if index not in self.parts]
+        rest = [index for index in np.flatnonzero(self.plan.records["master"]).tolist() if index not in self.piece_sums]
         if rest:
             self.backend.update(self.plan, rest)
             self.plan.bump_versions_of(rest)
@@ -152,7 +152,7 @@ class _OpenStep:
         kept, moved = optimizer.tables, self.plan.tables
         pairs = [(kept.rows, moved.rows), (kept.control, moved.control)]
         set_since = [own != other for own, other in pairs]
-        self.backend.finish(self.plan, [self.parts[index] for index in sorted(self.parts)])
+        self.backend.finish(self.plan, [self.piece_sums[index] for index in sorted(self.piece_sums)])
         for (own, other), is_set in zip(pairs, set_since, strict=True):
             own.copy_(torch.where(is_set, own, other))
 
@@ -182,7 +182,7 @@ class Release:
     @property
     def is_open(self) -> bool:
         """Whether backward has stepped a parameter since the latest ``optimizer.step()``."""
-        return self._open is not None and bool(self._open.parts)
+        return self._open is not None and bool(self._open.piece_sums)
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -281,7 +281,7 @@ class Release:
         optimizer = self._optimizer()
         if optimizer is None or self._accumulating or p.grad is None:
             return
-        if self._open is not None and self._numbers.get(p) in self._open.parts:
+        if self._open is not None and self._numbers.get(p) in self._open.piece_sums:
             p.grad = None
             raise RuntimeError(
                 f"{self._names[p]}: backward() has stepped it already, and gives it another gradient before "
@@ -293,7 +293,7 @@ class Release:
             self._open = self._begin(optimizer)
         index = self._numbers.get(p)
         if index is None:  # no longer the optimizer's
-            self._open = self._open if self._open.parts else None
+            self._open = self._open if self._open.piece_sums else None
             return
         grad = p.grad
         if grad.layout != torch.strided or grad.dtype != p.dtype or grad.shape != p.shape or grad.device != p.device:
@@ -301,7 +301,7 @@ class Release:
         try:
             self._open.take(optimizer, index)
         finally:
-            if not self._open.parts:
+            if not self._open.piece_sums:
                 self._open = None
         p.grad = None
 
@@ -312,9 +312,9 @@ class Release:
         optimizer._refuse_true_weights()
         plan = optimizer._plan
         if plan is None or not plan.is_of(optimizer) or not plan.read():
-            optimizer._check_before_building()
+            optimizer._sync_with_module()
             validation.check_gradients(optimizer.param_groups)
-            optimizer._make_state(lambda p: False)  # of live weights; others' are made when their gradient comes
+            optimizer._ensure_states(lambda p: False)  # of live weights; others' are made when their gradient comes
             plan = optimizer._plan = StepPlan(optimizer)
         if plan.waves is not None:
             raise RuntimeError(
@@ -340,7 +340,7 @@ class Release:
         else:
             self._view.tables.rows.copy_(tables.rows)
             self._view.tables.control.copy_(tables.control)
-        self._view.hold_still(plan)
+        self._view.freeze_hyperparameters(plan)
         return self._view
 
     # -- optimizer.step() ---------------------------------------------------------------------------------------------
@@ -359,8 +359,8 @@ class Release:
                 "grad_scale, found_inf: backward() has stepped by the gradients as they were (step_in_backward); use "
                 "bfloat16 without a GradScaler"
             )
-        owners, parts = open_step.plan.owners, open_step.parts
-        left = {index: p for index, p in enumerate(owners) if p.grad is not None and index not in parts}
+        owners, stepped = open_step.plan.owners, open_step.piece_sums
+        left = {index: p for index, p in enumerate(owners) if p.grad is not None and index not in stepped}
         grads = [p.grad if index in left else None for index, p in enumerate(owners)]
         validation.check_gradients(optimizer.param_groups, grads)
         for index, p in left.items():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aim_kernels.backends import select
 from aim_kernels.step import validation
-from aim_kernels.step.supported import home_of
+from aim_kernels.step.supported import primary_device
 from aim_kernels.step.tables import KEYS
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Members:
         if edited or any(id(p) in self._numbers for p in group["params"]):  # or taken out of their group since
             self._learn(groups, process_group)
         number, params = len(groups), group["params"]
-        here = (device or self.device) if self.device is not None else home_of(_tensors(params))
+        here = (device or self.device) if self.device is not None else primary_device(_tensors(params))
         validation.check_parameters(group, number, params, here, self._numbers)
         for index, p in enumerate(params):
             if not (p.is_leaf or p.retains_grad):
@@ -73,9 +73,9 @@ class Members:
                 "none; give (name, parameter) pairs or parameters only"
             )
         if groups and ("param_names" in group) != ("param_names" in groups[0]):
-            kind = "with" if "param_names" in group else "without"
+            which = "with" if "param_names" in group else "without"
             raise ValueError(
-                f"group {number}: all optimizer param groups should be with/without names, this one is {kind}; give "
+                f"group {number}: all optimizer param groups should be with/without names, this one is {which}; give "
                 "(name, parameter) pairs in all of them or in none"
             )
         widest = validation.check_meshes([group], process_group, number, self._mesh)
@@ -87,7 +87,7 @@ class Members:
         self._numbers.update(dict.fromkeys(map(id, group["params"]), self._count))
         self._mesh = validation.check_meshes([group], process_group, self._count, self._mesh)
         self._count, self._last = self._count + 1, group
-        self.device = self.device or home_of(group["params"])
+        self.device = self.device or primary_device(group["params"])
 
     def _learn(self, groups: list[Group], process_group: Any) -> None:
         self.__dict__.update(Members().__dict__)
@@ -156,7 +156,7 @@ def check(optimizer: AIMFusedOptimizer, groups: list[Group], members: Members, g
     validation.check_anchor(group, number, optimizer.anchor)
     made = optimizer._rows is None  # tables are where the parameters are once all groups of the constructor are there
     members.check(groups, group, optimizer.process_group, optimizer._tables.rows.device if made else None)
-    device = members.device or home_of(group["params"])
+    device = members.device or primary_device(group["params"])
     _check_implementation(group, f" (group {number})", optimizer.backend, device or torch.device("cpu"))
 
 

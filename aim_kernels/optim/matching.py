@@ -1,4 +1,4 @@
-"""What a checkpoint is of, and which of its parameters are whose: by name if both sides have names, else by place."""
+"""Match a checkpoint to an optimizer: whose it is, and which parameter is which, by name if both sides have names."""
 
 from __future__ import annotations
 
@@ -154,9 +154,9 @@ def in_order_of(groups: Sequence[Group], saved_groups: Sequence[Group]) -> list[
         if twice:
             raise ValueError(f"{twice[0]!r}: {where} two parameters have this name; give every one a name of its own")
     left = [name for name in _joined(saved) if name not in set(_joined(here))]
-    place = _places(saved)
-    for name, (number, index) in _places(here).items():
-        if name not in place:
+    position = _positions(saved)
+    for name, (number, index) in _positions(here).items():
+        if name not in position:
             rest = f" (it has {', '.join(map(repr, left[:3]))}, which are not here)" if left else ""
             raise ValueError(
                 f"{name_of(list(groups), number, index)}: the checkpoint has no parameter of this name{rest}; give the "
@@ -172,17 +172,17 @@ def in_order_of(groups: Sequence[Group], saved_groups: Sequence[Group]) -> list[
         if not members:
             matched.append(next(empty, {}))  # fewer there than here: then a name of theirs is apart from others
             continue
-        theirs = saved[place[members[0]][0]]
+        theirs = saved[position[members[0]][0]]
         # All of ours are among theirs, and all of theirs among ours.
         apart = next((name for name in (*members, *theirs) if name not in theirs or name not in members), None)
         if apart is not None:
             here_or_there = ("here", "in the checkpoint") if apart in members else ("in the checkpoint", "here")
             raise ValueError(
-                f"{name_of(list(groups), *_places(here)[apart])}: is in one group with {members[0]!r} "
+                f"{name_of(list(groups), *_positions(here)[apart])}: is in one group with {members[0]!r} "
                 f"{here_or_there[0]}, and not {here_or_there[1]}; make the groups as they were"
             )
-        found = saved_groups[place[members[0]][0]]
-        matched.append({**found, "params": [found["params"][place[name][1]] for name in members]})
+        found = saved_groups[position[members[0]][0]]
+        matched.append({**found, "params": [found["params"][position[name][1]] for name in members]})
     return matched
 
 
@@ -203,15 +203,15 @@ def _joined(names: list[list[str]]) -> list[str]:
     return [name for group in names for name in group]
 
 
-def _places(names: list[list[str]]) -> dict[str, tuple[int, int]]:
+def _positions(names: list[list[str]]) -> dict[str, tuple[int, int]]:
     """(group, index) by name."""
     return {name: (number, index) for number, group in enumerate(names) for index, name in enumerate(group)}
 
 
 def _contradict(here: list[list[str]], saved: list[list[str]]) -> bool:
-    """Whether a name stands at another place on the other side."""
-    place = _places(saved)
-    return any(place.get(name, at) != at for name, at in _places(here).items())
+    """Whether a name stands at another position on the other side."""
+    position = _positions(saved)
+    return any(position.get(name, at) != at for name, at in _positions(here).items())
 
 
 def _without_wrappers(here: list[list[str]], saved: list[list[str]]) -> tuple[list[list[str]], list[list[str]]]:

@@ -46,8 +46,8 @@ class Modulated(torch.optim.Optimizer):
 
     def _begin_row(self, group: dict[str, Any]) -> tuple[float, bool]:
         """Threshold of a group's first row, and whether it has masters at all times."""
-        kind, value = group["under_optimized"]
-        return float(value) if kind == "absolute" else 0.0, bool(self.keep_masters and group["modulated"])
+        how, value = group["under_optimized"]
+        return float(value) if how == "absolute" else 0.0, bool(self.keep_masters and group["modulated"])
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Lightning's wrapper imitates the class, so that our methods run with the wrapper as self: reading falls
@@ -142,7 +142,7 @@ class Modulated(torch.optim.Optimizer):
     def set_phases(self, probability: float) -> None:
         """Probability of drawing the auxiliary phase for the next forward pass; 0: always the true one."""
         validation.check_number("probability", probability, 0.0, 1.0)
-        self.tables.set_threshold(round(probability * 2**32))
+        self.tables.set_draw_limit(round(probability * 2**32))
 
     @property
     def phase(self) -> str:
@@ -208,9 +208,9 @@ class Modulated(torch.optim.Optimizer):
         if has_classes(group):
             return
         row = {**dict.fromkeys(PHASE_COLUMNS, 1.0), **columns}
-        for kind in ("grad", "step", "live"):
-            if row[f"{kind}_under"] is not row[f"{kind}_well"] and row[f"{kind}_under"] != row[f"{kind}_well"]:
+        for stage in ("grad", "step", "live"):
+            if row[f"{stage}_under"] is not row[f"{stage}_well"] and row[f"{stage}_under"] != row[f"{stage}_well"]:
                 raise ValueError(
-                    f"group {number}: {kind}_under and {kind}_well differ, but under rule {group['rule']!r} a "
+                    f"group {number}: {stage}_under and {stage}_well differ, but under rule {group['rule']!r} a "
                     "group that is not modulated keeps no optimization state; give the group modulated=True"
                 )

@@ -17,7 +17,7 @@ from aim_kernels.step import sharding, validation
 from aim_kernels.step.ownership import drop_absent
 from aim_kernels.step.plan import StepPlan
 from aim_kernels.step.states import arithmetic_dtype, is_frozen, make_states, master_of
-from aim_kernels.step.supported import home_of, is_estimated, is_idle, reason_against
+from aim_kernels.step.supported import is_estimated, is_idle, primary_device, reason_against
 from aim_kernels.step.tables import KEYS, Tables
 
 #: Options that ``optimizer.defaults`` must not have under a rule: schedulers that cycle the momentum (OneCycleLR,
@@ -248,13 +248,13 @@ class AIMFusedOptimizer(LiveWeights):
             added, self.param_groups = self.param_groups, others
         self.param_groups += added
 
-        had_home = self._members.device is not None
+        had_device = self._members.device is not None
         self._members.add(param_group, self.process_group)
         row = (param_group, *self._begin_row(complete))
         if self._rows is not None:
             self._rows.append(row)
         else:
-            if not had_home and self._members.device is not None:
+            if not had_device and self._members.device is not None:
                 self._tables.to(self._members.device)
             self._tables.add_groups([row])
         if self.anchor == "init" and complete["modulated"]:
@@ -358,10 +358,10 @@ class AIMFusedOptimizer(LiveWeights):
             if any(is_estimated(p.grad) for group in self.param_groups for p in group["params"]):
                 self._estimate()
                 return None
-            self._check_before_building()
+            self._sync_with_module()
             validation.check_gradients(self.param_groups)
             only_states = sharding.makes_states_only(self)
-            self._make_state()
+            self._ensure_states()
             if only_states:
                 return None
             plan = self._plan = StepPlan(self)
@@ -373,34 +373,36 @@ class AIMFusedOptimizer(LiveWeights):
         """A step of shapes without numbers (FakeTensorMode): there are states after it, and nothing is computed."""
         for number, group in enumerate(self.param_groups):
             validation.check_hyperparameters(group, number)
-        self._make_state()
+        self._ensure_states()
         if self.max_grad_norm is not None:
             given = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
             self.grad_norm = given[0].new_zeros((), dtype=arithmetic_dtype(given[0].dtype))
 
-    def _make_state(self, is_stepped: Callable[[Tensor], bool] = _has_gradient, *, masters: bool = True) -> None:
+    def _ensure_states(self, is_stepped: Callable[[Tensor], bool] = _has_gradient, *, masters: bool = True) -> None:
         """States of parameters that meet their first gradient, and masters where live weights are to exist."""
         tables = self.tables
-        home = tables.rows.device
+        primary = tables.rows.device
         for number, group in enumerate(self.param_groups):
             live = tables.has_live_weights(number)
             # Also of parameters that meet no gradient now: once there is a plan, nobody asks again.
             params = [p for p in group["params"] if live or is_stepped(p) or "step" in self.state.get(p, ())]
             if tables.degrades(number):
-                validation.check_degradable(self.param_groups, number, home)
-            params = [p for p in params if not is_idle(p, home)]
+                validation.check_degradable(self.param_groups, number, primary)
+            params = [p for p in params if not is_idle(p, primary)]
             if live:
                 stays = {p: not is_stepped(p) and is_frozen(p, self.state.get(p, {})) for p in params}
                 params = [p for p in params if not stays[p]]
                 for p, frozen in stays.items():
                     if frozen and masters and not self.state.get(p):
                         self.state[p] = {"master": master_of(p)}
-            self._make_states_of(group, params, live=live, masters=masters)
+            self._ensure_group_states(group, params, live=live, masters=masters)
             if not live and self._superfluous_masters(number):
                 self._leaving.add(number)
         self._known_masters.note(self.param_groups, self.state)
 
-    def _make_states_of(self, group: dict[str, Any], params: list[Tensor], *, live: bool, masters: bool = True) -> None:
+    def _ensure_group_states(
+        self, group: dict[str, Any], params: list[Tensor], *, live: bool, masters: bool = True
+    ) -> None:
         """The states of some parameters of one group, as its options ask for them."""
         make_states(group, params, self.state, live=live, masters=masters)
         for p in params:
@@ -414,11 +416,11 @@ class AIMFusedOptimizer(LiveWeights):
         masters = self._masters()
         if not masters or any(is_estimated(p) for p, _ in masters):
             return
-        self._check_before_building()
+        self._sync_with_module()
         for number, group in enumerate(self.param_groups):  # whatever somebody has deleted begins anew
             states = ((p, self.state.get(p, {})) for p in group["params"])
             params = [p for p, state in states if "master" in state and "step" in state]
-            self._make_states_of(group, params, live=self._tables.has_live_weights(number), masters=False)
+            self._ensure_group_states(group, params, live=self._tables.has_live_weights(number), masters=False)
         plan = StepPlan(self)
         backend = select(self.backend, self.tables.rows.device)
         plan.read_hyperparameters(on_device=backend.ON_DEVICE)
@@ -426,11 +428,11 @@ class AIMFusedOptimizer(LiveWeights):
         torch.autograd.graph.increment_version([p for p, _ in masters])
         sharding.reshard_all(p for p, _ in masters)
 
-    def _check_before_building(self) -> None:
-        """What may have changed behind the optimizer's back since it was last looked at."""
-        home = home_of(p for group in self.param_groups for p in group["params"])
-        if home is not None and home != self.tables.rows.device:  # the module was moved
-            self.tables.to(home)
+    def _sync_with_module(self) -> None:
+        """Follows what changed outside since the last look: a moved module, tables that came back, options."""
+        primary = primary_device(p for group in self.param_groups for p in group["params"])
+        if primary is not None and primary != self.tables.rows.device:  # the module was moved
+            self.tables.to(primary)
         self._restore_astray()
         if self.process_group is sharding.Absent.PROCESS_GROUP:
             raise RuntimeError(
@@ -482,7 +484,7 @@ class AIMFusedOptimizer(LiveWeights):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint of this class, or of the same rule in torch.optim; values keep their bits and dtype.
 
-        Parameters are matched by name if both sides have names (``named_parameters()``), else by place. What others
+        Parameters are matched by name if both sides have names (``named_parameters()``), else by position. What others
         keep in states and groups is loaded as it is.
 
         Where live weights exist, the module receives those that belong to the loaded state, so a resumed run

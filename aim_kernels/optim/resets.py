@@ -12,7 +12,7 @@ from torch import Tensor
 from aim_kernels.backends.reference import classes_of, live_weights
 from aim_kernels.step.layout import ROW
 from aim_kernels.step.sharding import local_of, reshard_all
-from aim_kernels.step.states import moments_of, scale_of
+from aim_kernels.step.states import exponents_key, moments_of
 
 if TYPE_CHECKING:
     from aim_kernels.optim.optimizer import AIMFusedOptimizer
@@ -75,8 +75,8 @@ def restore_all(optimizer: AIMFusedOptimizer) -> None:
 def _readable(group: Group, state: State) -> bool:
     """Whether the moments are still what a step has made of them."""
     kept = [name for name in moments_of(group).values() if name in state]
-    scales = [scale_of(name) for name in kept if getattr(state[name], "dtype", None) == torch.uint8]
-    return all(isinstance(state.get(name), Tensor) for name in (*kept, *scales))
+    exponent_keys = [exponents_key(name) for name in kept if getattr(state[name], "dtype", None) == torch.uint8]
+    return all(isinstance(state.get(name), Tensor) for name in (*kept, *exponent_keys))
 
 
 @torch.no_grad()

@@ -44,7 +44,7 @@ _ALIGN = 16  # elements, so that every master in a buffer starts on a cache line
 _NOTHING, _STEPPED, _EMITTED = "-", "s", "e"
 
 _SCHEMA = (
-    "(Tensor inputs, str kinds, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor(c!)[] masters, "
+    "(Tensor inputs, str actions, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor(c!)[] masters, "
     "Tensor(d!) rows, Tensor(e!) statistics, Tensor(f!) control, Tensor[] anchors, Tensor[] lrs, Tensor? grad_scale, "
     "Tensor? found_inf) -> ()"
 )
@@ -159,9 +159,9 @@ class GraphInputs:
                 first = sum(len(group["params"]) for group in optimizer.param_groups[:number])
             self.emits[first : first + len(params)] = [True] * len(params)
 
-    def tensors(self, kinds: str) -> list[Tensor]:
+    def tensors(self, actions: str) -> list[Tensor]:
         """What a graph hands over, but for gradients, in the order of the operator's arguments."""
-        params = [p for p, kind in zip(self.params, kinds, strict=True) if kind != _NOTHING]
+        params = [p for p, action in zip(self.params, actions, strict=True) if action != _NOTHING]
         tables = (self.rows, self.statistics, self.control)
         return [*params, *self.states, *self.masters, *tables, *self.anchors, *self.lrs]
 
@@ -199,22 +199,22 @@ def _pack_masters(
     state = optimizer.state
     members: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for p in params:
-        held = members.setdefault((p.device, arithmetic_dtype(p.dtype)), [])
+        with_masters = members.setdefault((p.device, arithmetic_dtype(p.dtype)), [])
         if "master" in state.get(p, ()):
-            held.append(p)
+            with_masters.append(p)
     if len(buffers) != len(members):
         buffers = [torch.empty(0, device="cpu")] * len(members)
     result = []
-    for ((device, dtype), held), buffer in zip(members.items(), buffers, strict=True):
-        sizes = [-(-p.numel() // _ALIGN) * _ALIGN for p in held]
+    for ((device, dtype), with_masters), buffer in zip(members.items(), buffers, strict=True):
+        sizes = [-(-p.numel() // _ALIGN) * _ALIGN for p in with_masters]
         # Sizes 0 and 1 would be another graph.
         size = max(sum(sizes), _ALIGN)
         kept = buffer.numel() == size and buffer.dtype == dtype and buffer.device == device
-        if not kept or any(buffer_of(state[p]["master"]) is not buffer for p in held):
+        if not kept or any(buffer_of(state[p]["master"]) is not buffer for p in with_masters):
             buffer = torch.zeros(size, dtype=dtype, device=device)
             torch._dynamo.maybe_mark_dynamic(buffer, 0)
             offset = 0
-            for p, length in zip(held, sizes, strict=True):
+            for p, length in zip(with_masters, sizes, strict=True):
                 master = state[p]["master"]
                 strides = p.stride() if is_dense(p) else torch.empty(p.shape, device="meta").stride()
                 state[p]["master"] = buffer.as_strided(p.shape, strides, offset).copy_(_resolve(master, elsewhere))
@@ -258,15 +258,15 @@ def _prepare_params(handle: str) -> None:
         optimizer._inputs = GraphInputs(optimizer)
 
 
-def _prepare_states(handle: str, kinds: str) -> None:
+def _prepare_states(handle: str, actions: str) -> None:
     """Called while a graph is traced: makes the states that the graph will be given. Masters, which hold the
     parameters' values, begin when the graph runs."""
     optimizer = _OPTIMIZERS[handle]
-    optimizer._check_before_building()
+    optimizer._sync_with_module()
     inputs = optimizer._inputs
     assert inputs is not None
-    stepped = {id(p) for p, kind in zip(inputs.params, kinds, strict=True) if kind == _STEPPED}
-    optimizer._make_state(lambda p: id(p) in stepped, masters=False)
+    stepped = {id(p) for p, action in zip(inputs.params, actions, strict=True) if action == _STEPPED}
+    optimizer._ensure_states(lambda p: id(p) in stepped, masters=False)
     inputs.gather()
 
 
@@ -275,25 +275,25 @@ def trace_step(optimizer: AIMFusedOptimizer) -> None:
     handle = optimizer._handle
     _prepare_params(handle)
     inputs: Any = optimizer._inputs
-    params, grads, kinds = [], [], ""
+    params, grads, actions = [], [], ""
     for index, p in enumerate(inputs.params):
         grad = p.grad
         if grad is not None:
             params.append(p)
             grads.append(grad)
-            kinds += _STEPPED
+            actions += _STEPPED
         # Asked last: what is asked here becomes a condition of the graph.
         elif inputs.emits[index]:
             params.append(p)
-            kinds += _EMITTED
+            actions += _EMITTED
         else:
-            kinds += _NOTHING
+            actions += _NOTHING
     if not grads and optimizer.process_group is None:  # of which others may have gradients, and wait for this process
         return
-    _prepare_states(handle, kinds)
+    _prepare_states(handle, actions)
     torch.ops.aim_kernels.step(
         inputs.number,
-        kinds,
+        actions,
         params,
         grads,
         inputs.states,
@@ -313,7 +313,7 @@ def trace_step(optimizer: AIMFusedOptimizer) -> None:
 
 def _step(
     inputs: Tensor,
-    kinds: str,
+    actions: str,
     params: list[Tensor],
     grads: list[Tensor],
     states: list[Tensor],
@@ -335,9 +335,9 @@ def _step(
     optimizer._opt_called = True  # not where it is traced: the compiler loses what is set there
     optimizer._refuse_true_weights()
     each = iter(grads)
-    all_grads = [next(each) if kind == _STEPPED else None for kind in kinds]
+    all_grads = [next(each) if action == _STEPPED else None for action in actions]
     passed = [*params, *states, *masters, rows, statistics, control, *anchors, *lrs]
-    own = given.tensors(kinds)
+    own = given.tensors(actions)
 
     plan = optimizer._plan
     known = plan is not None and given.plan is plan and plan.is_of(optimizer) and plan.read()
@@ -387,7 +387,7 @@ def _rebuild(
     for p in optimizer._restore_astray():
         if id(p) in elsewhere:  # which the graph puts back
             elsewhere[id(p)].copy_(p)
-    optimizer._check_before_building()
+    optimizer._sync_with_module()
     validation.check_gradients(optimizer.param_groups, grads)
     stepped = {id(p) for p, grad in zip(given.params, grads, strict=True) if grad is not None}
     # Of those that may get a master: what they keep beside their weights, which the master takes up.
@@ -396,7 +396,7 @@ def _rebuild(
         for p in given.params
         if id(p) in elsewhere and "master" not in optimizer.state.get(p, ())
     }
-    optimizer._make_state(lambda p: id(p) in stepped)
+    optimizer._ensure_states(lambda p: id(p) in stepped)
     for p in given.params:
         if id(p) in rests and "master" in optimizer.state.get(p, ()):
             optimizer.state[p]["master"].copy_(true_weights(elsewhere[id(p)], rests[id(p)]))
@@ -449,5 +449,5 @@ torch.library.impl("aim_kernels::step", "CompositeExplicitAutograd")(_step)
 
 
 @torch.library.register_fake("aim_kernels::step")
-def _(inputs: Tensor, kinds: str, params: list[Tensor], grads: list[Tensor], *others: Any) -> None:
+def _(inputs: Tensor, actions: str, params: list[Tensor], grads: list[Tensor], *others: Any) -> None:
     """Nothing comes out."""

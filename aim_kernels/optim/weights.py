@@ -15,7 +15,7 @@ from aim_kernels.optim.modulation import Modulated
 from aim_kernels.step import sharding, validation
 from aim_kernels.step.layout import ROW
 from aim_kernels.step.plan import StepPlan, adopts_edits
-from aim_kernels.step.states import adopt_edits, keeps_master, place_weights, weights_of
+from aim_kernels.step.states import adopt_edits, keeps_master, store_weights, weights_of
 from aim_kernels.step.supported import is_estimated
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class LiveWeights(Modulated):
 
     if TYPE_CHECKING:  # optimizer.py has them
 
-        def _check_before_building(self) -> None: ...
+        def _sync_with_module(self) -> None: ...
         def _emit(self) -> None: ...
 
     @torch_compile.outside_graphs
@@ -67,7 +67,7 @@ class LiveWeights(Modulated):
         if not self._holds_true_weights:
             return
         self._refuse_open_step("train()")
-        self._check_before_building()
+        self._sync_with_module()
         self._adopt_edits()
         self._emit()
         self._holds_true_weights = False
@@ -80,12 +80,12 @@ class LiveWeights(Modulated):
     @contextmanager
     def true_parameters(self) -> Iterator[None]:
         """The true weights inside, what was there before after."""
-        held = self._holds_true_weights
+        was_true = self._holds_true_weights
         self.eval()
         try:
             yield
         finally:
-            if not held:
+            if not was_true:
                 self.train()
 
     @contextmanager
@@ -225,8 +225,8 @@ class LiveWeights(Modulated):
                 del state["master"]
                 if "step" not in state:  # frozen: the module holds it to the bit
                     del self.state[p]
-                elif (kind := weights_of(group, p)) not in (None, "stochastic"):
-                    place_weights(stepped, state, master, kind)
+                elif (storage := weights_of(group, p)) not in (None, "stochastic"):
+                    store_weights(stepped, state, master, storage)
                 if master.is_cuda:  # the step may still be under way, on any stream
                     master.record_stream(torch.cuda.current_stream(master.device))
         self._leaving = self._leaving - leaving

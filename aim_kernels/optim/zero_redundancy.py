@@ -176,12 +176,12 @@ class AIMZeroRedundancyOptimizer(ZeroRedundancyOptimizer):
     @contextmanager
     def true_parameters(self) -> Iterator[None]:
         """The true weights inside, what was there before after."""
-        held = self.optim._holds_true_weights
+        was_true = self.optim._holds_true_weights
         self.eval()
         try:
             yield
         finally:
-            if not held:
+            if not was_true:
                 self.train()
 
     @contextmanager

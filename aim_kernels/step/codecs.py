@@ -51,7 +51,7 @@ def _floats(bits: Tensor) -> Tensor:
     return bits.to(torch.int32).view(torch.float32)
 
 
-def packed(x: Tensor, kind: Format, random: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def encode(x: Tensor, fmt: Format, random: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Codes and exponents (uint8) of float32 numbers ``[n]``. A block with something that is not finite gets the
     exponent 255 and codes of zero, and is NaN when read."""
     pad = -len(x) % PACKED_BLOCK
@@ -59,29 +59,29 @@ def packed(x: Tensor, kind: Format, random: Tensor | None = None) -> tuple[Tenso
     magnitude = bits & _MAGNITUDE
     greatest = magnitude.amax(1) if len(bits) else magnitude.new_zeros(0)
     # One more where the greatest lies above the greatest code.
-    exponent = ((greatest.clamp(max=_INFINITY) + (1 << _SHIFT) - 1) >> 23).clamp(min=kind.binades - 1)
-    lowest = ((exponent - (kind.binades - 2)) << 23)[:, None]
+    exponent = ((greatest.clamp(max=_INFINITY) + (1 << _SHIFT) - 1) >> 23).clamp(min=fmt.binades - 1)
+    lowest = ((exponent - (fmt.binades - 2)) << 23)[:, None]
     linear = _bits(_floats(magnitude) + _floats(lowest)) - lowest
-    place = torch.where(magnitude < lowest, linear, magnitude - lowest + 0x800000)
+    rung = torch.where(magnitude < lowest, linear, magnitude - lowest + 0x800000)
     if random is None:
         drawn = torch.full_like(bits, _NEAREST)
     else:
         drawn = torch.nn.functional.pad(random, (0, pad)).view(-1, PACKED_BLOCK)
-    code = (place + (drawn << (_SHIFT - 16))) >> _SHIFT
-    code = code | ((bits >> 24) & 0x80) if kind.signed else torch.where(magnitude != 0, code.clamp(min=1), code)
+    code = (rung + (drawn << (_SHIFT - 16))) >> _SHIFT
+    code = code | ((bits >> 24) & 0x80) if fmt.signed else torch.where(magnitude != 0, code.clamp(min=1), code)
     code = torch.where((exponent == 255)[:, None], 0, code)
     return code.view(-1)[: len(x)].to(torch.uint8), exponent.to(torch.uint8)
 
 
-def unpacked(codes: Tensor, exponents: Tensor, kind: Format) -> Tensor:
+def decode(codes: Tensor, exponents: Tensor, fmt: Format) -> Tensor:
     """The float32 numbers ``[n]`` of codes ``[n]`` and their blocks' exponents."""
     code = torch.nn.functional.pad(codes.to(torch.int32), (0, -len(codes) % PACKED_BLOCK)).view(-1, PACKED_BLOCK)
-    lowest = ((exponents.to(torch.int32) - (kind.binades - 2)) << 23)[:, None]
-    place = (code & kind.most) << _SHIFT
-    linear = place < 0x800000
-    above = _floats(place + lowest - torch.where(linear, 0, 0x800000))
+    lowest = ((exponents.to(torch.int32) - (fmt.binades - 2)) << 23)[:, None]
+    rung = (code & fmt.most) << _SHIFT
+    linear = rung < 0x800000
+    above = _floats(rung + lowest - torch.where(linear, 0, 0x800000))
     value = above - torch.where(linear, _floats(lowest), 0.0)
-    if kind.signed:
+    if fmt.signed:
         value = torch.where(code & 0x80 != 0, -value, value)
     value = torch.where((exponents == 255)[:, None], torch.nan, value)
     return value.view(-1)[: len(codes)]
@@ -96,7 +96,7 @@ def to_bfloat16(x: Tensor, random: Tensor | None = None) -> Tensor:
     return torch.where(x.isnan(), x, kept).to(torch.bfloat16)
 
 
-def split(theta: Tensor) -> tuple[Tensor, Tensor]:
+def split_bf16(theta: Tensor) -> tuple[Tensor, Tensor]:
     """float32 weights as the nearest bfloat16 (away from zero where two are as near) and the 16 bits (int16) that make
     them whole again."""
     bits = _bits(theta).to(torch.int64)  # whose sums do not wrap around
@@ -108,8 +108,8 @@ def split(theta: Tensor) -> tuple[Tensor, Tensor]:
     return _halves(upper).view(torch.bfloat16), lower.to(torch.int16)
 
 
-def joined(upper: Tensor, lower: Tensor) -> Tensor:
-    """The float32 weights of :func:`split`."""
+def join_bf16(upper: Tensor, lower: Tensor) -> Tensor:
+    """The float32 weights of :func:`split_bf16`."""
     high = upper.contiguous().view(torch.int16).to(torch.int64)
     low = lower.contiguous().to(torch.int64)
     low = torch.where(upper.isnan(), low & 0xFFFF, low)
@@ -132,9 +132,9 @@ def compensated(theta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return kept, lost.to(dtype)
 
 
-def halved(theta: Tensor, kind: str | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """float32 weights as a parameter of ``dtype`` keeps them by ``master=kind``: what goes into the parameter (to be
+def to_storage(theta: Tensor, storage: str | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """float32 weights as a parameter of ``dtype`` keeps them by ``master=storage``: what goes into the parameter (to be
     rounded to nearest where it is not of its type), and what it lacks; None where nothing is kept of that."""
-    if kind == "split":
-        return split(theta)
-    return compensated(theta, dtype) if kind == "kahan" else (theta, None)
+    if storage == "split":
+        return split_bf16(theta)
+    return compensated(theta, dtype) if storage == "kahan" else (theta, None)

@@ -113,8 +113,8 @@ GROUP_RECORD = np.dtype(
 FLAGS = {"amsgrad": 1, "centered": 2, "fisher": 4, "grad": 8}
 
 #: What shares a CUDA kernel (``aim::cuda::Family``): rules (AMSGrad is of the others), and, of any rule, the tensors
-#: that keep moments or weights in fewer bits, have an average or leave their gradient as zeros.
-FAMILIES = ("adam", "sgd", "other", "packed")
+#: that keep moments or weights in fewer bits, have an average or leave their gradient as zeros (``kPackedFamily``).
+FAMILIES = ("adam", "sgd", "other", "general")
 
 #: The elements [index * chunk_size, (index + 1) * chunk_size) of a tensor (``aim::cuda::Chunk``): one block's work.
 CHUNK_RECORD = np.dtype([("tensor", np.int32), ("index", np.int32)], align=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from aim_kernels.step.sharding import is_dtensor, local_of
-from aim_kernels.step.states import scale_of
+from aim_kernels.step.states import exponents_key
 
 #: The states of every rule.
 STATES = frozenset({"step", "master", "anchor", "ema", "remainder", "compensation"})
@@ -32,10 +32,10 @@ MOMENTS = {
 _NAMES = {rule: STATES.union(moments) for rule, moments in MOMENTS.items()}
 
 #: Moments by the key of their exponents.
-_SCALES = {rule: {scale_of(name): name for name in moments} for rule, moments in MOMENTS.items()}
+_EXPONENTS = {rule: {exponents_key(name): name for name in moments} for rule, moments in MOMENTS.items()}
 
 #: What a step may write.
-WRITTEN = {rule: names.union(_SCALES[rule]) - {"anchor"} for rule, names in _NAMES.items()}
+WRITTEN = {rule: names.union(_EXPONENTS[rule]) - {"anchor"} for rule, names in _NAMES.items()}
 
 
 def is_own(rule: str, state: dict[str, Any], name: Any) -> bool:
@@ -43,7 +43,7 @@ def is_own(rule: str, state: dict[str, Any], name: Any) -> bool:
     where their moment is in 8 bits; under any other name there is nothing that a step knows of."""
     if name in _NAMES[rule]:
         return True
-    moment = state.get(_SCALES[rule].get(name, ""))
+    moment = state.get(_EXPONENTS[rule].get(name, ""))
     return isinstance(moment, Tensor) and moment.dtype == torch.uint8
 
 

@@ -31,9 +31,9 @@ def philox4x32(
     return [c0, c1, c2, c3]
 
 
-def draw_phase(seed: int, counter: int, threshold: int) -> int:
-    """The phase after step ``counter``: 1 (auxiliary) with probability ``threshold / 2**32``, else 0 (true)."""
-    return int(int(philox4x32(seed, (0, 0, counter & 0xFFFFFFFF, PHASE_STREAM))[0][0]) < threshold)
+def draw_phase(seed: int, counter: int, limit: int) -> int:
+    """The phase after step ``counter``: 1 (auxiliary) with probability ``limit / 2**32``, else 0 (true)."""
+    return int(int(philox4x32(seed, (0, 0, counter & 0xFFFFFFFF, PHASE_STREAM))[0][0]) < limit)
 
 
 def normals(seed: int, counter: int, first: int, count: int) -> NDArray[np.float32]:
@@ -57,7 +57,7 @@ def rounding_bits(seed: int, counter: int, stream: int, base: int, index: int, c
     i = np.arange(index, index + count, dtype=np.uint64)
     draws = i // np.uint64(256) * np.uint64(16) + i % np.uint64(16)
     rows = (i % np.uint64(256) // np.uint64(16)).astype(np.int64)
-    place = (draws & _LOW, base & 0xFFFFFFFF, counter & 0xFFFFFFFF, stream | (base >> 32 << 8) & 0xFFFFFFFF)
-    words = np.stack(philox4x32(seed, place, ROUNDING_ROUNDS))[rows % 4, np.arange(count)]
+    counter_words = (draws & _LOW, base & 0xFFFFFFFF, counter & 0xFFFFFFFF, stream | (base >> 32 << 8) & 0xFFFFFFFF)
+    words = np.stack(philox4x32(seed, counter_words, ROUNDING_ROUNDS))[rows % 4, np.arange(count)]
     halves = (words >> (rows // 4 % 2 * 16).astype(np.uint64)) & np.uint64(0xFFFF)
     return np.where(rows < 8, halves, np.uint64(0xFFFF) - halves).astype(np.int32)

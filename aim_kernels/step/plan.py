@@ -23,11 +23,11 @@ from aim_kernels.step.states import (
     always_has_master,
     arithmetic_dtype,
     buffer_of,
+    exponents_key,
     is_dense,
     keep_moment,
     moments_dtype,
     read_moment,
-    scale_of,
     states_of,
     step_count,
     weights_of,
@@ -63,7 +63,7 @@ class StepPlan:
         params: what is stepped of them here: a DTensor's local part, others as they are. In the place of one that is
             passed by (``supported.is_idle``) stands an empty tensor.
         grads: this step's gradients as the user's tensors; None where there is none.
-        records: ``rows.TENSOR_RECORD``, one a parameter; groups: ``rows.GROUP_RECORD``, one a group.
+        records: ``layout.TENSOR_RECORD``, one a parameter; groups: ``layout.GROUP_RECORD``, one a group.
         grad_scale, found_inf: what GradScaler handed over for this step; None where it did not.
         clip_factor: what clipping multiplies gradients by, where the host knows it.
         lr_tensors: learning rates that a device reads by itself, by group.
@@ -87,12 +87,12 @@ class StepPlan:
         self.state = optimizer.state
         self.param_groups = optimizer.param_groups
         self.owners: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
-        home = self.tables.rows.device
-        self._idle = [is_idle(p, home) for p in self.owners]
+        primary = self.tables.rows.device
+        self._idle = [is_idle(p, primary) for p in self.owners]
         self._sharded = [index for index, p in enumerate(self.owners) if sharding.is_dtensor(p)]
         self.params = [sharding.local_of(p) for p in self.owners] if self._sharded else self.owners
         if any(self._idle):
-            nothing = torch.empty(0, dtype=torch.float32, device=home)
+            nothing = torch.empty(0, dtype=torch.float32, device=primary)
             self.params = [nothing if idle else p for p, idle in zip(self.params, self._idle, strict=True)]
         self.exchange = sharding.exchange_of(
             self.owners, optimizer.process_group, optimizer.sync_every, optimizer.tables
@@ -107,9 +107,9 @@ class StepPlan:
         self.lr_tensors: dict[int, Tensor] = {}
         self._hyperparameters: list[Any] = [None] * len(self.param_groups)
         self._in_tensors: set[int] = set()  # groups of which some may be tensors
-        # What gradients are multiplied by: the sign of each group, and a scale of all. None: not yet.
+        # What gradients are multiplied by: the sign of each group, and one multiplier of all. None: not yet.
         self._signs = np.ones(len(self.param_groups))
-        self._scale: float | None = None
+        self._multiplier: float | None = None
         self._states: list[Tensor] = []
         self._anchors: list[Tensor] = []
         # The states that records point to, by parameter and name: others are nobody's business here.
@@ -182,15 +182,15 @@ class StepPlan:
         record["weights"] = WEIGHTS.index(how) if how in WEIGHTS and not has_master else 0
         for field, (name, dtype) in kept.items():
             if name in state:
-                self._hold(index, field, name, dtype)
-            if dtype == torch.uint8 and scale_of(name) in state:
-                scale = state[scale_of(name)]
-                record[f"{field}_scale"] = scale.data_ptr()
-                self._keep(index, scale_of(name), scale)
+                self._keep_state_alive(index, field, name, dtype)
+            if dtype == torch.uint8 and exponents_key(name) in state:
+                exponents = state[exponents_key(name)]
+                record[f"{field}_scale"] = exponents.data_ptr()
+                self._keep_alive(index, exponents_key(name), exponents)
         wide = arithmetic_dtype(self.params[index].dtype)
         for name in ("master", "anchor"):
             if name in state:
-                self._hold(index, name, name, wide)
+                self._keep_state_alive(index, name, name, wide)
         if self._follows_average and group["modulated"]:
             record["anchor"] = record["ema"]
         step = state.get("step")
@@ -198,9 +198,9 @@ class StepPlan:
             if not is_counted(self.params[index], step):
                 step = state["step"] = step_count(self.params[index], count_of(step))
             record["step"] = step.data_ptr()
-            self._keep(index, "step", step)
+            self._keep_alive(index, "step", step)
 
-    def _hold(self, index: int, field: str, name: str, dtype: torch.dtype) -> None:
+    def _keep_state_alive(self, index: int, field: str, name: str, dtype: torch.dtype) -> None:
         """Takes a state of one number an element into the record."""
         state = self.state[self.owners[index]]
         local = sharding.local_of(state[name])
@@ -214,23 +214,23 @@ class StepPlan:
         if ordered is not local:
             state[name] = sharding.like(self.owners[index], ordered)
         self.records[field][index] = ordered.data_ptr()
-        self._keep(index, name, ordered)
+        self._keep_alive(index, name, ordered)
 
-    def _keep(self, index: int, name: str, tensor: Tensor) -> None:
-        # An anchor is only read: held, but its version stays.
+    def _keep_alive(self, index: int, name: str, tensor: Tensor) -> None:
+        # An anchor is only read: kept alive, but its version stays.
         (self._anchors if name == "anchor" else self._states).append(tensor)
         owner = self.owners[index]
         self._known.setdefault(owner, {})[name] = self.state[owner][name]
 
-    def _in_order(self, index: int, tensor: Tensor, kind: torch.dtype) -> Tensor:
+    def _in_order(self, index: int, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """A state in the type and memory order that the kernel reads: itself, or a copy where the parameter was laid
         out anew."""
         p = self.params[index]
         flat = index in self.staged or p.is_contiguous()
-        if tensor.dtype == kind and (tensor.is_contiguous() if flat else tensor.stride() == p.stride()):
+        if tensor.dtype == dtype and (tensor.is_contiguous() if flat else tensor.stride() == p.stride()):
             return tensor
         strides = _contiguous_strides(p) if flat else p.stride()
-        return torch.empty_strided(p.shape, strides, dtype=kind, device=p.device).copy_(tensor)
+        return torch.empty_strided(p.shape, strides, dtype=dtype, device=p.device).copy_(tensor)
 
     def anchor_of(self, index: int) -> Tensor | None:
         """What the live weights of a parameter are withdrawn to, of DTensors the local part; None: zero."""
@@ -356,7 +356,7 @@ class StepPlan:
             raise
 
     def _read_hyperparameters(self, on_device: bool) -> None:
-        scale = 1.0 if on_device or self.grad_scale is None else 1.0 / float(self.grad_scale)
+        multiplier = 1.0 if on_device or self.grad_scale is None else 1.0 / float(self.grad_scale)
         self.lr_tensors = {}
         for number, group in enumerate(self.param_groups):
             lr = group["lr"]
@@ -378,10 +378,10 @@ class StepPlan:
                 self._in_tensors.discard(number)
             else:
                 self._in_tensors.add(number)
-        scale *= self.clip_factor
-        if scale != self._scale:  # NaN too
-            self.groups["scale"] = self._signs * scale
-            self._scale = scale
+        multiplier *= self.clip_factor
+        if multiplier != self._multiplier:  # NaN too
+            self.groups["scale"] = self._signs * multiplier
+            self._multiplier = multiplier
 
     def _take_hyperparameters(self, number: int, group: dict[str, Any]) -> None:
         """Writes a group's record, all but how to read a learning rate on a device."""
@@ -392,7 +392,7 @@ class StepPlan:
             beta1 = beta2 if group["centered"] else beta1
         if group["decouple_lr"]:
             decay = decay / group["reference_lr"]
-        kind, target = group["under_optimized"]
+        how, target = group["under_optimized"]
         flags = FLAGS.get(group["measure"], 0)
         self.groups[number] = (
             group["lr"],
@@ -404,7 +404,7 @@ class StepPlan:
             group["dampening"],
             -1.0 if group["maximize"] else 1.0,
             target,
-            group["threshold_rate"] if kind == "fraction" else 0.0,
+            group["threshold_rate"] if how == "fraction" else 0.0,
             group["lr_decay"] if rule == "adagrad" else 0.0,
             group["ema_decay"] or 0.0,
             0,  # lr_tensor, by device.py
@@ -414,7 +414,7 @@ class StepPlan:
             flags | (_AMSGRAD if group["amsgrad"] else 0) | (_CENTERED if group["centered"] else 0),
         )
         self._signs[number] = self.groups["scale"][number]
-        self._scale = None
+        self._multiplier = None
 
     # -- around the kernel -------------------------------------------------------------------------------------------
 
@@ -432,13 +432,13 @@ class StepPlan:
 
     def view(self, tables: Tables) -> StepPlan:
         """The same plan over other tables, with records of its own: what is done to it in the middle of a step leaves
-        this one as it was. Call :meth:`hold_still` before each step."""
+        this one as it was. Call :meth:`freeze_hyperparameters` before each step."""
         view = copy.copy(self)
         view.tables, view.records, view._zero_grad = tables, self.records.copy(), False
         view.launch = view.pieces = None
         return view
 
-    def hold_still(self, plan: StepPlan) -> None:
+    def freeze_hyperparameters(self, plan: StepPlan) -> None:
         """Takes from the plan that this is a view of what holds for one step, whatever is set before it ends."""
         self.records[:] = plan.records
         self.records["grad"], self.records["zero_grad"] = 0, 0

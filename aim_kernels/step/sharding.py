@@ -110,14 +110,15 @@ def _is_plain_shard(placement: Any) -> bool:
 def _extents(p: Any) -> list[tuple[int, int]]:
     """(begin, size) by dimension of the local part; mesh dimensions cut one after the other, as torch.chunk does."""
     extents = [(0, size) for size in p.shape]
-    for placement, count, place in zip(p.placements, p.device_mesh.shape, p.device_mesh.get_coordinate(), strict=True):
+    mesh = p.device_mesh
+    for placement, count, coordinate in zip(p.placements, mesh.shape, mesh.get_coordinate(), strict=True):
         if placement.is_replicate():
             continue
         if not _is_plain_shard(placement):
             raise ValueError(f"{placement} is not a plain shard")
         begin, size = extents[placement.dim]
         most = -(-size // count)
-        start = min(most * place, size)
+        start = min(most * coordinate, size)
         extents[placement.dim] = begin + start, min(most, size - start)
     return extents
 
@@ -202,15 +203,15 @@ def uncounted(params: Sequence[Tensor]) -> list[bool]:
         return [False] * len(params)
     found = []
     for p in params:
-        place = list(mesh.get_coordinate())
+        coordinate = list(mesh.get_coordinate())
         if is_dtensor(p):
             d: Any = p
             whole = d.device_mesh == mesh
             dims = range(mesh.ndim) if whole else map(mesh.mesh_dim_names.index, d.device_mesh.mesh_dim_names)
             for dim, placement in zip(dims, d.placements, strict=True):
                 if not placement.is_replicate():
-                    place[dim] = 0
-        found.append(any(place))
+                    coordinate[dim] = 0
+        found.append(any(coordinate))
     return found
 
 
@@ -297,8 +298,8 @@ def makes_states_only(optimizer: AIMFusedOptimizer) -> bool:
     groups = optimizer.param_groups
     # Of a process group, one may have no parameters, and never states: steps are counted there.
     shared = optimizer.process_group is not None
-    held = (optimizer.state.get(p, ()) for group in groups for p in group["params"])
-    if optimizer.tables.steps if shared else any("step" in state for state in held):
+    states = (optimizer.state.get(p, ()) for group in groups for p in group["params"])
+    if optimizer.tables.steps if shared else any("step" in state for state in states):
         return False
     for group in groups:
         lr = group["lr"]

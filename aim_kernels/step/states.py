@@ -27,7 +27,7 @@ def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def moments_of(group: dict[str, Any]) -> dict[str, str]:
-    """The moments that a group keeps: field of ``rows.TENSOR_RECORD`` -> state key, torch.optim's where it has one.
+    """The moments that a group keeps: field of ``layout.TENSOR_RECORD`` -> state key, torch.optim's where it has one.
 
     Modulated groups keep a first and a second moment under every rule: what the classes are made of.
     """
@@ -89,8 +89,8 @@ def moments_dtype(group: dict[str, Any], p: Tensor) -> torch.dtype:
 def weights_of(group: dict[str, Any], p: Tensor) -> str | None:
     """What a parameter without live weights does for its true weights: the group's ``master``, where it is of 16
     bits."""
-    kind: str | None = group["master"] if p.dtype in _HALVES else None
-    return kind
+    storage: str | None = group["master"] if p.dtype in _HALVES else None
+    return storage
 
 
 def always_has_master(group: dict[str, Any], p: Tensor) -> bool:
@@ -118,19 +118,19 @@ class Kept(NamedTuple):
 
 def states_of(group: dict[str, Any], p: Tensor, master: bool = False) -> dict[str, Kept]:
     """The states of a parameter that a step reads and writes, but for master, anchor and step: field of
-    ``rows.TENSOR_RECORD`` -> state. ``master``: whether it has one. Exponents (:func:`scale_of`) are not listed."""
+    ``layout.TENSOR_RECORD`` -> state. ``master``: whether it has one. Exponents are not listed."""
     dtype = moments_dtype(group, p)
     found = {field: Kept(name, dtype) for field, name in moments_of(group).items()}
-    kind = weights_of(group, p)
-    if kind in _RESTS and not master:
-        name, rest = _RESTS[kind]
+    storage = weights_of(group, p)
+    if storage in _RESTS and not master:
+        name, rest = _RESTS[storage]
         found["rest"] = Kept(name, rest or p.dtype)
     if group["ema_decay"] is not None:
         found["ema"] = Kept("ema", arithmetic_dtype(p.dtype))
     return found
 
 
-def scale_of(name: str) -> str:
+def exponents_key(name: str) -> str:
     """State key of the exponents of a moment in 8 bits."""
     return f"{name}_scale"
 
@@ -144,7 +144,7 @@ def read_moment(state: dict[str, Any], name: str) -> Tensor:
     """A moment in the arithmetic type; itself where that is how it is stored."""
     value: Tensor = local_of(state[name])
     if value.dtype == torch.uint8:
-        flat = codecs.unpacked(in_memory_order(value), state[scale_of(name)], format_of(name))
+        flat = codecs.decode(in_memory_order(value), state[exponents_key(name)], format_of(name))
         return torch.empty_like(value, dtype=torch.float32).copy_(flat.as_strided(value.shape, value.stride()))
     return value.float() if value.dtype == torch.bfloat16 else value
 
@@ -158,22 +158,22 @@ def keep_moment(
         random: 16 bits for every element, in memory order; None rounds to nearest.
     """
     old = state.get(name)
-    was_packed = old is not None and old.dtype == torch.uint8
+    had_codes = old is not None and old.dtype == torch.uint8
     if old is None or old.dtype != dtype:
         kept = torch.empty_like(value, dtype=dtype)
         state[name] = old = like(p, kept)
     kept = local_of(old)
     if dtype == torch.uint8:
-        codes, exponents = codecs.packed(in_memory_order(value), format_of(name), random)
+        codes, exponents = codecs.encode(in_memory_order(value), format_of(name), random)
         in_memory_order(kept).copy_(codes)
-        scale = scale_of(name)
-        if was_packed and state[scale].shape == exponents.shape:
-            state[scale].copy_(exponents)
+        key = exponents_key(name)
+        if had_codes and state[key].shape == exponents.shape:
+            state[key].copy_(exponents)
         else:
-            state[scale] = exponents
+            state[key] = exponents
         return
-    if was_packed:
-        state.pop(scale_of(name), None)
+    if had_codes:
+        state.pop(exponents_key(name), None)
     if dtype == torch.bfloat16 and random is not None:
         in_memory_order(kept).copy_(codecs.to_bfloat16(in_memory_order(value), random))
     elif kept is not value:
@@ -193,7 +193,7 @@ def true_weights(p: Tensor, state: dict[str, Any]) -> Tensor:
         # In the remainder's memory order, whatever became of the parameter's.
         here = torch.empty_like(rest, dtype=torch.bfloat16).copy_(here)
         made = torch.empty_like(rest, dtype=torch.float32)
-        flat = codecs.joined(in_memory_order(here), in_memory_order(rest))
+        flat = codecs.join_bf16(in_memory_order(here), in_memory_order(rest))
         made.copy_(flat.as_strided(rest.shape, rest.stride()))
         return like(p, made)
     theta = master_of(p)
@@ -203,16 +203,16 @@ def true_weights(p: Tensor, state: dict[str, Any]) -> Tensor:
 
 
 @torch.no_grad()
-def place_weights(p: Tensor, state: dict[str, Any], theta: Tensor, kind: str | None) -> None:
+def store_weights(p: Tensor, state: dict[str, Any], theta: Tensor, storage: str | None) -> None:
     """Puts true weights into a parameter that is to have no master, with what it keeps of them beside it."""
     here, values = local_of(p), local_of(theta)
     for name in RESTS:
         state.pop(name, None)
-    stored, rest = codecs.halved(in_memory_order(values), kind, p.dtype)
+    stored, rest = codecs.to_storage(in_memory_order(values), storage, p.dtype)
     here.copy_(stored.as_strided(values.shape, values.stride()))
-    if rest is not None and kind is not None:
+    if rest is not None and storage is not None:
         kept = torch.empty_like(values, dtype=rest.dtype).copy_(rest.as_strided(values.shape, values.stride()))
-        state[_RESTS[kind][0]] = like(p, kept)
+        state[_RESTS[storage][0]] = like(p, kept)
 
 
 def conform(group: dict[str, Any], p: Tensor, state: dict[str, Any], live: bool) -> None:
@@ -226,9 +226,9 @@ def conform(group: dict[str, Any], p: Tensor, state: dict[str, Any], live: bool)
     for name in moments_of(group).values():
         if name in state and state[name].dtype != dtype:
             keep_moment(p, state, name, read_moment(state, name), dtype)
-    kind = weights_of(group, p)
+    storage = weights_of(group, p)
     has = next((other for other, (name, _) in _RESTS.items() if name in state), None)
-    if live or kind == "float32":
+    if live or storage == "float32":
         if has is not None:
             theta = true_weights(p, state)
             if "master" not in state:
@@ -238,8 +238,8 @@ def conform(group: dict[str, Any], p: Tensor, state: dict[str, Any], live: bool)
                 local_of(p).data.copy_(local_of(theta))
             for name in RESTS:
                 state.pop(name, None)
-    elif has is not None and has != kind and "master" not in state:
-        place_weights(p, state, true_weights(p, state), kind)
+    elif has is not None and has != storage and "master" not in state:
+        store_weights(p, state, true_weights(p, state), storage)
     if group["ema_decay"] is None:
         state.pop("ema", None)
 
@@ -389,7 +389,7 @@ def make_states(
         if name == "ema":
             local_of(value).copy_(local_of(true_weights(p, state[p])))
         if dtype == torch.uint8:
-            state[p][scale_of(name)] = exponents_of(p)
+            state[p][exponents_key(name)] = exponents_of(p)
         if name == "sum" and group["initial_accumulator_value"]:
             begin = torch.full_like(local_of(value), 0, dtype=arithmetic_dtype(p.dtype))
             keep_moment(p, state[p], name, begin.fill_(float(group["initial_accumulator_value"])), dtype)

@@ -55,8 +55,8 @@ def reason_against(p: Tensor) -> str:
             "take torch.view_as_complex of it in forward"
         )
     if p.dtype not in DTYPE_NUMBER:
-        kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPE_NUMBER)
-        return f"{p.dtype} is not supported; use one of {kinds}"
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPE_NUMBER)
+        return f"{p.dtype} is not supported; use one of {names}"
     if p.device.type == "meta":
         return "is on the meta device; give it memory first (module.to_empty)"
     # Empty tensors share nothing, whatever their strides (channels_last has zeros there).
@@ -75,17 +75,17 @@ def reason_against(p: Tensor) -> str:
     return ""
 
 
-def is_idle(p: Tensor, home: torch.device) -> bool:
-    """Whether a step passes a parameter by: it is asleep, and could not be updated beside parameters on ``home``."""
-    return is_asleep(p) and (bool(reason_against(p)) or not is_beside(p, home))
+def is_idle(p: Tensor, primary: torch.device) -> bool:
+    """Whether a step passes a parameter by: it is asleep, and could not be updated beside parameters on ``primary``."""
+    return is_asleep(p) and (bool(reason_against(p)) or not is_beside(p, primary))
 
 
-def is_beside(p: Tensor, home: torch.device) -> bool:
-    """Whether one step can reach both a parameter and ``home``: devices of one kind, and the same one if a CPU."""
-    return p.device.type == home.type and (p.device == home or home.type != "cpu")
+def is_beside(p: Tensor, primary: torch.device) -> bool:
+    """Whether one step can reach both a parameter and ``primary``: devices of one type, and the same one if a CPU."""
+    return p.device.type == primary.type and (p.device == primary or primary.type != "cpu")
 
 
-def home_of(params: Iterable[Tensor]) -> torch.device | None:
+def primary_device(params: Iterable[Tensor]) -> torch.device | None:
     """The device of an optimizer's tables: of the first parameter that is to be stepped, else of the first that could
     be; None if there is none."""
     possible = None

@@ -24,7 +24,7 @@ Group = dict[str, Any]
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_LIVE_COLUMNS = tuple(f"{phase}_live_{kind}" for phase in PHASES for kind in ("under", "well"))
+_LIVE_COLUMNS = tuple(f"{phase}_live_{side}" for phase in PHASES for side in ("under", "well"))
 
 
 def _outside_modes(method: Callable[P, T]) -> Callable[P, T]:
@@ -100,8 +100,8 @@ class Tables:
         Args:
             begin: threshold, and ``always_live``, of a group that is new.
         """
-        held = zip(self.groups, self.rows, self.statistics, self._live, self._always_live, strict=True)
-        known = [*held, *self._away]
+        present = zip(self.groups, self.rows, self.statistics, self._live, self._always_live, strict=True)
+        known = [*present, *self._away]
         by_dict = {id(entry[0]): number for number, entry in reversed(list(enumerate(known)))}
         staying = {by_dict[id(group)] for group in groups if id(group) in by_dict}
         by_params = {_identities(known[n][0]): n for n in reversed(range(len(known))) if n not in staying}
@@ -186,9 +186,9 @@ class Tables:
         self.rows, self.statistics, self.control = (t.to(device) for t in (self.rows, self.statistics, self.control))
 
     @_outside_modes
-    def set_threshold(self, threshold: int) -> None:
+    def set_draw_limit(self, limit: int) -> None:
         """The next phase is auxiliary where a 32-bit draw lies below it."""
-        self.control[CONTROL["threshold"]].fill_(threshold)
+        self.control[CONTROL["threshold"]].fill_(limit)
 
     @_outside_modes
     def phase(self) -> int:
@@ -198,8 +198,8 @@ class Tables:
     @_outside_modes
     def next_phase(self) -> int:
         """Phase of the live weights that the next step will write."""
-        seed, counter, threshold, _ = self.control.tolist()
-        return draw_phase(seed, counter, threshold)
+        seed, counter, limit, _ = self.control.tolist()
+        return draw_phase(seed, counter, limit)
 
     @_outside_modes
     def public_row(self, group: int) -> dict[str, float]:

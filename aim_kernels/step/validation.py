@@ -54,8 +54,8 @@ def name_of(groups: list[Group], number: int, index: int) -> str:
 def name_in(group: Group, number: int, index: int) -> str:
     """:func:`name_of`, of a group that may stand in no list yet."""
     names = group.get("param_names") or ()
-    place = f"parameter {index} of group {number}"
-    return f"{names[index]!r} ({place})" if index < len(names) and names[index] is not None else place
+    position = f"parameter {index} of group {number}"
+    return f"{names[index]!r} ({position})" if index < len(names) and names[index] is not None else position
 
 
 def _on_device(value: Any) -> bool:
@@ -119,8 +119,8 @@ def in_floats(group: Group) -> Group:
     """The group with its numbers as Python's floats: those of numpy and tensors compute in their own precision."""
     plain = {option: None if group[option] is None else float(group[option]) for option in _NUMBERS}
     first, second = group["betas"]
-    kind, value = group["under_optimized"]
-    return {**group, **plain, "betas": (float(first), float(second)), "under_optimized": (kind, float(value))}
+    how, value = group["under_optimized"]
+    return {**group, **plain, "betas": (float(first), float(second)), "under_optimized": (how, float(value))}
 
 
 def check_hyperparameters(group: Group, number: int) -> None:
@@ -180,15 +180,15 @@ def check_hyperparameters(group: Group, number: int) -> None:
     if group["ema_decay"] is not None:
         check_number(f"ema_decay{where}", group["ema_decay"], 0.0, 1.0, high_open=True)
     try:
-        kind, value = group["under_optimized"]
+        how, value = group["under_optimized"]
     except (TypeError, ValueError) as error:
-        kind, value = None, error
-    if kind not in ("fraction", "absolute"):
+        how, value = None, error
+    if how not in ("fraction", "absolute"):
         raise ValueError(
             f"under_optimized{where}: expected ('fraction', q) or ('absolute', tau), got {group['under_optimized']!r}"
         )
-    check_number(f"under_optimized{where}: {kind}", value, 0.0, 1.0)
-    if group["measure"] == "random" and kind == "absolute":
+    check_number(f"under_optimized{where}: {how}", value, 0.0, 1.0)
+    if group["measure"] == "random" and how == "absolute":
         raise ValueError(
             f"under_optimized{where}: measure='random' draws a share of the elements, an absolute threshold has none; "
             "give ('fraction', q)"
@@ -248,11 +248,11 @@ def check_parameters(
             )
 
 
-def check_degradable(groups: list[Group], number: int, home: torch.device) -> None:
+def check_degradable(groups: list[Group], number: int, primary: torch.device) -> None:
     """Raises RuntimeError on a frozen parameter of a group with live weights that there can be none of."""
     for index, p in enumerate(groups[number]["params"]):
-        if not is_lazy(p) and is_idle(p, home):
-            reason = reason_against(p) or f"is on {p.device}, the others on {home}"
+        if not is_lazy(p) and is_idle(p, primary):
+            reason = reason_against(p) or f"is on {p.device}, the others on {primary}"
             raise RuntimeError(
                 f"{name_of(groups, number, index)}: cannot be degraded with its block ({reason}); take it out of the "
                 "group"
@@ -310,7 +310,7 @@ def check_states(
                     continue
                 if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_complex():
                     raise RuntimeError(
-                        f"{name_of(groups, number, index)}: its state {key} is {_kind(value)}, where a step of rule "
+                        f"{name_of(groups, number, index)}: its state {key} is {_said_of(value)}, where a step of rule "
                         f"{group['rule']!r} needs a dense real tensor; delete optimizer.state[parameter] to start it "
                         "anew, or keep what is yours under another name"
                     )
@@ -351,7 +351,7 @@ def _check_count(name: str, value: Any) -> None:
         ) from error
 
 
-def _kind(value: Any) -> str:
+def _said_of(value: Any) -> str:
     """What an error calls a value that is no dense real tensor."""
     return f"a {value.layout} tensor of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
@@ -418,8 +418,8 @@ def check_noise(groups: list[Group], process_group: Any, noisy: set[int]) -> Non
     """Raises ValueError where noise cannot go by global element index, for groups that are to have noise."""
     if not noisy:
         return
-    places = [(number, index) for number, group in enumerate(groups) for index in range(len(group["params"]))]
-    for (number, index), first in zip(places, sharding.first_indices(groups, process_group), strict=True):
+    positions = [(number, index) for number, group in enumerate(groups) for index in range(len(group["params"]))]
+    for (number, index), first in zip(positions, sharding.first_indices(groups, process_group), strict=True):
         if first is None and number in noisy:
             why = (
                 "its place among all parameters is not known; use aim_kernels.AIMZeroRedundancyOptimizer"

@@ -45,8 +45,8 @@ def watch_over(
         names.append(None if own is None else list(state))
         values.append([] if own is None else [own.get(name) for name in state])
     module = sys.modules.get("torch.distributed.tensor")
-    distributed = None if module is None else module.DTensor
-    means = (distributed, _described, Tensor.is_neg, _quick())
+    dtensor = None if module is None else module.DTensor
+    means = (dtensor, _described, Tensor.is_neg, _quick())
     return _C.Watch(param_groups, list(param_groups), params, idle, strides, states, keys, names, values, *means)
 
 
@@ -95,7 +95,7 @@ def _quick() -> Any:
     try:
         found = [getattr(_library(), f"aoti_torch_{name}") for name in _FUNCTIONS]
         keep = torch._C._aoti.unsafe_alloc_void_ptr_from_tensor
-        pointer = next(vars(kind)["_cdata"] for kind in Tensor.__mro__ if "_cdata" in vars(kind))
+        pointer = next(vars(base)["_cdata"] for base in Tensor.__mro__ if "_cdata" in vars(base))
     except (OSError, AttributeError, StopIteration):
         return None
     table = (ctypes.c_void_p * len(found))(*(ctypes.cast(function, ctypes.c_void_p) for function in found))

@@ -219,15 +219,15 @@ def test_without_dominance_training_is_joint_training_bit_for_bit() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("kind", [AIM, FeatureDrop])
-def test_a_resumed_run_continues_bit_for_bit(kind: type[AIM]) -> None:
+@pytest.mark.parametrize("cls", [AIM, FeatureDrop])
+def test_a_resumed_run_continues_bit_for_bit(cls: type[AIM]) -> None:
     def epoch(model: Net, optimizer: AIMFusedOptimizer, aim: AIM, number: int) -> None:
         aim.update(*batch(), held_out=batch(seed=1, shortcut=False))
         torch.manual_seed(number)  # dropout
         train(model, optimizer, 15, seed=number)
 
     model, optimizer = build()
-    aim = kind(model, optimizer, CLASSES, seed=4, confidence=0.0)
+    aim = cls(model, optimizer, CLASSES, seed=4, confidence=0.0)
     for number in range(3):
         epoch(model, optimizer, aim, number)
     assert any(table.dominant for table in aim.history)
@@ -238,7 +238,7 @@ def test_a_resumed_run_continues_bit_for_bit(kind: type[AIM]) -> None:
     again, resumed = build(seed=9)
     again.load_state_dict(saved[0])
     resumed.load_state_dict(saved[1])
-    aim_again = kind(again, resumed, CLASSES, seed=4, confidence=0.0)
+    aim_again = cls(again, resumed, CLASSES, seed=4, confidence=0.0)
     aim_again.load_state_dict(saved[2])
     assert aim_again.updates == 3
     assert getattr(aim_again, "drop", None) == saved[2].get("drop")

@@ -289,10 +289,10 @@ def test_a_failing_closure_leaves_no_hook() -> None:
     run(model, optimizer, aim, 1)
 
 
-@pytest.mark.parametrize(("kind", "mixing"), [(AIM, "alternate"), (AIM, "weights"), (FeatureDrop, "split")])
-def test_backward_is_one_pass_of_all_others(kind: type[AIM], mixing: str) -> None:
+@pytest.mark.parametrize(("cls", "mixing"), [(AIM, "alternate"), (AIM, "weights"), (FeatureDrop, "split")])
+def test_backward_is_one_pass_of_all_others(cls: type[AIM], mixing: str) -> None:
     model, optimizer = build(normalization=nn.LayerNorm(8))
-    aim = kind(model, optimizer, CLASSES, probe=DOMINANT_A, mixing=mixing)
+    aim = cls(model, optimizer, CLASSES, probe=DOMINANT_A, mixing=mixing)
     aim.update(*batch())
     seen = []
     aim.backward(lambda: loss_of(model), backward=lambda loss: (seen.append(loss), loss.backward()))

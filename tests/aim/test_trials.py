@@ -233,10 +233,10 @@ def test_everything_is_as_it_was(where: str) -> None:
     ]
 
 
-@pytest.mark.parametrize("kind", [AIM, FeatureDrop])
-def test_a_trial_that_fails_leaves_nothing(kind: Any) -> None:
+@pytest.mark.parametrize("cls", [AIM, FeatureDrop])
+def test_a_trial_that_fails_leaves_nothing(cls: Any) -> None:
     model, optimizer = build()
-    aim = kind(model, optimizer, CLASSES, rule="trial", confidence=1e9)
+    aim = cls(model, optimizer, CLASSES, rule="trial", confidence=1e9)
     train(model, optimizer, 3)
     aim.update(*batch(), held_out=batch(seed=1), train=stepper(model, optimizer))
     before = everything(model, optimizer, aim.state_dict())

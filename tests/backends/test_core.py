@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from places import make
+from backends_under_test import make
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -76,6 +76,6 @@ def test_dispatched_objects_share_no_function_with_others() -> None:
             ["nm", "--defined-only", "-C", str(path)], capture_output=True, text=True, check=True
         ).stdout
         for line in listing.splitlines():
-            kind, name = line.split(maxsplit=2)[1:]
-            if kind in "TWVBDRu":
+            symbol_type, name = line.split(maxsplit=2)[1:]
+            if symbol_type in "TWVBDRu":
                 assert f"aim::{isa}::" in name, f"{path.name} defines {name}"

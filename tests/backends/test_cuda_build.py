@@ -24,8 +24,10 @@ from aim_kernels.step import layout
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = ("sm_80", "sm_90")
 STORAGE = ("float32", "float64", "bfloat16", "float16")
-UPDATES = [*(f"update_{family}_{storage}" for family in layout.FAMILIES for storage in STORAGE), "update_mixed"]
-UNITS = [*(f"{kind}_{storage}" for kind in ("update", "packed") for storage in STORAGE), "update_mixed", "finish"]
+#: The family "general" has another name in C++.
+FAMILIES = ["packed" if family == "general" else family for family in layout.FAMILIES]
+UPDATES = [*(f"update_{family}_{storage}" for family in FAMILIES for storage in STORAGE), "update_mixed"]
+UNITS = [*(f"{unit}_{storage}" for unit in ("update", "packed") for storage in STORAGE), "update_mixed", "finish"]
 KERNELS = [*UPDATES, "finish", "emit", "copy_bytes"]
 
 

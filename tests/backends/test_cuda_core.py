@@ -7,7 +7,7 @@ import re
 import subprocess
 
 import pytest
-from places import make
+from backends_under_test import make
 
 
 @pytest.mark.parametrize(

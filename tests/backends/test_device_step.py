@@ -1,5 +1,5 @@
-"""The whole optimizer over the device backends, run on this machine's processor (places.py): against the float64
-oracle, and bit for bit against the CPU kernels."""
+"""The whole optimizer over the device backends, on this machine's processor (backends_under_test.py): against the
+float64 oracle, and bit for bit against the CPU kernels."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tolerances as tol
 import torch
+from backends_under_test import CHUNK, DEVICE_BACKENDS, enter
 from helpers import (
     DTYPES,
     ROWS,
@@ -23,20 +24,19 @@ from helpers import (
     same_numbers,
     set_row,
 )
-from places import CHUNK, DEVICE_PLACES, enter
-from twin import Twin, run_twin
+from lockstep import Twin, run_twin
 
 import aim_kernels as ak
 from aim_kernels.backends import device
 from aim_kernels.step.layout import STATISTIC
 
 SHAPES = (((5, 7), (33,), (0,), ()), ((3, 4, 2), (16,)))
-KINDS = ("contiguous", "transposed", "offset")
+LAYOUTS = ("contiguous", "transposed", "offset")
 #: Tails, chunk edges, several chunks a tensor; the interpreter is slow, so only a few.
 EDGES = (((1,), (CHUNK + 5,), (63,)), ((2 * CHUNK,), (0,), (CHUNK - 1,)))
 
 
-@pytest.fixture(params=DEVICE_PLACES)
+@pytest.fixture(params=DEVICE_BACKENDS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return enter(request.param, monkeypatch)
 
@@ -47,11 +47,11 @@ def interpreted(backend: str) -> bool:
 
 
 def twin(backend: str, rule: str, row: str, dtype: str, free: bool) -> None:
-    optimizer = build(rule, SHAPES, dtype, KINDS, backend=backend)
+    optimizer = build(rule, SHAPES, dtype, LAYOUTS, backend=backend)
     set_row(optimizer, 0, row)
     made = Twin(optimizer, RULES[rule]["rule"], free=free)
     run_twin(
-        made, Gradients(parameters_of(optimizer), kinds=("contiguous", "sliced")), 5 if interpreted(backend) else 20
+        made, Gradients(parameters_of(optimizer), layouts=("contiguous", "sliced")), 5 if interpreted(backend) else 20
     )
     assert min(made.masks.values()) > 20, "one class only: nothing was tested"
 
@@ -152,7 +152,7 @@ def test_the_bits_of_the_cpu_kernels(backend: str, rule: str, row: str, dtype: s
         pytest.skip("the interpreter is slow: six of the combinations there")
     made = []
     for name in ("cpu", backend):
-        optimizer = build(rule, EDGES, dtype, KINDS, backend=name)
+        optimizer = build(rule, EDGES, dtype, LAYOUTS, backend=name)
         set_row(optimizer, 0, row)
         run(optimizer, 3 if interpreted(backend) else 6, missing=1)
         made.append(optimizer)
@@ -178,7 +178,7 @@ def test_noise_is_drawn_by_global_index(backend: str, rule: str) -> None:
 @pytest.mark.parametrize("row", ["chain", "alternate"])
 def test_live_and_true_weights(backend: str, row: str, dtype: str) -> None:
     """eval() and train() are exact, as on the CPU."""
-    cpu, device = (build("adamw", SHAPES, dtype, KINDS, backend=name) for name in ("cpu", backend))
+    cpu, device = (build("adamw", SHAPES, dtype, LAYOUTS, backend=name) for name in ("cpu", backend))
     for optimizer in (cpu, device):
         set_row(optimizer, 0, row)
         run(optimizer, 3)
@@ -251,7 +251,7 @@ def test_learning_rate_tensors_on_the_device(backend: str, dtype: torch.dtype, m
 def test_tensors_in_several_places_are_one_optimizer(
     backend: str, rule: str, row: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two shares, as of two devices, neither with whole groups: thresholds and statistics are those of the groups."""
+    """Two shards, as of two devices, neither with whole groups: thresholds and statistics are those of the groups."""
     one, two = (build(rule, EDGES, backend=backend) for _ in range(2))
     launches = []
 
@@ -259,8 +259,8 @@ def test_tensors_in_several_places_are_one_optimizer(
         if plan.launch is None:
             numbers, where = np.arange(len(plan.params)), plan.params[0].device
             split = plan.param_groups is two.param_groups
-            places = [(where, numbers[number::2]) for number in range(2)] if split else [(where, numbers)]
-            plan.launch = device.Launch(plan, kernels.CHUNK, places)
+            assignments = [(where, numbers[number::2]) for number in range(2)] if split else [(where, numbers)]
+            plan.launch = device.Launch(plan, kernels.CHUNK, assignments)
             launches.append(plan.launch)
         return plan.launch
 
@@ -268,7 +268,7 @@ def test_tensors_in_several_places_are_one_optimizer(
     for optimizer in (one, two):
         set_row(optimizer, 0, row)
         run(optimizer, 4, missing=1)
-    assert {len(made.shares) for made in launches} == {1, 2}
+    assert {len(made.shards) for made in launches} == {1, 2}
     agree(one, two)
     for optimizer in (one, two):
         optimizer.eval()

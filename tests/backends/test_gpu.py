@@ -14,8 +14,8 @@ from pathlib import Path
 import helpers
 import pytest
 import torch
+from backends_under_test import ON_GPU, enter
 from helpers import Gradients, assign, build, frozen, parameters_of, same_bits, set_row
-from places import ON_GPU, enter
 
 import aim_kernels as ak
 
@@ -127,8 +127,8 @@ def test_a_captured_step_replays_as_it_would_run(backend: str, row: str, options
     with torch.cuda.graph(graph):
         captured.step()
     for grads in steps[1:]:
-        for place, grad in zip(static, grads, strict=True):
-            place.copy_(grad)
+        for buffer, grad in zip(static, grads, strict=True):
+            buffer.copy_(grad)
         graph.replay()
     same_bits(frozen(eager), frozen(captured))
 
@@ -153,8 +153,8 @@ def test_learning_rate_and_strength_change_between_replays(backend: str) -> None
             lr.fill_(rates[number])
             kappa.fill_(kappas[number])
             optimizer.set_strength("audio", 0, kappa)
-            for place, grad in zip(static, grads, strict=True):
-                place.copy_(grad)
+            for buffer, grad in zip(static, grads, strict=True):
+                buffer.copy_(grad)
             graph.replay() if graphed else optimizer.step()
         made.append(frozen(optimizer))
     same_bits(*made)
@@ -178,8 +178,8 @@ def test_eager_steps_and_replays_take_turns(backend: str) -> None:
             assign(params, [grad.clone() for grad in grads])
             mixed.step()
         else:
-            for place, grad in zip(static, grads, strict=True):
-                place.copy_(grad)
+            for buffer, grad in zip(static, grads, strict=True):
+                buffer.copy_(grad)
             graph.replay()
     same_bits(frozen(eager), frozen(mixed))
 

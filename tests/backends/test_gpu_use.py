@@ -40,14 +40,14 @@ def test_the_bits_of_the_cpu_kernels(
     """Ten steps of several chunks, in every layout."""
     chunk = importlib.import_module(f"aim_kernels.backends.{backend}").CHUNK
     shapes = (((4, 6, 5, 3), (2 * chunk + 5,), (63,), (37, 129)), ((chunk,), (1,), (3, 4, 2), (4097,)))
-    kinds = ("channels_last", "contiguous", "offset", "transposed")
+    layouts = ("channels_last", "contiguous", "offset", "transposed")
     made = []
     for name, device in (("cpu", "cpu"), (backend, "cuda")):
         monkeypatch.setattr(helpers, "DEVICE", device)
-        optimizer = build(rule, shapes, dtype, kinds, backend=name)
+        optimizer = build(rule, shapes, dtype, layouts, backend=name)
         set_row(optimizer, 0, row)
         params = parameters_of(optimizer)
-        gradients = Gradients(params, kinds=("contiguous", "sliced", "channels_last"))
+        gradients = Gradients(params, layouts=("contiguous", "sliced", "channels_last"))
         for _ in range(10):
             assign(params, gradients())
             optimizer.step()
@@ -162,16 +162,16 @@ def test_a_replayed_step_heeds_scale_and_infinities(backend: str) -> None:
     with torch.cuda.graph(graph):
         captured.step()
     before = frozen(captured)
-    for place in static:
-        place.fill_(float("nan"))
+    for buffer in static:
+        buffer.fill_(float("nan"))
     found.fill_(1.0)
     graph.replay()
     same_bits(before, frozen(captured))
     found.fill_(0.0)
     for number in (1, 2):
         scale.fill_(2.0**number)
-        for place, grad in zip(static, steps[number], strict=True):
-            place.copy_(grad * 2.0**number)
+        for buffer, grad in zip(static, steps[number], strict=True):
+            buffer.copy_(grad * 2.0**number)
         graph.replay()
     same_bits(frozen(plain), frozen(captured))
 
@@ -192,8 +192,8 @@ def test_eval_and_train_between_replays(backend: str) -> None:
         with visited.true_parameters():
             true = [visited.state[p].get("master", p.detach()) for p in params]
             same_bits([p.detach() for p in params], true)
-        for place, grad in zip(static, grads, strict=True):
-            place.copy_(grad)
+        for buffer, grad in zip(static, grads, strict=True):
+            buffer.copy_(grad)
         graph.replay()
     same_bits(frozen(plain), frozen(visited))
 

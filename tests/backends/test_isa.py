@@ -44,8 +44,8 @@ def disassembled(path: Path) -> dict[str, set[str]]:
     for line in told.splitlines():
         if header := FUNCTION.match(line):
             current = found.setdefault(header.group(1), set())
-        elif kind := encoding(line):
-            current.add(kind)
+        elif used := encoding(line):
+            current.add(used)
     return found
 
 
@@ -109,11 +109,11 @@ def test_every_unit_has_an_object() -> None:
 def test_no_wide_instruction_outside_of_the_dispatched_units() -> None:
     dispatched = {"csrc_cpu_kernels_avx2.cpp.o", "csrc_cpu_kernels_avx512.cpp.o"}
     wide = [
-        f"{unit}: {name}: {', '.join(sorted(kinds))}"
+        f"{unit}: {name}: {', '.join(sorted(encodings))}"
         for unit in units()
         if unit not in dispatched
-        for name, kinds in functions(unit).items()
-        if kinds
+        for name, encodings in functions(unit).items()
+        if encodings
     ]
     assert wide == []
     assert sum(len(functions(unit)) for unit in units()) > 100  # there was something to look at

@@ -28,7 +28,7 @@ def resident() -> int:
 def test_memory_does_not_grow(what: str, one_thread: None) -> None:
     """New gradients (one of them copied into its parameter's order), blocks degraded and restored with masters that
     come and go, live and true weights, checkpoints: after a start, no Python object and no page more."""
-    optimizer = build("adamw", (((2, 3, 8, 8), (700,)), ((33,),)), kinds=("channels_last", "contiguous", "sliced"))
+    optimizer = build("adamw", (((2, 3, 8, 8), (700,)), ((33,),)), layouts=("channels_last", "contiguous", "sliced"))
     params = parameters_of(optimizer)
     assign(params, Gradients(params)())
     if what == "evaluation":

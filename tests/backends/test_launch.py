@@ -9,10 +9,10 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from backends_under_test import enter
 from helpers import Gradients, assign, build, parameters_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from places import enter
 
 from aim_kernels.backends import device
 from aim_kernels.step.layout import GROUP_RECORD, TENSOR_RECORD
@@ -59,45 +59,45 @@ def test_a_tensor_of_more_than_2_to_the_31_elements_is_covered() -> None:
     assert spans[0].tolist() == (0, 2, 0, len(chunks))
 
 
-def ready(**options: object) -> tuple[StepPlan, device.Share]:
-    """A plan with gradients and its only share, sent."""
+def ready(**options: object) -> tuple[StepPlan, device.DeviceShard]:
+    """A plan with gradients and its only shard, sent."""
     optimizer = build("adamw", (((5, 7), (33,), (0,)), ((129,),)), **options)
     params = parameters_of(optimizer)
     assign(params, Gradients(params)())
     plan = optimizer._ready_plan()
     assert plan is not None
     plan.read_hyperparameters(on_device=True)
-    share = device.Share(plan, CPU, np.arange(len(params)), 64)
-    share.send()
-    return plan, share
+    shard = device.DeviceShard(plan, CPU, np.arange(len(params)), 64)
+    shard.send()
+    return plan, shard
 
 
 def test_records_arrive_as_they_are() -> None:
-    plan, share = ready()
-    assert share.tensors.numpy().tobytes() == plan.records.tobytes()
-    assert share.groups.numpy().tobytes() == plan.groups.tobytes()
-    assert share.tensors.shape == (4, TENSOR_RECORD.itemsize // 8)
-    assert share.groups.shape == (2, GROUP_RECORD.itemsize // 8)
-    assert share.dtypes == (0,)
+    plan, shard = ready()
+    assert shard.tensors.numpy().tobytes() == plan.records.tobytes()
+    assert shard.groups.numpy().tobytes() == plan.groups.tobytes()
+    assert shard.tensors.shape == (4, TENSOR_RECORD.itemsize // 8)
+    assert shard.groups.shape == (2, GROUP_RECORD.itemsize // 8)
+    assert shard.dtypes == (0,)
 
 
 def test_nothing_is_sent_where_nothing_moved(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan, share = ready()
+    plan, shard = ready()
     sent, send = [], device.Upload.send
     monkeypatch.setattr(device.Upload, "send", lambda self, content: sent.append(content) or send(self, content))
-    share.send()
+    shard.send()
     assert not sent
     plan.records["grad"][0] += 4
-    share.send()
+    shard.send()
     assert len(sent) == 1
 
 
 def test_learning_rate_tensors_are_read_where_they_are() -> None:
-    plan, share = ready()
+    plan, shard = ready()
     lr = torch.tensor(0.25, dtype=torch.float64)
     plan.lr_tensors = {1: lr}
-    share.send()
-    groups = np.frombuffer(share.groups.numpy().tobytes(), GROUP_RECORD)
+    shard.send()
+    groups = np.frombuffer(shard.groups.numpy().tobytes(), GROUP_RECORD)
     assert groups["lr_tensor"].tolist() == [0, lr.data_ptr()]
     assert groups["lr_dtype"].tolist() == [0, 1]
     assert plan.groups["lr_tensor"].tolist() == [0, 0], "the plan's own table knows no device"
@@ -105,32 +105,32 @@ def test_learning_rate_tensors_are_read_where_they_are() -> None:
 
 def test_a_captured_step_keeps_tables_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph replays the addresses it was captured with, whatever later steps send."""
-    plan, share = ready()
-    eager = share.tensors.data_ptr()
-    share._upload._spare = share._upload._staging()  # as on a CUDA device, where a spare is pinned beforehand
+    plan, shard = ready()
+    eager = shard.tensors.data_ptr()
+    shard._upload._spare = shard._upload._staging()  # as on a CUDA device, where a spare is pinned beforehand
     monkeypatch.setattr(device, "capturing", lambda device: True)
-    share.send()
-    captured, content = share.tensors, share.tensors.clone()
+    shard.send()
+    captured, content = shard.tensors, shard.tensors.clone()
     assert captured.data_ptr() != eager
     with pytest.raises(RuntimeError, match="captured twice"):
-        share.send()
+        shard.send()
     monkeypatch.setattr(device, "capturing", lambda device: False)
     plan.records["grad"][0] += 64
-    share.send()
-    assert share.tensors.data_ptr() == eager
+    shard.send()
+    assert shard.tensors.data_ptr() == eager
     assert torch.equal(captured, content)
 
 
 def test_an_eager_step_after_a_capture_sends_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan, share = ready()
-    share._upload._spare = share._upload._staging()
-    eager = share.tensors.data_ptr()
+    plan, shard = ready()
+    shard._upload._spare = shard._upload._staging()
+    eager = shard.tensors.data_ptr()
     monkeypatch.setattr(device, "capturing", lambda device: True)
-    share.send()
+    shard.send()
     monkeypatch.setattr(device, "capturing", lambda device: False)
-    share.send()
-    assert share.tensors.data_ptr() == eager
-    assert share.tensors.numpy().tobytes() == plan.records.tobytes()
+    shard.send()
+    assert shard.tensors.data_ptr() == eager
+    assert shard.tensors.numpy().tobytes() == plan.records.tobytes()
 
 
 def test_capture_before_the_first_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,21 +145,21 @@ def test_capture_before_the_first_step_is_refused(monkeypatch: pytest.MonkeyPatc
 
 def test_what_a_graph_uses_outlives_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     """A captured step goes on reading tables and states, also when the optimizer has planned anew since."""
-    place = enter("cuda", monkeypatch)
-    optimizer = build("adamw", (((5,), (70,)),), backend=place)
+    name = enter("cuda", monkeypatch)
+    optimizer = build("adamw", (((5,), (70,)),), backend=name)
     params = parameters_of(optimizer)
     gradients = Gradients(params)
     assign(params, gradients())
     optimizer.step()
     assert optimizer._plan is not None and optimizer._plan.launch is not None
-    share = optimizer._plan.launch.home
-    share._upload._spare = share._upload._staging()
+    shard = optimizer._plan.launch.primary
+    shard._upload._spare = shard._upload._staging()
     with monkeypatch.context() as patch:
-        for module in ("backends.device", "optim.optimizer"):
-            patch.setattr(f"aim_kernels.{module}.capturing", lambda device: True)
+        patch.setattr(device, "capturing", lambda device: True)
+        patch.setattr("aim_kernels.optim.optimizer.capturing", lambda device: True)
         optimizer.step()
-    used = [weakref.ref(tensor) for tensor in (share.partials, share.chunks, optimizer.state[params[0]]["exp_avg"])]
-    del share
+    used = [weakref.ref(tensor) for tensor in (shard.chunk_sums, shard.chunks, optimizer.state[params[0]]["exp_avg"])]
+    del shard
     optimizer.load_state_dict(optimizer.state_dict())
     assign(params, gradients())
     optimizer.step()

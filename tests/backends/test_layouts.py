@@ -18,7 +18,7 @@ from helpers import (
     same_bits,
     set_row,
 )
-from twin import Twin, run_twin
+from lockstep import Twin, run_twin
 
 import aim_kernels as ak
 from aim_kernels import _C
@@ -44,25 +44,25 @@ def test_chunk_edges(rule: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("row", ["ones", "all"])
-@pytest.mark.parametrize("kind", PARAMETER_LAYOUTS)
-def test_parameter_layouts(kind: str, row: str) -> None:
+@pytest.mark.parametrize("memory", PARAMETER_LAYOUTS)
+def test_parameter_layouts(memory: str, row: str) -> None:
     """Each layout of parameters under each layout of gradients, none of them changing a bit beside what it holds."""
     shapes = ((6, 5), (4, 3, 2, 5), (7,), (2, 1, 3))
-    optimizer = build("adamw", (shapes,), kinds=(kind,))
+    optimizer = build("adamw", (shapes,), layouts=(memory,))
     set_row(optimizer, 0, row)
     made = Twin(optimizer, "adamw")
     params = parameters_of(optimizer)
-    for number, grad_kind in enumerate(GRADIENT_LAYOUTS):
-        made.step(Gradients(params, seed=number, kinds=(grad_kind,))())
+    for number, grad_layout in enumerate(GRADIENT_LAYOUTS):
+        made.step(Gradients(params, seed=number, layouts=(grad_layout,))())
     made.finish()
     for p, shape in zip(params, shapes, strict=True):
         assert p.shape == torch.Size(shape)
 
 
-@pytest.mark.parametrize("kind", ["sliced", "rows"])
+@pytest.mark.parametrize("memory", ["sliced", "rows"])
 @pytest.mark.parametrize("row", ["ones", "all"])
-def test_elements_between_those_of_a_slice_stay(kind: str, row: str) -> None:
-    optimizer = build("sgd-momentum", (((6, 5), (9,)),), kinds=(kind,))
+def test_elements_between_those_of_a_slice_stay(memory: str, row: str) -> None:
+    optimizer = build("sgd-momentum", (((6, 5), (9,)),), layouts=(memory,))
     set_row(optimizer, 0, row)
     run_twin(Twin(optimizer, "sgd"), Gradients(parameters_of(optimizer)), 3)
     for p in parameters_of(optimizer):
@@ -74,10 +74,10 @@ def test_elements_between_those_of_a_slice_stay(kind: str, row: str) -> None:
 def test_layout_does_not_change_the_bits(rule: str) -> None:
     """Without noise a trajectory depends on the values, not on where they lie."""
     shape, results = (4, 3, 2, 6), []
-    for kind in PARAMETER_LAYOUTS:
+    for memory in PARAMETER_LAYOUTS:
         optimizer = build(rule, ((shape,),))
         source = parameters_of(optimizer)[0]
-        p = layout(source.detach(), kind).requires_grad_()
+        p = layout(source.detach(), memory).requires_grad_()
         optimizer = ak.AIMFusedOptimizer(
             [{"params": [p], "modality": "a", "depth": 0, "modulated": True}], backend="cpu", **RULES[rule]
         )
@@ -92,10 +92,10 @@ def test_layout_does_not_change_the_bits(rule: str) -> None:
         same_bits(results[0], other)
 
 
-@pytest.mark.parametrize("place", range(4))
-def test_empty_tensors_anywhere(place: int) -> None:
+@pytest.mark.parametrize("at", range(4))
+def test_empty_tensors_anywhere(at: int) -> None:
     shapes: list[tuple[int, ...]] = [(5,), (3, 3), (1,)]
-    shapes.insert(place, (0, 4))
+    shapes.insert(at, (0, 4))
     optimizer = build("adamw", (shapes, [(0,)]))
     for group in (0, 1):
         set_row(optimizer, group, "all")
@@ -110,7 +110,7 @@ def test_only_empty_tensors() -> None:
 
 def test_empty_tensors_with_strides_of_zero() -> None:
     """An empty channels_last tensor looks expanded, and is not."""
-    optimizer = build("adamw", ([(8, 0, 0, 0), (5,)],), kinds=("channels_last",))
+    optimizer = build("adamw", ([(8, 0, 0, 0), (5,)],), layouts=("channels_last",))
     assert 0 in parameters_of(optimizer)[0].stride()
     set_row(optimizer, 0, "all")
     run_twin(Twin(optimizer, "adamw"), Gradients(parameters_of(optimizer)), 3)
@@ -142,8 +142,8 @@ def test_guard_bytes(rule: str, size: int, dtype: str) -> None:
         plain.step()
         guarded.step()
         state = guarded.state[q]
-        for place, name in enumerate(sorted(state.keys() - {"step"})):
-            state[name] = guard(state[name], 3 + 2 * number + place)
+        for position, name in enumerate(sorted(state.keys() - {"step"})):
+            state[name] = guard(state[name], 3 + 2 * number + position)
     same_bits(frozen(plain), frozen(guarded))
     for base, view in buffers:
         assert int((base == -77.0).sum()) >= base.numel() - view.numel()
@@ -154,7 +154,7 @@ def test_guard_bytes(rule: str, size: int, dtype: str) -> None:
 def test_gradients_are_read_only() -> None:
     optimizer = build("adamw", (((9, 4), (70,)),))
     set_row(optimizer, 0, "all")
-    gradients = Gradients(parameters_of(optimizer), kinds=("transposed", "sliced"))
+    gradients = Gradients(parameters_of(optimizer), layouts=("transposed", "sliced"))
     for _ in range(3):
         grads = gradients()
         copies = [g.clone() for g in grads]
@@ -186,6 +186,6 @@ def test_aliased_gradient_storage() -> None:
 @pytest.mark.parametrize("shape", [(2, 0, 3, 3), (2, 3, 0, 3), (3, 2, 2, 0), (0, 3, 2, 2)])
 def test_empty_tensors_in_channels_last(shape: tuple[int, ...]) -> None:
     """Some strides of theirs are zero, as those of expanded tensors are."""
-    optimizer = build("adamw", (((4,), shape),), kinds=("contiguous", "channels_last"))
+    optimizer = build("adamw", (((4,), shape),), layouts=("contiguous", "channels_last"))
     set_row(optimizer, 0, "all")
-    run_twin(Twin(optimizer, "adamw"), Gradients(parameters_of(optimizer), kinds=("contiguous", "channels_last")), 2)
+    run_twin(Twin(optimizer, "adamw"), Gradients(parameters_of(optimizer), layouts=("contiguous", "channels_last")), 2)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from backends_under_test import EMULATED, enter
 from helpers import (
     RULES,
     Gradients,
@@ -19,8 +20,7 @@ from helpers import (
     same_bits,
     set_row,
 )
-from places import EMULATED, enter
-from twin import Twin, run_twin
+from lockstep import Twin, run_twin
 
 import aim_kernels as ak
 from aim_kernels.backends.reference import classes_of

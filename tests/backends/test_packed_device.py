@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from backends_under_test import CHUNK, enter
 from helpers import Gradients, assign, build, frozen, parameters_of, same_bits, same_numbers, set_row
-from places import CHUNK, enter
 
 import aim_kernels as ak
 from aim_kernels.backends import device
@@ -16,7 +16,7 @@ from aim_kernels.step.layout import FAMILIES, FLAGS, GROUP_RECORD, RULES, STATIS
 
 #: 8 bits begin with 4096 elements; an odd block at the end, and a parameter whose address is not that of a vector.
 SHAPES = (((37,), (4 * CHUNK + 4,), (5, 7)), ((70, 64), (0,)))
-KINDS = ("contiguous", "offset", "transposed")
+LAYOUTS = ("contiguous", "offset", "transposed")
 
 #: (state_dtype, rounding); 8 bits are always rounded at random.
 MOMENTS = ((None, "stochastic"), ("bfloat16", "stochastic"), ("bfloat16", "nearest"), ("int8", "stochastic"))
@@ -35,7 +35,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 def pair(backend: str, rule: str, row: str, dtype: str, **options: Any) -> list[ak.AIMFusedOptimizer]:
     """The same optimizer on the CPU kernels and on the device."""
-    made = [build(rule, SHAPES, dtype, KINDS, backend=name, **options) for name in ("cpu", backend)]
+    made = [build(rule, SHAPES, dtype, LAYOUTS, backend=name, **options) for name in ("cpu", backend)]
     for optimizer in made:
         set_row(optimizer, 0, row)
     return made
@@ -138,8 +138,8 @@ def test_a_skipped_step_clears_gradients_only(backend: str) -> None:
     _, device = pair(backend, "adamw", "chain", "float32", state_dtype="int8", ema_decay=0.9, zero_grad_in_step=True)
     run(device, 2)
     before = frozen(device)
-    place = parameters_of(device)[0].device
-    device.found_inf = torch.ones((), device=place)
+    where = parameters_of(device)[0].device
+    device.found_inf = torch.ones((), device=where)
     assert all(bool((grad == 0).all()) for grad in run(device, 1))
     same_bits(before, frozen(device))
 
@@ -186,11 +186,11 @@ def test_families_are_those_of_the_tensors() -> None:
     rules = ["adamw", "sgd", "lion"]
     assert families(rules, []) == []
     assert families(rules, [(1, {}), (0, {}), (1, {})]) == ["adam", "sgd"]
-    assert families(rules, [(2, {}), (0, {"moments": 2})]) == ["other", "packed"]
+    assert families(rules, [(2, {}), (0, {"moments": 2})]) == ["other", "general"]
     for field in ("moments", "weights", "zero_grad", "ema"):
-        assert families(rules, [(0, {field: 1})]) == ["packed"]
+        assert families(rules, [(0, {field: 1})]) == ["general"]
     for field in ("stochastic", "master", "rest", "exp_avg_scale", "offset"):
         assert families(rules, [(0, {field: 1})]) == ["adam"]
     groups, tensors = records(rules, [(0, {}), (1, {"ema": 8})])
     groups["flags"][0] = FLAGS["amsgrad"]
-    assert device.families_of(groups, tensors) == (FAMILIES.index("other"), FAMILIES.index("packed"))
+    assert device.families_of(groups, tensors) == (FAMILIES.index("other"), FAMILIES.index("general"))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from helpers import GRADIENT_LAYOUTS, PARAMETER_LAYOUTS, ROWS, RULES, Gradients, build, parameters_of, set_row
-from twin import Twin, run_twin
+from lockstep import Twin, run_twin
 
 from aim_kernels import _C
 
@@ -31,7 +31,7 @@ def twin(rule: str, row: str, dtype: str = "float32", steps: int = 3, shapes: An
     optimizer = build(rule, shapes, dtype, ("contiguous", "transposed"), **options)
     set_row(optimizer, 0, row)
     made = Twin(optimizer, RULES[rule]["rule"])
-    run_twin(made, Gradients(parameters_of(optimizer), kinds=("contiguous", "sliced")), steps)
+    run_twin(made, Gradients(parameters_of(optimizer), layouts=("contiguous", "sliced")), steps)
     assert min(made.masks.values()) > 50, "one class only: nothing was tested"
     return made
 
@@ -125,15 +125,15 @@ def test_sizes_1_to_300(rule: str, dtype: str, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_sizes_beyond_4096(dtype: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """8 bits begin at 4096; ends of every kind; two chunks."""
+    """8 bits begin at 4096; ends of every size; two chunks."""
     monkeypatch.setenv("AIM_KERNELS_ISA", isa)
     sizes = [4095, 4096, 4097, 4111, 4112, 4223, 4225, 5120, 5121, _C.CHUNK + 129]
     optimizer = twin("adamw", "all", dtype, 2, ([(size,) for size in sizes],), state_dtype="int8").optimizer
-    kinds = [str(optimizer.state[p]["exp_avg"].dtype) for p in parameters_of(optimizer)]
-    assert kinds == ["torch.float32"] + ["torch.uint8"] * 9
+    dtypes = [str(optimizer.state[p]["exp_avg"].dtype) for p in parameters_of(optimizer)]
+    assert dtypes == ["torch.float32"] + ["torch.uint8"] * 9
 
 
-@pytest.mark.parametrize("kind", PARAMETER_LAYOUTS)
+@pytest.mark.parametrize("memory", PARAMETER_LAYOUTS)
 @pytest.mark.parametrize(
     ("dtype", "options"),
     [
@@ -144,14 +144,14 @@ def test_sizes_beyond_4096(dtype: str, isa: str, monkeypatch: pytest.MonkeyPatch
     ],
     ids=str,
 )
-def test_layouts(kind: str, dtype: str, options: dict[str, Any]) -> None:
+def test_layouts(memory: str, dtype: str, options: dict[str, Any]) -> None:
     """Each layout of parameters under each of gradients, which are zeros afterwards."""
     shapes = ((67, 65), (9, 8, 8, 8), (4101,), (2, 1, 3))
-    optimizer = build("adamw", (shapes,), dtype, (kind,), zero_grad_in_step=True, **options)
+    optimizer = build("adamw", (shapes,), dtype, (memory,), zero_grad_in_step=True, **options)
     set_row(optimizer, 0, "grad")
     made, params = Twin(optimizer, "adamw"), parameters_of(optimizer)
-    for number, grad_kind in enumerate(GRADIENT_LAYOUTS):
+    for number, grad_layout in enumerate(GRADIENT_LAYOUTS):
         if number == 5:
             set_row(optimizer, 0, "all")
-        made.step(Gradients(params, seed=number, kinds=(grad_kind,))())
+        made.step(Gradients(params, seed=number, layouts=(grad_layout,))())
     made.finish()

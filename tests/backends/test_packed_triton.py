@@ -33,7 +33,7 @@ def pair(
 ) -> tuple[ak.AIMFusedOptimizer, ...]:
     monkeypatch.setattr(backend._Kernels, "CHUNK", chunk)
     shapes = [[(size,) for size in group] for group in sizes]
-    return tuple(build(rule, shapes, kinds=("offset", "contiguous"), backend=b, **options) for b in ("cpu", "triton"))
+    return tuple(build(rule, shapes, layouts=("offset", "contiguous"), backend=b, **options) for b in ("cpu", "triton"))
 
 
 def step_all(optimizers: tuple[ak.AIMFusedOptimizer, ...], grads: list[torch.Tensor | None]) -> None:
@@ -187,8 +187,8 @@ def test_kinds_of_tensors_are_launches() -> None:
     tensors["group"], tensors["dtype"] = [0, 0, 0, 1, 1], [0, 2, 2, 0, 0]
     tensors["moments"], tensors["weights"] = [0, 2, 2, 0, 0], [0, 0, 2, 0, 0]
     tensors["ema"][4] = 64
-    kinds = [(0, False, False, 0), (0, True, False, 0), (0, True, True, 0), (2, False, True, 2)]
-    assert variants_of(tensors, groups) == [Variant(*kind) for kind in kinds]
+    fields = [(0, False, False, 0), (0, True, False, 0), (0, True, True, 0), (2, False, True, 2)]
+    assert variants_of(tensors, groups) == [Variant(*values) for values in fields]
     groups["flags"] = FLAGS["amsgrad"]
     assert variants_of(tensors, groups)[-1] == Variant(2, True, True, 2)
     assert variants_of(tensors[:0], groups) == []

@@ -9,6 +9,7 @@ import oracle
 import pytest
 import tolerances as tol
 import torch
+from backends_under_test import BACKENDS, enter
 from helpers import (
     AUX_PHASE,
     RULES,
@@ -21,8 +22,7 @@ from helpers import (
     same_bits,
     set_row,
 )
-from places import PLACES, enter
-from twin import Twin, run_twin
+from lockstep import Twin, run_twin
 
 import aim_kernels as ak
 from aim_kernels import _C
@@ -94,14 +94,14 @@ def test_gradient_coefficients_are_latched_at_emission() -> None:
 
 @pytest.mark.parametrize("before", [0, 4])
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("place", PLACES)
-def test_a_held_block_stays_as_it_is(place: str, rule: str, before: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_held_block_stays_as_it_is(backend: str, rule: str, before: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit, whatever noise, decay and momentum it has; its gradients are measured all the same, and when it is
     let go it goes on as if nothing had been."""
-    if place == "triton" and rule not in ("adamw", "sgd-momentum", "rmsprop-momentum", "lion"):
+    if backend == "triton" and rule not in ("adamw", "sgd-momentum", "rmsprop-momentum", "lion"):
         pytest.skip("the interpreter is slow: one rule of each kind there")
-    backend = enter(place, monkeypatch)
-    held, free = (build(rule, (((5, 7), (33,)), ((16,),)), backend=backend) for _ in range(2))
+    name = enter(backend, monkeypatch)
+    held, free = (build(rule, (((5, 7), (33,)), ((16,),)), backend=name) for _ in range(2))
     gradients = Gradients(parameters_of(held))
     first = [gradients() for _ in range(before)]
     for optimizer in (held, free):

@@ -50,12 +50,12 @@ SHAPES = [(5, 7), (2, 3, 4, 3), (70,), (), (1,), (0,)]
 
 
 def pair(
-    case: str, dtype: str = "float32", kinds: tuple[str, ...] = ("contiguous",), backend: str = "cpu"
+    case: str, dtype: str = "float32", layouts: tuple[str, ...] = ("contiguous",), backend: str = "cpu"
 ) -> tuple[Any, ...]:
     """The optimizer, its torch peer, and the parameters of both."""
     rule, options = CASES[case]
     ours, theirs = (
-        [parameter(shape, dtype, kinds[i % len(kinds)], i) for i, shape in enumerate(SHAPES)] for _ in range(2)
+        [parameter(shape, dtype, layouts[i % len(layouts)], i) for i, shape in enumerate(SHAPES)] for _ in range(2)
     )
     optimizer = ak.AIMFusedOptimizer(ours, rule=rule, backend=backend, **options)
     peer_options = {"foreach": False, "lr": 1e-3}
@@ -155,12 +155,12 @@ def test_16_bit_parameters_are_float32_steps_rounded(case: str, dtype: str) -> N
                 q.copy_(p)
 
 
-@pytest.mark.parametrize("kind", PARAMETER_LAYOUTS)
-@pytest.mark.parametrize("grad_kind", GRADIENT_LAYOUTS)
-def test_gradient_strides_differ_from_parameter_strides(kind: str, grad_kind: str) -> None:
+@pytest.mark.parametrize("memory", PARAMETER_LAYOUTS)
+@pytest.mark.parametrize("grad_layout", GRADIENT_LAYOUTS)
+def test_gradient_strides_differ_from_parameter_strides(memory: str, grad_layout: str) -> None:
     """Where torch's fused CPU kernels go silently wrong."""
-    optimizer, peer, ours, theirs = pair("adamw", "float64", (kind,))
-    gradients = Gradients(ours, kinds=(grad_kind,))
+    optimizer, peer, ours, theirs = pair("adamw", "float64", (memory,))
+    gradients = Gradients(ours, layouts=(grad_layout,))
     for _ in range(4):
         grads = gradients()
         assign(ours, grads)

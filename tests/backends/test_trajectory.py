@@ -8,20 +8,20 @@ import pytest
 import tolerances as tol
 import torch
 from helpers import DTYPES, ROWS, RULES, Gradients, assign, build, frozen, parameter, parameters_of, same_bits, set_row
-from twin import Twin, run_twin
+from lockstep import Twin, run_twin
 
 SHAPES = (((5, 7), (33,), (0,), ()), ((3, 4, 2), (16,)))
-KINDS = ("contiguous", "transposed", "offset")
+LAYOUTS = ("contiguous", "transposed", "offset")
 STEPS = 20
 SPLITTING = ("chain", "straight-through", "step", "grad", "all", "alternate")
 
 
 def twin(rule: str, row: str, dtype: str, free: bool, backend: str = "cpu") -> Twin:
     """Two groups: one with the row, one plain; steps and compares."""
-    optimizer = build(rule, SHAPES, dtype, KINDS, backend=backend)
+    optimizer = build(rule, SHAPES, dtype, LAYOUTS, backend=backend)
     set_row(optimizer, 0, row)
     made = Twin(optimizer, RULES[rule]["rule"], free=free)
-    run_twin(made, Gradients(parameters_of(optimizer), kinds=("contiguous", "sliced")), STEPS)
+    run_twin(made, Gradients(parameters_of(optimizer), layouts=("contiguous", "sliced")), STEPS)
     assert min(made.masks.values()) > 50, "one class only: nothing was tested"
     return made
 
@@ -80,7 +80,7 @@ def test_reference_backend_other_dtypes(rule: str, dtype: str) -> None:
     ids=str,
 )
 def test_other_variants(rule: str, options: dict[str, Any], row: str, dtype: str) -> None:
-    optimizer = build(rule, SHAPES, dtype, KINDS, **options)
+    optimizer = build(rule, SHAPES, dtype, LAYOUTS, **options)
     set_row(optimizer, 0, row)
     run_twin(Twin(optimizer, RULES[rule]["rule"]), Gradients(parameters_of(optimizer)), 8)
 

@@ -44,7 +44,9 @@ def pair(
     """The same optimizer on the CPU kernels and on the interpreted ones."""
     monkeypatch.setattr(backend._Kernels, "CHUNK", chunk)
     shapes = [[(size,) for size in group] for group in sizes or SIZES[chunk]]
-    cpu, device = (build(rule, shapes, kinds=("contiguous", "offset"), backend=b, **options) for b in ("cpu", "triton"))
+    cpu, device = (
+        build(rule, shapes, layouts=("contiguous", "offset"), backend=b, **options) for b in ("cpu", "triton")
+    )
     return cpu, device
 
 
@@ -77,8 +79,8 @@ def step_both(optimizers: tuple[ak.AIMFusedOptimizer, ...], grads: list[torch.Te
 CASES = [
     (rule, dtype)
     for number, rule in enumerate(RULES)
-    for place, dtype in enumerate(DTYPES)
-    if number < 7 or (number + place) % 2
+    for position, dtype in enumerate(DTYPES)
+    if number < 7 or (number + position) % 2
 ]
 
 
@@ -265,7 +267,7 @@ def test_what_the_compiler_makes_of_it(capability: int, tmp_path: Path) -> None:
         assert not made["contracted"] and not made["approximate"], f"{name}: {made}"
         assert not made["in_local_memory"] and made["stack"] == made["local"] == 0, f"{name}: {made}"
     if capability >= 90:
-        assert kernels["update packed bfloat16 int8"]["reg"] <= 168 and len(kernels) == 18
+        assert kernels["update general bfloat16 int8"]["reg"] <= 168 and len(kernels) == 18
         assert all(kernels[f"update other {dtype}"]["reg"] <= 255 for dtype in STORED)
     for dtype in STORED if capability >= 90 else ("float32", "bfloat16"):
         made = kernels[f"update {dtype}"]

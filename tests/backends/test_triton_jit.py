@@ -68,7 +68,7 @@ def test_every_rule_and_count_is_stepped_by_kernels_compiled_once(tmp_path: Path
     """Moved gradients, other alignments, learning rates, strengths, live weights, GradScaler; every rule, fewer bytes,
     any number of chunks, groups and devices. Constants of a kernel are what its name here tells, and nothing else."""
     actions = told(tmp_path, "rules", "counts")
-    updates = {"update float32 wide", "update float32 other wide", "update bfloat16 packed int8"}
+    updates = {"update float32 wide", "update float32 other wide", "update bfloat16 general int8"}
     finishes = {"finish", "finish +sums", "finish +others"}
     expected = updates | {f"{kernel} {SCALED}" for kernel in updates} | {"emit float32 wide", "emit bfloat16 int8"}
     expected |= finishes | {"finish +found_inf", "finish +found_inf +sums", "finish +found_inf +others"}
@@ -81,13 +81,13 @@ def test_every_rule_and_count_is_stepped_by_kernels_compiled_once(tmp_path: Path
 @pytest.mark.slow
 def test_every_way_of_storing_is_stepped_by_kernels_compiled_once(tmp_path: Path) -> None:
     """All storage types of weights and moments, of rules of both families; half of them as GradScaler has them."""
-    stored = {name: ["wide", "packed wide"] for name in DTYPES}
+    stored = {name: ["wide", "general wide"] for name in DTYPES}
     for name in DTYPES.keys() - {"float64"}:
-        stored[name] += ["packed bfloat16", "packed int8"]
+        stored[name] += ["general bfloat16", "general int8"]
     ways = [f"{name} {way}" for name in DTYPES for way in stored[name]]
     expected = {f"update {way}" for way in ways} | {"finish", "finish +found_inf"}
     expected |= {f"update {name} other {way} {SCALED}" for name in DTYPES for way in stored[name]}
-    expected |= {f"emit {way.replace('packed ', '')}" for way in ways}
+    expected |= {f"emit {way.replace('general ', '')}" for way in ways}
     compiled_once(told(tmp_path, "storage"), expected)
 
 

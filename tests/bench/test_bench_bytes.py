@@ -23,7 +23,7 @@ def runs_of(*arrays: tuple[np.ndarray, str]) -> np.ndarray:
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_stream_writes_every_element_once(chunk: int, threads: int) -> None:
     numel = 4096 + 512
-    read, both, small, filled = (np.zeros(numel, kind) for kind in (np.int32, np.int32, np.uint8, np.int64))
+    read, both, small, filled = (np.zeros(numel, dtype) for dtype in (np.int32, np.int32, np.uint8, np.int64))
     table = runs_of((read, "r"), (both, "rw"), (small, "rw"), (filled, "w"))
     for _ in range(3):
         _C.stream_runs(table, numel, chunk, 0x01010101, threads)

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 #: The same float32 sums in another order: a few units in the last place of values around one.
 CLOSE = {"rtol": 1e-5, "atol": 2e-6}
 SHAPES = {"table": (7,), "signal": (3, 40), "image": (1, 16, 20), "video": (3, 2, 16, 16)}
-#: Blocks of every backbone for every kind of sample; 0 where it does not take them.
+#: Blocks of every backbone for every type of sample; 0 where it does not take them.
 DEPTHS = {
     "auto": (3, 3, 3, 5),
     "mlp": (3, 3, 3, 3),
@@ -48,19 +48,19 @@ def features(count: int, batch: int = 5, widths: tuple[int, ...] = (8, 12, 6)) -
     return [torch.randn(batch, width) for width in widths[:count]]
 
 
-@pytest.mark.parametrize("kind", list(SHAPES))
+@pytest.mark.parametrize("sample", list(SHAPES))
 @pytest.mark.parametrize("backbone", list(DEPTHS))
-def test_backbones_give_features_and_reach_every_parameter(backbone: str, kind: str) -> None:
+def test_backbones_give_features_and_reach_every_parameter(backbone: str, sample: str) -> None:
     assert set(DEPTHS) == set(BACKBONES)
-    depth = dict(zip(SHAPES, DEPTHS[backbone], strict=True))[kind]
-    shapes = {"first": SHAPES[kind], "second": SHAPES[kind]}
+    depth = dict(zip(SHAPES, DEPTHS[backbone], strict=True))[sample]
+    shapes = {"first": SHAPES[sample], "second": SHAPES[sample]}
     if depth == 0:
         with pytest.raises(ValueError, match=f"backbone '{backbone}' does not take samples of the shape .* of 'first'"):
             network_of(shapes, 4, backbone)
         return
     model = network_of(shapes, 4, backbone)
     assert [len(blocks) for blocks in model.blocks().values()] == [depth, depth]
-    inputs = [torch.randn(3, *SHAPES[kind]) for _ in range(2)]
+    inputs = [torch.randn(3, *SHAPES[sample]) for _ in range(2)]
     assert [z.shape for z in model.features(*inputs)] == [(3, 64)] * 2
     logits = model(*inputs)
     assert logits.shape == (3, 4)
@@ -83,8 +83,8 @@ def test_resnet18_is_the_published_network(norm: str) -> None:
         x = block(x)
         sizes.append(tuple(x.shape[1:]))
     assert sizes == [(64, 16, 16), (64, 16, 16), (128, 8, 8), (256, 4, 4), (512,)]
-    kinds = {type(m) for block in blocks for m in block.modules()}
-    assert (nn.GroupNorm in kinds, nn.BatchNorm2d in kinds) == (norm == "group", norm == "batch")
+    types = {type(m) for block in blocks for m in block.modules()}
+    assert (nn.GroupNorm in types, nn.BatchNorm2d in types) == (norm == "group", norm == "batch")
     small = resnet18_blocks(1, 64, small=True)[0]
     assert small(torch.randn(2, 1, 12, 12)).shape == (2, 8, 12, 12)
     with pytest.raises(ValueError, match="width must be a multiple of 64, got 100"):

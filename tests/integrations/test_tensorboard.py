@@ -27,12 +27,12 @@ def test_every_statistic_has_a_tag_of_its_own() -> None:
     found = statistics_scalars(optimizer)
     expected = {}
     for number, (row, group) in enumerate(zip(optimizer.statistics(), optimizer.param_groups, strict=True)):
-        place = f"group{number}" if row["modality"] is None else f"{row['modality']}/{row['depth']}"
+        tag = f"group{number}" if row["modality"] is None else f"{row['modality']}/{row['depth']}"
         if row["modality"] is not None and not group["modulated"]:
-            place += "/rest"
-        expected |= {f"aim/{place}/{name}": row[name] for name in MEASURED}
+            tag += "/rest"
+        expected |= {f"aim/{tag}/{name}": row[name] for name in MEASURED}
         if group["modulated"]:
-            expected[f"aim/{place}/strength"] = 0.25 if place == "video/1" else 0.0
+            expected[f"aim/{tag}/strength"] = 0.25 if tag == "video/1" else 0.0
     assert found == expected
     # Two modalities of two blocks: weights and biases of each, and the head.
     assert len(found) == 9 * len(MEASURED) + 4
@@ -67,12 +67,12 @@ def test_updates_are_written() -> None:
     seen = {(tag, step): value for tag, value, step in writer.seen}
     for modality, depth in (("audio", 0), ("audio", 1), ("video", 0), ("video", 1)):
         first, second = aim.history
-        place = f"aim/{modality}/{depth}"
+        tag = f"aim/{modality}/{depth}"
         for step, table in ((3, first), (4, second)):
             for name, cells in (("score", table.scores), ("excess", table.excess), ("kappa", table.kappa)):
-                assert seen.pop((f"{place}/{name}", step)) == cells[modality][depth]
+                assert seen.pop((f"{tag}/{name}", step)) == cells[modality][depth]
         assert second.held_out_scores is not None
-        assert seen.pop((f"{place}/held_out_score", 4)) == second.held_out_scores[modality][depth]
+        assert seen.pop((f"{tag}/held_out_score", 4)) == second.held_out_scores[modality][depth]
     assert seen == {}
 
 

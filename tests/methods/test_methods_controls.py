@@ -127,7 +127,8 @@ def test_no_mask_degrades_every_weight_of_a_dominant_block(mixing: str) -> None:
     for group, row in zip(method.optimizer.param_groups, method.optimizer.tables.rows, strict=True):
         for phase in PHASES:
             pairs = [
-                [row[ROW[f"{phase}_{kind}_{c}"]].item() for c in ("under", "well")] for kind in ("grad", "step", "live")
+                [row[ROW[f"{phase}_{stage}_{c}"]].item() for c in ("under", "well")]
+                for stage in ("grad", "step", "live")
             ]
             assert all(under == well for under, well in pairs), "no row tells classes apart"
         degraded = group["modality"] == "a" and group["modulated"]

@@ -81,8 +81,8 @@ MUTANTS = (
     Mutant(
         "order of states ignored",
         PLAN,
-        "if tensor.dtype == kind and (tensor.is_contiguous() if flat else tensor.stride() == p.stride()):",
-        "if tensor.dtype == kind:",
+        "if tensor.dtype == dtype and (tensor.is_contiguous() if flat else tensor.stride() == p.stride()):",
+        "if tensor.dtype == dtype:",
         "moments keep the memory order of a parameter that was laid out anew (channels_last)",
         (f"{MOVED}[change_layout-cpu]",),
     ),
@@ -172,7 +172,7 @@ MUTANTS = (
     Mutant(
         "state cast on load",
         CHECKPOINT,
-        "made = torch.empty_like(local, dtype=kind,",
+        "made = torch.empty_like(local, dtype=stored_dtype,",
         "made = torch.empty_like(local, dtype=p.dtype,",
         "pytorch#43706: float32 moments of 16-bit parameters rounded by load_state_dict",
         ("test_checkpoint.py::test_state_dtypes_are_kept_on_load[bfloat16]",),

@@ -37,7 +37,7 @@ METHOD_BUGS = (
     Mutant(
         "everybody is held back",
         TRIALS,
-        "if len(held) == len(aim.modalities):",
+        "if len(held_back) == len(aim.modalities):",
         "if False:",
         "nobody would learn",
         ("test_trials.py::test_a_shortcut_is_held_back_and_let_go_when_it_is_none",),

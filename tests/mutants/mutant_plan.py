@@ -224,8 +224,8 @@ PLAN_BUGS = (
     Mutant(
         "a group that was taken out is forgotten",
         TABLES,
-        "        known = [*held, *self._away]\n",
-        "        known = [*held]\n",
+        "        known = [*present, *self._away]\n",
+        "        known = [*present]\n",
         "it comes back without its row",
         ("test_resets.py::test_a_group_that_was_taken_out_finds_its_row_when_it_comes_back",),
     ),

@@ -257,8 +257,8 @@ def test_hooks_on_the_model_do_not_follow_it() -> None:
 # -- other errors ------------------------------------------------------------------------------------------------------
 
 
-def advised(words: str, call: Callable[[], Any], kind: type[Exception] = ValueError) -> None:
-    with pytest.raises(kind, match=words):
+def advised(words: str, call: Callable[[], Any], error: type[Exception] = ValueError) -> None:
+    with pytest.raises(error, match=words):
         call()
 
 
@@ -303,7 +303,7 @@ def test_parameters_of_other_kinds_made_into_what_is_advised() -> None:
     model = nn.Linear(2, 2, device="meta")
     advised(r"meta device.*module\.to_empty", lambda: ak.AIMFusedOptimizer(model.parameters()))
     ak.AIMFusedOptimizer(model.to_empty(device="cpu").parameters())
-    wide, half = (nn.Parameter(torch.ones(3, dtype=kind)) for kind in (torch.float64, torch.float16))
+    wide, half = (nn.Parameter(torch.ones(3, dtype=dtype)) for dtype in (torch.float64, torch.float16))
     advised("state_dtype=None", lambda: ak.AIMFusedOptimizer([wide], state_dtype="int8"))
     ak.AIMFusedOptimizer([{"params": [wide], "state_dtype": None}], state_dtype="int8")
     advised("use 'kahan' or 'float32'", lambda: ak.AIMFusedOptimizer([half], master="split"))

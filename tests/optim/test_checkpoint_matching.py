@@ -208,13 +208,13 @@ def fused(step: Any, **changes: Any) -> tuple[torch.optim.Optimizer, dict[str, A
     return source, copy.deepcopy({"state": states, "param_groups": [group]})
 
 
-@pytest.mark.parametrize("kind", [int, torch.tensor, lambda n: torch.tensor([n], dtype=torch.int32)])
+@pytest.mark.parametrize("number", [int, torch.tensor, lambda n: torch.tensor([n], dtype=torch.int32)])
 @pytest.mark.parametrize("like", ["apex", "torch"])
-def test_the_count_of_a_group(like: str, kind: Callable[[int], Any]) -> None:
+def test_the_count_of_a_group(like: str, number: Callable[[int], Any]) -> None:
     """Bias corrections go on where they were; counted from 1, the first update would be several times too small."""
-    source, saved = fused(kind(7))
+    source, saved = fused(number(7))
     if like == "torch":
-        saved["param_groups"][0] = {**source.state_dict()["param_groups"][0], "step": kind(7)}
+        saved["param_groups"][0] = {**source.state_dict()["param_groups"][0], "step": number(7)}
     params = [p.detach().clone().requires_grad_() for p in parameters_of(source)]
     target = ak.AIMFusedOptimizer(params, lr=0.5, backend="cpu")
     target.load_state_dict(through_a_file(saved))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from checkpoint_helpers import PEERS, SHAPES, batches, drive, through_a_file, transplant
 from helpers import Gradients, build, frozen, parameter, parameters_of, same_bits, set_row
-from twin import Twin, run_twin
+from lockstep import Twin, run_twin
 
 import aim_kernels as ak
 

@@ -8,8 +8,8 @@ from typing import Any
 import helpers
 import pytest
 import torch
+from backends_under_test import DEVICE_BACKENDS, enter
 from helpers import Gradients, assign, build, parameters_of, set_row
-from places import DEVICE_PLACES, enter
 
 import aim_kernels as ak
 
@@ -25,16 +25,16 @@ def pair(backend: str, dtype: str = "float32", **options: Any) -> tuple[ak.AIMFu
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
-@pytest.mark.parametrize("place", ["cpu", "reference", *DEVICE_PLACES])
+@pytest.mark.parametrize("backend", ["cpu", "reference", *DEVICE_BACKENDS])
 @pytest.mark.parametrize("largest", [0.5, 1e6], ids=["clipped", "within"])
-def test_equals_clip_grad_norm(place: str, dtype: str, largest: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = enter(place, monkeypatch)
-    ours, usual = pair(backend, dtype)
+def test_equals_clip_grad_norm(backend: str, dtype: str, largest: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = enter(backend, monkeypatch)
+    ours, usual = pair(name, dtype)
     ours.max_grad_norm = largest
     gradients = Gradients(parameters_of(ours))
     # The usual way rounds clipped gradients, and the norm, to the gradients' type. A device gets the factor in float32.
     rtol = {"float32": 2e-6, "float64": 1e-12, "bfloat16": 2e-2, "float16": 2e-3}[dtype]
-    if dtype == "float64" and place not in ("cpu", "reference"):
+    if dtype == "float64" and backend not in ("cpu", "reference"):
         rtol = 2e-7
     for _ in range(3):
         grads = gradients()
@@ -55,13 +55,13 @@ def test_equals_clip_grad_norm(place: str, dtype: str, largest: float, monkeypat
             torch.testing.assert_close(p, q, rtol=20 * rtol, atol=20 * rtol)
 
 
-@pytest.mark.parametrize("place", ["cpu", "reference", *DEVICE_PLACES])
+@pytest.mark.parametrize("backend", ["cpu", "reference", *DEVICE_BACKENDS])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_norms_that_are_not_finite(place: str, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_norms_that_are_not_finite(backend: str, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """As torch: NaN everywhere, or zero gradients beside the infinite one's NaN."""
-    backend = enter(place, monkeypatch)
+    name = enter(backend, monkeypatch)
     mine = torch.ones(40, device=helpers.DEVICE).requires_grad_()
-    ours = ak.AIMFusedOptimizer([mine], rule="sgd", backend=backend, max_grad_norm=1.0)
+    ours = ak.AIMFusedOptimizer([mine], rule="sgd", backend=name, max_grad_norm=1.0)
     theirs = torch.ones(40, requires_grad=True)
     grad = torch.linspace(-1, 1, 40)
     grad[3] = value
@@ -74,12 +74,12 @@ def test_norms_that_are_not_finite(place: str, value: float, monkeypatch: pytest
     torch.testing.assert_close(ours.grad_norm.cpu(), norm, equal_nan=True)
 
 
-@pytest.mark.parametrize("place", ["cpu", "reference", *DEVICE_PLACES])
-def test_a_norm_beyond_float16(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", ["cpu", "reference", *DEVICE_BACKENDS])
+def test_a_norm_beyond_float16(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scaled gradients are large; torch's own norm of them is infinite, and the step would vanish."""
-    backend = enter(place, monkeypatch)
+    name = enter(backend, monkeypatch)
     p = torch.zeros(20, dtype=torch.float16, device=helpers.DEVICE).requires_grad_()
-    optimizer = ak.AIMFusedOptimizer([p], lr=1.0, rule="sgd", backend=backend, max_grad_norm=1.0)
+    optimizer = ak.AIMFusedOptimizer([p], lr=1.0, rule="sgd", backend=name, max_grad_norm=1.0)
     p.grad = torch.full_like(p, 30000.0)
     optimizer.step()
     assert optimizer.grad_norm is not None
@@ -99,11 +99,11 @@ def test_squares_that_leave_float32() -> None:
             assert float(optimizer.grad_norm) == pytest.approx(scale * size**0.5, rel=1e-6)
 
 
-@pytest.mark.parametrize("place", ["cpu", *DEVICE_PLACES])
-def test_with_a_fused_gradient_scaler(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", ["cpu", *DEVICE_BACKENDS])
+def test_with_a_fused_gradient_scaler(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The norm is of unscaled gradients."""
-    backend = enter(place, monkeypatch)
-    ours, usual = pair(backend, max_grad_norm=0.5)
+    name = enter(backend, monkeypatch)
+    ours, usual = pair(name, max_grad_norm=0.5)
     grads = Gradients(parameters_of(ours))()
     assign(parameters_of(ours), [g * 1024 for g in grads])
     assign(parameters_of(usual), [g.clone() for g in grads])

@@ -75,7 +75,7 @@ def test_equals_the_eager_step_and_compiles_once(rule: str, row: str, backend: s
 def test_layouts_types_and_anchors(dtype: str, backend: str) -> None:
     shapes = (((5, 7), (4, 6), (2, 3, 4, 4), (5, 3), (6, 2)), ((9, 2), (2, 2, 3, 3)))
     pair = Pair(lambda: build("adamw", shapes, dtype, PARAMETER_LAYOUTS, anchor="init"), backend)
-    pair.gradients.kinds = GRADIENT_LAYOUTS
+    pair.gradients.layouts = GRADIENT_LAYOUTS
     pair.each(lambda o: set_row(o, 1, "chain"))
     pair.step()
     pair.each(lambda o: set_row(o, 0, "all"))

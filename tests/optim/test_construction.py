@@ -50,27 +50,27 @@ def outline(groups: list[dict[str, Any]]) -> list[Any]:
     return [(ids(g), g.get("param_names"), g["lr"], g.get("note")) for g in groups]
 
 
-@pytest.mark.parametrize("kind", CONTAINERS)
-def test_groups_can_be_passed_again(kind: str) -> None:
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_groups_can_be_passed_again(container: str) -> None:
     """A second optimizer from the same groups has what torch's has, and steps it."""
     ours, theirs = parameters(), parameters()
     groups = [
         [
-            {"params": CONTAINERS[kind](ps[:2]), "lr": 0.5, "note": 1},
-            {"params": [("b", ps[2])] if "named" in kind else ps[2:]},
+            {"params": CONTAINERS[container](ps[:2]), "lr": 0.5, "note": 1},
+            {"params": [("b", ps[2])] if "named" in container else ps[2:]},
         ]
         for ps in (ours, theirs)
     ]
     first, second = AK(groups[0], lr=0.1), AK(groups[0], lr=0.2)
     torch.optim.AdamW(groups[1], lr=0.1)
     expected = torch.optim.AdamW(groups[1], lr=0.2)
-    place = {id(p): n for n, p in enumerate(ours)} | {id(p): n for n, p in enumerate(theirs)}
+    number_of = {id(p): n for n, p in enumerate(ours)} | {id(p): n for n, p in enumerate(theirs)}
 
-    def placed(groups: list[dict[str, Any]]) -> list[Any]:
-        return [([place[i] for i in ids], *rest) for ids, *rest in outline(groups)]
+    def numbered(groups: list[dict[str, Any]]) -> list[Any]:
+        return [([number_of[i] for i in ids], *rest) for ids, *rest in outline(groups)]
 
     for optimizer in (first, second):
-        assert placed(optimizer.param_groups) == placed(expected.param_groups)
+        assert numbered(optimizer.param_groups) == numbered(expected.param_groups)
         assert all(group is given for group, given in zip(optimizer.param_groups, groups[0], strict=True))
     for ps, optimizer in ((ours, second), (theirs, expected)):
         for p in ps:
@@ -78,19 +78,19 @@ def test_groups_can_be_passed_again(kind: str) -> None:
         optimizer.step()
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
-    assert len(groups[0][0]["params"]) == (1 if kind == "one tensor" else 2)
+    assert len(groups[0][0]["params"]) == (1 if container == "one tensor" else 2)
 
 
-@pytest.mark.parametrize("kind", CONTAINERS)
-def test_given_at_the_top(kind: str) -> None:
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_given_at_the_top(container: str) -> None:
     ps = parameters()
-    given: Any = CONTAINERS[kind](ps)
-    if kind == "one tensor":
+    given: Any = CONTAINERS[container](ps)
+    if container == "one tensor":
         with pytest.raises(TypeError, match="iterable of Tensors"):
             AK(given)
         return
     assert ids(AK(given).param_groups[0]) == list(map(id, ps))
-    groups = ({"params": CONTAINERS[kind]([p])} for p in ps)
+    groups = ({"params": CONTAINERS[container]([p])} for p in ps)
     assert [ids(group) for group in AK(groups).param_groups] == [[id(p)] for p in ps]
 
 
@@ -104,20 +104,23 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", CONTAINERS)
+@pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("wrong", WRONG)
-def test_a_constructor_can_be_tried_again(wrong: str, kind: str) -> None:
+def test_a_constructor_can_be_tried_again(wrong: str, container: str) -> None:
     """An error in the second group, or in all: the dicts keep their parameters, and get no option of the failed one."""
     ps = parameters(4)
     of_group, of_all = WRONG[wrong]
-    groups = [{"params": CONTAINERS[kind](ps[:2]), "lr": 0.5}, {"params": CONTAINERS[kind](ps[2:]), **of_group}]
+    groups = [
+        {"params": CONTAINERS[container](ps[:2]), "lr": 0.5},
+        {"params": CONTAINERS[container](ps[2:]), **of_group},
+    ]
     with pytest.raises(ValueError, match=next(iter(of_group or of_all))):
         AK(groups, **of_all)
     assert set(groups[1]) == {"params", *of_group}
     for option in of_group:
         del groups[1][option]
     optimizer = AK(groups)
-    count = 1 if kind == "one tensor" else 2
+    count = 1 if container == "one tensor" else 2
     assert [ids(group) for group in optimizer.param_groups] == [
         list(map(id, ps[:count])),
         list(map(id, ps[2 : 2 + count])),
@@ -152,14 +155,14 @@ def test_a_failed_add_param_group_changes_nothing(wrong: str) -> None:
         p.grad = torch.ones_like(p)
     optimizer.step()
     before = frozen(optimizer), copy.copy(optimizer.param_groups), optimizer.param_groups
-    kind, words, params, options = failing(ps)[wrong]
+    error, words, params, options = failing(ps)[wrong]
     group = {"params": params, **options}
-    with pytest.raises(kind, match=words):
+    with pytest.raises(error, match=words):
         optimizer.add_param_group(group)
     assert set(group) == {"params", *options}
     same_bits(before[0], frozen(optimizer))
     assert before[1] == optimizer.param_groups and before[2] is optimizer.param_groups
-    with pytest.raises(kind, match=words):  # of the same parameters, not of none
+    with pytest.raises(error, match=words):  # of the same parameters, not of none
         optimizer.add_param_group(group)
     new = parameters(2, seed=1)
     optimizer.add_param_group(added := {"params": (p for p in new)})
@@ -208,10 +211,10 @@ def alone(tmp_path: Any) -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("kind", [kind for kind in CONTAINERS if "named" not in kind])
-def test_zero_takes_groups_again_too(kind: str, alone: None) -> None:
+@pytest.mark.parametrize("container", [container for container in CONTAINERS if "named" not in container])
+def test_zero_takes_groups_again_too(container: str, alone: None) -> None:
     ps = parameters(4)
-    groups = [{"params": CONTAINERS[kind](ps[:2])}, {"params": CONTAINERS[kind](ps[2:]), "eps": "1e-8"}]
+    groups = [{"params": CONTAINERS[container](ps[:2])}, {"params": CONTAINERS[container](ps[2:]), "eps": "1e-8"}]
     for options, words in (({"lr": -1.0}, "lr"), ({"lr": 0.5, "fused": False}, "fused"), ({"lr": 0.5}, "eps")):
         with pytest.raises(ValueError, match=words):
             AIMZeroRedundancyOptimizer(groups, **options)
@@ -219,7 +222,7 @@ def test_zero_takes_groups_again_too(kind: str, alone: None) -> None:
     groups[1]["eps"] = 1e-8
     for lr in (0.5, 0.25):  # the second finds the options of the first, as in torch.optim
         optimizer = AIMZeroRedundancyOptimizer(groups, lr=lr)
-        count = 1 if kind == "one tensor" else 2
+        count = 1 if container == "one tensor" else 2
         for part in (optimizer, optimizer.optim):
             assert [len(group["params"]) for group in part.param_groups] == [count, count]
             assert [group["lr"] for group in part.param_groups] == [0.5, 0.5]
@@ -233,7 +236,7 @@ def test_zero_takes_groups_again_too(kind: str, alone: None) -> None:
     assert set(wrong) == {"params"} and len(wrong["params"]) == 2
     same_bits(before[0], frozen(optimizer.optim))
     assert before[1] == optimizer.param_groups
-    optimizer.add_param_group({"params": CONTAINERS[kind](new)})
+    optimizer.add_param_group({"params": CONTAINERS[container](new)})
     for part in (optimizer, optimizer.optim):
         assert [len(group["params"]) for group in part.param_groups] == [count] * 3
     assert optimizer.tables.rows.shape[0] == 3

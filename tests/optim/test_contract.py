@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import Gradients, assign, build, frozen, parameter, parameters_of, same_bits, set_row
-from twin import Twin, run_twin
+from lockstep import Twin, run_twin
 
 import aim_kernels as ak
 
@@ -60,7 +60,7 @@ def test_closure_runs_once_with_gradients_enabled() -> None:
 
 
 def test_version_counters_of_parameters_and_states() -> None:
-    optimizer = build("adamw", (((4, 3), (5,)),), kinds=("contiguous", "sliced"))
+    optimizer = build("adamw", (((4, 3), (5,)),), layouts=("contiguous", "sliced"))
     set_row(optimizer, 0, "all")
     params = parameters_of(optimizer)
     gradients = Gradients(params)

@@ -13,8 +13,8 @@ from typing import Any
 import aim_helpers
 import pytest
 import torch
+from backends_under_test import enter
 from helpers import Gradients, assign, build, frozen, parameters_of, same_bits, set_row
-from places import enter
 from torch import Tensor, nn
 
 import aim_kernels as ak
@@ -68,9 +68,9 @@ def step(optimizer: Any, gradients: Gradients, count: int = 1) -> None:
         optimizer.step()
 
 
-def life(rule: str, dtype: str, place: str, options: dict[str, Any]) -> list[Any]:
+def life(rule: str, dtype: str, backend: str, options: dict[str, Any]) -> list[Any]:
     with pytest.MonkeyPatch.context() as patch:
-        return lived(rule, dtype, enter(place, patch), options)
+        return lived(rule, dtype, enter(backend, patch), options)
 
 
 def lived(rule: str, dtype: str, backend: str, options: dict[str, Any]) -> list[Any]:

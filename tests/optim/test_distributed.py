@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import worlds
-from places import cuda_on_cpu
+from backends_under_test import cuda_on_cpu
 from worlds import World
 
 #: One worker of pytest-xdist runs them all (`--dist loadgroup`): another would start other processes for its share,

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from backends_under_test import BACKENDS, enter
 from helpers import DTYPES, frozen, same_bits
-from places import PLACES, enter
 from torch import Tensor, nn
 
 import aim_kernels as ak
@@ -20,7 +20,7 @@ from aim_kernels.integrations.common import true_state_dict
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of Triton's interpreter
 
 #: Type of the weights and options of the optimizer: who has masters though nothing is degraded.
-KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+STORAGES: dict[str, tuple[str, dict[str, Any]]] = {
     "bfloat16": ("bfloat16", {"master": "float32"}),
     "float16": ("float16", {"master": "float32"}),
     "kept": ("float32", {"keep_masters": True}),
@@ -79,8 +79,8 @@ EDITS: dict[str, Callable[[nn.Linear], None]] = {
 class Pair:
     """A layer whose weights have masters, and its twin."""
 
-    def __init__(self, kind: str, rule: str = "adamw", backend: str = "cpu", device: str = "cpu") -> None:
-        name, options = KINDS[kind]
+    def __init__(self, storage: str, rule: str = "adamw", backend: str = "cpu", device: str = "cpu") -> None:
+        name, options = STORAGES[storage]
         torch.manual_seed(3)
         self.layer = nn.Linear(60, 70).to(device, DTYPES[name])
         self.twin = nn.Linear(60, 70).to(device, torch.float64 if name == "float64" else torch.float32)
@@ -124,15 +124,15 @@ class Pair:
             same_bits(p.detach(), q.detach().to(p.dtype))
 
 
-def pair(kind: str, rule: str, place: str, monkeypatch: pytest.MonkeyPatch) -> Pair:
-    return Pair(kind, rule, enter(place, monkeypatch), "cuda" if "@" in place else "cpu")
+def pair(storage: str, rule: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> Pair:
+    return Pair(storage, rule, enter(backend, monkeypatch), "cuda" if "@" in backend else "cpu")
 
 
 @pytest.mark.parametrize("edit", EDITS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_edits_between_steps_count(kind: str, edit: str) -> None:
+@pytest.mark.parametrize("storage", STORAGES)
+def test_edits_between_steps_count(storage: str, edit: str) -> None:
     """Before the first step, between steps, and before a step that has no gradient for the parameter."""
-    made = Pair(kind)
+    made = Pair(storage)
     made.edit(EDITS[edit])
     for number in range(5):
         made.step(without={2: 0, 3: 1}.get(number))
@@ -141,11 +141,11 @@ def test_edits_between_steps_count(kind: str, edit: str) -> None:
     assert all("master" in made.optimizer.state[p] for p in made.layer.parameters())
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("kind", ["bfloat16", "float16", "kept"])
-def test_every_kernel_takes_them(kind: str, rule: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = pair(kind, rule, place, monkeypatch)
+@pytest.mark.parametrize("storage", ["bfloat16", "float16", "kept"])
+def test_every_kernel_takes_them(storage: str, rule: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = pair(storage, rule, backend, monkeypatch)
     made.step()
     for number, edit in enumerate((set_one, begin_anew)):
         made.edit(edit)
@@ -156,10 +156,10 @@ def test_every_kernel_takes_them(kind: str, rule: str, place: str, monkeypatch: 
 
 
 @pytest.mark.parametrize("isa", [name for name, _, supported in ak._C.isas() if supported])
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_instruction_set_takes_them(kind: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("storage", STORAGES)
+def test_every_instruction_set_takes_them(storage: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AIM_KERNELS_ISA", isa)
-    made = Pair(kind)
+    made = Pair(storage)
     for _ in range(2):
         made.step()
         made.edit(set_one)
@@ -168,9 +168,9 @@ def test_every_instruction_set_takes_them(kind: str, isa: str, monkeypatch: pyte
     made.agree()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_against_torch_over_float32_weights(kind: str) -> None:
-    made = Pair(kind)
+@pytest.mark.parametrize("storage", STORAGES)
+def test_against_torch_over_float32_weights(storage: str) -> None:
+    made = Pair(storage)
     peer = torch.optim.AdamW(made.twin.parameters(), lr=1e-2, foreach=False)
     made.other = peer  # type: ignore[assignment]
     for edit in (load, clip, set_one):
@@ -257,9 +257,9 @@ MEANWHILE = (
 
 
 @pytest.mark.parametrize("meanwhile", MEANWHILE)
-@pytest.mark.parametrize("kind", KINDS)
-def test_whatever_happens_before_the_next_step(kind: str, meanwhile: Callable[[Pair], None]) -> None:
-    made = Pair(kind)
+@pytest.mark.parametrize("storage", STORAGES)
+def test_whatever_happens_before_the_next_step(storage: str, meanwhile: Callable[[Pair], None]) -> None:
+    made = Pair(storage)
     made.step()
     for edit in (set_one, clip):
         made.edit(edit)
@@ -268,9 +268,9 @@ def test_whatever_happens_before_the_next_step(kind: str, meanwhile: Callable[[P
         made.agree()
 
 
-@pytest.mark.parametrize("kind", ["bfloat16"])
-def test_options_that_change_after_an_edit(kind: str) -> None:
-    made = Pair(kind)
+@pytest.mark.parametrize("storage", ["bfloat16"])
+def test_options_that_change_after_an_edit(storage: str) -> None:
+    made = Pair(storage)
     made.step()
     made.edit(set_one)
     after_a_change_of_options(made)
@@ -327,9 +327,9 @@ def test_under_step_in_backward() -> None:
     release.remove()
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", "kept"])
-def test_in_a_compiled_step(kind: str) -> None:
-    made = Pair(kind)
+@pytest.mark.parametrize("storage", ["bfloat16", "kept"])
+def test_in_a_compiled_step(storage: str) -> None:
+    made = Pair(storage)
     step = torch.compile(lambda: made.optimizer.step(), fullgraph=True, backend="aot_eager")
     made.optimizer, eager = made.optimizer, made.optimizer
     for number in range(4):
@@ -350,7 +350,7 @@ def test_a_master_that_takes_over_a_rest_is_no_edit() -> None:
     p.grad = torch.ones_like(p)
     optimizer.step()
     theta = torch.tensor([1.0 + 2.0**-8, -1.0 - 2.0**-8, 1.0 + 3 * 2.0**-8, 1.0 + 2.0**-9])
-    ak.step.states.place_weights(p, optimizer.state[p], theta, "split")
+    ak.step.states.store_weights(p, optimizer.state[p], theta, "split")
     optimizer.param_groups[0]["master"] = "float32"
     for _ in range(2):
         optimizer.step()

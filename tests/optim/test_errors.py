@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import RULES, Gradients, assign, build, frozen, parameter, parameters_of, same_bits, set_row
-from twin import Twin, run_twin
+from lockstep import Twin, run_twin
 
 import aim_kernels as ak
 

@@ -114,8 +114,8 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 @pytest.mark.parametrize(("dtype", "saved_by", "changes"), CASES, ids=str)
 def test_flattened_is_as_good_as_not(dtype: str, saved_by: dict[str, Any], changes: dict[str, Any]) -> None:
     """Also where the fresh optimizer has states that the checkpoint has not, for which torch puts empty dicts."""
-    kind = getattr(torch, dtype)
-    model = model_of(kind)
+    stored = getattr(torch, dtype)
+    model = model_of(stored)
     first = optimizer_of(model, **saved_by)
     if saved_by.get("keep_masters"):
         first.set_strength("a", 0, 0.5)
@@ -123,7 +123,7 @@ def test_flattened_is_as_good_as_not(dtype: str, saved_by: dict[str, Any], chang
     drive(first, grads[:3])
     made = []
     for options in (FLAT, StateDictOptions()):
-        other = model_of(kind)
+        other = model_of(stored)
         second = optimizer_of(other, **(saved_by | changes))
         saved = copy.deepcopy(get_optimizer_state_dict(model, first, options=options))
         other.load_state_dict(model.state_dict())

@@ -9,8 +9,8 @@ from typing import Any
 import aim_helpers
 import pytest
 import torch
+from backends_under_test import BACKENDS, enter
 from helpers import DTYPES, RULES, frozen, same_bits
-from places import PLACES, enter
 from torch import Tensor, nn
 
 import aim_kernels as ak
@@ -76,15 +76,15 @@ class Case:
         assert self.fixed not in self.optimizer.state
 
 
-def case(place: str, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], dtype: str = "float32") -> Case:
-    return Case(dtype, "cuda" if "@" in place else "cpu", backend=enter(place, monkeypatch), **options)
+def case(backend: str, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], dtype: str = "float32") -> Case:
+    return Case(dtype, "cuda" if "@" in backend else "cpu", backend=enter(backend, monkeypatch), **options)
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", OPTIONS)
-def test_a_strength_degrades_it_wholly(name: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_strength_degrades_it_wholly(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And nothing else feels it: trained parameters, thresholds and statistics are those of a group without it."""
-    made = case(place, monkeypatch, OPTIONS[name])
+    made = case(backend, monkeypatch, OPTIONS[name])
     device = made.fixed.device
     alone = Case("float32", str(device), backend=made.optimizer.backend, **OPTIONS[name])
     alone.optimizer.param_groups[0]["params"].remove(alone.fixed)
@@ -109,7 +109,7 @@ def test_a_strength_degrades_it_wholly(name: str, place: str, monkeypatch: pytes
     assert made.optimizer.tables.statistics[0, STATISTIC["numel"]] == made.trained.numel()
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("dtype", "options"),
     [
@@ -121,8 +121,8 @@ def test_a_strength_degrades_it_wholly(name: str, place: str, monkeypatch: pytes
         ("float16", {}),
     ],
 )
-def test_every_type(dtype: str, options: dict[str, Any], place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = case(place, monkeypatch, options, dtype)
+def test_every_type(dtype: str, options: dict[str, Any], backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = case(backend, monkeypatch, options, dtype)
     made.optimizer.set_strength("audio", 0, 1 - KEEP)
     for _ in range(2):
         made.step()
@@ -136,10 +136,10 @@ def test_every_type(dtype: str, options: dict[str, Any], place: str, monkeypatch
     made.gone()
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_phases(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_phases(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Degraded in the auxiliary phase alone; the step that changes it may have no gradient for the whole block."""
-    made = case(place, monkeypatch, {})
+    made = case(backend, monkeypatch, {})
     made.optimizer.set_phase_rows(0, aux={"live_under": 1.0, "live_well": KEEP})
     for number, probability in enumerate((1.0, 0.0, 1.0, 1.0, 0.0)):
         made.optimizer.set_phases(probability)
@@ -182,10 +182,12 @@ def test_a_measure_that_is_drawn() -> None:
     made.holds(KEEP)
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("rule", ["adamw", "rmsprop"])
-def test_the_first_gradient_steps_from_the_true_weights(rule: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = case(place, monkeypatch, {"rule": rule})
+def test_the_first_gradient_steps_from_the_true_weights(
+    rule: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = case(backend, monkeypatch, {"rule": rule})
     made.optimizer.set_strength("audio", 0, 1 - KEEP, "straight-through")
     made.step()
     made.step()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import RULES, Gradients, assign, build, frozen, parameters_of, same_bits, set_row
-from twin import Twin, run_twin
+from lockstep import Twin, run_twin
 
 import aim_kernels as ak
 
@@ -169,7 +169,7 @@ def test_parameters_changed_under_eval_become_the_masters(dtype: str) -> None:
 @pytest.mark.parametrize("row", LIVE_ROWS)
 def test_late_gradients(rule: str, row: str) -> None:
     """Parameters that miss gradients, from the first step or later: not stepped, but emitted with the row."""
-    optimizer = build(rule, (((5, 7), (70,), (9,)), ((6,), (3,))), kinds=("contiguous", "transposed"))
+    optimizer = build(rule, (((5, 7), (70,), (9,)), ((6,), (3,))), layouts=("contiguous", "transposed"))
     set_row(optimizer, 0, row)
     made = Twin(optimizer, RULES[rule]["rule"])
     params = parameters_of(optimizer)

@@ -259,10 +259,10 @@ COUNTS: dict[str, Callable[[int], Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", COUNTS)
+@pytest.mark.parametrize("type_name", COUNTS)
 @pytest.mark.parametrize("count", [0, 5])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_step_counts_set_by_hand(backend: str, count: int, kind: str) -> None:
+def test_step_counts_set_by_hand(backend: str, count: int, type_name: str) -> None:
     """As a 0-dim float32 tensor counts; torch.optim takes only some of them."""
     expected, other = (build("adamw", SHAPES, backend=backend) for _ in range(2))
     grads = batches(expected, 5)
@@ -270,7 +270,7 @@ def test_step_counts_set_by_hand(backend: str, count: int, kind: str) -> None:
         drive(optimizer, grads[:3])
     for p, q in zip(parameters_of(expected), parameters_of(other), strict=True):
         expected.state[p]["step"].fill_(count)
-        other.state[q]["step"] = COUNTS[kind](count)
+        other.state[q]["step"] = COUNTS[type_name](count)
     saved = copy.deepcopy(other.state_dict())
     resumed = build("adamw", SHAPES, backend=backend)
     for p, q in zip(parameters_of(other), parameters_of(resumed), strict=True):

@@ -12,7 +12,7 @@ import tolerances as tol
 import torch
 from checkpoint_helpers import batches, drive, through_a_file, transplant
 from helpers import build, flat, frozen, parameter, parameters_of, same_bits, set_row
-from twin import moment, true_weights
+from lockstep import moment, true_weights
 
 import aim_kernels as ak
 from aim_kernels import _C
@@ -149,7 +149,7 @@ def test_torch_optim_s_checkpoints(dtype: str, states: str) -> None:
 def test_codes_follow_a_parameter_that_is_laid_out_anew(since: str, to: str, how: str) -> None:
     """Blocks go by memory order: codes without their exponents would be other numbers."""
     shapes = (((67, 65), (9, 8, 8, 8)),)
-    first, second = (build("amsgrad", shapes, kinds=(kind,), state_dtype="int8") for kind in (since, to))
+    first, second = (build("amsgrad", shapes, layouts=(memory,), state_dtype="int8") for memory in (since, to))
     drive(first, batches(first, 3))
     names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     order = parameters_of(second)

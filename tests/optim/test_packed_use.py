@@ -11,7 +11,7 @@ import tolerances as tol
 import torch
 from compile_helpers import Pair
 from helpers import GRADIENT_LAYOUTS, Gradients, assign, build, frozen, parameters_of, same_bits, set_row
-from twin import Twin, run_twin, true_weights
+from lockstep import Twin, run_twin, true_weights
 
 from aim_kernels import _C
 from aim_kernels.step import states
@@ -138,18 +138,18 @@ def test_averages_begin_with_true_weights(master: str | None) -> None:
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("kind", GRADIENT_LAYOUTS)
-def test_gradients_are_cleared_where_they_lie(kind: str, backend: str) -> None:
+@pytest.mark.parametrize("memory", GRADIENT_LAYOUTS)
+def test_gradients_are_cleared_where_they_lie(memory: str, backend: str) -> None:
     optimizer = build("adamw", (((6, 5), (4, 3, 2, 5), (7,), ()),), zero_grad_in_step=True, backend=backend)
     params = parameters_of(optimizer)
-    grads = Gradients(params, kinds=(kind,))()
+    grads = Gradients(params, layouts=(memory,))()
     assign(params, grads)
     versions = [grad._version for grad in grads]
     optimizer.step()
     for p, grad, version in zip(params, grads, versions, strict=True):
         assert p.grad is grad and not grad.any() and grad._version > version
         whole = grad._base if grad._base is not None else grad
-        if kind in ("sliced", "rows", "offset"):  # what lies between is not the gradient's
+        if memory in ("sliced", "rows", "offset"):  # what lies between is not the gradient's
             assert int((whole == 7.0).sum()) == whole.numel() - grad.numel()
 
 
@@ -163,7 +163,7 @@ def test_gradients_are_cleared_where_a_step_is_skipped(known: bool, backend: str
         drive(optimizer, 1)
     # States are made, with zeros, in a step that is skipped as well.
     before = frozen(optimizer)
-    grads = Gradients(params, kinds=("contiguous", "sliced"))()
+    grads = Gradients(params, layouts=("contiguous", "sliced"))()
     assign(params, grads)
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(1.0)
     optimizer.step()
@@ -311,7 +311,7 @@ def test_saved_moments_in_8_bits_can_be_laid_out_anew() -> None:
     """Who saves tensors as contiguous ones changes the order of codes, and not that of their exponents."""
     runs = []
     for moved in (False, True):
-        optimizer = build("adamw", (((16, 24, 5, 5),),), kinds=("channels_last",), state_dtype="int8")
+        optimizer = build("adamw", (((16, 24, 5, 5),),), layouts=("channels_last",), state_dtype="int8")
         (p,) = parameters_of(optimizer)
         draw = Gradients([p])
         for number in range(4):

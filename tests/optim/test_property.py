@@ -12,6 +12,8 @@ import helpers
 import numpy as np
 import pytest
 import torch
+from backends_under_test import CHUNK as SMALL_CHUNK
+from backends_under_test import EMULATED, enter
 from fuzzing import examples
 from helpers import (
     DTYPES,
@@ -30,9 +32,7 @@ from helpers import (
 )
 from hypothesis import assume, event, given
 from hypothesis import strategies as st
-from places import CHUNK as SMALL_CHUNK
-from places import EMULATED, enter
-from twin import Twin
+from lockstep import Twin
 
 import aim_kernels as ak
 from aim_kernels import _C
@@ -90,8 +90,8 @@ def runs(draw: st.DrawFn, chunk: int = _C.CHUNK, steps: int = 6) -> dict[str, An
         "rule": draw(st.sampled_from(sorted(RULES))),
         "dtype": draw(st.sampled_from(sorted(DTYPES))),
         "groups": draw(st.lists(groups(chunk), min_size=1, max_size=3)),
-        "kinds": draw(st.lists(st.sampled_from(PARAMETER_LAYOUTS), min_size=1, max_size=3)),
-        "grad_kinds": draw(st.lists(st.sampled_from(GRADIENT_LAYOUTS), min_size=1, max_size=3)),
+        "layouts": draw(st.lists(st.sampled_from(PARAMETER_LAYOUTS), min_size=1, max_size=3)),
+        "grad_layouts": draw(st.lists(st.sampled_from(GRADIENT_LAYOUTS), min_size=1, max_size=3)),
         "anchor": draw(st.sampled_from(["zero", "zero", "init"])),
         "seed": draw(st.integers(0, 2**63 - 1)),
         "steps": draw(st.lists(st.tuples(st.none() | changes(chunk), missing), min_size=2, max_size=steps)),
@@ -116,8 +116,8 @@ class Run:
     def _group(self, options: dict[str, Any]) -> dict[str, Any]:
         params = []
         for shape in options["shapes"]:
-            kind = self.case["kinds"][self.made % len(self.case["kinds"])]
-            params.append(parameter(shape, self.case["dtype"], kind, seed=self.made))
+            memory = self.case["layouts"][self.made % len(self.case["layouts"])]
+            params.append(parameter(shape, self.case["dtype"], memory, seed=self.made))
             self.made += 1
         given = {name: value for name, value in options.items() if name in OPTIONS}
         if RULES[self.case["rule"]].get("decouple_lr") and not given.get("lr", 1.0):
@@ -134,7 +134,7 @@ class Run:
         # Until their first step, parameters have no states.
         self.twin.anchors = dict(optimizer._anchors)
         self.twin.anchors |= {p: s["anchor"] for p, s in optimizer.state.items() if "anchor" in s}
-        self.gradients = Gradients(params, kinds=self.case["grad_kinds"])
+        self.gradients = Gradients(params, layouts=self.case["grad_layouts"])
 
     def change(self, name: str, argument: Any) -> None:
         event(name)
@@ -235,14 +235,14 @@ def test_any_run(backend: str) -> None:
     check()
 
 
-@pytest.mark.parametrize("place", EMULATED)
-def test_any_run_on_an_emulated_device(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = enter(place, monkeypatch)
+@pytest.mark.parametrize("backend", EMULATED)
+def test_any_run_on_an_emulated_device(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = enter(backend, monkeypatch)
 
-    @examples({"cuda": 12, "triton": 6}[place])
+    @examples({"cuda": 12, "triton": 6}[backend])
     @given(runs(chunk=SMALL_CHUNK, steps=4))
     def check(case: dict[str, Any]) -> None:
-        Run(case, backend).go()
+        Run(case, name).go()
 
     check()
 
@@ -250,14 +250,14 @@ def test_any_run_on_an_emulated_device(place: str, monkeypatch: pytest.MonkeyPat
 @st.composite
 def odd_values(draw: st.DrawFn) -> dict[str, Any]:
     size = draw(st.integers(1, 70) | st.sampled_from([1023, 1024, 4099]))
-    places = st.dictionaries(
+    spoils = st.dictionaries(
         st.integers(0, size - 1), st.sampled_from([float("inf"), -float("inf"), float("nan")]), max_size=5
     )
     return {
         "rule": draw(st.sampled_from(sorted(RULES))),
         "dtype": draw(st.sampled_from(sorted(DTYPES))),
         "size": size,
-        "places": draw(places),
+        "spoils": draw(spoils),
         "row": draw(st.sampled_from(["ones", "step", "chain", "all"])),
     }
 
@@ -267,20 +267,20 @@ def odd_values(draw: st.DrawFn) -> dict[str, Any]:
 def test_odd_values_stay_where_they_are(case: dict[str, Any]) -> None:
     """NaN and infinities are counted, and spoil their own element alone."""
     made = []
-    places = list(case["places"])
+    spoils = list(case["spoils"])
     for spoilt in (False, True):
         optimizer = build(case["rule"], (((case["size"],),),), case["dtype"])
         set_row(optimizer, 0, case["row"])
         (p,) = parameters_of(optimizer)
         (grad,) = Gradients([p])()
         if spoilt:
-            for place, value in case["places"].items():
-                grad[place] = value
+            for index, value in case["spoils"].items():
+                grad[index] = value
         assign([p], [grad])
         optimizer.step()
-        assert optimizer.statistics()[0]["nonfinite"] == (len(places) if spoilt else 0)
+        assert optimizer.statistics()[0]["nonfinite"] == (len(spoils) if spoilt else 0)
         made.append(frozen(optimizer))
-    others = torch.from_numpy(np.setdiff1d(np.arange(case["size"]), places))
+    others = torch.from_numpy(np.setdiff1d(np.arange(case["size"]), spoils))
     for one, two in zip(*(m["params"] for m in made), strict=True):
         same_bits(one[others], two[others])
     for name, state in made[0]["state"][0].items():

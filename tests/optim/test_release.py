@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from backends_under_test import enter
 from helpers import AUX_PHASE, TRUE_PHASE, frozen, same_bits
-from places import enter
 from torch import nn
 
 import aim_kernels as ak
@@ -139,12 +139,12 @@ def test_16_bit_parameters(backend: str, master: str | None) -> None:
     train(Pair("tied", backend, torch.bfloat16, master=master, state_dtype="int8"), steps=2)
 
 
-@pytest.mark.parametrize("place", ["cuda", "triton"])
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("rule", ["adamw", "sgd"])
-def test_on_devices(place: str, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = enter(place, monkeypatch)
+def test_on_devices(backend: str, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = enter(backend, monkeypatch)
     # The noise's deviation comes from the sums, which a device adds up in another order.
-    train(Pair("tied", backend, **OPTIONS[rule]), noise=False, steps=1 if place == "triton" else 2, sums=False)
+    train(Pair("tied", name, **OPTIONS[rule]), noise=False, steps=1 if backend == "triton" else 2, sums=False)
 
 
 def test_several_threads_have_the_same_bits() -> None:
@@ -368,9 +368,9 @@ def test_a_weight_that_is_needed_after_its_step_fails_in_autograd() -> None:
 def test_what_cannot_work_is_refused() -> None:
     model = mlp()
 
-    def refused(match: str, kind: type[Exception] = ValueError, of: Any = model, **options: Any) -> None:
+    def refused(match: str, error: type[Exception] = ValueError, of: Any = model, **options: Any) -> None:
         optimizer = ak.AIMFusedOptimizer(model.parameters(), **options)
-        with pytest.raises(kind, match=match):
+        with pytest.raises(error, match=match):
             ak.step_in_backward(optimizer, of)
         assert all(not p._post_accumulate_grad_hooks for p in model.parameters())
 

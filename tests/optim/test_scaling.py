@@ -5,15 +5,15 @@ from __future__ import annotations
 import helpers
 import pytest
 import torch
+from backends_under_test import BACKENDS, enter
 from helpers import RULES, Gradients, assign, build, frozen, parameters_of, same_bits, set_row
-from places import PLACES, enter
 
 import aim_kernels as ak
 
 SHAPES = (((5, 7), (1031,), ()), ((70,),))
 
 
-@pytest.fixture(params=PLACES)
+@pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return enter(request.param, monkeypatch)
 

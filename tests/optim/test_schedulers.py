@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import Gradients, assign, build, parameter, parameters_of, same_bits, set_row
+from lockstep import Twin
 from torch.optim import lr_scheduler as s
-from twin import Twin
 
 import aim_kernels as ak
 

@@ -172,10 +172,10 @@ def test_devices(command: str, idle: Path, capsys: pytest.CaptureFixture[str], m
 def test_output_folders(command: str, idle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (idle / "file").write_text("mine")
     (idle / "dangling").symlink_to(idle / "nowhere")
-    places = ["", "file", "file/below", "file/far/below", "new/\0", "n" * 300, "new/" + "n" * 300, "dangling"]
-    places += ["/proc/nosuch", "/proc/nosuch/below", "/dev/null", "/dev/full", "/dev/null/below"]
-    for place in places:
-        assert refused([*command.split(), "--out", place], capsys).startswith(f"argument --out: {place[:9]!r}"[:24])
+    folders = ["", "file", "file/below", "file/far/below", "new/\0", "n" * 300, "new/" + "n" * 300, "dangling"]
+    folders += ["/proc/nosuch", "/proc/nosuch/below", "/dev/null", "/dev/full", "/dev/null/below"]
+    for path in folders:
+        assert refused([*command.split(), "--out", path], capsys).startswith(f"argument --out: {path[:9]!r}"[:24])
     assert sorted(path.name for path in idle.iterdir()) == ["dangling", "file"]
     assert (idle / "file").read_text() == "mine"
 
@@ -197,8 +197,8 @@ def test_a_folder_that_cannot_be_written(
 
 def test_a_good_folder_is_left_as_it_was(idle: Path) -> None:
     (idle / "there").mkdir()
-    for place in ("there", "there/new", "new/newer", "new/../other", ".", str(idle / "absolute")):
-        assert command_line.folder(place) == Path(place)
+    for path in ("there", "there/new", "new/newer", "new/../other", ".", str(idle / "absolute")):
+        assert command_line.folder(path) == Path(path)
     assert [path.name for path in idle.rglob("*")] == ["there"]
 
 

@@ -27,7 +27,7 @@ def _wrapper() -> Tensor:
 
 
 #: What no step could update, and how an error calls it.
-KINDS: dict[str, tuple[Callable[[], Tensor], str]] = {
+PARAMETERS: dict[str, tuple[Callable[[], Tensor], str]] = {
     "uint8": (lambda: torch.zeros(4, dtype=torch.uint8), "uint8"),
     "int8": (lambda: torch.zeros(4, dtype=torch.int8), "int8"),
     "int64": (lambda: torch.zeros(4, dtype=torch.int64), "int64"),
@@ -54,14 +54,14 @@ OPTIONS: list[dict[str, Any]] = [
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support", "ignore:The PyTorch API of nested")
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_frozen_parameter_of_any_kind_is_left_alone(kind: str, first: bool, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("which", PARAMETERS)
+def test_a_frozen_parameter_of_any_kind_is_left_alone(which: str, first: bool, options: dict[str, Any]) -> None:
     """A life of an optimizer with it, beside one without it."""
 
     def life(beside: bool) -> list[Tensor]:
         torch.manual_seed(1)
         params = [nn.Parameter(torch.randn(5, 3)), nn.Parameter(torch.randn(4))]
-        odd = [nn.Parameter(KINDS[kind][0](), requires_grad=False)] if beside else []
+        odd = [nn.Parameter(PARAMETERS[which][0](), requires_grad=False)] if beside else []
         group = {
             "params": [*odd, *params] if first else [*params, *odd],
             "modulated": True,
@@ -101,16 +101,18 @@ def test_what_cannot_be_degraded_with_its_block_is_named() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support", "ignore:The PyTorch API of nested")
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "nested"])  # of which torch makes no gradient
-def test_with_a_gradient_it_is_named(kind: str) -> None:
-    make, word = KINDS[kind]
+@pytest.mark.parametrize(
+    "which", [which for which in PARAMETERS if which != "nested"]
+)  # of which torch makes no gradient
+def test_with_a_gradient_it_is_named(which: str) -> None:
+    make, word = PARAMETERS[which]
     odd = nn.Parameter(make(), requires_grad=False)
     p = nn.Parameter(torch.ones(3))
     optimizer = ak.AIMFusedOptimizer([("plain", p), ("odd", odd)], lr=0.1)
     p.grad = torch.ones(3)
     optimizer.step()
     with torch.no_grad():
-        odd.grad = torch.zeros(3) if kind == "freed" else torch.zeros_like(odd)
+        odd.grad = torch.zeros(3) if which == "freed" else torch.zeros_like(odd)
     p.grad = torch.ones(3)
     before = p.detach().clone()
     with pytest.raises((RuntimeError, ValueError), match=rf"'odd'.*{word}"):

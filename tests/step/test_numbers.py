@@ -16,8 +16,8 @@ import method_helpers
 import numpy as np
 import pytest
 import torch
+from backends_under_test import DEVICE_BACKENDS, enter
 from helpers import frozen, parameter, same_bits
-from places import DEVICE_PLACES, enter
 
 import aim_kernels as ak
 from aim_kernels.methods import METHODS, make_method
@@ -130,7 +130,7 @@ def test_a_string_that_spells_the_number_that_was_there_is_none_either() -> None
 
 
 #: Kinds of numbers, exact in all of them.
-KINDS: dict[str, Callable[[float], Any]] = {
+MAKERS: dict[str, Callable[[float], Any]] = {
     "float16": np.float16,
     "float32": np.float32,
     "float64": np.float64,
@@ -140,24 +140,24 @@ KINDS: dict[str, Callable[[float], Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("maker", MAKERS)
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("place", ["cpu", "reference"])
-def test_numbers_of_numpy_and_torch_are_what_they_are_worth(place: str, name: str, kind: str) -> None:
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_numbers_of_numpy_and_torch_are_what_they_are_worth(backend: str, name: str, maker: str) -> None:
     """The bits of Python's floats: nothing is computed in the precision of the number that was given."""
     runs = []
-    for make in (float, KINDS[kind]):
+    for make in (float, MAKERS[maker]):
         _, needed, option = case(name, make)
         group = {"params": [parameter((40,)), parameter((3, 5))], "modality": "a", "depth": 0, "modulated": True}
-        optimizer = AK([{**group, **option}], **needed, backend=place, seed=3)
+        optimizer = AK([{**group, **option}], **needed, backend=backend, seed=3)
         optimizer.set_strength("a", 0, 0.25)
         runs.append(frozen(stepped(optimizer, 3)))
     same_bits(*runs)
 
 
-@pytest.mark.parametrize("place", DEVICE_PLACES)
-def test_devices_take_them_too(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = enter(place, monkeypatch)
+@pytest.mark.parametrize("backend", DEVICE_BACKENDS)
+def test_devices_take_them_too(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = enter(backend, monkeypatch)
     runs = []
     for make in (float, np.float32, torch.tensor):
         options = {
@@ -166,7 +166,7 @@ def test_devices_take_them_too(place: str, monkeypatch: pytest.MonkeyPatch) -> N
             "weight_decay": make(0.25),
             "betas": (make(0.5), make(0.75)),
         }
-        runs.append(frozen(stepped(AK([parameter((40,))], **options, backend=backend))))
+        runs.append(frozen(stepped(AK([parameter((40,))], **options, backend=name))))
     same_bits(runs[0], runs[1])
     same_bits(runs[0], runs[2])
 
@@ -194,7 +194,7 @@ def test_integers() -> None:
         ("seed", 3, ("3", True, 3.0, -1, 2**63, None)),
         ("sync_every", 2, ("2", True, 2.0, 0, None)),
     ):
-        same_bits(*(frozen(stepped(AK([parameter((3,))], **{option: kind(good)}))) for kind in (int, np.int64)))
+        same_bits(*(frozen(stepped(AK([parameter((3,))], **{option: make(good)}))) for make in (int, np.int64)))
         for value in bad:
             with pytest.raises(ValueError, match=f"{option}: expected a whole number"):
                 AK([parameter((3,))], **{option: value})
@@ -289,8 +289,8 @@ def numeric(function: Any) -> list[str]:
     """Arguments of a constructor that are numbers or flags, but for those that may be words."""
     found = []
     for name, argument in inspect.signature(function).parameters.items():
-        kinds = [kind.strip() for kind in str(argument.annotation).split("|")]
-        if "str" not in kinds and any(k in ("float", "int", "bool") or k.startswith("tuple[float") for k in kinds):
+        types = [word.strip() for word in str(argument.annotation).split("|")]
+        if "str" not in types and any(k in ("float", "int", "bool") or k.startswith("tuple[float") for k in types):
             found.append(name)
     return found
 
@@ -309,7 +309,7 @@ def test_numbers_of_methods(method: str) -> None:
     blocks = net.blocks() if hasattr(net, "blocks") else None
     module, name, _ = METHODS[method]
     made = getattr(importlib.import_module(module), name)
-    arguments = dict.fromkeys(argument for kind in made.__mro__[:-1] for argument in numeric(kind.__init__))
+    arguments = dict.fromkeys(argument for base in made.__mro__[:-1] for argument in numeric(base.__init__))
     assert "seed" in arguments
     for argument in arguments:
         with pytest.raises(ValueError, match=rf"{argument}.*'1'"):

@@ -17,7 +17,7 @@ from aim_kernels.step import codecs
 from aim_kernels.step.philox import rounding_bits
 
 ISAS = [name for name, _, supported in _C.isas() if supported]
-KINDS = {"first": (want.FIRST, codecs.FIRST), "second": (want.SECOND, codecs.SECOND)}
+FORMATS = {"first": (want.FIRST, codecs.FIRST), "second": (want.SECOND, codecs.SECOND)}
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NaN on purpose
 
 HUGE = float(np.finfo(np.float32).max)
@@ -75,44 +75,44 @@ def draws(count: int, seed: int = 1) -> np.ndarray:
 
 
 @pytest.mark.parametrize("at_random", [False, True])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", FORMATS)
 def test_8_bits(name: str, at_random: bool) -> None:
-    kind, theirs = KINDS[name]
-    x = blocks(kind.signed)
+    fmt, theirs = FORMATS[name]
+    x = blocks(fmt.signed)
     random = draws(len(x)) if at_random else None
-    codes, exponents = want.packed(x, kind, random)
+    codes, exponents = want.encode(x, fmt, random)
     drawn = None if random is None else torch.from_numpy(random).to(torch.int32)
-    found, scales = codecs.packed(torch.from_numpy(x), theirs, drawn)
+    found, scales = codecs.encode(torch.from_numpy(x), theirs, drawn)
     same(scales.numpy(), exponents)
     same(found.numpy(), codes)
-    values = want.unpacked(codes, exponents, kind)
-    same(codecs.unpacked(found, scales, theirs).double().numpy(), values)
+    values = want.decode(codes, exponents, fmt)
+    same(codecs.decode(found, scales, theirs).double().numpy(), values)
     finite = np.repeat(exponents != 255, 128)[: len(x)]
     assert 5 < (~finite).sum() / 128 < 20  # blocks with something not finite, or nearly so
     # Either neighbour: an error of one step, half of one to nearest.
-    step = np.maximum(np.abs(x), np.ldexp(1.0, np.repeat(exponents.astype(int), 128)[: len(x)] - 125 - kind.binades))
+    step = np.maximum(np.abs(x), np.ldexp(1.0, np.repeat(exponents.astype(int), 128)[: len(x)] - 125 - fmt.binades))
     bound = (1.0 if at_random else 0.5) * step / 16
-    assert np.all((np.abs(values - x) <= bound)[finite] | ((codes == 1) & (not kind.signed))[finite])
-    assert np.all((values != 0)[finite & (x != 0)]) or kind.signed
+    assert np.all((np.abs(values - x) <= bound)[finite] | ((codes == 1) & (not fmt.signed))[finite])
+    assert np.all((values != 0)[finite & (x != 0)]) or fmt.signed
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", FORMATS)
 def test_every_code_is_its_documented_value_and_stays(name: str) -> None:
     """Read and stored again, with whatever bits: the value stays, and the code where the greatest code is in use."""
-    kind, theirs = KINDS[name]
-    for exponent in (kind.binades - 1, kind.binades, 100, 127, 200, 254):
+    fmt, theirs = FORMATS[name]
+    for exponent in (fmt.binades - 1, fmt.binades, 100, 127, 200, 254):
         codes = np.arange(256).astype(np.uint8)
         exponents = np.full(2, exponent, np.uint8)
-        if not kind.signed:
+        if not fmt.signed:
             codes[5] = 255  # the first block has the greatest code, too
-        values = codecs.unpacked(torch.from_numpy(codes), torch.from_numpy(exponents), theirs)
-        same(values.double().numpy(), want.unpacked(codes, exponents, kind))
-        top, low = 2.0 ** (exponent - 127), 2.0 ** (exponent - 127 - kind.binades + 2)
-        assert values[127 if kind.signed else 255] == 1.9375 * top and values[16] == low and values[1] == low / 16
+        values = codecs.decode(torch.from_numpy(codes), torch.from_numpy(exponents), theirs)
+        same(values.double().numpy(), want.decode(codes, exponents, fmt))
+        top, low = 2.0 ** (exponent - 127), 2.0 ** (exponent - 127 - fmt.binades + 2)
+        assert values[127 if fmt.signed else 255] == 1.9375 * top and values[16] == low and values[1] == low / 16
         assert torch.equal(values.bfloat16().float(), values)
         for random in (None, 0, 0xFFFF):
             bits = None if random is None else torch.full((256,), random, dtype=torch.int32)
-            again, scales = codecs.packed(values, theirs, bits)
+            again, scales = codecs.encode(values, theirs, bits)
             same(again.numpy(), codes)
             same(scales.numpy(), exponents)
 
@@ -134,12 +134,12 @@ def test_bfloat16(at_random: bool) -> None:
 
 def test_split_is_exact() -> None:
     x = every_bfloat16_and_between()
-    upper, lower = codecs.split(torch.from_numpy(x))
+    upper, lower = codecs.split_bf16(torch.from_numpy(x))
     halves = np.array([want.split_bits(int(b)) for b in x.view(np.uint32)])
     # Of NaN the sign may not survive a conversion, so bits are compared as integers.
     assert np.array_equal(upper.view(torch.int16).numpy().view(np.uint16), halves[:, 0])
     assert np.array_equal(lower.numpy(), halves[:, 1])
-    bits = codecs.joined(upper, lower).numpy().view(np.uint32)
+    bits = codecs.join_bf16(upper, lower).numpy().view(np.uint32)
     quiet = np.where(np.isnan(x), x.view(np.uint32) | 0x400000, x.view(np.uint32))
     assert np.array_equal(bits, quiet)
 
@@ -166,15 +166,15 @@ def test_compensation(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    "place",
+    "at",
     [(0, 0, 2, 0, 0), (2**62 + 7, 9, 3, 5, 0), (1, 2**33 + 1, 2, 2**34 + 3, 250), (5, 1, 3, 7, 2**32 - 200)],
     ids=str,
 )
-def test_rounding_bits_are_the_documented_ones(place: tuple[int, ...]) -> None:
-    found = rounding_bits(*place, 700)
-    one_by_one = [want.rounding_bits(*place[:4], i) for i in range(place[4], place[4] + 700)]
+def test_rounding_bits_are_the_documented_ones(at: tuple[int, ...]) -> None:
+    found = rounding_bits(*at, 700)
+    one_by_one = [want.rounding_bits(*at[:4], i) for i in range(at[4], at[4] + 700)]
     same(found.astype(np.int64), np.array(one_by_one))
-    same(want.all_rounding_bits(*place, 700), np.array(one_by_one))
+    same(want.all_rounding_bits(*at, 700), np.array(one_by_one))
 
 
 def test_rounding_bits_are_uniform() -> None:
@@ -200,7 +200,7 @@ def test_random_rounding_is_right_on_average(name: str) -> None:
     if name == "bfloat16":
         kept = codecs.to_bfloat16(many, bits).double()
     else:
-        kept = codecs.unpacked(*codecs.packed(many, KINDS[name][1], bits), KINDS[name][1]).double()
+        kept = codecs.decode(*codecs.encode(many, FORMATS[name][1], bits), FORMATS[name][1]).double()
     found = kept.view(trials, count).numpy()
     step = found.max(0) - found.min(0)
     # A share p of the draws lies one step above the others.
@@ -225,11 +225,11 @@ def stepped(p: torch.Tensor, grad: torch.Tensor, **options: Any) -> ak.AIMFusedO
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("rule", ["sgd", "adam"])
-@pytest.mark.parametrize("kind", ["bfloat16-nearest", "bfloat16-stochastic", "int8-stochastic"])
-def test_the_kernel_stores_moments_so(kind: str, rule: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("moments", ["bfloat16-nearest", "bfloat16-stochastic", "int8-stochastic"])
+def test_the_kernel_stores_moments_so(moments: str, rule: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With betas of 0 the moments are the gradient and its square."""
     monkeypatch.setenv("AIM_KERNELS_ISA", isa)
-    state_dtype, rounding = kind.split("-")
+    state_dtype, rounding = moments.split("-")
     grad = blocks(signed=True)
     if state_dtype == "bfloat16":
         grad = np.concatenate([grad, every_bfloat16_and_between()[::17]])
@@ -248,7 +248,7 @@ def test_the_kernel_stores_moments_so(kind: str, rule: str, isa: str, monkeypatc
                 state[name].float().sign().nan_to_num(), torch.from_numpy(x).sign().nan_to_num() * (state[name] != 0)
             )
             continue
-        codes, exponents = want.packed(x + np.float32(0), how, bits)
+        codes, exponents = want.encode(x + np.float32(0), how, bits)
         same(state[f"{name}_scale"].numpy(), exponents)
         same(state[name].numpy(), codes)
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import tolerances as tol
 import torch
+from backends_under_test import BACKENDS, DEVICE_BACKENDS, enter
 from helpers import frozen, parameters_of, same_bits
-from places import DEVICE_PLACES, PLACES, enter
 from test_torch_parity import CLASSES
 
 import aim_kernels as ak
@@ -47,16 +47,16 @@ def gradients(factor: float) -> torch.Tensor:
     return torch.tensor(factor * signs * np.array(SIZES)).float()
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES)
-def test_steps_are_those_of_torch(case: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_are_those_of_torch(case: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In lock step, so that each step is judged on its own."""
-    backend = enter(place, monkeypatch)
-    device = "cuda" if "@" in place else "cpu"
+    chosen = enter(backend, monkeypatch)
+    device = "cuda" if "@" in backend else "cpu"
     rule, options = CASES[case]
     options = {"lr": 1e-2, "eps": 1e-8} | options
     p, q = (torch.ones(len(SIZES), device=where).requires_grad_() for where in (device, "cpu"))
-    optimizer = ak.AIMFusedOptimizer([p], rule=rule, backend=backend, **options)
+    optimizer = ak.AIMFusedOptimizer([p], rule=rule, backend=chosen, **options)
     peer_options = {name: value for name, value in options.items() if rule != "sgd" or name != "eps"}
     peer = CLASSES[rule]([q], foreach=False, **({"weight_decay": 0.0} if rule == "adam" else {}) | peer_options)
     moving = torch.zeros(len(SIZES), dtype=torch.bool)
@@ -86,14 +86,14 @@ def test_steps_are_those_of_torch(case: str, place: str, monkeypatch: pytest.Mon
     assert moving[SIZES.index(2e19)] or rule == "adagrad"
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_means_that_are_not_finite_stay_so(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_means_that_are_not_finite_stay_so(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Centered: a square that overflowed is a step of zero beside a finite mean, and NaN beside an infinite one, also
     for weights that are finite again."""
-    backend = enter(place, monkeypatch)
-    device = "cuda" if "@" in place else "cpu"
+    name = enter(backend, monkeypatch)
+    device = "cuda" if "@" in backend else "cpu"
     p, q = (torch.ones(5, device=where).requires_grad_() for where in (device, "cpu"))
-    optimizer = ak.AIMFusedOptimizer([p], rule="rmsprop", lr=1e-2, centered=True, backend=backend)
+    optimizer = ak.AIMFusedOptimizer([p], rule="rmsprop", lr=1e-2, centered=True, backend=name)
     peer = torch.optim.RMSprop([q], lr=1e-2, centered=True, foreach=False)
     for grad in ([float("inf"), float("nan"), 3e22, -float("inf"), 1.0], [1.0, 1.0, 1e20, 1.0, 1.0]):
         q.grad = torch.tensor(grad)
@@ -125,16 +125,16 @@ SECOND: dict[str, dict[str, Any]] = {
 LOSS = {"bfloat16": 2 * tol.BFLOAT16_NEAREST, "int8": 2 * tol.INT8_NEAREST}
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", SECOND)
-def test_second_moments_stay_finite(case: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_moments_stay_finite(case: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A constant gradient of 1e20 (1e155 in float64): ``v = (1 - beta2^t) g^2``, and the weights go on moving."""
-    backend = enter(place, monkeypatch)
+    chosen = enter(backend, monkeypatch)
     options = dict(SECOND[case])
     dtype, modulated = options.pop("dtype", torch.float32), options.pop("modulated", False)
-    p = torch.ones(4096, dtype=dtype, device="cuda" if "@" in place else "cpu").requires_grad_()
+    p = torch.ones(4096, dtype=dtype, device="cuda" if "@" in backend else "cpu").requires_grad_()
     group = {"params": [p], "modality": "audio", "depth": 0, "modulated": modulated}
-    optimizer = ak.AIMFusedOptimizer([group], lr=1e-2, betas=(0.9, 0.999), backend=backend, **options)
+    optimizer = ak.AIMFusedOptimizer([group], lr=1e-2, betas=(0.9, 0.999), backend=chosen, **options)
     size = 1e155 if dtype == torch.float64 else 1e20
     decay = 0.99 if options["rule"] == "rmsprop" else 0.999
     for t in range(1, 4):
@@ -150,16 +150,16 @@ def test_second_moments_stay_finite(case: str, place: str, monkeypatch: pytest.M
         assert ((second - expected).abs() <= loss * expected).all(), f"{second[0]}, expected {expected}"
 
 
-@pytest.mark.parametrize("place", DEVICE_PLACES)
-def test_devices_have_the_bits_of_the_cpu(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", DEVICE_BACKENDS)
+def test_devices_have_the_bits_of_the_cpu(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
-    for where in ("cpu", place):
-        backend = enter(where, monkeypatch)
+    for where in ("cpu", backend):
+        chosen = enter(where, monkeypatch)
         device = "cuda" if "@" in where else "cpu"
         for rule, options in CASES.values():
             p = torch.ones(len(SIZES), device=device).requires_grad_()
             group = {"params": [p], "modality": "audio", "depth": 0, "modulated": True}
-            optimizer = ak.AIMFusedOptimizer([group], rule=rule, backend=backend, **options)
+            optimizer = ak.AIMFusedOptimizer([group], rule=rule, backend=chosen, **options)
             optimizer.set_modulation(0, step_well=0.5, live_well=0.5)
             for factor in FACTORS:
                 p.grad = gradients(factor).to(device)

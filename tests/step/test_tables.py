@@ -45,8 +45,8 @@ def fields(struct: str) -> list[tuple[str, str]]:
     for line in re.sub(r"//[^\n]*", "", body[1]).split(";"):
         words = line.strip()
         if words:
-            kind, names = re.match(r"((?:const )?\w+\s*\*?)\s*(.*)", words, re.S).groups()  # type: ignore[union-attr]
-            found += [(kind.strip(), name.strip()) for name in names.split(",")]
+            type_name, names = re.match(r"((?:const )?\w+\s*\*?)\s*(.*)", words, re.S).groups()  # type: ignore[union-attr]
+            found += [(type_name.strip(), name.strip()) for name in names.split(",")]
     return found
 
 
@@ -72,11 +72,11 @@ def test_header_names_the_columns_in_order() -> None:
 
 def test_sizes_and_indices_are_64_bit_everywhere() -> None:
     """More than 2^31 elements do not fit into a test, so the types are looked at."""
-    kinds = {name: kind for kind, name in fields("Tensor")}
-    assert kinds["numel"] == kinds["first"] == kinds["offset"] == "int64_t"
-    assert {kind for kind, _ in fields("Control")} == {"int64_t"}
+    types = {name: type_name for type_name, name in fields("Tensor")}
+    assert types["numel"] == types["first"] == types["offset"] == "int64_t"
+    assert {type_name for type_name, _ in fields("Control")} == {"int64_t"}
     for field in layout.TENSOR_RECORD.names:
-        if kinds[field] != "int32_t":
+        if types[field] != "int32_t":
             assert layout.TENSOR_RECORD[field].itemsize == 8
     sources = [path for folder in ("bench", "cpu") for path in sorted((HEADER.parents[2] / folder).iterdir())]
     assert sources

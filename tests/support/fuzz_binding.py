@@ -40,8 +40,8 @@ JUNK: st.SearchStrategy[Any] = st.one_of(
     st.just(len),
     st.just(object()),
     st.sampled_from(["f8", "i8", "f4", "u1", "?", "O", "S112", "V160", "V120", "V24", "V8"]).flatmap(
-        lambda kind: st.sampled_from([(), (0,), (1,), (2,), (1, 19), (2, 19), (1, 7), (4,), (3, 2, 2)]).map(
-            lambda shape: np.zeros(shape, kind)
+        lambda dtype: st.sampled_from([(), (0,), (1,), (2,), (1, 19), (2, 19), (1, 7), (4,), (3, 2, 2)]).map(
+            lambda shape: np.zeros(shape, dtype)
         )
     ),
 )
@@ -201,13 +201,15 @@ def fuzz_tables(arena: Arena, data: st.DataObject) -> None:
         arguments.append(data.draw(st.sampled_from([1, 2, 3, 300, 2**31 - 1, 0, -1])))
     refused = False
     if data.draw(st.booleans()):
-        place = data.draw(st.integers(0, len(arguments)))
-        if place < len(tables[name]) and data.draw(st.booleans()):
+        position = data.draw(st.integers(0, len(arguments)))
+        if position < len(tables[name]) and data.draw(st.booleans()):
             how = data.draw(HOW)
-            refused = tables[name][place] not in ("tensors", "groups") and arguments[place].size > 0 and how in REFUSED
-            arguments[place] = reordered(arguments[place], how)
+            refused = (
+                tables[name][position] not in ("tensors", "groups") and arguments[position].size > 0 and how in REFUSED
+            )
+            arguments[position] = reordered(arguments[position], how)
         else:
-            arguments[place : place + 1] = [data.draw(JUNK)]
+            arguments[position : position + 1] = [data.draw(JUNK)]
     call(arena, getattr(_C, name), *arguments, refused=refused)
 
 

@@ -117,35 +117,35 @@ def set_row(optimizer: ak.AIMFusedOptimizer, group: int, name: str) -> None:
         optimizer.set_modulation(group, **ROWS[name])
 
 
-def layout(values: torch.Tensor, kind: str) -> torch.Tensor:
+def layout(values: torch.Tensor, name: str) -> torch.Tensor:
     """The same values in another memory layout, never aliasing ``values``."""
 
     def sevens(shape: Sequence[int]) -> torch.Tensor:
         return torch.full(tuple(shape), 7.0, dtype=values.dtype, device=values.device)
 
-    if kind == "transposed":
+    if name == "transposed":
         order = list(reversed(range(values.dim())))
         return values.permute(order).clone(memory_format=torch.contiguous_format).permute(order)
-    if kind == "channels_last":
+    if name == "channels_last":
         form = torch.channels_last if values.dim() == 4 else torch.contiguous_format
         return values.clone(memory_format=form)
-    if kind == "sliced":
+    if name == "sliced":
         base = sevens((*values.shape[:-1], 2 * values.shape[-1]) if values.dim() else (2,))
         view = base[..., ::2] if values.dim() else base[0]
         return view.copy_(values)
-    if kind == "rows":
+    if name == "rows":
         base = sevens((2 * values.shape[0], *values.shape[1:]) if values.dim() else (2,))
         view = base[::2] if values.dim() else base[1]
         return view.copy_(values)
-    if kind == "offset":
+    if name == "offset":
         return sevens((values.numel() + 3,))[1:-2].view(values.shape).copy_(values)
-    if kind == "expanded":
+    if name == "expanded":
         return (
             values.flatten()[:1].clone().reshape([1] * values.dim()).expand(values.shape)
             if values.numel()
             else values.clone()
         )
-    assert kind == "contiguous", kind
+    assert name == "contiguous", name
     return values.clone(memory_format=torch.contiguous_format)
 
 
@@ -154,19 +154,19 @@ GRADIENT_LAYOUTS = (*PARAMETER_LAYOUTS, "expanded")
 
 
 def parameter(
-    shape: Sequence[int], dtype: str = "float32", kind: str = "contiguous", seed: int = 0, device: str | None = None
+    shape: Sequence[int], dtype: str = "float32", memory: str = "contiguous", seed: int = 0, device: str | None = None
 ) -> torch.Tensor:
     """A leaf that requires a gradient, standard normal, in the given layout."""
     values = torch.from_numpy(np.asarray(np.random.default_rng(seed).standard_normal(tuple(shape)))).to(DTYPES[dtype])
-    return layout(values.to(device or DEVICE), kind).requires_grad_()
+    return layout(values.to(device or DEVICE), memory).requires_grad_()
 
 
 class Gradients:
     """Gradients with a persistent part, so that some elements stay under-optimized and others do not; some are zero."""
 
-    def __init__(self, params: Sequence[torch.Tensor], seed: int = 1, kinds: Sequence[str] = ("contiguous",)) -> None:
+    def __init__(self, params: Sequence[torch.Tensor], seed: int = 1, layouts: Sequence[str] = ("contiguous",)) -> None:
         self.random = np.random.default_rng(seed)
-        self.params, self.kinds = params, kinds
+        self.params, self.layouts = params, layouts
         self.signal = [self._scale(p) * self.random.standard_normal(p.shape) for p in params]
 
     def _scale(self, p: torch.Tensor) -> np.ndarray:
@@ -179,8 +179,8 @@ class Gradients:
                 signal + 0.7 * np.abs(signal).mean() * self.random.standard_normal(p.shape) if p.numel() else signal
             )
             values = values * (self.random.uniform(size=p.shape) > 0.02)
-            kind = self.kinds[index % len(self.kinds)]
-            made.append(layout(torch.from_numpy(np.asarray(values)).to(p.device, p.dtype), kind))
+            name = self.layouts[index % len(self.layouts)]
+            made.append(layout(torch.from_numpy(np.asarray(values)).to(p.device, p.dtype), name))
         return made
 
 
@@ -246,17 +246,17 @@ def build(
     rule: str = "adamw",
     shapes: Sequence[Sequence[Sequence[int]]] = (((5, 7), (33,), (), (0,)),),
     dtype: str = "float32",
-    kinds: Sequence[str] = ("contiguous",),
+    layouts: Sequence[str] = ("contiguous",),
     modulated: bool = True,
     **options: Any,
 ) -> ak.AIMFusedOptimizer:
-    """An optimizer with one modulated group for each list of shapes; layouts cycle through ``kinds``."""
+    """An optimizer with one modulated group for each list of shapes; layouts cycle through ``layouts``."""
     groups, seed = [], 0
     device = "cpu" if options.get("backend", "cpu") == "cpu" else DEVICE
     for depth, members in enumerate(shapes):
         params = []
         for shape in members:
-            params.append(parameter(shape, dtype, kinds[seed % len(kinds)], seed, device))
+            params.append(parameter(shape, dtype, layouts[seed % len(layouts)], seed, device))
             seed += 1
         groups.append({"params": params, "modality": "audio", "depth": depth, "modulated": modulated})
     options = {

@@ -29,8 +29,8 @@ from oracle_packing import (
     bfloat16,
     check_bfloat16,
     check_int8,
-    packed,
-    unpacked,
+    decode,
+    encode,
 )
 from oracle_rules import (
     Direction,
@@ -80,9 +80,9 @@ def normals(seed: int, counter: int, first: int, count: int) -> tuple[np.ndarray
     return radius * np.where(lane % 2 == 0, np.cos(angle), np.sin(angle)), radius
 
 
-def draw_phase(seed: int, counter: int, threshold: int) -> int:
+def draw_phase(seed: int, counter: int, limit: int) -> int:
     """The phase of the step after step ``counter``: 0 true, 1 auxiliary."""
-    return int(int(philox(seed, (0, 0, counter & 0xFFFFFFFF, 1)).reshape(4)[0]) < threshold)
+    return int(int(philox(seed, (0, 0, counter & 0xFFFFFFFF, 1)).reshape(4)[0]) < limit)
 
 
 def narrow(value: np.ndarray, dtype: str) -> np.ndarray:
@@ -142,7 +142,7 @@ class Oracle:
     blocks: list[Block]
     seed: int = 0
     counter: int = 0
-    threshold: int = 0
+    draw_limit: int = 0
     phase: int = 0
     decisions: int = 0
     ties: int = 0
@@ -156,7 +156,7 @@ class Oracle:
         """One step. ``observed`` and ``under_counts`` (one a group) are consulted at near ties only."""
         if all(grad is None for group in grads for grad in group):
             return
-        upcoming = draw_phase(self.seed, self.counter, self.threshold)
+        upcoming = draw_phase(self.seed, self.counter, self.draw_limit)
         for index, (block, block_grads) in enumerate(zip(self.blocks, grads, strict=True)):
             sigma = noise_level(block)
             new = dict.fromkeys(SUMS, 0.0)
@@ -165,8 +165,8 @@ class Oracle:
             names = ("true", "aux")
             step = [block.row[f"{names[self.phase]}_step_{side}"] for side in ("under", "well")]
             live = [block.row[f"{names[upcoming]}_live_{side}"] for side in ("under", "well")]
-            for place, (leaf, grad) in enumerate(zip(block.leaves, block_grads, strict=True)):
-                seen = observed[index][place] if observed else None
+            for number_in_block, (leaf, grad) in enumerate(zip(block.leaves, block_grads, strict=True)):
+                seen = observed[index][number_in_block] if observed else None
                 if grad is None:
                     emitting = block.emitting or (leaf.weights == "float32" and leaf.live is not None)
                     if leaf.live is not None and not emitting:
@@ -229,7 +229,7 @@ class Oracle:
         before = leaf.theta
         if leaf.stored and hyper.initial and leaf.v is None and hyper.rule == "adagrad":
             begin = np.full_like(leaf.theta, np.float32(hyper.initial))
-            leaf.v = bfloat16(begin) if leaf.stored == "bfloat16" else unpacked(*packed(begin, SECOND), SECOND)
+            leaf.v = bfloat16(begin) if leaf.stored == "bfloat16" else decode(*encode(begin, SECOND), SECOND)
         with np.errstate(all="ignore"):
             g0 = -raw if hyper.maximize else raw.copy()
             coupled = hyper.coupled_decay
@@ -353,8 +353,8 @@ class Oracle:
             if leaf.stored == "bfloat16":
                 check_bfloat16(found, x, error, bits, where)
             else:
-                kind = FIRST if name == "m" or (name == "w" and not hyper.amsgrad) else SECOND
-                check_int8(found, seen.exponents[name], kind, x, error, bits, where)
+                fmt = FIRST if name == "m" or (name == "w" and not hyper.amsgrad) else SECOND
+                check_int8(found, seen.exponents[name], fmt, x, error, bits, where)
             setattr(leaf, name, found)
             setattr(leaf, f"e_{name}", 0.0)
 

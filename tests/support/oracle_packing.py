@@ -1,7 +1,7 @@
 """Numbers in fewer bits, in Python integers and float64, written from docs/design.md ("Fewer bytes").
 
 Nothing here reads the package. Numbers are float32 values held as float64; codes are whole numbers. A stored value is
-``unit * place`` of a table of all places, so rounding is a search in that table and not arithmetic on bits.
+``unit * rung`` of a table of all rungs, so rounding is a search in that table and not arithmetic on bits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MOMENTS, WEIGHTS = 2, 3  # streams
 
 
 @dataclass(frozen=True)
-class Kind:
+class Format:
     """8 bits: ``binades`` powers of two of 16 numbers each, the lowest linear; a sign or none."""
 
     binades: int
@@ -30,70 +30,70 @@ class Kind:
         return 16 * self.binades
 
 
-FIRST, SECOND = Kind(8, True), Kind(16, False)
+FIRST, SECOND = Format(8, True), Format(16, False)
 
 
 @lru_cache(None)
-def magnitudes(kind: Kind, exponent: int) -> np.ndarray:
+def magnitudes(fmt: Format, exponent: int) -> np.ndarray:
     """The value of every code without sign, in a block of that exponent (as float32 has it, biased by 127)."""
-    code = np.arange(kind.codes)
+    code = np.arange(fmt.codes)
     binade, mantissa = code // 16, code % 16
     top = exponent - 127
     # The linear binade and the one above it share a step.
-    power = top - (kind.binades - 1) + np.maximum(binade, 1)
+    power = top - (fmt.binades - 1) + np.maximum(binade, 1)
     whole = mantissa + 16 * (binade > 0)
     return np.ldexp(whole.astype(np.float64), power - 4)
 
 
-def exponent_of(x: np.ndarray, kind: Kind) -> int:
+def exponent_of(x: np.ndarray, fmt: Format) -> int:
     """The exponent of a block of float32 numbers."""
     if not np.all(np.isfinite(x)):
         return 255
     greatest = np.abs(x).max(initial=0.0)
-    least = kind.binades - 1
+    least = fmt.binades - 1
     if greatest == 0:
         return least
     # Two powers of two below it the greatest code is too small for sure.
     for exponent in range(max(least, int(np.frexp(greatest)[1]) + 124), 255):
-        if greatest <= magnitudes(kind, exponent)[-1]:
+        if greatest <= magnitudes(fmt, exponent)[-1]:
             return exponent
     return 255
 
 
-def places(x: np.ndarray, kind: Kind, exponent: int) -> np.ndarray:
-    """Places of magnitudes in units of 2^-19 codes: whole numbers, since nothing finer is looked at.
+def rungs(x: np.ndarray, fmt: Format, exponent: int) -> np.ndarray:
+    """Rungs of magnitudes in units of 2^-19 codes: whole numbers, since nothing finer is looked at.
 
     In the linear binade a float32 sum lines the magnitude up, to the nearest even of its last bits.
     """
-    table = magnitudes(kind, exponent)
+    table = magnitudes(fmt, exponent)
     code = np.searchsorted(table, x, side="right") - 1
     step = table[np.maximum(code, 16) // 16 * 16] / 16
     inside = (x - table[code]) / step
     return code * 2**19 + np.rint(inside * 2**19).astype(np.int64)
 
 
-def codes_of(x: np.ndarray, kind: Kind, exponent: int, bits: np.ndarray) -> np.ndarray:
+def codes_of(x: np.ndarray, fmt: Format, exponent: int, bits: np.ndarray) -> np.ndarray:
     """Codes of one block's numbers, of which none lies beyond its greatest code."""
     if exponent == 255:
         return np.zeros(len(x), np.int64)
-    found = (places(np.abs(x), kind, exponent) + bits * 8) // 2**19
-    if kind.signed:
+    found = (rungs(np.abs(x), fmt, exponent) + bits * 8) // 2**19
+    if fmt.signed:
         return found + 128 * np.signbit(x)
     return np.where((x != 0) & (found == 0), 1, found)
 
 
-def packed(x: np.ndarray, kind: Kind, random: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+def encode(x: np.ndarray, fmt: Format, random: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Codes (uint8) of float32 numbers and exponents of their blocks; ``random``: 16 bits each, None to nearest."""
     bits = np.full(len(x), NEAREST) if random is None else np.asarray(random, np.int64)
     codes, exponents = np.zeros(len(x), np.int64), []
     for begin in range(0, len(x), BLOCK):
         part = slice(begin, begin + BLOCK)
-        exponents.append(exponent_of(x[part], kind))
-        codes[part] = codes_of(x[part], kind, exponents[-1], bits[part])
+        exponents.append(exponent_of(x[part], fmt))
+        codes[part] = codes_of(x[part], fmt, exponents[-1], bits[part])
     return codes.astype(np.uint8), np.array(exponents, np.uint8)
 
 
-def unpacked(codes: np.ndarray, exponents: np.ndarray, kind: Kind) -> np.ndarray:
+def decode(codes: np.ndarray, exponents: np.ndarray, fmt: Format) -> np.ndarray:
     """The numbers of codes."""
     values = np.empty(len(codes))
     for number, exponent in enumerate(exponents.tolist()):
@@ -102,8 +102,8 @@ def unpacked(codes: np.ndarray, exponents: np.ndarray, kind: Kind) -> np.ndarray
         if exponent == 255:
             values[part] = np.nan
             continue
-        values[part] = magnitudes(kind, exponent)[code % kind.codes]
-        if kind.signed:
+        values[part] = magnitudes(fmt, exponent)[code % fmt.codes]
+        if fmt.signed:
             values[part] = np.copysign(values[part], np.where(code >= 128, -1.0, 1.0))
     return values
 
@@ -152,8 +152,13 @@ def philox(seed: int, counter: tuple[int, int, int, int], rounds: int) -> tuple[
 
 def draw(seed: int, counter: int, stream: int, base: int, number: int) -> tuple[int, ...]:
     """The words of one draw of the parameter that begins at the global index ``base``."""
-    place = (number & 0xFFFFFFFF, base & 0xFFFFFFFF, counter & 0xFFFFFFFF, (stream + 256 * (base >> 32)) & 0xFFFFFFFF)
-    return philox(seed, place, 7)
+    counter_words = (
+        number & 0xFFFFFFFF,
+        base & 0xFFFFFFFF,
+        counter & 0xFFFFFFFF,
+        (stream + 256 * (base >> 32)) & 0xFFFFFFFF,
+    )
+    return philox(seed, counter_words, 7)
 
 
 def rounding_bits(seed: int, counter: int, stream: int, base: int, index: int) -> int:
@@ -197,24 +202,30 @@ def check_bfloat16(found: np.ndarray, x: np.ndarray, error: np.ndarray, bits: np
 
 
 def check_int8(
-    found: np.ndarray, exponents: np.ndarray, kind: Kind, x: np.ndarray, error: np.ndarray, bits: np.ndarray, where: str
+    found: np.ndarray,
+    exponents: np.ndarray,
+    fmt: Format,
+    x: np.ndarray,
+    error: np.ndarray,
+    bits: np.ndarray,
+    where: str,
 ) -> None:
     """The same with the exponents that were stored, each of which one of the ends asks for, or lies between."""
     reach = np.broadcast_to(tol.SAFETY * error, x.shape)
     for number, exponent in enumerate(exponents.tolist()):
         part = slice(number * BLOCK, (number + 1) * BLOCK)
         low, high = x[part] - reach[part], x[part] + reach[part]
-        if not kind.signed:
+        if not fmt.signed:
             low = np.maximum(low, 0.0)
-        least = exponent_of(np.where(low * high <= 0, 0.0, np.minimum(np.abs(low), np.abs(high))), kind)
-        most = exponent_of(np.maximum(np.abs(low), np.abs(high)), kind)
+        least = exponent_of(np.where(low * high <= 0, 0.0, np.minimum(np.abs(low), np.abs(high))), fmt)
+        most = exponent_of(np.maximum(np.abs(low), np.abs(high)), fmt)
         assert least <= exponent <= most, f"{where}: block {number} has the exponent {exponent}, not {least} to {most}"
         if exponent == 255:
             assert np.isnan(found[part]).all(), f"{where}: block {number} is not NaN"
             continue
-        top = magnitudes(kind, exponent)[-1]
+        top = magnitudes(fmt, exponent)[-1]
         ends = [
-            unpacked(codes_of(np.clip(end, -top, top), kind, exponent, bits[part]), np.array([exponent]), kind)
+            decode(codes_of(np.clip(end, -top, top), fmt, exponent, bits[part]), np.array([exponent]), fmt)
             for end in (low, high)
         ]
         between(found[part], *ends, f"{where}, block {number}")

@@ -12,8 +12,8 @@ import helpers
 import pytest
 import torch
 import torch.distributed as dist
+from backends_under_test import enter
 from helpers import Gradients, parameters_of, same_bits, set_row
-from places import enter
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
@@ -118,11 +118,11 @@ class Pair:
     def compare(self, where: str, states: bool = True) -> None:
         one, other = self.alone, self.together
         for index, (p, q) in enumerate(zip(parameters_of(one), parameters_of(other), strict=True)):
-            place = f"{where}, parameter {index} {tuple(p.shape)} {self.placements[index]}"
-            same_bits(p, whole(q), place)
+            entry = f"{where}, parameter {index} {tuple(p.shape)} {self.placements[index]}"
+            same_bits(p, whole(q), entry)
             if states:
                 kept = {name: whole(value) for name, value in other.state[q].items()}
-                same_bits(one.state[p], kept, place)
+                same_bits(one.state[p], kept, entry)
         same_bits(one.tables.control, other.tables.control, where)
         same_bits(one.tables.rows, other.tables.rows, where)
         same_sums(one.tables.statistics, other.tables.statistics, where)

@@ -84,11 +84,11 @@ RULES: dict[str, dict[str, Any]] = {
 )
 def resuming_from_a_flattened_checkpoint(folder: Path, case: tuple[str, str, str]) -> None:
     """With thresholds, rows, phases and masters; then trained on, bit for bit."""
-    kind, rule, mode = case
+    wrapper, rule, mode = case
     path = folder / f"flat-{'-'.join(case)}"
 
     def fresh() -> tuple[nn.Module, ak.AIMFusedOptimizer]:
-        model = MODELS[kind]()
+        model = MODELS[wrapper]()
         return model, optimizer_of(model, keep_masters=True, **RULES[rule])
 
     model, optimizer = fresh()
@@ -160,8 +160,8 @@ def flattened_in_other_parts(folder: Path) -> None:
                 p.grad = placed_as(p, grad)
         for each in (optimizer, *(other for _, other in others)):
             each.step()
-        for place, (_, other) in enumerate(others):
-            same_bits(held(optimizer), held(other), f"step {number}, way {place}")
+        for way, (_, other) in enumerate(others):
+            same_bits(held(optimizer), held(other), f"step {number}, way {way}")
 
 
 def placed_as(p: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
@@ -266,14 +266,14 @@ def full_and_flattened(_: Path) -> None:
         full = StateDictOptions(flatten_optimizer_state_dict=True, full_state_dict=True, cpu_offload=offload)
         box = [get_optimizer_state_dict(model, optimizer, options=full)]
         dist.broadcast_object_list(box)  # with cpu_offload the others get nothing
-        for kind in (fsdp2, plain):
-            other = kind()
+        for make in (fsdp2, plain):
+            other = make()
             resumed = optimizer_of(other, keep_masters=True)
             with torch.no_grad():
                 for p, q in zip(parameters_of(optimizer), parameters_of(resumed), strict=True):
-                    q.copy_(p if kind is fsdp2 else whole(p))
+                    q.copy_(p if make is fsdp2 else whole(p))
             set_optimizer_state_dict(other, resumed, copy.deepcopy(box[0]), options=FLAT)
-            same_bits(held(optimizer), held(resumed), kind.__name__)
+            same_bits(held(optimizer), held(resumed), make.__name__)
             same_bits(optimizer.tables.statistics, resumed.tables.statistics)
 
 

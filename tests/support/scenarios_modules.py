@@ -111,12 +111,12 @@ def compare(alone: ak.AIMFusedOptimizer, together: ak.AIMFusedOptimizer, where: 
     agree(together.tables.rows, where)
 
 
-@scenario(2, kind=["fsdp2-mixed"])
-@scenario(2, 4, kind=["ddp", "fsdp2"])
-def modules_with_aim(_: Path, kind: str) -> None:
+@scenario(2, wrapper=["fsdp2-mixed"])
+@scenario(2, 4, wrapper=["ddp", "fsdp2"])
+def modules_with_aim(_: Path, wrapper: str) -> None:
     """Every process scores samples of its own; rows, weights and thresholds are those of one process that has the same
     scores and gradients."""
-    model, single = MODELS[kind](), plain()
+    model, single = MODELS[wrapper](), plain()
     together, alone = optimizer_of(model), optimizer_of(single)
     aims = [ak.AIM(m, o, CLASSES, prototype_steps=3) for m, o in ((model, together), (single, alone))]
     strengths = []
@@ -134,10 +134,10 @@ def modules_with_aim(_: Path, kind: str) -> None:
     assert max(strengths) > 0.1 and {row["modality"] for row in together.modulation()} >= {"left", "right"}
 
 
-@scenario(2, kind=["ddp", "fsdp2", "fsdp2-mixed"])
-def trials_agree_and_leave_nothing(_: Path, kind: str) -> None:
+@scenario(2, wrapper=["ddp", "fsdp2", "fsdp2-mixed"])
+def trials_agree_and_leave_nothing(_: Path, wrapper: str) -> None:
     """Processes whose held-out samples say different things try the same steps, come to one mean, and go back."""
-    model = MODELS[kind]()
+    model = MODELS[wrapper]()
     tries_leave_nothing(model, optimizer_of(model))
 
 
@@ -237,16 +237,16 @@ def strengths(optimizer: ak.AIMFusedOptimizer) -> None:
             optimizer.set_phase_rows(number, aux={"live_well": 0.25, "grad_well": 0.5})
 
 
-@scenario(2, kind=["plain", "ddp", "fsdp2-mixed"])
-@scenario(2, 4, kind=["fsdp2"])
-def the_dummy_step_is_harmless(_: Path, kind: str) -> None:
+@scenario(2, wrapper=["plain", "ddp", "fsdp2-mixed"])
+@scenario(2, 4, wrapper=["fsdp2"])
+def the_dummy_step_is_harmless(_: Path, wrapper: str) -> None:
     """get_optimizer_state_dict steps an optimizer without states, with gradients of zero: nothing may come of it."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
     made = []
     for asked in (True, False):
-        model = MODELS[kind]()
-        optimizer = optimizer_of(model, anchor="init" if kind == "plain" else "zero")
+        model = MODELS[wrapper]()
+        optimizer = optimizer_of(model, anchor="init" if wrapper == "plain" else "zero")
         strengths(optimizer)
         before = [whole(p).detach().clone() for p in parameters_of(optimizer)]
         if asked:
@@ -297,11 +297,11 @@ def resuming_from_a_distributed_checkpoint(folder: Path, case: tuple[str, str]) 
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-    kind, mode = case
-    path = folder / f"{kind}-{mode}"
+    wrapper, mode = case
+    path = folder / f"{wrapper}-{mode}"
 
     def fresh() -> tuple[nn.Module, ak.AIMFusedOptimizer]:
-        model = MODELS[kind]()
+        model = MODELS[wrapper]()
         return model, optimizer_of(model, keep_masters=True)
 
     model, optimizer = fresh()

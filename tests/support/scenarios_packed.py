@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import aim_kernels as ak
 from aim_kernels.optim.zero_redundancy import AIMZeroRedundancyOptimizer
 from aim_kernels.step.sharding import like, local_of
-from aim_kernels.step.states import read_moment, scale_of
+from aim_kernels.step.states import exponents_key, read_moment
 
 #: Rows of 256 elements: every shard begins at a multiple of that, though shards are uneven.
 WHOLE_BLOCKS = (((35, 256), (3, 256)), ((64, 256), (2, 256)))
@@ -43,7 +43,7 @@ def values_of(optimizer: ak.AIMFusedOptimizer, p: Tensor) -> dict[str, Tensor]:
     state = optimizer.state[p]
     found = {}
     for name, value in state.items():
-        if scale_of(name) in state:
+        if exponents_key(name) in state:
             found[name] = whole(like(p, read_moment(state, name)))
         elif name == "remainder":  # gloo has no 16-bit integers
             found[name] = whole(like(p, local_of(value).view(torch.bfloat16)))
@@ -156,8 +156,8 @@ def packed_under_fsdp2(folder: Path, name: str) -> None:
         alone.step()
         compare(alone, together, f"step {number}")
     saved = dict(zip(("model", "optimizer"), get_state_dict(model, together), strict=True))
-    kinds = {str(s["exp_avg"].dtype) for s in saved["optimizer"]["state"].values()}
-    assert kinds <= {"torch.bfloat16", "torch.float32"} and "torch.bfloat16" in kinds
+    dtypes = {str(s["exp_avg"].dtype) for s in saved["optimizer"]["state"].values()}
+    assert dtypes <= {"torch.bfloat16", "torch.float32"} and "torch.bfloat16" in dtypes
     path = folder / f"packed-{name}"
     dcp.save(saved, checkpoint_id=path)
     by_hand = optimizer_of(sharded(dtype), name)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from backends_under_test import enter
 from helpers import parameters_of, same_bits
-from places import enter
 from scenarios import agree, same_sums, scenario
 from scenarios_modules import CLASSES, backward, batch, ddp, follow, optimizer_of, plain, tries_leave_nothing
 from torch import nn

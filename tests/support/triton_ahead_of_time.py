@@ -34,8 +34,8 @@ def compiled(
     """What a kernel is made of; arguments in ``absent`` are None."""
     constants = constants | dict.fromkeys(absent)
     signature = {name: "constexpr" if name in constants else TYPES[name] for name in function.arg_names}
-    places = {(function.arg_names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(function, signature, places)
+    attributes = {(function.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(function, signature, attributes)
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     ptx = kernel.asm["ptx"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -58,15 +58,15 @@ NEWEST, NARROWED = 90, ("float32", "bfloat16")
 
 #: Of what is stored in fewer bytes: storage type, family "other" or not, moments. Those that need the most registers; a
 #: compilation takes ten seconds.
-PACKED = (("bfloat16", False, "int8"), ("bfloat16", True, "int8"))
+GENERAL = (("bfloat16", False, "int8"), ("bfloat16", True, "int8"))
 
 
-def updated(dtype: str, other: bool, packed: bool, moments: str, capability: int) -> dict[str, Any]:
+def updated(dtype: str, other: bool, general: bool, moments: str, capability: int) -> dict[str, Any]:
     """``update_kernel`` for such tensors, as the driver has it compiled."""
     number = DTYPES.index(dtype)
-    constants = driver.specialization(number, CHUNK, packed)
-    options = driver.options(constants["BLOCK"], driver.registers_of(number, other, packed))
-    constants |= {"OTHER": other, "PACKED": packed, "MOMENTS": MOMENTS.index(moments)}
+    constants = driver.specialization(number, CHUNK, general)
+    options = driver.options(constants["BLOCK"], driver.registers_of(number, other, general))
+    constants |= {"OTHER": other, "GENERAL": general, "MOMENTS": MOMENTS.index(moments)}
     absent = ("grad_scale", "found_inf") if dtype == "float32" else ()
     return compiled(kernels.update_kernel, constants, options, capability, absent)
 
@@ -86,13 +86,13 @@ def main(capability: int) -> dict[str, Any]:
     if capability >= NEWEST:  # they take a while
         for dtype in DTYPES:
             made[f"update other {dtype}"] = updated(dtype, True, False, "wide", capability)
-        for dtype, other, moments in PACKED:
+        for dtype, other, moments in GENERAL:
             family = "other " if other else ""
-            made[f"update packed {family}{dtype} {moments}"] = updated(dtype, other, True, moments, capability)
-        made["emit packed bfloat16 int8"] = emitted("bfloat16", "int8", capability)
-    for name, absent in {"home": ("sums", "found_inf"), "with others": ("sums",), "away": ("others",)}.items():
+            made[f"update general {family}{dtype} {moments}"] = updated(dtype, other, True, moments, capability)
+        made["emit general bfloat16 int8"] = emitted("bfloat16", "int8", capability)
+    for name, absent in {"primary": ("sums", "found_inf"), "with peers": ("sums",), "away": ("others",)}.items():
         constants, options = {"BLOCK": driver.FINISH_BLOCK}, driver.options(driver.FINISH_BLOCK * 4)
-        absent = (*absent, "others") if name == "home" else absent
+        absent = (*absent, "others") if name == "primary" else absent
         made[f"finish {name}"] = compiled(kernels.finish_kernel, constants, options, capability, absent)
     return made
 

@@ -40,7 +40,7 @@ def described(kernel: Any) -> str:
         words.append(STORED[constants["NUMBER"]])
     if "OTHER" in constants:
         words += ["other"] if constants["OTHER"] else []
-        words += ["packed"] if constants["PACKED"] else []
+        words += ["general"] if constants["GENERAL"] else []
     if "MOMENTS" in constants:
         words.append(MOMENTS[constants["MOMENTS"]])
     present = [name for name in ("grad_scale", "found_inf", "sums", "others") if name in names]
@@ -88,12 +88,16 @@ class Launcher:
     def __call__(self, x: int, y: int, z: int, stream: int, function: Any, *rest: Any) -> None:
         _packed, _metadata, _enter, _exit, *arguments = rest
         assert 0 < x < 2**31 and (y, z) == (1, 1), (self.name, x, y, z)
-        for (name, kind), value in zip(self.signature.items(), arguments, strict=True):
-            if kind.startswith("*"):
+        for (name, type_name), value in zip(self.signature.items(), arguments, strict=True):
+            if type_name.startswith("*"):
                 bits = 8 * value.element_size()
-                assert kind.endswith(str(bits)) and kind[1:3] == ("fp" if value.is_floating_point() else f"i{bits}"[:2])
+                assert type_name.endswith(str(bits)) and type_name[1:3] == (
+                    "fp" if value.is_floating_point() else f"i{bits}"[:2]
+                )
             else:
-                assert kind == "constexpr" or (kind == "i32" and 0 <= value < 2**31), f"{self.name}: {name} is {kind}"
+                assert type_name == "constexpr" or (type_name == "i32" and 0 <= value < 2**31), (
+                    f"{self.name}: {name} is {type_name}"
+                )
         self.owner.launched.append(f"{self.name} {x}")
 
 
@@ -130,9 +134,9 @@ def train(record: Record, optimizer: ak.AIMFusedOptimizer, scaled: bool = False)
     """Whatever changes between steps, one after the other."""
     params = parameters_of(optimizer)
 
-    def step(name: str, kind: str = "contiguous") -> None:
+    def step(name: str, memory: str = "contiguous") -> None:
         with record.action(name):
-            assign(params, [layout(torch.ones_like(p), kind) for p in params])
+            assign(params, [layout(torch.ones_like(p), memory) for p in params])
             optimizer.step()
 
     step("first")
@@ -230,8 +234,8 @@ def split(count: int) -> Iterator[None]:
     def of(plan: device.StepPlan, kernels: device.Kernels) -> device.Launch:
         if plan.launch is None:
             numbers = np.arange(len(plan.params))
-            places = [(plan.params[0].device, numbers[number::count]) for number in range(count)]
-            plan.launch = device.Launch(plan, kernels.CHUNK, places)
+            assignments = [(plan.params[0].device, numbers[number::count]) for number in range(count)]
+            plan.launch = device.Launch(plan, kernels.CHUNK, assignments)
         return plan.launch
 
     device._launch_of = of
@@ -256,7 +260,7 @@ STORAGE: dict[str, tuple[dict[str, Any], ...]] = {
 
 
 def storage(stand_in: StandIn) -> Iterator[Record]:
-    """Every storage type with every way of keeping moments, of rules of both kinds; every second one only with what
+    """Every storage type with every way of keeping moments, of rules of both families; every second one only with what
     GradScaler hands over."""
     number = 0
     for dtype in DTYPES:

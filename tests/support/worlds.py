@@ -28,7 +28,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
-from places import BUILT
+from backends_under_test import BUILT
 
 TESTS = Path(__file__).resolve().parent
 MODULES = sorted(path.stem for path in TESTS.glob("scenarios*.py"))

@@ -17,7 +17,7 @@ from torch import Tensor
 from aim_kernels.backends import device, pieces
 
 if TYPE_CHECKING:
-    from aim_kernels.backends.device import Share
+    from aim_kernels.backends.device import DeviceShard
     from aim_kernels.step.plan import StepPlan
 
 ON_DEVICE, ZEROES, DEVICE, DESCRIPTION = True, True, "cuda, xpu", "Triton kernels"
@@ -64,9 +64,9 @@ def update(plan: StepPlan, indices: list[int]) -> list[Tensor]:
     return pieces.update(plan, _SELF, indices)
 
 
-def finish(plan: StepPlan, parts: list[list[Tensor]]) -> None:
-    """The rest of a step, for what all its parts measured."""
-    pieces.finish(plan, _SELF, parts)
+def finish(plan: StepPlan, piece_sums: list[list[Tensor]]) -> None:
+    """The rest of a step, for the sums of all its parts."""
+    pieces.finish(plan, _SELF, piece_sums)
 
 
 def emit(plan: StepPlan) -> None:
@@ -79,20 +79,20 @@ class _Kernels:
 
     CHUNK = CHUNK
 
-    def update(self, share: Share) -> None:
+    def update(self, shard: DeviceShard) -> None:
         from aim_kernels.backends.triton import driver
 
-        driver.update(share)
+        driver.update(shard)
 
-    def finish(self, share: Share) -> None:
+    def finish(self, shard: DeviceShard) -> None:
         from aim_kernels.backends.triton import driver
 
-        driver.finish(share)
+        driver.finish(shard)
 
-    def emit(self, share: Share) -> None:
+    def emit(self, shard: DeviceShard) -> None:
         from aim_kernels.backends.triton import driver
 
-        driver.emit(share)
+        driver.emit(shard)
 
 
 _SELF = _Kernels()

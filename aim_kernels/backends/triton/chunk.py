@@ -1,6 +1,6 @@
 """The elements of one chunk: the arithmetic of ``csrc/common/element.h``, in its order, with loads, stores and sums.
 
-The kinds of update differ by scalars that the whole program shares: what a kind does not keep is masked out of its
+Rules differ by scalars that the whole program shares: what a rule does not keep is masked out of its
 loads and stores, which costs no memory traffic.
 """
 
@@ -78,7 +78,7 @@ def _pointer(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _scales(field, start):
+def _exponents(field, start):
     """A pointer to the exponents of a chunk's moment of 8 bits."""
     return tl.load(field).to(tl.pointer_type(tl.uint8)) + start // PACKED_BLOCK
 
@@ -149,8 +149,8 @@ def emit_chunk(
     MOMENT: tl.constexpr = tl.uint8 if MOMENTS == INT8 else ARITHMETIC if MOMENTS == WIDE else tl.int16
     moment = _pointer(tl.load(tensor + EXP_AVG), MOMENT, False) + start
     square = _pointer(tl.load(tensor + EXP_AVG_SQ), MOMENT, False) + start
-    moment_scale = _scales(tensor + EXP_AVG_SCALE, start)
-    square_scale = _scales(tensor + EXP_AVG_SQ_SCALE, start)
+    moment_exponents = _exponents(tensor + EXP_AVG_SCALE, start)
+    square_exponents = _exponents(tensor + EXP_AVG_SQ_SCALE, start)
     anchors = _pointer(tl.load(tensor + ANCHOR), ARITHMETIC, False) + start
     param = _pointer(tl.load(tensor + PARAM), STORAGE, False) + start
     lane = tl.arange(0, BLOCK)
@@ -158,8 +158,8 @@ def emit_chunk(
     while begin < size:
         inside = begin + lane < size
         theta = tl.load(master + begin + lane, mask=inside, other=0)
-        m = read_moment(moment, moment_scale, begin, size, first, inside, True, ARITHMETIC)
-        v = read_moment(square, square_scale, begin, size, second, inside, False, ARITHMETIC)
+        m = read_moment(moment, moment_exponents, begin, size, first, inside, True, ARITHMETIC)
+        v = read_moment(square, square_exponents, begin, size, second, inside, False, ARITHMETIC)
         anchor = tl.load(anchors + begin + lane, mask=inside & anchored, other=0)
         under = (m * m >= v * c_v + c_0) | (state == 0)
         live = _live_weight(theta, anchor, tl.where(under, live_under, live_well))
@@ -177,13 +177,13 @@ def _over_root(top, below, eps, ARITHMETIC: tl.constexpr):
 
 
 @triton.jit
-def _squares(gradient, scale, size, ARITHMETIC: tl.constexpr, BLOCK: tl.constexpr):
+def _squares(gradient, multiplier, size, ARITHMETIC: tl.constexpr, BLOCK: tl.constexpr):
     """The sum of squares in float64: for gradients whose squares leave float32's range."""
     total = tl.zeros((BLOCK,), tl.float64)
     lane = tl.arange(0, BLOCK)
     begin = size - size
     while begin < size:
-        g = (widen(tl.load(gradient + begin + lane, mask=begin + lane < size, other=0), ARITHMETIC) * scale).to(
+        g = (widen(tl.load(gradient + begin + lane, mask=begin + lane < size, other=0), ARITHMETIC) * multiplier).to(
             tl.float64
         )
         total += g * g
@@ -228,12 +228,12 @@ def step_chunk(
     BLOCK: tl.constexpr,
     FULL: tl.constexpr,
     OTHER: tl.constexpr,
-    PACKED: tl.constexpr,
+    GENERAL: tl.constexpr,
     MOMENTS: tl.constexpr,
 ):
     """Steps the elements [start, start + size) and writes what was measured. FULL promises size == CHUNK and aligned
-    addresses; OTHER that the rule is of the family "other", without it that it is not; without PACKED nothing is stored
-    in fewer bytes, or beside the update. MOMENTS is how moments are stored (``rows.MOMENTS``)."""
+    addresses; OTHER that the rule is of the family "other", without it that it is not; without GENERAL nothing is
+    stored in fewer bytes, or beside the update. MOMENTS is how moments are stored (``layout.MOMENTS``)."""
     MOMENT: tl.constexpr = tl.uint8 if MOMENTS == INT8 else ARITHMETIC if MOMENTS == WIDE else tl.int16
     adam, buffer, first, second = kind_of(group, tensor)
     state = first & second
@@ -245,11 +245,11 @@ def step_chunk(
     gradient, moments, boundaries, update = uniforms(
         group, row, statistics, now, following, grad_scale, adam, buffer, state, taken
     )
-    scale, coupled_decay, grad_under, grad_well, sigma = gradient
+    multiplier, coupled_decay, grad_under, grad_well, sigma = gradient
     coupled = coupled_decay != 0
     routed = (grad_under != 1) | (grad_well != 1)
     noisy = sigma != 0
-    scale = scale.to(ARITHMETIC)
+    multiplier = multiplier.to(ARITHMETIC)
     coupled_decay = coupled_decay.to(ARITHMETIC)
     grad_under = grad_under.to(ARITHMETIC)
     grad_well = grad_well.to(ARITHMETIC)
@@ -279,7 +279,7 @@ def step_chunk(
         centered = flag_of(group, CENTERED)
         extra = amsgrad | ((rule_of(group) == RMSPROP) & (tl.load(g64 + MOMENTUM) != 0))
         extras = _pointer(tl.load(tensor + EXTRA), MOMENT, FULL) + start
-        extra_scale = _scales(tensor + EXTRA_SCALE, start)
+        extra_exponents = _exponents(tensor + EXTRA_SCALE, start)
     live_under, live_well = live_of(row, following)
     live_under = live_under.to(ARITHMETIC)
     live_well = live_well.to(ARITHMETIC)
@@ -291,12 +291,12 @@ def step_chunk(
     grads = _pointer(tl.load(tensor + GRAD), STORAGE, FULL) + start
     moment = _pointer(tl.load(tensor + EXP_AVG), MOMENT, FULL) + start
     square = _pointer(tl.load(tensor + EXP_AVG_SQ), MOMENT, FULL) + start
-    moment_scale = _scales(tensor + EXP_AVG_SCALE, start)
-    square_scale = _scales(tensor + EXP_AVG_SQ_SCALE, start)
+    moment_exponents = _exponents(tensor + EXP_AVG_SCALE, start)
+    square_exponents = _exponents(tensor + EXP_AVG_SQ_SCALE, start)
     master = _pointer(tl.load(tensor + MASTER), ARITHMETIC, FULL) + start
     anchors = _pointer(tl.load(tensor + ANCHOR), ARITHMETIC, FULL) + start
     stochastic = False
-    if PACKED:
+    if GENERAL:
         tl.static_assert((CHUNK | BLOCK) & 127 == 0)
         small = tensor.to(tl.pointer_type(tl.int32))
         stochastic = tl.load(small + STOCHASTIC) != 0
@@ -313,7 +313,7 @@ def step_chunk(
 
     # Neighbours that lie in one thread, then over the blocks: at most VECTOR + CHUNK / BLOCK additions before float64
     # takes over.
-    VECTOR: tl.constexpr = PACKED_VECTOR if PACKED else 128 // STORAGE.primitive_bitwidth
+    VECTOR: tl.constexpr = PACKED_VECTOR if GENERAL else 128 // STORAGE.primitive_bitwidth
     LANES: tl.constexpr = BLOCK // VECTOR
     grad_sum = tl.zeros((LANES,), ARITHMETIC)
     grad_sq = tl.zeros((LANES,), ARITHMETIC)
@@ -335,11 +335,11 @@ def step_chunk(
         else:
             inside = begin + lane < size
             g0 = tl.load(grads + begin + lane, mask=inside, other=0)
-        m = read_moment(moment, moment_scale, begin, size, first, inside, True, ARITHMETIC)
-        v = read_moment(square, square_scale, begin, size, second, inside, False, ARITHMETIC)
+        m = read_moment(moment, moment_exponents, begin, size, first, inside, True, ARITHMETIC)
+        v = read_moment(square, square_exponents, begin, size, second, inside, False, ARITHMETIC)
         theta = tl.load(master + begin + lane, mask=inside & live, other=0)
         stored = tl.load(param + begin + lane, mask=inside & (live == 0), other=0)
-        if PACKED and STORAGE.primitive_bitwidth == 16:
+        if GENERAL and STORAGE.primitive_bitwidth == 16:
             beside = inside & (live == 0) & has_rest(weights)
             rest = tl.load(rests + begin + lane, mask=beside, other=0)
             theta = tl.where(live, theta, true_weights(stored, rest, weights, ARITHMETIC))
@@ -347,7 +347,7 @@ def step_chunk(
             theta = tl.where(live, theta, widen(stored, ARITHMETIC))
         anchor = tl.load(anchors + begin + lane, mask=inside & anchored, other=0)
 
-        g0 = widen(g0, ARITHMETIC) * scale
+        g0 = widen(g0, ARITHMETIC) * multiplier
         g = tl.where(coupled, g0 + theta * coupled_decay, g0)
         old = (m * m >= v * old_c_v + old_c_0) | (state == 0)
         g = tl.where(routed, g * tl.where(old, grad_under, grad_well), g)
@@ -360,15 +360,15 @@ def step_chunk(
         random = tl.zeros((BLOCK,), tl.uint32)
         if MOMENTS != WIDE and stochastic:
             random = rounding_bits(seed, counter, MOMENT_STREAM, base, whole + begin, BLOCK)
-        kept = keep_moment(m, moment, moment_scale, begin, size, first, inside, random, stochastic, True)
-        kept_sq = keep_moment(v, square, square_scale, begin, size, second, inside, random, stochastic, False)
+        kept = keep_moment(m, moment, moment_exponents, begin, size, first, inside, random, stochastic, True)
+        kept_sq = keep_moment(v, square, square_exponents, begin, size, second, inside, random, stochastic, False)
         under = (kept * kept >= kept_sq * new_c_v + new_c_0) | (state == 0)
 
         if OTHER:
             if MOMENTS != INT8 or amsgrad:
-                w = read_moment(extras, extra_scale, begin, size, extra, inside, False, ARITHMETIC)
+                w = read_moment(extras, extra_exponents, begin, size, extra, inside, False, ARITHMETIC)
             else:
-                w = read_moment(extras, extra_scale, begin, size, extra, inside, True, ARITHMETIC)
+                w = read_moment(extras, extra_exponents, begin, size, extra, inside, True, ARITHMETIC)
             spread = v - m * m
             w = tl.where(amsgrad, tl.where(w > v, w, v), w)
             # Where both squares overflow, that of a finite mean counts for nothing.
@@ -379,9 +379,9 @@ def step_chunk(
             direction = tl.where(extra & (amsgrad == 0), w, direction)
             direction = tl.where(lion, tl.where(lead > 0, 1.0, tl.where(lead < 0, -1.0, lead)), direction)
             if MOMENTS != INT8 or amsgrad:
-                keep_moment(w, extras, extra_scale, begin, size, extra, inside, random, stochastic, False)
+                keep_moment(w, extras, extra_exponents, begin, size, extra, inside, random, stochastic, False)
             else:
-                keep_moment(w, extras, extra_scale, begin, size, extra, inside, random, stochastic, True)
+                keep_moment(w, extras, extra_exponents, begin, size, extra, inside, random, stochastic, True)
         else:
             direction = tl.where(by_moment, tl.where(nesterov, g + m * mu, m), g)
             if adam:
@@ -389,13 +389,13 @@ def step_chunk(
         delta = direction * tl.where(under, step_under, step_well)
         theta = theta * decay - delta
         tl.store(master + begin + lane, theta, mask=inside & live)
-        if PACKED:
+        if GENERAL:
             average = tl.load(averages + begin + lane, mask=inside & averaged, other=0)
             average = average * ema_keep + theta * ema_add
             tl.store(averages + begin + lane, average, mask=inside & averaged)
             anchor = tl.where(follows, average, anchor)
         shown = tl.where(live, _live_weight(theta, anchor, tl.where(under, live_under, live_well)), theta)
-        if PACKED and STORAGE.primitive_bitwidth == 16:
+        if GENERAL and STORAGE.primitive_bitwidth == 16:
             random = tl.zeros((BLOCK,), tl.uint32)
             if weights == STOCHASTIC_WEIGHTS:
                 random = rounding_bits(seed, counter, WEIGHT_STREAM, base, whole + begin, BLOCK)
@@ -418,8 +418,8 @@ def step_chunk(
     sum_of_grads = tl.sum(grad_sum.to(tl.float64), 0)
     squares = tl.sum(grad_sq.to(tl.float64), 0)
     if (squares - squares != 0) | ((squares == 0) & (sum_of_grads != 0)):
-        squares = _squares(grads, scale, size, ARITHMETIC, BLOCK)
-    if PACKED and tl.load(small + ZERO_GRAD) != 0:
+        squares = _squares(grads, multiplier, size, ARITHMETIC, BLOCK)
+    if GENERAL and tl.load(small + ZERO_GRAD) != 0:
         # Other threads may have loaded what this one clears.
         tl.debug_barrier()
         clear_chunk(grads, size, STORAGE, CHUNK, BLOCK, FULL)

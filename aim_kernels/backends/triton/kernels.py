@@ -71,7 +71,7 @@ _TABLES = (
 
 
 @triton.jit
-def _is_packed(tensor):
+def _needs_general_kernel(tensor):
     """Whether a tensor keeps something in fewer bytes, or asks for something beside the update."""
     small = tensor.to(tl.pointer_type(tl.int32))
     ways = tl.load(small + MOMENT_STORAGE) | tl.load(small + WEIGHT_STORAGE) | tl.load(small + ZERO_GRAD)
@@ -79,11 +79,11 @@ def _is_packed(tensor):
 
 
 @triton.jit
-def _is_aligned(tensor, PACKED: tl.constexpr):
+def _is_aligned(tensor, GENERAL: tl.constexpr):
     """Whether every address of a tensor allows 16-byte accesses."""
     bits = tl.load(tensor + PARAM) | tl.load(tensor + GRAD) | tl.load(tensor + MASTER) | tl.load(tensor + ANCHOR)
     bits = bits | tl.load(tensor + EXP_AVG) | tl.load(tensor + EXP_AVG_SQ) | tl.load(tensor + EXTRA)
-    if PACKED:
+    if GENERAL:
         bits = bits | tl.load(tensor + REST) | tl.load(tensor + EMA)
     return (bits & 15) == 0
 
@@ -129,13 +129,13 @@ def update_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
     OTHER: tl.constexpr,
-    PACKED: tl.constexpr,
+    GENERAL: tl.constexpr,
     MOMENTS: tl.constexpr,
 ):
     """Steps 0 to 6 for one chunk of the tensors whose storage type is NUMBER, whose rule is of the family "other"
     (OTHER) or not, and that keep something in fewer bytes, with moments stored as MOMENTS, or ask for something beside
-    the update (PACKED), or neither. ``phases`` gets this step's phase and the one drawn."""
-    if not PACKED and found_inf is not None and tl.load(found_inf) != 0:
+    the update (GENERAL), or neither. ``phases`` gets this step's phase and the one drawn."""
+    if not GENERAL and found_inf is not None and tl.load(found_inf) != 0:
         return
     program = tl.program_id(0).to(tl.int64)
     next_phase = draw_phase(
@@ -155,13 +155,13 @@ def update_kernel(
     group = groups + number * GROUP_WORDS
     if is_other(group) != OTHER:
         return
-    if (_is_packed(tensor) != PACKED) | (tl.load(small + MOMENT_STORAGE) != MOMENTS):
+    if (_needs_general_kernel(tensor) != GENERAL) | (tl.load(small + MOMENT_STORAGE) != MOMENTS):
         return
     row = rows + number * ROW_WORDS
     partial = partials + program * STATISTICS
     start = tl.load(chunk + CHUNK_INDEX).to(tl.int64) * CHUNK
     size = tl.minimum(tl.load(tensor + NUMEL) - start, CHUNK).to(tl.int32)
-    if PACKED and found_inf is not None and tl.load(found_inf) != 0:
+    if GENERAL and found_inf is not None and tl.load(found_inf) != 0:
         _clear_skipped(tensor, start, size, STORAGE, CHUNK, BLOCK)
         return
     if _adopts(tensor, row):
@@ -169,7 +169,7 @@ def update_kernel(
     if tl.load(tensor + GRAD) != 0:
         now = tl.load(control + PHASE) & 1
         line = statistics + number * STATISTICS
-        if (size == CHUNK) & _is_aligned(tensor, PACKED):
+        if (size == CHUNK) & _is_aligned(tensor, GENERAL):
             step_chunk(
                 tensor,
                 group,
@@ -188,7 +188,7 @@ def update_kernel(
                 BLOCK,
                 True,
                 OTHER,
-                PACKED,
+                GENERAL,
                 MOMENTS,
             )
         else:
@@ -210,7 +210,7 @@ def update_kernel(
                 BLOCK,
                 False,
                 OTHER,
-                PACKED,
+                GENERAL,
                 MOMENTS,
             )
     else:
@@ -305,7 +305,7 @@ def finish_kernel(
     others_count,
     BLOCK: tl.constexpr,
 ):
-    """Step 7 for one group. Without ``sums`` this is home.
+    """Step 7 for one group. Without ``sums`` this is the primary device.
 
     Programs run in any order, so none of them reads control, which the first one moves: the phase was drawn by
     ``update_kernel`` and left in ``phases``, behind this step's. Nor do two of them write the same row or step count.

@@ -28,8 +28,8 @@ from aim_kernels.step.layout import PACKED_BLOCK as _PACKED_BLOCK
 
 
 def _at(record: np.dtype[np.void], name: str) -> tl.constexpr:
-    kind, offset = record.fields[name][:2]  # type: ignore[index]
-    return tl.constexpr(offset // kind.itemsize)
+    dtype, offset = record.fields[name][:2]  # type: ignore[index]
+    return tl.constexpr(offset // dtype.itemsize)
 
 
 def _words(record: np.dtype[np.void], size: int = 8) -> tl.constexpr:

@@ -135,18 +135,18 @@ def rounding_bits(seed, counter, STREAM: tl.constexpr, base, index, BLOCK: tl.co
     if shift != 0:
         # A part of a parameter that does not begin with such a block.
         later = _rounding_block(seed, counter, STREAM, base, block + BLOCK // 256, BLOCK)
-        place = tl.arange(0, BLOCK) + shift
+        source = tl.arange(0, BLOCK) + shift
         bits = tl.where(
-            place < BLOCK,
-            tl.gather(bits, tl.minimum(place, BLOCK - 1), 0),
-            tl.gather(later, tl.maximum(place - BLOCK, 0), 0),
+            source < BLOCK,
+            tl.gather(bits, tl.minimum(source, BLOCK - 1), 0),
+            tl.gather(later, tl.maximum(source - BLOCK, 0), 0),
         )
     return bits
 
 
 @triton.jit
-def draw_phase(seed, counter, threshold):
+def draw_phase(seed, counter, limit):
     """The phase of the live weights that the step at hand writes (int64): 0 true, 1 auxiliary."""
     zero = counter ^ counter
     x0, _x1, _x2, _x3 = philox(seed, zero, zero, counter, zero + PHASE_STREAM)
-    return (x0.to(tl.int64) < threshold).to(tl.int64)
+    return (x0.to(tl.int64) < limit).to(tl.int64)

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from aim_kernels.backends.triton.layout import KAHAN, PACKED_BLOCK, SPLIT, STOCHASTIC_WEIGHTS
 
-# Elements that a thread holds of a block (``driver.PACKED_ELEMENTS``): more would not fit in its registers.
+# Elements that a thread holds of a block (``driver.GENERAL_ELEMENTS``): more would not fit in its registers.
 VECTOR = tl.constexpr(4)
 
 # From float32's mantissa to that of a code.
@@ -73,9 +73,9 @@ def _lowest(exponent, SIGNED: tl.constexpr):
 def _value(code, exponent, SIGNED: tl.constexpr):
     """The numbers of codes (uint32), by the exponents (int32) of their blocks."""
     lowest = _lowest(exponent, SIGNED)
-    place = (code & (0x7F if SIGNED else 0xFF)) << SHIFT
-    linear = place < 0x800000
-    above = (place + lowest - tl.where(linear, 0, 0x800000).to(tl.uint32)).to(tl.float32, bitcast=True)
+    rung = (code & (0x7F if SIGNED else 0xFF)) << SHIFT
+    linear = rung < 0x800000
+    above = (rung + lowest - tl.where(linear, 0, 0x800000).to(tl.uint32)).to(tl.float32, bitcast=True)
     value = above - tl.where(linear, lowest.to(tl.float32, bitcast=True), 0.0)
     bits = value.to(tl.uint32, bitcast=True)
     if SIGNED:
@@ -102,36 +102,36 @@ def _code(x, exponent, random, SIGNED: tl.constexpr):
     magnitude = bits & 0x7FFFFFFF
     # A sum lines up what lies in the linear binade: its step is that of the binade above.
     linear = magnitude.to(tl.float32, bitcast=True) + lowest.to(tl.float32, bitcast=True)
-    place = tl.where(magnitude < lowest, linear.to(tl.uint32, bitcast=True), magnitude + 0x800000) - lowest
-    code = (place + (random << (SHIFT - 16)).to(tl.uint32)) >> SHIFT
+    rung = tl.where(magnitude < lowest, linear.to(tl.uint32, bitcast=True), magnitude + 0x800000) - lowest
+    code = (rung + (random << (SHIFT - 16)).to(tl.uint32)) >> SHIFT
     with_sign = code | ((bits >> 24) & 0x80)
     without = tl.where((code == 0) & (magnitude != 0), 1, code).to(tl.uint32)
     return tl.where(exponent == 255, 0, with_sign if SIGNED else without).to(tl.uint32)
 
 
 @triton.jit
-def _read_exponents(scales, begin, size, kept, BLOCK: tl.constexpr):
+def _read_exponents(exponents, begin, size, kept, BLOCK: tl.constexpr):
     """The exponents (int32) of a block's elements. Neighbours that lie in one thread share a load."""
     LANES: tl.constexpr = BLOCK // VECTOR
     first = begin + tl.arange(0, LANES) * VECTOR
-    exponent = tl.load(scales + first // PACKED_BLOCK, mask=kept & (first < size), other=0).to(tl.int32)
+    exponent = tl.load(exponents + first // PACKED_BLOCK, mask=kept & (first < size), other=0).to(tl.int32)
     return tl.reshape(tl.broadcast_to(tl.expand_dims(exponent, 1), (LANES, VECTOR)), (BLOCK,))
 
 
 @triton.jit
-def read_moment(values, scales, begin, size, kept, inside, SIGNED: tl.constexpr, ARITHMETIC: tl.constexpr):
+def read_moment(values, exponents, begin, size, kept, inside, SIGNED: tl.constexpr, ARITHMETIC: tl.constexpr):
     """The elements [begin, begin + BLOCK) of a moment of ``size`` elements, in the arithmetic type; ``kept`` says
     whether there is such a moment, ``inside`` which of the elements there are."""
     BLOCK: tl.constexpr = inside.shape[0]
     stored = tl.load(values + begin + tl.arange(0, BLOCK), mask=inside & kept, other=0)
     if stored.dtype == tl.uint8:
-        return _value(stored.to(tl.uint32), _read_exponents(scales, begin, size, kept, BLOCK), SIGNED)
+        return _value(stored.to(tl.uint32), _read_exponents(exponents, begin, size, kept, BLOCK), SIGNED)
     else:
         return widen(stored, ARITHMETIC)
 
 
 @triton.jit
-def keep_moment(x, values, scales, begin, size, kept, inside, random, stochastic, SIGNED: tl.constexpr):
+def keep_moment(x, values, exponents, begin, size, kept, inside, random, stochastic, SIGNED: tl.constexpr):
     """Stores the elements [begin, begin + BLOCK) of a moment, and returns what will be read again. ``random``: 16 bits
     an element, by which they are rounded where ``stochastic``, as codes always are."""
     BLOCK: tl.constexpr = inside.shape[0]
@@ -142,7 +142,7 @@ def keep_moment(x, values, scales, begin, size, kept, inside, random, stochastic
         exponent = _exponent(x, SIGNED, BLOCK)
         row = tl.arange(0, BLOCK // PACKED_BLOCK)
         there = kept & (begin + row * PACKED_BLOCK < size)
-        tl.store(scales + begin // PACKED_BLOCK + row, exponent.to(tl.uint8), mask=there)
+        tl.store(exponents + begin // PACKED_BLOCK + row, exponent.to(tl.uint8), mask=there)
         spread = _spread(exponent, BLOCK)
         code = _code(x, spread, random, SIGNED)
         tl.store(to, code.to(tl.uint8), mask=inside & kept)
@@ -160,7 +160,7 @@ def keep_moment(x, values, scales, begin, size, kept, inside, random, stochastic
 
 
 @triton.jit
-def _joined(upper, lower):
+def _join_bf16(upper, lower):
     """The float32 numbers of two halves (int16)."""
     high = upper.to(tl.uint32) << 16
     low = lower.to(tl.int32).to(tl.uint32, bitcast=True)
@@ -172,7 +172,7 @@ def _joined(upper, lower):
 
 
 @triton.jit
-def _split(x):
+def _split_bf16(x):
     """The halves (int16) of float32 numbers: the nearest bfloat16, and what is to be added to its bits."""
     bits = x.to(tl.uint32, bitcast=True)
     nan = x != x
@@ -189,10 +189,10 @@ def has_rest(weights):
 
 @triton.jit
 def true_weights(stored, rest, weights, ARITHMETIC: tl.constexpr):
-    """What parameters and what they lack stand for. ``weights``: as numbered in ``rows.WEIGHTS``."""
+    """What parameters and what they lack stand for. ``weights``: as numbered in ``layout.WEIGHTS``."""
     theta = widen(stored, ARITHMETIC)
     if stored.dtype.is_int():
-        theta = tl.where(weights == SPLIT, _joined(stored, rest), theta)
+        theta = tl.where(weights == SPLIT, _join_bf16(stored, rest), theta)
     return tl.where(weights == KAHAN, widen(stored, ARITHMETIC) + widen(rest, ARITHMETIC), theta)
 
 
@@ -204,7 +204,7 @@ def kept_weights(theta, random, weights, STORAGE: tl.constexpr):
     # What overflowed has no rest.
     rest = narrow(tl.where(kept - kept == 0, theta - kept, 0.0), STORAGE)
     if STORAGE.is_int():
-        upper, lower = _split(theta)
+        upper, lower = _split_bf16(theta)
         at_random = tl.where(weights == STOCHASTIC_WEIGHTS, _narrow_at_random(theta, random), stored)
         stored = tl.where(weights == SPLIT, upper, at_random)
         rest = tl.where(weights == SPLIT, lower, rest)

@@ -81,7 +81,7 @@ def kind_of(group, tensor):
 
 @triton.jit
 def is_other(group):
-    """Whether a rule is of the family "other" (``rows.FAMILIES``)."""
+    """Whether a rule is of the family "other" (``layout.FAMILIES``)."""
     rule = rule_of(group)
     return (rule > SGD) | ((rule != SGD) & flag_of(group, AMSGRAD))
 
@@ -208,7 +208,7 @@ def is_held(row, now):
 
 @triton.jit
 def uniforms(group, row, statistics, now, following, grad_scale, adam, buffer, state, taken):
-    """The numbers of ``aim::Uniforms`` for a parameter that took ``taken`` steps, in these tuples: gradient (scale,
+    """The numbers of ``aim::Uniforms`` for a parameter that took ``taken`` steps, in these tuples: gradient (multiplier,
     coupled decay, under, well, sigma), moments (keep and add of either), boundaries (old c_v, old c_0, new c_v,
     new c_0), update (eps, momentum, decay, step under, step well). Lion leads with the betas of its group.
 
@@ -223,15 +223,15 @@ def uniforms(group, row, statistics, now, following, grad_scale, adam, buffer, s
     weight_decay = tl.load(g + WEIGHT_DECAY)
     rule = rule_of(group)
     decoupled = (rule == ADAMW) | (rule == LION)
-    scale = tl.load(g + SCALE)
+    multiplier = tl.load(g + SCALE)
     if grad_scale is not None:
-        scale = scale * (1.0 / tl.load(grad_scale).to(tl.float64))
+        multiplier = multiplier * (1.0 / tl.load(grad_scale).to(tl.float64))
     noise = tl.load(row + NOISE)
     sigma = tl.where((noise != 0) & (held == 0), noise * _standard_deviation(statistics), 0.0)
     grad_under = tl.load(row + ROW_GRAD)
     grad_well = tl.load(row + ROW_GRAD + 1)
     routed = (grad_under != 1) | (grad_well != 1)
-    gradient = (scale, tl.where(decoupled, 0.0, weight_decay), grad_under, grad_well, sigma)
+    gradient = (multiplier, tl.where(decoupled, 0.0, weight_decay), grad_under, grad_well, sigma)
 
     mu = tl.load(g + MOMENTUM)
     beta1 = tl.load(g + BETA1)

@@ -37,16 +37,16 @@ class Folder:
         """
         if not self.file.exists() or not self.file.stat().st_size:
             return []
-        kinds = {f.name: {"int": int, "float": float}.get(str(f.type), str) for f in fields(Line)}
+        types = {f.name: {"int": int, "float": float}.get(str(f.type), str) for f in fields(Line)}
         found = []
         header, *texts = self.file.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
-        if header != ",".join(kinds):
+        if header != ",".join(types):
             raise OtherVersionError(f"{self.file} is of another version; give another folder, or move it away")
         # One by one: a quote that was cut off would swallow the next line.
         for text in texts:
             try:
                 (row,) = csv.reader([text], strict=True)
-                line = Line(**{n: kind(value) for (n, kind), value in zip(kinds.items(), row, strict=True)})
+                line = Line(**{n: read(value) for (n, read), value in zip(types.items(), row, strict=True)})
                 if contestant(line.contestant).options(line.choice) == line.options:
                     found.append(line)
             except (csv.Error, ValueError):

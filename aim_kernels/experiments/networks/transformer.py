@@ -37,8 +37,8 @@ class Tokens(nn.Module):
         for axis, p in enumerate(self.patch):
             x = x.unflatten(2 + 2 * axis, (-1, p))
         axes = len(self.patch)
-        places, within = [2 + 2 * a for a in range(axes)], [3 + 2 * a for a in range(axes)]
-        z = self.linear(x.permute(0, *places, 1, *within).flatten(1 + axes).flatten(1, axes))
+        outer, within = [2 + 2 * a for a in range(axes)], [3 + 2 * a for a in range(axes)]
+        z = self.linear(x.permute(0, *outer, 1, *within).flatten(1 + axes).flatten(1, axes))
         return z + sinusoids(z.shape[1], z.shape[2], z.device).to(z.dtype)
 
 

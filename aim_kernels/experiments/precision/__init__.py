@@ -35,12 +35,12 @@ def read(path: Path) -> list[Line]:
     check_columns(path, Line)
     if not path.exists() or not path.stat().st_size:
         return []
-    kinds = {f.name: {"int": int, "float": float}.get(str(f.type), str) for f in fields(Line)}
+    types = {f.name: {"int": int, "float": float}.get(str(f.type), str) for f in fields(Line)}
     found = []
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
         for row in csv.DictReader(file):
             try:
-                found.append(Line(**{name: kinds[name](value) for name, value in row.items()}))
+                found.append(Line(**{name: types[name](value) for name, value in row.items()}))
             except (KeyError, TypeError, ValueError):
                 continue
     return found

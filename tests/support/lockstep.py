@@ -36,9 +36,9 @@ def moment(state: dict[str, Any], name: str | None, p: torch.Tensor) -> np.ndarr
     if state[name].dtype != torch.uint8:
         return flat(state[name], p)
     unsigned = name in ("exp_avg_sq", "max_exp_avg_sq", "sum", "square_avg")
-    kind = oracle_packing.SECOND if unsigned else oracle_packing.FIRST
+    fmt = oracle_packing.SECOND if unsigned else oracle_packing.FIRST
     codes = flat(state[name], p).astype(np.int64)
-    return oracle_packing.unpacked(codes, state[f"{name}_scale"].cpu().numpy(), kind)
+    return oracle_packing.decode(codes, state[f"{name}_scale"].cpu().numpy(), fmt)
 
 
 def true_weights(state: dict[str, Any], p: torch.Tensor) -> np.ndarray:
@@ -118,7 +118,7 @@ class Twin:
             sums = dict(zip(oracle.SUMS, tables.statistics[index].tolist(), strict=True))
             blocks.append(oracle.Block(self.hyper(group), row, leaves, sums))
         self.oracle.blocks = blocks
-        self.oracle.seed, self.oracle.counter, self.oracle.threshold, self.oracle.phase = tables.control.tolist()
+        self.oracle.seed, self.oracle.counter, self.oracle.draw_limit, self.oracle.phase = tables.control.tolist()
 
     def leaf(self, p: torch.Tensor, group: dict[str, Any], first: int) -> oracle.Leaf:
         state = self.optimizer.state.get(p, {})
@@ -163,11 +163,11 @@ class Twin:
         for p, grad, version in zip(params, grads, versions, strict=True):
             if grad is not None and p.numel():
                 assert p._version > version, "a parameter was written without bumping its version"
-        nested, seen, place = [], [], 0
+        nested, seen, begin = [], [], 0
         for group in self.optimizer.param_groups:
             count = len(group["params"])
-            nested.append(flat_grads[place : place + count])
-            place += count
+            nested.append(flat_grads[begin : begin + count])
+            begin += count
             leaves = [self.leaf(p, group, 0) for p in group["params"]]
             seen.append([self.observed(p, group, leaf) for p, leaf in zip(group["params"], leaves, strict=True)])
         if getattr(self.optimizer, "zero_grad_in_step", False):
@@ -191,10 +191,10 @@ class Twin:
         """Every element of parameters, states, rows, statistics and control."""
         tables = self.optimizer.tables
         o = self.oracle
-        assert tables.control.tolist() == [o.seed, o.counter, o.threshold, o.phase]
+        assert tables.control.tolist() == [o.seed, o.counter, o.draw_limit, o.phase]
         for index, (block, group) in enumerate(zip(o.blocks, self.optimizer.param_groups, strict=True)):
-            for place, (leaf, p) in enumerate(zip(block.leaves, group["params"], strict=True)):
-                where = f"group {index}, parameter {place} {tuple(p.shape)}"
+            for position, (leaf, p) in enumerate(zip(block.leaves, group["params"], strict=True)):
+                where = f"group {index}, parameter {position} {tuple(p.shape)}"
                 self._compare_leaf(leaf, self.leaf(p, group, leaf.first), block.hyper.initial, where)
             row = dict(zip(oracle.COLUMNS, tables.rows[index].tolist(), strict=True))
             for name, value in block.row.items():

@@ -1,4 +1,4 @@
-"""Where the step tests run: every backend on this machine's processor, and on a GPU where there is one.
+"""Backends that the step tests run over: each on this machine's processor, and on a GPU where there is one.
 
 The CUDA kernels run on a processor too: the same sources compiled against a stand-in for the CUDA runtime
 (tests/native/cuda_on_cpu), blocks one after the other in shuffled order, the threads of a block as real threads. The
@@ -32,8 +32,8 @@ EMULATED = ("cuda", "triton")
 #: Backends on a GPU: `make gpu`.
 ON_GPU = ("cuda@gpu", "triton@gpu")
 
-DEVICE_PLACES = (*EMULATED, *(pytest.param(place, marks=pytest.mark.gpu) for place in ON_GPU))
-PLACES = ("cpu", "reference", *DEVICE_PLACES)
+DEVICE_BACKENDS = (*EMULATED, *(pytest.param(backend, marks=pytest.mark.gpu) for backend in ON_GPU))
+BACKENDS = ("cpu", "reference", *DEVICE_BACKENDS)
 
 CHUNK, THREADS = 1024, 64
 
@@ -66,20 +66,20 @@ def cuda_on_cpu() -> ModuleType:
     return module
 
 
-def enter(place: str, monkeypatch: pytest.MonkeyPatch) -> str:
+def enter(backend: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """Makes a backend run, on CPU tensors or on a GPU; returns its name. Parameters that helpers.py makes from then on
     are on the device."""
-    name, _, device = place.partition("@")
+    name, _, device = backend.partition("@")
     if name in ("cuda", "triton"):
-        backend = importlib.import_module(f"aim_kernels.backends.{name}")
-        monkeypatch.setattr(backend._Kernels, "CHUNK", CHUNK)
+        module = importlib.import_module(f"aim_kernels.backends.{name}")
+        monkeypatch.setattr(module._Kernels, "CHUNK", CHUNK)
     if device:
         assert torch.cuda.is_available(), "PyTorch finds no GPU"
         monkeypatch.setattr(helpers, "DEVICE", "cuda")
     elif name == "cuda":
-        monkeypatch.setattr(backend, "_cuda", cuda_on_cpu())
-        monkeypatch.setattr(backend, "THREADS", THREADS)
-        monkeypatch.setattr(backend, "unavailable", lambda: "")
-        monkeypatch.setattr(backend, "runs_on", lambda device: True)
-        monkeypatch.setattr(backend, "_stream", lambda device: 0)
+        monkeypatch.setattr(module, "_cuda", cuda_on_cpu())
+        monkeypatch.setattr(module, "THREADS", THREADS)
+        monkeypatch.setattr(module, "unavailable", lambda: "")
+        monkeypatch.setattr(module, "runs_on", lambda device: True)
+        monkeypatch.setattr(module, "_stream", lambda device: 0)
     return name
