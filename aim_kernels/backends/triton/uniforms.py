@@ -208,9 +208,9 @@ def is_held(row, now):
 
 @triton.jit
 def uniforms(group, row, statistics, now, following, grad_scale, adam, buffer, state, taken):
-    """The numbers of ``aim::Uniforms`` for a parameter that took ``taken`` steps, in these tuples: gradient (multiplier,
-    coupled decay, under, well, sigma), moments (keep and add of either), boundaries (old c_v, old c_0, new c_v,
-    new c_0), update (eps, momentum, decay, step under, step well). Lion leads with the betas of its group.
+    """The numbers of ``aim::Uniforms`` for a parameter that took ``taken`` steps, in these tuples: gradient
+    (multiplier, coupled decay, under, well, sigma), moments (keep and add of either), boundaries (old c_v, old c_0,
+    new c_v, new c_0), update (eps, momentum, decay, step under, step well). Lion leads with the betas of its group.
 
     ``group`` points to the group's record as int64, ``row`` and ``statistics`` to its lines; ``now`` and ``following``
     are phases.
