@@ -1,4 +1,5 @@
-"""What all commands share: arguments that are judged before any work, an output folder, and ends without a traceback.
+"""Common parts of all commands: arguments that are judged before any work, an output folder, and ends without a
+traceback.
 
 A wrong argument is one line of usage, one sentence that names option, value and what is allowed, and exit status 2. A
 file that cannot be written is a sentence and exit status 1, an interruption a sentence and 130.

@@ -1,4 +1,5 @@
-"""What is installed on this machine, and why something is not: the report that ``python -m aim_kernels`` prints.
+"""Environment diagnostics, of what is installed and why something is not: the report that ``python -m aim_kernels``
+prints.
 
 Every part is gathered on its own, so that whatever is missing or broken (the extension above all) becomes a line of the
 report and not a traceback.

@@ -1,4 +1,4 @@
-"""How training comes to rely on auxiliary blocks: the rows of each ``mixing``, and the two passes of "split"."""
+"""Mixing of auxiliary blocks into training: the rows of each ``mixing``, and the two passes of "split"."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the options of :class:`AIM` may be, and how strengths follow a schedule."""
+"""Checks of the options of :class:`AIM`, and schedules of strengths."""
 
 from __future__ import annotations
 

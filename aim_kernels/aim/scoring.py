@@ -1,4 +1,4 @@
-"""What AIM scores: the blocks of a model, with one of the probes, on samples."""
+"""Scores of a model's blocks, by one of the probes, on samples."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Who carries out a step. "auto" lets the tensors' device decide; an explicit request that cannot be met raises, with
-the reason."""
+"""Backend registry and selection.
+
+"auto" lets the tensors' device decide; an explicit request that cannot be met raises, with the reason.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Who is timed on a device: both device backends, torch.optim's fused and foreach AdamW, AIM under torch.compile, and
-flashoptim where it is installed."""
+"""Candidates to be timed on a device: both device backends, torch.optim's fused and foreach AdamW, AIM under
+torch.compile, and flashoptim where it is installed."""
 
 from __future__ import annotations
 

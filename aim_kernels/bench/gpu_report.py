@@ -1,4 +1,4 @@
-"""What a run on a device leaves behind: table, CSV, Markdown, chart, and which targets were met."""
+"""Report of a run on a device: table, CSV, Markdown, chart, and which targets were met."""
 
 from __future__ import annotations
 

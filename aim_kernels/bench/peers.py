@@ -1,4 +1,4 @@
-"""Who is timed: this library's optimizer, torch.optim's, and AIM written in PyTorch, each on the same arrays."""
+"""Candidates to be timed: this library's optimizer, torch.optim's, and AIM written in PyTorch, on the same arrays."""
 
 from __future__ import annotations
 

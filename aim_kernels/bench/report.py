@@ -1,4 +1,4 @@
-"""What a run leaves behind: the table, rows of a CSV file, a bar chart, and which targets were met."""
+"""Report of a run: the table, rows of a CSV file, a bar chart, and which targets were met."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is stepped: the benchmark's sets of tensors, and the arrays that all candidates share."""
+"""Problems to be stepped: the benchmark's sets of tensors, and the arrays that all candidates share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the callbacks share: which optimizer, which weights a state dict holds, when strengths are updated."""
+"""Common parts of the callbacks: the optimizer, the weights of a state dict, when strengths are updated."""
 
 from __future__ import annotations
 

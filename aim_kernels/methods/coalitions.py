@@ -1,4 +1,4 @@
-"""What every subset of the modalities would answer, and Shapley values of those answers."""
+"""Answers of every subset of the modalities, and Shapley values of those answers."""
 
 from __future__ import annotations
 

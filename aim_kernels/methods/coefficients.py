@@ -1,4 +1,4 @@
-"""What methods share that are one factor a modality: rows, epochs, which parameters."""
+"""Methods that are one factor per modality: rows, epochs, which parameters."""
 
 from __future__ import annotations
 

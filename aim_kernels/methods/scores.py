@@ -1,4 +1,4 @@
-"""How well each modality does on a batch: what most methods compare. Nothing here waits for the device.
+"""Scores of each modality on a batch, which most methods compare. Nothing here waits for the device.
 
 Scores are means over the ranks of an initialized process group, so that all of them set the same rows.
 """

@@ -1,4 +1,4 @@
-"""How a group gets into an optimizer: what becomes of the caller's dict, and what is asked of it.
+"""Adding groups to an optimizer: what becomes of the caller's dict, and what is asked of it.
 
 As in torch.optim the dict itself becomes the group. Where it is refused it has got a list in the place of whatever its
 parameters came in, and nothing else, so that it can be passed again.

@@ -1,5 +1,5 @@
-"""How strengths, rows and phases get into an optimizer, and what it reports: the part of ``AIMFusedOptimizer`` that no
-step runs through."""
+"""The modulation API, which sets strengths, rows and phases and reads statistics: the part of ``AIMFusedOptimizer``
+that no step runs through."""
 
 from __future__ import annotations
 

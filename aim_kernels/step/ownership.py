@@ -1,5 +1,5 @@
-"""Which states are a step's own, and which others keep beside them: wrappers, hooks and users, who may put anything of
-any type into ``optimizer.state[p]`` and under keys of their own into ``optimizer.state``."""
+"""Ownership of states: those of a step, and those that others keep beside them: wrappers, hooks and users, who may put
+anything of any type into ``optimizer.state[p]`` and under keys of their own into ``optimizer.state``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a parameter keeps between steps: names, types and memory order of its states, and how they begin."""
+"""Per-parameter state: names, types and memory order, and initial values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which parameters a step can update, and why not the others."""
+"""Support for parameters: which ones a step can update, and why not the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is refused, and how it is said: every error names the parameter and what to do, before anything is written."""
+"""Validation of options, parameters, gradients and states: errors name the offender, before anything is written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a plan looks at before every step, and by which means: ``python/watch.cpp`` does the looking."""
+"""Inputs of ``python/watch.cpp``, by which a plan looks for changes before every step."""
 
 from __future__ import annotations
 

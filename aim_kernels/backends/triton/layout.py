@@ -1,4 +1,4 @@
-"""Where the fields of the tables lie, counted in their own type: offsets that the kernels add to pointers."""
+"""Offsets of the tables' fields, counted in their own type, which the kernels add to pointers."""
 
 from __future__ import annotations
 

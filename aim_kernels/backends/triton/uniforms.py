@@ -1,4 +1,4 @@
-"""What all elements of a tensor share in one step: ``csrc/common/shared.h`` for Triton, operation by operation.
+"""Numbers that all elements of a tensor share in one step: ``csrc/common/shared.h`` for Triton, operation by operation.
 
 Everything is float64, with +, -, *, / and sqrt only; the elements' kernel rounds it once to the type it computes in.
 """

@@ -1,4 +1,4 @@
-"""Who is compared: a method, the options that its tuning may choose from, and what its optimizer needs.
+"""Contestants of a comparison: a method, the options that its tuning may choose from, and what its optimizer needs.
 
 Every method may choose from at most :data:`BUDGET` configurations, the first of which is its default; they are judged
 on the validation split of the tuning seeds, which are none of the seeds that are reported.

@@ -1,4 +1,4 @@
-"""What is measured of a trained network: all on a whole split, with the weights that the method wants judged."""
+"""Measures of a trained network: all on a whole split, with the weights that the method wants judged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every data set of the demo looks like."""
+"""The form of every data set of the demo."""
 
 from __future__ import annotations
 

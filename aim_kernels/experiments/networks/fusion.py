@@ -1,4 +1,4 @@
-"""What turns the encoders' features into logits, and into logits of each modality alone.
+"""Fusion heads, which turn the encoders' features into logits, and into logits of each modality alone.
 
 Every fusion is a module: ``fusion(features) -> [B, K]`` of a list of one ``[B, C_m]`` a modality, and
 ``fusion.unimodal(features) -> [[B, K] of each modality]``. ``fusion.widths`` are the ``C_m``.

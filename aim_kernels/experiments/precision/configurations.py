@@ -1,4 +1,4 @@
-"""What is compared: how parameters and states are stored, and one line of the results."""
+"""Configurations to compare: how parameters and states are stored, and one line of the results."""
 
 from __future__ import annotations
 

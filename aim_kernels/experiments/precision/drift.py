@@ -1,4 +1,4 @@
-"""How far weights part from float32's, when gradients are the same: rounding alone."""
+"""Drift of weights from float32's under equal gradients: rounding alone."""
 
 from __future__ import annotations
 
