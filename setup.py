@@ -115,13 +115,19 @@ def native_architectures() -> list[str]:
 
 
 def architectures() -> list[str]:
-    """Flags for nvcc: machine code for each architecture, and PTX of the newest for those to come."""
+    """Flags for nvcc: machine code for each architecture, and PTX of the newest for those to come.
+
+    80 to 90 are assembled from one PTX, that of the oldest of them: what nvcc makes for a later one is the same but for
+    its name (a test compares them), and the compiler proper, which takes as long as an assembly, runs once.
+    """
     wish = os.environ.get("AIM_KERNELS_CUDA_ARCHS", CUDA_ARCHS)
     numbers = native_architectures() if wish == "native" else wish.split(";")
     if not all(number.isdigit() for number in numbers):
         raise SystemExit(f"AIM_KERNELS_CUDA_ARCHS={wish!r}: expected numbers such as {CUDA_ARCHS}, or native")
-    flags = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
-    newest = max(numbers, key=int)
+    alike = [number for number in numbers if 80 <= int(number) <= 90]
+    virtual = {number: min(alike, key=int) if number in alike else number for number in numbers}
+    flags = [f"-gencode=arch=compute_{virtual[number]},code=sm_{number}" for number in numbers]
+    newest = virtual[max(numbers, key=int)]
     return [*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from backends_under_test import make
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

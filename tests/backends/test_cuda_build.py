@@ -21,6 +21,8 @@ import pytest
 from aim_kernels import _C
 from aim_kernels.step import layout
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = ("sm_80", "sm_90")
 STORAGE = ("float32", "float64", "bfloat16", "float16")
@@ -125,7 +127,19 @@ def test_later_architectures_get_ptx(objects: Path) -> None:
         text=True,
         check=True,
     ).stdout
-    assert "sm_90.ptx" in listed
+    assert "sm_80.ptx" in listed
+
+
+def test_architectures_that_share_ptx_would_have_the_same(setup_py: ModuleType, tmp_path: Path, objects: Path) -> None:
+    """What nvcc makes for 90 is what it makes for 80; every header takes part. (100 has another compiler.)"""
+    nvcc, _ = setup_py.choose_nvcc()
+    told = []
+    for number in ("80", "90"):
+        command = [nvcc, f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}", *setup_py.NVCCFLAGS]
+        command += [f"-arch=compute_{number}", "-ptx", "-o", tmp_path / number]
+        subprocess.run([*command, ROOT / "csrc" / "cuda" / "packed_float64.cu"], capture_output=True, check=True)
+        told.append((tmp_path / number).read_text())
+    assert told[0] == told[1].replace(".target sm_90", ".target sm_80")
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -220,9 +234,16 @@ def test_a_missing_nvcc_is_told_or_an_error(
 
 
 def test_architectures(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [flag.rpartition("=")[2] for flag in setup_py.architectures()] == ["sm_80", "sm_90", "compute_90"]
+    """Those from 80 to 90 share a PTX."""
+
+    def asked() -> list[str]:
+        return [flag.removeprefix("-gencode=arch=compute_") for flag in setup_py.architectures()]
+
+    assert asked() == ["80,code=sm_80", "80,code=sm_90", "80,code=compute_80"]
     monkeypatch.setenv("AIM_KERNELS_CUDA_ARCHS", "100;75")
-    assert [flag.rpartition("=")[2] for flag in setup_py.architectures()] == ["sm_100", "sm_75", "compute_100"]
+    assert asked() == ["100,code=sm_100", "75,code=sm_75", "100,code=compute_100"]
+    monkeypatch.setenv("AIM_KERNELS_CUDA_ARCHS", "90;86;75")
+    assert asked() == ["86,code=sm_90", "86,code=sm_86", "75,code=sm_75", "86,code=compute_86"]
     monkeypatch.setenv("AIM_KERNELS_CUDA_ARCHS", "hopper")
     with pytest.raises(SystemExit, match="AIM_KERNELS_CUDA_ARCHS"):
         setup_py.architectures()

@@ -9,6 +9,8 @@ import subprocess
 import pytest
 from backends_under_test import make
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("program", "least"),

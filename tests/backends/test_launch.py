@@ -143,6 +143,7 @@ def test_capture_before_the_first_step_is_refused(monkeypatch: pytest.MonkeyPatc
     assert not optimizer.state
 
 
+@pytest.mark.slow  # compiles the emulated device
 def test_what_a_graph_uses_outlives_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     """A captured step goes on reading tables and states, also when the optimizer has planned anew since."""
     name = enter("cuda", monkeypatch)

@@ -14,6 +14,8 @@ import aim_kernels as ak
 from aim_kernels.backends import device
 from aim_kernels.step.layout import FAMILIES, FLAGS, GROUP_RECORD, RULES, STATISTIC, TENSOR_RECORD
 
+pytestmark = pytest.mark.slow
+
 #: 8 bits begin with 4096 elements; an odd block at the end, and a parameter whose address is not that of a vector.
 SHAPES = (((37,), (4 * CHUNK + 4,), (5, 7)), ((70, 64), (0,)))
 LAYOUTS = ("contiguous", "offset", "transposed")

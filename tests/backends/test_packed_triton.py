@@ -21,7 +21,7 @@ from aim_kernels.backends import triton as backend
 from aim_kernels.backends.triton.driver import Variant, variants_of
 from aim_kernels.step.layout import FLAGS, GROUP_RECORD, RULES, STATISTIC, TENSOR_RECORD
 
-pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning")]
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
 #: Around a block that shares an exponent, and the smallest that have any; of two groups.
 SIZES = ((129, 4100, 1), (4225, 127))

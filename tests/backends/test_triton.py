@@ -25,6 +25,7 @@ from aim_kernels.step.layout import STATISTIC
 pytest.importorskip("triton")
 
 pytestmark = [
+    pytest.mark.slow,
     # Infinities and NaN are what some tests are about.
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]

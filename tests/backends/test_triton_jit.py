@@ -23,6 +23,8 @@ from helpers import DTYPES, RULES
 import aim_kernels as ak
 from aim_kernels.backends import triton as backend
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton")
 
 #: What a step may have compiled: by the first, and by the first that has something new of its own.

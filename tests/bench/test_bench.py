@@ -16,6 +16,8 @@ from aim_kernels.bench import floor, gate, peers, report, shapes, timing
 from aim_kernels.bench.peers import CANDIDATES
 from aim_kernels.bench.shapes import SETS, Arrays, ShapeSet
 
+pytestmark = pytest.mark.slow
+
 TINY = ShapeSet("tiny", ((16, 33), (7,), (1,), (2, 1024)), "a few small tensors", rounds=3, repeats=2)
 UNCOMPILED = [c for c in CANDIDATES.values() if c.name != "aim-compiled"]
 

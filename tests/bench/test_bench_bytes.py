@@ -10,6 +10,8 @@ from aim_kernels import _C
 from aim_kernels.bench import memory, packed
 from aim_kernels.step.layout import STREAM_RECORD
 
+pytestmark = pytest.mark.slow
+
 
 def runs_of(*arrays: tuple[np.ndarray, str]) -> np.ndarray:
     table = np.zeros(len(arrays), STREAM_RECORD)

@@ -18,7 +18,7 @@ from aim_kernels.experiments.compare.training import Line, Run, train
 from aim_kernels.experiments.data import DATA_SETS
 from aim_kernels.methods import METHODS
 
-pytestmark = pytest.mark.usefixtures("one_thread")  # as the comparison itself does
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]  # as the comparison itself does
 
 TINY = ["--data", "digits", "--methods", "joint", "--epochs", "1"]
 NOT_COMPARED = ("commit", "date", "step_ms", "update_ms", "seconds")

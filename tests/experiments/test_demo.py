@@ -17,7 +17,7 @@ from aim_kernels.experiments.demo.networks import network_for
 from aim_kernels.experiments.demo.results import Folder, markdown, mean_and_error, summary, table_of
 from aim_kernels.experiments.demo.trainer import DATA, Run, train
 
-pytestmark = pytest.mark.usefixtures("one_thread")  # as the demo itself does
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]  # as the demo itself does
 
 TINY = ["--data", "digits", "--seeds", "0", "--epochs", "2"]
 

@@ -13,6 +13,8 @@ from aim_kernels.experiments.precision import summary, tasks
 from aim_kernels.experiments.precision.configurations import CONFIGURATIONS, Configuration, Line
 from aim_kernels.experiments.precision.drift import drift
 
+pytestmark = pytest.mark.slow
+
 
 def line(task: str, name: str, seed: int, loss: float, agreement: float = math.nan) -> Line:
     return Line("c", "t", task, name, seed, 10, loss, 2 * loss, 50.0, agreement, agreement)

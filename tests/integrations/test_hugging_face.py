@@ -25,7 +25,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput  # noqa: E402
 
 from aim_kernels.integrations.transformers import AIMCallback  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 WEIGHT = "video.1.0.weight"
 

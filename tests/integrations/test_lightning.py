@@ -21,6 +21,7 @@ pl = pytest.importorskip("lightning.pytorch")
 from aim_kernels.integrations.lightning import AIMCallback  # noqa: E402
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore::UserWarning:lightning"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec"),

@@ -84,6 +84,7 @@ def run_example(name, tmp_path):
     return subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, env=one_thread)
 
 
+@pytest.mark.slow
 def test_drop_in_example_follows_torch(tmp_path):
     result = run_example("drop_in.py", tmp_path)
     assert result.returncode == 0, result.stderr
@@ -92,6 +93,7 @@ def test_drop_in_example_follows_torch(tmp_path):
     assert float(gap) < 1e-4
 
 
+@pytest.mark.slow
 def test_two_modalities_example_gains_where_dominance_is_a_shortcut(tmp_path):
     result = run_example("two_modalities.py", tmp_path)
     assert result.returncode == 0, result.stderr
@@ -120,6 +122,7 @@ def test_distributed_examples(name, tmp_path):
     assert float(share) > 70, "joint training gets about half of them"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "package"), [("lightning_trainer.py", "lightning"), ("hugging_face_trainer.py", "transformers")]
 )
@@ -131,6 +134,7 @@ def test_trainer_examples_gain_as_the_plain_loop_does(name, package, tmp_path):
     assert balanced > joint + 5
 
 
+@pytest.mark.slow
 def test_accelerate_example_resumes_bit_for_bit(tmp_path):
     pytest.importorskip("accelerate")
     result = run_example("accelerate_loop.py", tmp_path)
