@@ -54,30 +54,22 @@ def complete(state_dict: dict[str, Any], optimizer: AIMFusedOptimizer) -> dict[s
         group.update(tables.to_lists(number))
         rule = group["rule"]
         for key, p in zip(group["params"], optimizer.param_groups[number]["params"], strict=True):
-            if key in state_dict["state"]:
-                state_dict["state"][key] = _movable(p, rule, state_dict["state"][key])
+            if key in state_dict["state"] and sharding.is_dtensor(p):
+                state_dict["state"][key] = _shardable(p, rule, state_dict["state"][key])
             if p in optimizer._anchors:
                 state_dict["state"][key] = {**state_dict["state"].get(key, {}), "anchor": optimizer._anchors[p]}
     return state_dict
 
 
-def _movable(p: Tensor, rule: str, state: dict[str, Any]) -> dict[str, Any]:
-    """States as they can be saved, cut and laid out in another way. Exponents belong to the blocks of one process and
-    of one memory order: where there are several processes, or the order is not the tensor's own, moments in 8 bits are
-    saved as bfloat16, which has all their values. So is a DTensor's remainder, by its bits, since neither gloo nor NCCL
-    gathers int16."""
-    sharded = sharding.is_dtensor(p)
-    with_codes = [
-        name
-        for name in state
-        if is_own(rule, state, exponents_key(name))
-        and exponents_key(name) in state
-        and (sharded or not state[name].is_contiguous())
-    ]
+def _shardable(p: Tensor, rule: str, state: dict[str, Any]) -> dict[str, Any]:
+    """A DTensor's states as they can be saved and cut in another way: moments in 8 bits as bfloat16, which has all
+    their values, since exponents belong to the blocks of one process; the 16 bits of a remainder under the name of
+    bfloat16 as well, since neither gloo nor NCCL gathers int16."""
+    with_codes = [name for name in state if is_own(rule, state, exponents_key(name)) and exponents_key(name) in state]
     kept = {name: value for name, value in state.items() if name not in map(exponents_key, with_codes)}
     for name in with_codes:
         kept[name] = sharding.like(p, read_moment(state, name).to(torch.bfloat16))
-    if sharded and "remainder" in kept:
+    if "remainder" in kept:
         kept["remainder"] = sharding.like(p, sharding.local_of(kept["remainder"]).view(torch.bfloat16))
     return kept
 

@@ -126,14 +126,6 @@ PLAN_BUGS = (
         ("test_construction.py::test_groups_and_parameters_that_are_set_as_something_else_than_lists",),
     ),
     Mutant(
-        "codes are saved in the order of one memory format",
-        CHECKPOINT,
-        "and (sharded or not state[name].is_contiguous())",
-        "and sharded",
-        "who saves contiguous tensors gives them the exponents of others",
-        ("test_packed_use.py::test_saved_moments_in_8_bits_can_be_laid_out_anew",),
-    ),
-    Mutant(
         "numbers are stepped among shapes",
         OPTIMIZER,
         "            validation.check_estimated(self.param_groups)\n",

@@ -305,25 +305,3 @@ def test_nothing_else_is_done_while_averages_are_in_the_module() -> None:
     with pytest.raises(KeyError), optimizer.ema_parameters():
         raise KeyError
     same_bits(before, frozen(optimizer))
-
-
-def test_saved_moments_in_8_bits_can_be_laid_out_anew() -> None:
-    """Who saves tensors as contiguous ones changes the order of codes, and not that of their exponents."""
-    runs = []
-    for moved in (False, True):
-        optimizer = build("adamw", (((16, 24, 5, 5),),), layouts=("channels_last",), state_dtype="int8")
-        (p,) = parameters_of(optimizer)
-        draw = Gradients([p])
-        for number in range(4):
-            if number == 2 and moved:
-                saved = optimizer.state_dict()
-                saved["state"][0] = {name: value.contiguous() for name, value in saved["state"][0].items()}
-                optimizer.load_state_dict(saved)
-            scales = torch.logspace(-3, 3, 24)[:, None, None]
-            assign([p], [g * scales for g in draw()])
-            optimizer.step()
-        state = optimizer.state[p]
-        assert state["exp_avg"].dtype == torch.uint8 and not state["exp_avg"].is_contiguous()
-        runs.append((p.detach(), *(states.read_moment(state, name) for name in ("exp_avg", "exp_avg_sq"))))
-    for one, other in zip(*runs, strict=True):
-        assert torch.equal(one, other)
