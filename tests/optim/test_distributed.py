@@ -16,8 +16,7 @@ import worlds
 from backends_under_test import cuda_on_cpu
 from worlds import World
 
-#: One worker of pytest-xdist runs them all (`--dist loadgroup`): another would start other processes for its share,
-#: and six of them wait for each other longer than four.
+#: One worker of pytest-xdist runs them all (`--dist loadgroup`): another would start other processes for its share.
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("worlds")]
 
 SCENARIOS = [(size, name) for size in (2, 4) for name, (sizes, _) in worlds.scenarios().items() if size in sizes]
