@@ -14,16 +14,20 @@ if not (torch.cuda.is_available() or torch.xpu.is_available()):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-#: Of the emulated devices `make test` has these: each rule once, in Triton's interpreter.
+#: Parameters of tests that take a compiler or an interpreter.
+_COMPILED = ("cuda", "triton", "inductor")
+
+#: Of these `make test` has each rule once, in Triton's interpreter.
 _OF_EVERY_DAY = re.compile(r"test_oracle_in_lock_step\[triton-[\w-]+-all\]")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leaves tests on emulated devices to `make test-all`: they take a compiler or an interpreter."""
+    """Leaves tests on emulated devices, and those of torch's compiler, to `make test-all`."""
     for item in items:
         given = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        emulated = any(isinstance(value, str) and value in ("cuda", "triton") for value in given)
-        if emulated and not _OF_EVERY_DAY.fullmatch(item.name):
+        each = [part for value in given for part in (value if isinstance(value, tuple) else (value,))]
+        compiled = any(isinstance(part, str) and part in _COMPILED for part in each)
+        if compiled and not _OF_EVERY_DAY.fullmatch(item.name):
             item.add_marker(pytest.mark.slow)
 
 

@@ -105,6 +105,7 @@ def test_every_unit_has_an_object() -> None:
     assert {*names, "python_bindings.cpp.o", "python_watch.cpp.o"} - set(units()) == set()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_built")
 def test_no_wide_instruction_outside_of_the_dispatched_units() -> None:
     dispatched = {"csrc_cpu_kernels_avx2.cpp.o", "csrc_cpu_kernels_avx512.cpp.o"}

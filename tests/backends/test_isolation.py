@@ -24,6 +24,7 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["same gradients", "new gradients", "strengths", "evaluation", "checkpoints"])
 def test_memory_does_not_grow(what: str, one_thread: None) -> None:
     """New gradients (one of them copied into its parameter's order), blocks degraded and restored with masters that

@@ -153,6 +153,7 @@ def test_a_forked_child_steps_on_its_own() -> None:
         assert np.array_equal(p.detach().numpy(), values)
 
 
+@pytest.mark.slow
 def test_import_is_quiet_and_needs_no_compiler() -> None:
     code = (
         "import aim_kernels, torch; p = torch.ones(3, requires_grad=True); p.grad = p.detach().clone(); "

@@ -19,6 +19,8 @@ from aim_kernels.bench.peers import STEP
 from aim_kernels.bench.shapes import Arrays, ShapeSet
 from aim_kernels.bench.timing import Samples
 
+pytestmark = pytest.mark.slow
+
 TINY = ShapeSet("256m", ((16, 33), (7,), (1,)), "a few small tensors", rounds=3)
 
 

@@ -156,6 +156,7 @@ def test_a_whole_training_step() -> None:
     same_bits(trained("aot_eager"), trained(None))
 
 
+@pytest.mark.slow
 def test_a_whole_training_step_of_inductor() -> None:
     state, grads = trained("inductor")  # whose gradients are rounded in its own way
     same_bits(state, trained(None, replay=grads)[0])
@@ -363,6 +364,7 @@ assert results[1][1] == 4, results
 """
 
 
+@pytest.mark.slow
 def test_a_process_without_gradients_takes_its_step(tmp_path: Path) -> None:
     """Others of its group may have some, and wait for it."""
     command = [sys.executable, "-W", "ignore", "-c", ONE_PROCESS, str(tmp_path / "rendezvous")]

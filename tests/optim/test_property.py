@@ -225,6 +225,7 @@ class Run:
         self.twin.finish()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_any_run(backend: str) -> None:
     @examples({"cpu": 120, "reference": 25}[backend])

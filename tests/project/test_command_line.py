@@ -26,6 +26,8 @@ from aim_kernels.experiments.compare.contestants import contestant
 from aim_kernels.experiments.data import DATA_SETS
 from aim_kernels.experiments.demo import cli as demo_cli
 
+pytestmark = pytest.mark.slow
+
 # -- files that cannot be written --------------------------------------------------------------------------------------
 
 

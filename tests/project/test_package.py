@@ -115,12 +115,14 @@ EXTRAS = ["matplotlib", "sklearn", "rich", "seglearn", "triton", "pytest", "scip
 EXTRAS += ["lightning", "transformers", "accelerate", "tensorboard"]
 
 
+@pytest.mark.slow
 def test_imports_and_steps_without_any_extra():
     result = run(sys.executable, "-c", BLOCKED_IMPORT.format(blocked=EXTRAS, backend="auto"))
     assert result.returncode == 0, result.stdout
     assert "'cpu': True" in result.stdout
 
 
+@pytest.mark.slow
 def test_imports_and_steps_without_the_extension():
     result = run(sys.executable, "-c", BLOCKED_IMPORT.format(blocked=["aim_kernels._C"], backend="reference"))
     assert result.returncode == 0, result.stdout

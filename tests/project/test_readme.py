@@ -26,6 +26,7 @@ def execute(code, folder):
     return subprocess.run([sys.executable, script], cwd=folder, text=True, capture_output=True, env={**os.environ})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(blocks(README, "python"))))
 def test_python_block_runs(number, tmp_path):
     result = execute(blocks(README, "python")[number], tmp_path)
@@ -36,6 +37,7 @@ def test_there_is_a_python_block():
     assert blocks(README, "python")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sign", ["-", "+"])
 def test_both_sides_of_the_swap_run(sign, tmp_path):
     """The diff shows one line changed; the program runs before and after."""

@@ -78,6 +78,7 @@ def test_a_watch_tells_which_gradients_cannot_be_read_as_they_are(means: str, mo
         assert odd[0] == is_odd and addresses[0] and grads[0] is p.grad, name
 
 
+@pytest.mark.slow
 def test_any_arguments_work_or_raise() -> None:
     """tests/support/fuzz_binding.py, in a process of its own: nothing crashes, and what raises has written nothing."""
     ran = subprocess.run(
