@@ -222,28 +222,28 @@ def test_checkpoints_go_on_under_another_backend(backend: str) -> None:
 def test_learning_rate_tensors_on_the_device(backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel reads the number itself: a change needs no new tables."""
     plain = build("adamw", SHAPES, backend=backend)
-    device = build("adamw", SHAPES, backend=backend)
+    on_device = build("adamw", SHAPES, backend=backend)
     rate = torch.tensor(0.5, dtype=dtype)
     launched: list[device.Launch] = []
     send = device.Launch.send
 
     def with_tensors(self: device.Launch) -> None:
-        if self.plan.param_groups is device.param_groups:  # as StepPlan does with tensors in a device's memory
+        if self.plan.param_groups is on_device.param_groups:  # as StepPlan does with tensors in a device's memory
             self.plan.lr_tensors = dict.fromkeys(range(len(self.plan.groups)), rate)
             launched.append(self)
         send(self)
 
     monkeypatch.setattr(device.Launch, "send", with_tensors)
-    gradients = [Gradients(parameters_of(o)) for o in (plain, device)]
+    gradients = [Gradients(parameters_of(o)) for o in (plain, on_device)]
     for value in (0.5, 0.03125, 0.25):
         rate.fill_(value)
         for group in plain.param_groups:
             group["lr"] = value
-        for optimizer, draw in zip((plain, device), gradients, strict=True):
+        for optimizer, draw in zip((plain, on_device), gradients, strict=True):
             assign(parameters_of(optimizer), draw())
             optimizer.step()
     assert len(launched) == 3
-    same_bits(frozen(plain), frozen(device))
+    same_bits(frozen(plain), frozen(on_device))
 
 
 @pytest.mark.parametrize("row", ["chain", "alternate"])

@@ -173,7 +173,8 @@ def test_figures_are_written_as_they_come(tmp_path: Path) -> None:
 
 
 def test_every_file_with_tests_for_a_gpu_is_named() -> None:
-    marked = re.compile(r"mark\.gpu\b|\bON_GPU\b|\bDEVICE_PLACES\b|\bPLACES\b")
+    imported = r"^from backends_under_test import .*\b(ON_GPU|DEVICE_BACKENDS|BACKENDS)\b"
+    marked = re.compile(rf"mark\.gpu\b|{imported}", re.MULTILINE)
     having = {path.name for path in TESTS.glob("*/test_*.py") if marked.search(path.read_text(encoding="utf-8"))}
     assert having - {Path(__file__).name} == set(re.findall(r"tests/\w+/(test_\w+\.py) ", commands("gpu-test") + " "))
 

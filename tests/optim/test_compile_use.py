@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import pickle
 import subprocess
 import sys
@@ -202,9 +203,18 @@ assert torch._dynamo.utils.counters["frames"]["ok"] <= 2, counters
 )
 def test_forward_backward_and_step_in_one_graph() -> None:
     # In a process of its own: what torch 2.13 traces after it, in the same process, fails (ours or not).
-    where = Path(__file__).parents[1] / "support"
+    where = Path(__file__).parent
     command = [sys.executable, "-c", ONE_GRAPH]
-    done = subprocess.run(command, cwd=where, capture_output=True, text=True, timeout=300, check=False)
+    paths = os.pathsep.join([*map(str, sys.path), os.environ.get("PYTHONPATH", "")])  # helpers among them
+    done = subprocess.run(
+        command,
+        cwd=where,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=os.environ | {"PYTHONPATH": paths},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
