@@ -34,7 +34,7 @@ test-all: test  ## ... and the others that need no GPU: sanitizers, emulated dev
 
 nightly: huge fuzz mutants check-install check-wheel  ## hours: the next three, and the source archive and wheel in empty environments
 
-huge: build  ## more than 2^31 elements; needs 11 GiB of memory
+huge: build  ## more than 2^31 elements (11 GiB of memory), and a wheel from the source archive
 	$(BIN)/python -m pytest -n 1 -m "nightly and not gpu" $(PYTEST_ARGS)
 
 MUTANTS ?=

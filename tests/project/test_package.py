@@ -193,7 +193,7 @@ def test_sdist_holds_everything_that_a_build_and_the_tests_need(sdist):
     assert [name for name in inside if name.endswith((".so", ".pyc", ".o"))] == []
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_wheel_from_the_sdist(sdist, tmp_path):
     """Built from the archive alone: extension, stub and marker inside; sources and tests not."""
     options = ("--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", tmp_path)
