@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ class Backend:
     device: str
 
 
+@functools.cache  # every step asks
 def _module(name: str) -> ModuleType:
     """A backend: ``unavailable() -> str`` (why it cannot run; empty if it can), ``runs_on(device) -> bool``,
     ``step(plan)``, ``emit(plan)``, ``ON_DEVICE``: whether numbers in a device's memory are read there, and ``ZEROES``:
@@ -61,7 +63,10 @@ def select(name: str, device: torch.device) -> ModuleType:
     if name == "auto":
         # The first that runs there; on a CPU, Triton would be its interpreter.
         names = ("cpu", "reference") if device.type == "cpu" else ("cuda", "triton", "reference")
-        return next(m for m in map(_module, names) if m.runs_on(device) and not m.unavailable())
+        for each in names:
+            module = _module(each)
+            if module.runs_on(device) and not module.unavailable():
+                return module
     if name not in NAMES:
         raise ValueError(f"{source}: unknown backend; choose one of {', '.join(('auto', *NAMES))}")
     module = _module(name)

@@ -169,10 +169,13 @@ class Tables:
     def arrays(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
         """Rows, statistics and control as numpy sees their memory; on a CPU."""
         # Kept for as long as the tensors are the same: making them takes some microseconds.
-        current = (self.rows, self.statistics, self.control)
-        if self._arrays is None or any(a is not b for a, b in zip(current, self._arrays[0], strict=True)):
-            self._arrays = (current, (self.rows.numpy(), self.statistics.numpy(), self.control.numpy()))
-        return self._arrays[1]
+        if self._arrays is not None:
+            (rows, statistics, control), arrays = self._arrays
+            if rows is self.rows and statistics is self.statistics and control is self.control:
+                return arrays
+        arrays = (self.rows.numpy(), self.statistics.numpy(), self.control.numpy())
+        self._arrays = ((self.rows, self.statistics, self.control), arrays)
+        return arrays
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_arrays": None}  # a copy's arrays would be of no tensor
