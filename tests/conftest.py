@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -19,6 +21,18 @@ _COMPILED = ("cuda", "triton", "inductor")
 
 #: Of these `make test` has each rule once, in Triton's interpreter.
 _OF_EVERY_DAY = re.compile(r"test_oracle_in_lock_step\[triton-[\w-]+-all\]")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Gives the run, with all its processes, a cache of compiled graphs of its own.
+
+    The keys of torch's cache do not tell which inputs share memory: a graph that an older version left behind, whose
+    states shared theirs, would be loaded for states that do not, and fail on their sizes.
+    """
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="aim-kernels-tests-inductor-")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
