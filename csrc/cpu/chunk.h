@@ -61,6 +61,8 @@ struct alignas(64) Sums {
 // Two short loops over a block instead of one long body: a square root followed by a division in
 // one dependency chain would fill the processor's window with a single vector's work. The block's
 // intermediate values stay in the first-level cache.
+//
+// With noise, whose drawing takes longer than all else, kLive only says that there may be a master.
 template <RuleVariant kVariant, bool kPlain, bool kNoise, bool kLive, class T>
 void run_variant(const Uniforms<T>& uniforms, const Tile<T>& tile, int64_t count, Sums<T>& sums) {
   using V = typename Lanes<T>::Vector;
@@ -73,7 +75,7 @@ void run_variant(const Uniforms<T>& uniforms, const Tile<T>& tile, int64_t count
   // Known when this is compiled, but for the variants that may lack one.
   const bool keeps_m = has_first(kVariant) && (!may_lack(kVariant) || t.m),
              keeps_v = has_second(kVariant) && (!may_lack(kVariant) || t.v),
-             keeps_w = kLate && (!may_lack(kVariant) || t.w);
+             keeps_w = kLate && (!may_lack(kVariant) || t.w), live = kLive && (!kNoise || t.live);
   V grad[kParts] = {}, grad_sq[kParts] = {}, update_sq[kParts] = {}, param_sq[kParts] = {};
   typename Lanes<T>::Count under[kParts] = {};
   V numerators[kReloaded ? 1 : kSlots], denominators[has_root(kVariant) ? kSlots : 1],
@@ -83,7 +85,7 @@ void run_variant(const Uniforms<T>& uniforms, const Tile<T>& tile, int64_t count
     for (int64_t i = 0; i < size; i += kLanes) {
       // For the second loop, which would find its lines still in memory.
       __builtin_prefetch(t.theta_in + begin + i, 1);
-      if constexpr (kLive) __builtin_prefetch(t.live + begin + i, 1);
+      if (live) __builtin_prefetch(t.live + begin + i, 1);
 #pragma GCC unroll 2
       for (int part = 0; part < kParts; ++part) {
         const int64_t at = begin + i + part * kWidth, slot = i / kWidth + part;
@@ -123,7 +125,7 @@ void run_variant(const Uniforms<T>& uniforms, const Tile<T>& tile, int64_t count
         const V delta = apply<kVariant>(u, in, w, theta);
         if (keeps_w) store(t.w + at, w);
         store(t.theta_out + at, theta);
-        if constexpr (kLive) {
+        if (live) {
           const V anchor = t.anchor ? load<V>(t.anchor + at) : V{};
           store(t.live + at, live_weight(theta, anchor, in.live));
         }
@@ -139,17 +141,50 @@ void run_variant(const Uniforms<T>& uniforms, const Tile<T>& tile, int64_t count
   __builtin_memcpy(sums.under, under, sizeof under);
 }
 
+// One of those loops.
+template <class T>
+using Loop = void (*)(const Uniforms<T>&, const Tile<T>&, int64_t, Sums<T>&);
+
 // The common case has a loop of its own; the others do not repay the code.
-template <RuleVariant kVariant, bool kNoise, bool kLive, class T>
-AIM_INLINE void run(const Uniforms<T>& u, const Tile<T>& tile, int64_t count, Sums<T>& sums) {
-  if constexpr (kVariant == RuleVariant::kAdam && !kNoise) {
-    if (u.plain) return run_variant<kVariant, true, kNoise, kLive>(u, tile, count, sums);
+template <RuleVariant kVariant, class T>
+Loop<T> loop_of(bool plain, bool noise, bool live) {
+  if (noise) return run_variant<kVariant, false, true, true, T>;
+  if constexpr (kVariant == RuleVariant::kAdam) {
+    if (plain) {
+      return live ? run_variant<kVariant, true, false, true, T>
+                  : run_variant<kVariant, true, false, false, T>;
+    }
   }
-  run_variant<kVariant, false, kNoise, kLive>(u, tile, count, sums);
+  return live ? run_variant<kVariant, false, false, true, T>
+              : run_variant<kVariant, false, false, false, T>;
 }
 
 template <class T>
-AIM_INLINE void add(const Sums<T>& sums, int lanes, Partial& into) {
+Loop<T> loop_of(const Shared& shared, bool live) {
+  const bool plain = shared.u.plain, noise = shared.has_noise;
+  switch (shared.variant) {
+    case RuleVariant::kAdam:
+      return loop_of<RuleVariant::kAdam, T>(plain, noise, live);
+    case RuleVariant::kAmsgrad:
+      return loop_of<RuleVariant::kAmsgrad, T>(plain, noise, live);
+    case RuleVariant::kSgd:
+      return loop_of<RuleVariant::kSgd, T>(plain, noise, live);
+    case RuleVariant::kSgdMomentum:
+      return loop_of<RuleVariant::kSgdMomentum, T>(plain, noise, live);
+    case RuleVariant::kSgdState:
+      return loop_of<RuleVariant::kSgdState, T>(plain, noise, live);
+    case RuleVariant::kSgdMomentumState:
+      return loop_of<RuleVariant::kSgdMomentumState, T>(plain, noise, live);
+    case RuleVariant::kRms:
+      return loop_of<RuleVariant::kRms, T>(plain, noise, live);
+    case RuleVariant::kLion:
+      return loop_of<RuleVariant::kLion, T>(plain, noise, live);
+  }
+  return nullptr;
+}
+
+template <class T>
+AIM_CALLED void add(const Sums<T>& sums, int lanes, Partial& into) {
   for (int lane = 0; lane < lanes; ++lane) {
     into.grad_sum += sums.grad[lane];
     into.grad_sq += sums.grad_sq[lane];
@@ -168,35 +203,57 @@ AIM_INLINE void add(const Partial& more, Partial& into) {
   into.nonfinite += more.nonfinite;
 }
 
-// The last elements of a tensor: padded to 16 in buffers, run by the same code, the padding's lanes
-// left out of the sums.
-template <RuleVariant kVariant, bool kNoise, bool kLive, class T>
-void run_tail(const Uniforms<T>& u, const Tile<T>& t, int rest, Sums<T>& sums) {
+// The last elements of a tensor, padded to 16 in buffers.
+template <class T>
+struct Padded {
   T theta[kLanes] = {}, grad[kLanes] = {}, m[kLanes] = {}, v[kLanes] = {}, w[kLanes] = {},
     live[kLanes] = {}, anchor[kLanes] = {}, noise[kLanes] = {};
+};
+
+template <class T>
+Tile<T> pad(const Tile<T>& t, int rest, Padded<T>& to) {
   const unsigned long bytes = rest * sizeof(T);
-  __builtin_memcpy(theta, t.theta_in, bytes);
-  __builtin_memcpy(grad, t.grad, bytes);
-  if (t.m) __builtin_memcpy(m, t.m, bytes);
-  if (t.v) __builtin_memcpy(v, t.v, bytes);
-  if (t.w) __builtin_memcpy(w, t.w, bytes);
-  if (kLive && t.anchor) __builtin_memcpy(anchor, t.anchor, bytes);
-  if (kNoise) __builtin_memcpy(noise, t.noise, bytes);
-  const Tile<T> padded{theta,
-                       theta,
-                       grad,
-                       t.m ? m : nullptr,
-                       t.v ? v : nullptr,
-                       t.w ? w : nullptr,
-                       live,
-                       kLive && t.anchor ? anchor : nullptr,
-                       noise};
-  run<kVariant, kNoise, kLive>(u, padded, kLanes, sums);
-  __builtin_memcpy(t.theta_out, theta, bytes);
-  if (t.m) __builtin_memcpy(t.m, m, bytes);
-  if (t.v) __builtin_memcpy(t.v, v, bytes);
-  if (t.w) __builtin_memcpy(t.w, w, bytes);
-  if (kLive) __builtin_memcpy(t.live, live, bytes);
+  const auto take = [bytes](const T* from, T* into) {
+    if (from) __builtin_memcpy(into, from, bytes);
+    return from ? into : nullptr;
+  };
+  return {take(t.theta_in, to.theta),
+          to.theta,
+          take(t.grad, to.grad),
+          take(t.m, to.m),
+          take(t.v, to.v),
+          take(t.w, to.w),
+          t.live ? to.live : nullptr,
+          take(t.anchor, to.anchor),
+          take(t.noise, to.noise)};
+}
+
+template <class T>
+void put_back(const Padded<T>& from, int rest, const Tile<T>& t) {
+  const unsigned long bytes = rest * sizeof(T);
+  __builtin_memcpy(t.theta_out, from.theta, bytes);
+  if (t.m) __builtin_memcpy(t.m, from.m, bytes);
+  if (t.v) __builtin_memcpy(t.v, from.v, bytes);
+  if (t.w) __builtin_memcpy(t.w, from.w, bytes);
+  if (t.live) __builtin_memcpy(t.live, from.live, bytes);
+}
+
+// They are run by the same code, the padding's lanes left out of the sums.
+template <class T>
+void run_tail(Loop<T> run, const Uniforms<T>& u, const Tile<T>& t, int rest, Sums<T>& sums) {
+  Padded<T> padded;
+  run(u, pad(t, rest, padded), kLanes, sums);
+  put_back(padded, rest, t);
+}
+
+template <class S>
+AIM_CALLED void widen_all(const S* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = widen(from[i]);
+}
+
+template <class S>
+AIM_CALLED void narrow_all(const float* from, int64_t count, S* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = narrow(from[i], S{});
 }
 
 template <class T, class S>
@@ -204,13 +261,13 @@ AIM_INLINE const T* widened(const S* from, int64_t count, T* buffer) {
   if constexpr (sizeof(S) == sizeof(T)) {
     return from;
   } else {
-    for (int64_t i = 0; i < count; ++i) buffer[i] = widen(from[i]);
+    widen_all(from, count, buffer);
     return buffer;
   }
 }
 
 template <class T>
-void draw_noise(const Shared& shared, int64_t first, int64_t count, T* into) {
+AIM_CALLED void draw_noise(const Shared& shared, int64_t first, int64_t count, T* into) {
   float z[4];
   for (int64_t i = 0; i < count; ++i) {
     const uint64_t index = static_cast<uint64_t>(first + i);
@@ -222,7 +279,7 @@ void draw_noise(const Shared& shared, int64_t first, int64_t count, T* into) {
 // The sums that hold for gradients whose squares leave float32's range, and the count of what is
 // not finite.
 template <class T>
-void rescan(const T* grad, T scale, int64_t count, Partial& into) {
+AIM_CALLED void rescan(const T* grad, T scale, int64_t count, Partial& into) {
   for (int64_t i = 0; i < count; ++i) {
     const T g = grad[i] * scale;
     into.nonfinite += g - g != T{0};
@@ -236,16 +293,16 @@ AIM_INLINE bool out_of_range(const Partial& tile) {
 }
 
 // A moment from element `at` on; null where there is none, or the variant does not know it.
-template <bool kKept, class T>
-AIM_INLINE T* part(void* moment, int64_t at) {
-  return kKept && moment ? static_cast<T*>(moment) + at : nullptr;
+template <class T>
+AIM_INLINE T* part(bool kept, void* moment, int64_t at) {
+  return kept && moment ? static_cast<T*>(moment) + at : nullptr;
 }
 
 // Live weights of `count` elements, by the class that their stored moments have at that boundary;
 // without both moments all are under-optimized.
 template <class S, class T>
-void write_live(const T* theta, const T* m, const T* v, const T* anchor, const T (&coefficients)[2],
-                T c_v, T c_0, int64_t count, S* live) {
+AIM_CALLED void write_live(const T* theta, const T* m, const T* v, const T* anchor,
+                           const T (&coefficients)[2], T c_v, T c_0, int64_t count, S* live) {
   for (int64_t i = 0; i < count; ++i) {
     const bool under = !(m && v) || is_under(m[i], v[i], c_v, c_0);
     const T c = coefficients[under ? kUnder : kWell];
@@ -253,31 +310,35 @@ void write_live(const T* theta, const T* m, const T* v, const T* anchor, const T
   }
 }
 
-// S: storage type of parameter, gradient and live weights. T: of everything else.
-template <RuleVariant kVariant, bool kNoise, bool kLive, class S, class T>
+// S: storage type of parameter, gradient and live weights. T: of everything else. What depends on
+// the variant is the loop.
+template <class S, class T>
 void update_chunk(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t end,
                   Partial* partial) {
   constexpr bool kConvert = sizeof(S) != sizeof(T);
-  constexpr int64_t kStride = kConvert || kNoise ? kConvertedTile : kTile;
-  T theta_buffer[kConvert ? kStride : 1], grad_buffer[kConvert ? kStride : 1],
-      noise_buffer[kNoise ? kStride : 1];
+  const bool noisy = shared.has_noise;
+  const int64_t stride = kConvert || noisy ? kConvertedTile : kTile;
+  T theta_buffer[kConvert ? kConvertedTile : 1], grad_buffer[kConvert ? kConvertedTile : 1],
+      noise_buffer[kConvertedTile];
   const Uniforms<T> u = rounded<T>(shared.u);
   S* const param = static_cast<S*>(tensor.param);
   T* const master = static_cast<T*>(tensor.master);
+  const bool live = master != nullptr;
+  const Loop<T> run = loop_of<T>(shared, live);
   RoundingBits random;
   Partial total{};
-  for (int64_t at = begin; at < end; at += kStride) {
-    const int64_t count = end - at < kStride ? end - at : kStride;
+  for (int64_t at = begin; at < end; at += stride) {
+    const int64_t count = end - at < stride ? end - at : stride;
     Tile<T> t;
     t.grad = widened(static_cast<const S*>(tensor.grad) + at, count, grad_buffer);
-    t.m = part<has_first(kVariant), T>(tensor.exp_avg, at);
-    t.v = part<has_second(kVariant), T>(tensor.exp_avg_sq, at);
-    t.w = part<has_extra(kVariant), T>(tensor.extra, at);
-    t.anchor = kLive && tensor.anchor ? static_cast<const T*>(tensor.anchor) + at : nullptr;
+    t.m = part<T>(has_first(shared.variant), tensor.exp_avg, at);
+    t.v = part<T>(has_second(shared.variant), tensor.exp_avg_sq, at);
+    t.w = part<T>(has_extra(shared.variant), tensor.extra, at);
+    t.anchor = live && tensor.anchor ? static_cast<const T*>(tensor.anchor) + at : nullptr;
     // What is written to storage: live weights where there is a master, the true weights elsewhere.
     T* stored = theta_buffer;
     if constexpr (!kConvert) stored = reinterpret_cast<T*>(param + at);
-    if (kLive) {
+    if (live) {
       t.theta_in = t.theta_out = master + at;
       t.live = stored;
     } else {
@@ -285,24 +346,24 @@ void update_chunk(const Tensor& tensor, const Shared& shared, int64_t begin, int
       if constexpr (kConvert) read_weights<S>(tensor, at, count, theta_buffer);
       t.live = nullptr;
     }
-    t.noise = noise_buffer;
-    if (kNoise) draw_noise(shared, tensor.first + at, count, noise_buffer);
+    t.noise = noisy ? noise_buffer : nullptr;
+    if (noisy) draw_noise(shared, tensor.first + at, count, noise_buffer);
 
     const int64_t body = count / kLanes * kLanes;
     const int rest = static_cast<int>(count - body);
     Partial tile{};
     Sums<T> sums;
     if (body) {
-      run<kVariant, kNoise, kLive>(u, t, body, sums);
+      run(u, t, body, sums);
       add(sums, kLanes, tile);
     }
     if (rest) {
-      run_tail<kVariant, kNoise, kLive>(u, t.advanced(body), rest, sums);
+      run_tail(run, u, t.advanced(body), rest, sums);
       add(sums, rest, tile);
     }
     if constexpr (kConvert) {
-      if (kLive) {
-        for (int64_t i = 0; i < count; ++i) param[at + i] = narrow(stored[i], S{});
+      if (live) {
+        narrow_all(stored, count, param + at);
       } else {
         keep_weights<S>(tensor, shared, random, stored, at, count);
       }
@@ -310,7 +371,7 @@ void update_chunk(const Tensor& tensor, const Shared& shared, int64_t begin, int
     if (tensor.ema) {
       move_average(u, t.theta_out, count, static_cast<T*>(tensor.ema) + at);
       // The loop above knew the average of the step before.
-      if (kLive && tensor.anchor == tensor.ema) {
+      if (live && tensor.anchor == tensor.ema) {
         write_live(t.theta_out, t.m, t.v, static_cast<const T*>(tensor.ema) + at, u.live, u.new_c_v,
                    u.new_c_0, count, param + at);
       }

@@ -164,7 +164,7 @@ AIM_CALLED void adopt_edits(const S* param, int64_t count, T* master) {
 // -- beside the update ---------------------------------------------------------------------------
 
 template <class T>
-AIM_INLINE void move_average(const Uniforms<T>& u, const T* theta, int64_t count, T* ema) {
+AIM_CALLED void move_average(const Uniforms<T>& u, const T* theta, int64_t count, T* ema) {
   for (int64_t i = 0; i < count; ++i) ema[i] = ema[i] * u.ema_keep + theta[i] * u.ema_add;
 }
 

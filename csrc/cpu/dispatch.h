@@ -9,15 +9,6 @@ namespace AIM_ISA {
 
 using Update = void (*)(const Tensor&, const Shared&, int64_t, int64_t, Partial*);
 
-template <RuleVariant kVariant, class S, class T>
-Update update_of(bool noise, bool live) {
-  if (noise)
-    return live ? update_chunk<kVariant, true, true, S, T>
-                : update_chunk<kVariant, true, false, S, T>;
-  return live ? update_chunk<kVariant, false, true, S, T>
-              : update_chunk<kVariant, false, false, S, T>;
-}
-
 // Adam without noise, of float32 and bfloat16 weights that are read and written where they lie, has
 // loops of its own: with fewer bytes it is the instructions that count. Everything else shares one
 // for each variant. Null: it is no such tensor.
@@ -27,18 +18,15 @@ Update fast_packed_of(const Tensor& tensor) {
   const DType dtype = static_cast<DType>(tensor.dtype);
   const Weights weights = static_cast<Weights>(tensor.weights);
   if (dtype == DType::kFloat32) {
-    using W = DirectWeights<float>;
-    return live ? update_packed<RuleVariant::kAdam, false, true, W, M>
-                : update_packed<RuleVariant::kAdam, false, false, W, M>;
+    return live ? update_packed<RuleVariant::kAdam, DirectWeights<float, true>, M>
+                : update_packed<RuleVariant::kAdam, DirectWeights<float, false>, M>;
   }
   if (dtype != DType::kBFloat16) return nullptr;
   if (live || weights == Weights::kNearest) {
-    using W = DirectWeights<BFloat16>;
-    return live ? update_packed<RuleVariant::kAdam, false, true, W, M>
-                : update_packed<RuleVariant::kAdam, false, false, W, M>;
+    return live ? update_packed<RuleVariant::kAdam, DirectWeights<BFloat16, true>, M>
+                : update_packed<RuleVariant::kAdam, DirectWeights<BFloat16, false>, M>;
   }
-  if (weights == Weights::kSplit)
-    return update_packed<RuleVariant::kAdam, false, false, SplitWeights, M>;
+  if (weights == Weights::kSplit) return update_packed<RuleVariant::kAdam, SplitWeights, M>;
   return nullptr;
 }
 
@@ -57,64 +45,54 @@ Update fast_of(const Tensor& tensor) {
   return nullptr;
 }
 
-template <RuleVariant kVariant, class M>
-Update packed_of(bool noise, bool live) {
-  using W = BufferedWeights;
-  if (noise) {
-    return live ? update_packed<kVariant, true, true, W, M>
-                : update_packed<kVariant, true, false, W, M>;
-  }
-  return live ? update_packed<kVariant, false, true, W, M>
-              : update_packed<kVariant, false, false, W, M>;
-}
-
+// A kind without moments does not care how they are stored.
 template <RuleVariant kVariant>
-Update packed_of(const Tensor& tensor, bool noise) {
-  const bool live = tensor.master != nullptr;
-  if (static_cast<Moments>(tensor.moments) == Moments::kInt8) {
-    return packed_of<kVariant, Int8Moments<kVariant != RuleVariant::kAmsgrad>>(noise, live);
+Update packed_of(const Tensor& tensor) {
+  if constexpr (has_first(kVariant)) {
+    if (static_cast<Moments>(tensor.moments) == Moments::kInt8) {
+      return update_packed<kVariant, BufferedWeights,
+                           Int8Moments<kVariant != RuleVariant::kAmsgrad>>;
+    }
   }
-  return packed_of<kVariant, BFloat16Moments<-1>>(noise, live);
+  return update_packed<kVariant, BufferedWeights, BFloat16Moments<-1>>;
 }
 
-template <RuleVariant kVariant, class S, class T>
-void update_variant(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t end,
-                    Partial* partial) {
-  if constexpr (sizeof(T) == sizeof(float)) {
-    if constexpr (kVariant == RuleVariant::kAdam) {
-      const Update fast = shared.has_noise ? nullptr : fast_of(tensor);
-      if (fast) return fast(tensor, shared, begin, end, partial);
-    }
-    if (static_cast<Moments>(tensor.moments) != Moments::kWide) {
-      return packed_of<kVariant>(tensor, shared.has_noise)(tensor, shared, begin, end, partial);
-    }
+// Null: it is a tensor for update_chunk().
+Update packed_of(const Tensor& tensor, const Shared& shared) {
+  if (shared.variant == RuleVariant::kAdam && !shared.has_noise) {
+    if (const Update fast = fast_of(tensor)) return fast;
   }
-  update_of<kVariant, S, T>(shared.has_noise, tensor.master != nullptr)(tensor, shared, begin, end,
-                                                                        partial);
+  if (static_cast<Moments>(tensor.moments) == Moments::kWide) return nullptr;
+  switch (shared.variant) {
+    case RuleVariant::kAdam:
+      return packed_of<RuleVariant::kAdam>(tensor);
+    case RuleVariant::kAmsgrad:
+      return packed_of<RuleVariant::kAmsgrad>(tensor);
+    case RuleVariant::kSgd:
+      return packed_of<RuleVariant::kSgd>(tensor);
+    case RuleVariant::kSgdMomentum:
+      return packed_of<RuleVariant::kSgdMomentum>(tensor);
+    case RuleVariant::kSgdState:
+      return packed_of<RuleVariant::kSgdState>(tensor);
+    case RuleVariant::kSgdMomentumState:
+      return packed_of<RuleVariant::kSgdMomentumState>(tensor);
+    case RuleVariant::kRms:
+      return packed_of<RuleVariant::kRms>(tensor);
+    case RuleVariant::kLion:
+      return packed_of<RuleVariant::kLion>(tensor);
+  }
+  return nullptr;
 }
 
 template <class S, class T>
 void update_type(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t end,
                  Partial* partial) {
-  switch (shared.variant) {
-    case RuleVariant::kAdam:
-      return update_variant<RuleVariant::kAdam, S, T>(tensor, shared, begin, end, partial);
-    case RuleVariant::kAmsgrad:
-      return update_variant<RuleVariant::kAmsgrad, S, T>(tensor, shared, begin, end, partial);
-    case RuleVariant::kSgd:
-      return update_variant<RuleVariant::kSgd, S, T>(tensor, shared, begin, end, partial);
-    case RuleVariant::kSgdMomentum:
-      return update_variant<RuleVariant::kSgdMomentum, S, T>(tensor, shared, begin, end, partial);
-    case RuleVariant::kSgdState:
-      return update_variant<RuleVariant::kSgdState, S, T>(tensor, shared, begin, end, partial);
-    case RuleVariant::kSgdMomentumState:
-      return update_variant<RuleVariant::kSgdMomentumState, S, T>(tensor, shared, begin, end,
-                                                                  partial);
-    case RuleVariant::kRms:
-      return update_variant<RuleVariant::kRms, S, T>(tensor, shared, begin, end, partial);
-    case RuleVariant::kLion:
-      return update_variant<RuleVariant::kLion, S, T>(tensor, shared, begin, end, partial);
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (const Update packed = packed_of(tensor, shared)) {
+      return packed(tensor, shared, begin, end, partial);
+    }
   }
+  update_chunk<S, T>(tensor, shared, begin, end, partial);
 }
 
 void update_any(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t end,

@@ -18,6 +18,7 @@ AIM_INLINE bool rounds_at_random(bool asked) {
 // As they are: for tensors whose weights or averages are better moved this way.
 class WideMoments {
  public:
+  using Any = WideMoments;  // what knows all that a tensor may ask for
   explicit WideMoments(const Tensor& t)
       : from_{static_cast<float*>(t.exp_avg), static_cast<float*>(t.exp_avg_sq),
               static_cast<float*>(t.extra)} {}
@@ -44,6 +45,7 @@ class WideMoments {
 template <int kRandom>
 class BFloat16Moments {
  public:
+  using Any = BFloat16Moments<-1>;
   explicit BFloat16Moments(const Tensor& t)
       : from_{static_cast<uint16_t*>(t.exp_avg), static_cast<uint16_t*>(t.exp_avg_sq),
               static_cast<uint16_t*>(t.extra)},
@@ -75,6 +77,7 @@ class BFloat16Moments {
 template <bool kSignedExtra>
 class Int8Moments {
  public:
+  using Any = Int8Moments;
   explicit Int8Moments(const Tensor& t)
       : from_{static_cast<uint8_t*>(t.exp_avg), static_cast<uint8_t*>(t.exp_avg_sq),
               static_cast<uint8_t*>(t.extra)},

@@ -50,14 +50,15 @@ struct PackedStep {
 };
 
 // Steps 1 to 3 for elements [from, to) of a block, a multiple of 16. kSimple promises that
-// gradients are neither decayed nor routed.
-template <RuleVariant kVariant, bool kNoise, bool kLive, bool kSimple = false, class W, class M>
+// gradients are neither decayed nor routed. Weights that lie in memory never have noise.
+template <RuleVariant kVariant, bool kSimple = false, class W, class M>
 AIM_INLINE void accumulate_block(const PackedStep<kVariant>& s, int from, int to, W& weights,
                                  M& moments, PackedBlock& b, Sums<float>& sums) {
   using V = FloatVector;
   constexpr int kParts = kLanes / kStep;
   Uniforms<V> u = s.u;
   if (kSimple) u.coupled = u.routed = false;
+  const bool noisy = !W::kDirect && s.shared.has_noise;
   V grad[kParts], grad_sq[kParts];
   __builtin_memcpy(grad, sums.grad, sizeof grad);
   __builtin_memcpy(grad_sq, sums.grad_sq, sizeof grad_sq);
@@ -66,13 +67,16 @@ AIM_INLINE void accumulate_block(const PackedStep<kVariant>& s, int from, int to
     for (int part = 0; part < kParts; ++part) {
       const int lane = i + part * kStep;
       V g = weights.read_grad(lane), m{}, v{}, w{}, theta{};
-      if (u.coupled) theta = weights.template read_theta<kLive>(lane);
+      if (u.coupled) theta = weights.read_theta(lane);
       if (s.keeps_m()) m = moments.read(kFirstMoment, lane);
       if (s.keeps_v()) v = moments.read(kSecondMoment, lane);
       if (s.keeps_w()) w = moments.read(kExtraMoment, lane);
-      const V noise = kNoise ? load<V>(b.noise + lane) : V{};
       StepTerms<V> out;
-      accumulate<kVariant, false, kNoise>(u, theta, g, m, v, w, noise, out);
+      if (noisy) {
+        accumulate<kVariant, false, true>(u, theta, g, m, v, w, load<V>(b.noise + lane), out);
+      } else {
+        accumulate<kVariant, false, false>(u, theta, g, m, v, w, V{}, out);
+      }
       if (s.keeps_m()) moments.gather(kFirstMoment, m);
       if (s.keeps_v()) moments.gather(kSecondMoment, v);
       if constexpr (kVariant == RuleVariant::kAmsgrad) moments.gather(kExtraMoment, w);
@@ -112,7 +116,7 @@ struct BlockExtras {
 
 // Stores the moments; steps 4 to 6 by the class of what was stored. kSimple promises
 // that no average is kept.
-template <RuleVariant kVariant, bool kLive, bool kSimple = false, class W, class M>
+template <RuleVariant kVariant, bool kSimple = false, class W, class M>
 AIM_INLINE void apply_block(const PackedStep<kVariant>& s, int from, int to, W& weights, M& moments,
                             PackedBlock& b, const BlockExtras& extras, Sums<float>& sums) {
   using V = FloatVector;
@@ -139,16 +143,16 @@ AIM_INLINE void apply_block(const PackedStep<kVariant>& s, int from, int to, W& 
       if (s.keeps_m()) m = moments.keep(kFirstMoment, lane, m, drawn);
       if (s.keeps_v()) v = moments.keep(kSecondMoment, lane, v, drawn);
       if constexpr (kVariant == RuleVariant::kAmsgrad) moments.keep(kExtraMoment, lane, w, drawn);
-      add_mask(under[part], classify<kVariant, kLive>(u, m, v, in));
-      V theta = weights.template read_theta<kLive>(lane);
+      add_mask(under[part], classify<kVariant, true>(u, m, v, in));
+      V theta = weights.read_theta(lane);
       const V delta = apply<kVariant>(u, in, w, theta);
       if constexpr (kVariant == RuleVariant::kRms) store(b.w + lane, w);
-      weights.template keep_theta<kLive>(lane, theta);
+      weights.keep_theta(lane, theta);
       if (!kSimple && extras.ema) {
         float* const ema = extras.ema + lane;
         store(ema, load<V>(ema) * u.ema_keep + theta * u.ema_add);
       }
-      if constexpr (kLive) {
+      if (weights.has_live()) {
         // Which may be the average just stored.
         const V to = extras.anchor ? load<V>(extras.anchor + lane) : V{};
         weights.write_live(lane, live_weight(theta, to, in.live));
@@ -185,12 +189,12 @@ AIM_INLINE void end_block(const PackedStep<kVariant>& s, const M& moments) {
 
 // The block of 128 elements from `at` on, of which `filled` are there: sums go to `sums`, of the
 // last 16, if some of them are not there, to `ends`. The others are computed and stored.
-template <RuleVariant kVariant, bool kNoise, bool kLive, class W, class M>
+template <RuleVariant kVariant, class M>
 AIM_INLINE void step_block(const PackedStep<kVariant>& s, M moments, int64_t at, int filled,
                            PackedBlock& b, PackedBits& bits, Sums<float>& sums, Sums<float>& ends) {
-  W weights(s.tensor, at);
+  BufferedWeights weights(s.tensor, at);
   begin_block(s, moments, at);
-  if (kNoise) {
+  if (s.shared.has_noise) {
     draw_noise(s.shared, s.tensor.first + at, filled, b.noise);
     // What is behind the last element stays zero, or it might be the greatest.
     for (int i = filled; i < kPackedBlock; ++i) b.noise[i] = 0;
@@ -198,14 +202,14 @@ AIM_INLINE void step_block(const PackedStep<kVariant>& s, M moments, int64_t at,
   const int body = filled / kLanes * kLanes, end = body < filled ? body + kLanes : body;
   // Twice around rather than written twice: the code would be as much larger.
   for (int part = body ? 0 : 1; part < (end > body ? 2 : 1); ++part) {
-    accumulate_block<kVariant, kNoise, kLive>(s, part ? body : 0, part ? end : body, weights,
-                                              moments, b, part ? ends : sums);
+    accumulate_block(s, part ? body : 0, part ? end : body, weights, moments, b,
+                     part ? ends : sums);
   }
   flush_block(s, moments, at);
   const BlockExtras extras(s, moments, at, bits);
   for (int part = body ? 0 : 1; part < (end > body ? 2 : 1); ++part) {
-    apply_block<kVariant, kLive>(s, part ? body : 0, part ? end : body, weights, moments, b, extras,
-                                 part ? ends : sums);
+    apply_block(s, part ? body : 0, part ? end : body, weights, moments, b, extras,
+                part ? ends : sums);
   }
   end_block(s, moments);
   if (kVariant == RuleVariant::kRms && s.keeps_w()) {
@@ -217,12 +221,24 @@ AIM_INLINE void step_block(const PackedStep<kVariant>& s, M moments, int64_t at,
     }
     moments.end(kExtraMoment);
   }
-  if constexpr (!W::kDirect) weights.finish(s.shared, bits.weights);
+  weights.finish(s.shared, bits.weights);
 }
 
-// All blocks of [begin, end), whole ones. The moments of the next are computed before those of one
-// are stored: exponents and random bits come long after what they are made of.
-template <RuleVariant kVariant, bool kLive, class W, class M>
+// The blocks of [begin, end), of which the last may not be whole. A function of its own: that last
+// one is a copy, and the code of a block would be there twice.
+template <RuleVariant kVariant, class M>
+__attribute__((noinline)) void step_each(const PackedStep<kVariant>& s, const M& moments,
+                                         int64_t begin, int64_t end, PackedBlock& b,
+                                         PackedBits& bits, Sums<float>& sums, Sums<float>& ends) {
+  for (int64_t at = begin; at < end; at += kPackedBlock) {
+    const int filled = static_cast<int>(end - at < kPackedBlock ? end - at : kPackedBlock);
+    step_block(s, moments, at, filled, b, bits, sums, ends);
+  }
+}
+
+// The same of whole blocks whose weights lie in memory. The moments of the next are computed before
+// those of one are stored: exponents and random bits come long after what they are made of.
+template <RuleVariant kVariant, class W, class M>
 AIM_INLINE void step_blocks(const PackedStep<kVariant>& s, const M& moments, int64_t begin,
                             int64_t end, PackedBlock (&b)[2], PackedBits& bits, Sums<float>& sums) {
   M next = moments;
@@ -236,10 +252,9 @@ AIM_INLINE void step_blocks(const PackedStep<kVariant>& s, const M& moments, int
       begin_block(s, next, at);
       PackedBlock& into = b[at / kPackedBlock % 2];
       if (s.u.coupled || s.u.routed) {
-        accumulate_block<kVariant, false, kLive>(s, 0, kPackedBlock, weights, next, into, sums);
+        accumulate_block(s, 0, kPackedBlock, weights, next, into, sums);
       } else {
-        accumulate_block<kVariant, false, kLive, true>(s, 0, kPackedBlock, weights, next, into,
-                                                       sums);
+        accumulate_block<kVariant, true>(s, 0, kPackedBlock, weights, next, into, sums);
       }
       flush_block(s, next, at);
     }
@@ -247,9 +262,9 @@ AIM_INLINE void step_blocks(const PackedStep<kVariant>& s, const M& moments, int
       W weights(s.tensor, before);
       PackedBlock& from = b[before / kPackedBlock % 2];
       if (extras.ema) {
-        apply_block<kVariant, kLive>(s, 0, kPackedBlock, weights, now, from, extras, sums);
+        apply_block(s, 0, kPackedBlock, weights, now, from, extras, sums);
       } else {
-        apply_block<kVariant, kLive, true>(s, 0, kPackedBlock, weights, now, from, extras, sums);
+        apply_block<kVariant, true>(s, 0, kPackedBlock, weights, now, from, extras, sums);
       }
       end_block(s, now);
     }
@@ -319,18 +334,18 @@ class PaddedBlock {
 };
 
 // The last block of a tensor, which is not whole.
-template <RuleVariant kVariant, bool kNoise, bool kLive, class W, class M>
+template <RuleVariant kVariant, class M>
 __attribute__((noinline)) void step_last_block(const Tensor& tensor, const Shared& shared,
                                                int64_t at, int filled, PackedBlock& b,
                                                PackedBits& bits, Sums<float>& sums,
                                                Sums<float>& ends) {
   PaddedBlock last(tensor, at, filled);
   const PackedStep<kVariant> rest(last.padded, shared);
-  step_block<kVariant, kNoise, kLive, W>(rest, M(last.padded), 0, filled, b, bits, sums, ends);
+  step_each(rest, M(last.padded), 0, filled, b, bits, sums, ends);
   last.put_back();
 }
 
-template <RuleVariant kVariant, bool kNoise, bool kLive, class W, class M>
+template <RuleVariant kVariant, class W, class M>
 void update_packed(const Tensor& tensor, const Shared& shared, int64_t begin, int64_t end,
                    Partial* partial) {
   const PackedStep<kVariant> whole(tensor, shared);
@@ -342,18 +357,15 @@ void update_packed(const Tensor& tensor, const Shared& shared, int64_t begin, in
     const int64_t tile_end = end - tile < kConvertedTile ? end : tile + kConvertedTile;
     Sums<float> sums{}, ends{};
     const int64_t blocks_end = tile + (tile_end - tile) / kPackedBlock * kPackedBlock;
-    if constexpr (W::kDirect && !kNoise) {
-      step_blocks<kVariant, kLive, W>(whole, moments, tile, blocks_end, b, bits, sums);
+    if constexpr (W::kDirect) {
+      step_blocks<kVariant, W>(whole, moments, tile, blocks_end, b, bits, sums);
     } else {
-      for (int64_t at = tile; at < blocks_end; at += kPackedBlock) {
-        step_block<kVariant, kNoise, kLive, W>(whole, moments, at, kPackedBlock, b[0], bits, sums,
-                                               ends);
-      }
+      step_each(whole, moments, tile, blocks_end, b[0], bits, sums, ends);
     }
     const int filled = static_cast<int>(tile_end - blocks_end);
     if (filled) {
-      step_last_block<kVariant, kNoise, kLive, W, M>(tensor, shared, blocks_end, filled, b[0], bits,
-                                                     sums, ends);
+      step_last_block<kVariant, typename M::Any>(tensor, shared, blocks_end, filled, b[0], bits,
+                                                 sums, ends);
     }
     Partial measured{};
     add(sums, kLanes, measured);

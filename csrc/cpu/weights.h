@@ -9,9 +9,10 @@ namespace aim {
 namespace AIM_ISA {
 
 // Gradients and weights of a block as they lie in memory, for types that one instruction converts.
-template <class S>
+template <class S, bool kMaster>
 struct DirectWeights {
   static constexpr bool kDirect = true;
+  static AIM_INLINE constexpr bool has_live() { return kMaster; }
   const S* grad;
   float* theta;  // where true weights are float32; null: they are in `param`
   S* param;
@@ -21,13 +22,11 @@ struct DirectWeights {
         theta(t.master ? static_cast<float*>(t.master) + at : nullptr),
         param(static_cast<S*>(t.param) + at) {}
   AIM_INLINE FloatVector read_grad(int i) const { return read(grad + i); }
-  template <bool kLive>
   AIM_INLINE FloatVector read_theta(int i) const {
-    return kLive ? load<FloatVector>(theta + i) : read(param + i);
+    return kMaster ? load<FloatVector>(theta + i) : read(param + i);
   }
-  template <bool kLive>
   AIM_INLINE void keep_theta(int i, FloatVector x) const {
-    kLive ? store(theta + i, x) : write(param + i, x);
+    kMaster ? store(theta + i, x) : write(param + i, x);
   }
   AIM_INLINE void write_live(int i, FloatVector x) const { write(param + i, x); }
 
@@ -45,6 +44,7 @@ struct DirectWeights {
 // The same of bfloat16 weights that are whole with their remainder.
 struct SplitWeights {
   static constexpr bool kDirect = true;
+  static AIM_INLINE constexpr bool has_live() { return false; }
   const uint16_t* grad;
   uint16_t *upper, *rest;
 
@@ -53,11 +53,9 @@ struct SplitWeights {
         upper(static_cast<uint16_t*>(t.param) + at),
         rest(static_cast<uint16_t*>(t.rest) + at) {}
   AIM_INLINE FloatVector read_grad(int i) const { return as_float(from_small(grad + i) << 16); }
-  template <bool kLive>
   AIM_INLINE FloatVector read_theta(int i) const {
     return as_float(joined_bits(from_small(upper + i), from_small(rest + i)));
   }
-  template <bool kLive>
   AIM_INLINE void keep_theta(int i, FloatVector x) const {
     IntVector high, low;
     split_bits(as_int(x), &high, &low);
@@ -92,6 +90,7 @@ struct BufferedWeights {
   static constexpr bool kDirect = false;
   const Tensor& tensor;
   int64_t at;
+  AIM_INLINE bool has_live() const { return tensor.master != nullptr; }
   alignas(64) float grad[kPackedBlock], theta[kPackedBlock], live[kPackedBlock];
 
   BufferedWeights(const Tensor& t, int64_t at) : tensor(t), at(at) {
@@ -105,14 +104,8 @@ struct BufferedWeights {
     });
   }
   AIM_INLINE FloatVector read_grad(int i) const { return load<FloatVector>(grad + i); }
-  template <bool kLive>
-  AIM_INLINE FloatVector read_theta(int i) const {
-    return load<FloatVector>(theta + i);
-  }
-  template <bool kLive>
-  AIM_INLINE void keep_theta(int i, FloatVector x) {
-    store(theta + i, x);
-  }
+  AIM_INLINE FloatVector read_theta(int i) const { return load<FloatVector>(theta + i); }
+  AIM_INLINE void keep_theta(int i, FloatVector x) { store(theta + i, x); }
   AIM_INLINE void write_live(int i, FloatVector x) { store(live + i, x); }
   void finish(const Shared& shared, RoundingBits& random) const {
     with_storage(tensor, [&](auto* like) {

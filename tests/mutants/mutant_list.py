@@ -392,7 +392,7 @@ MUTANTS = (
     Mutant(
         "withdrawn to the average of the step before",
         "csrc/cpu/chunk.h",
-        "if (kLive && tensor.anchor == tensor.ema) {",
+        "if (live && tensor.anchor == tensor.ema) {",
         "if (false) {",
         "emit would find another average and write other live weights",
         ("test_measures.py::test_weights_are_withdrawn_to_their_average[cpu-rmsprop-momentum-options3]",),
