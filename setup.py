@@ -205,7 +205,8 @@ class NinjaBuild(build_ext):
         ]
         units = {ROOT / "python" / "bindings_cuda.cpp": ("compile", macros)}
         extra = [*NVCCFLAGS, *archs, *os.environ.get("AIM_KERNELS_NVCCFLAGS", "").split()]
-        units |= dict.fromkeys(sorted((ROOT / "csrc").glob("cuda/*.cu")), ("nvcc", extra))
+        # From update_mixed on, which takes longest: the last one would be compiled alone.
+        units |= dict.fromkeys(sorted((ROOT / "csrc").glob("cuda/*.cu"), reverse=True), ("nvcc", extra))
         return Linked(CUDA_EXTENSION, units, f"{escaped(self.cudart())} -ldl -lrt")
 
     def cudart(self) -> Path:
@@ -254,7 +255,8 @@ class NinjaBuild(build_ext):
             f"  command = $cxx $in -o $out {' '.join(link)} $libraries -pthread",
             "  description = link $out",
         ]
-        for ext in extensions:
+        # ninja begins with what stands first, and nvcc takes longest.
+        for ext in reversed(extensions):
             objects = []
             for path, (rule, extra) in ext.units.items():
                 made = work / (path.relative_to(ROOT).as_posix().replace("/", "_") + ".o")
