@@ -7,17 +7,10 @@ from typing import Any
 import pytest
 import tolerances as tol
 import torch
-from helpers import DTYPES, GRADIENT_LAYOUTS, PARAMETER_LAYOUTS, Gradients, assign, parameter, same_bits
+from helpers import DTYPES, GRADIENT_LAYOUTS, PARAMETER_LAYOUTS, TORCH_CLASSES, Gradients, assign, parameter, same_bits
 
 import aim_kernels as ak
 
-CLASSES = {
-    "adamw": torch.optim.AdamW,
-    "adam": torch.optim.Adam,
-    "sgd": torch.optim.SGD,
-    "adagrad": torch.optim.Adagrad,
-    "rmsprop": torch.optim.RMSprop,
-}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "adamw-default": ("adamw", {}),
     "adamw": ("adamw", {"lr": 0.02, "betas": (0.8, 0.97), "eps": 1e-4, "weight_decay": 0.2}),
@@ -61,7 +54,7 @@ def pair(
     peer_options = {"foreach": False, "lr": 1e-3}
     peer_options |= {"fused": False} if rule in ("adamw", "adam") else {}
     peer_options |= {"eps": 1e-8} if rule == "adagrad" else {}  # as our signature has it
-    return optimizer, CLASSES[rule](theirs, **(peer_options | options)), ours, theirs
+    return optimizer, TORCH_CLASSES[rule](theirs, **(peer_options | options)), ours, theirs
 
 
 def condition(group: dict[str, Any], state: dict[str, Any]) -> torch.Tensor | float:
@@ -216,7 +209,7 @@ def test_extreme_gradients(rule: str, options: dict[str, Any], eps: float) -> No
     values = torch.tensor([1e30, -1e30, 1e-30, -1e-25, 1e-38, 0.0, 3e38, 1.0])
     ours, theirs = (torch.ones(8, requires_grad=True) for _ in range(2))
     optimizer = ak.AIMFusedOptimizer([ours], rule=rule, eps=eps, backend="cpu", **options)
-    peer = CLASSES[rule]([theirs], lr=1e-3, eps=eps, foreach=False, **options)
+    peer = TORCH_CLASSES[rule]([theirs], lr=1e-3, eps=eps, foreach=False, **options)
     for _ in range(3):
         ours.grad, theirs.grad = values.clone(), values.clone()
         optimizer.step()

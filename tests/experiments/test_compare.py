@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from result_lines import compare_line
 
 from aim_kernels.experiments.compare import cli, cost, main, measures, report
 from aim_kernels.experiments.compare.contestants import BUDGET, CONTESTANTS, TUNING_SEEDS, Contestant, contestant
@@ -22,17 +23,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]  # as the
 
 TINY = ["--data", "digits", "--methods", "joint", "--epochs", "1"]
 NOT_COMPARED = ("commit", "date", "step_ms", "update_ms", "seconds")
-
-
-def line(contestant: str = "joint", seed: int = 0, test: float = 50.0, **more: Any) -> Line:
-    numbers = dict.fromkeys(
-        ("validation", "train", "f1", "calibration", "kappa_mean", "kappa_max", "step_ms", "update_ms", "seconds"), 1.5
-    )
-    probes = json.dumps({"grey": 60.0, "colour": 20.0})
-    text = {"commit": "abc", "date": "today", "torch": "2", "data": "digits", "options": "{}", "probes": probes}
-    made: dict[str, Any] = {**text, **numbers, "contestant": contestant, "choice": 0, "seed": seed, "epochs": 2}
-    made |= {"train_samples": 100, "test_samples": 25, "backbone": "auto", "width": 64}
-    return Line(**made | {"test": test} | more)
 
 
 def trained(line: Line) -> dict[str, Any]:
@@ -69,7 +59,7 @@ def test_interruption_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.Mon
     def fake(run: Run) -> tuple[Line, list[dict[str, Any]]]:
         if run.seed == 1:
             raise KeyboardInterrupt
-        return line(run.contestant, run.seed), []
+        return compare_line(run.contestant, run.seed), []
 
     monkeypatch.setattr(cli, "train", fake)
     torch.set_num_threads(2)
@@ -109,14 +99,14 @@ def test_tuning_takes_the_best_complete_choice(monkeypatch: pytest.MonkeyPatch) 
     runs = tuning_runs(["digits"], ["joint", "x"], 2)
     assert [(r.contestant, r.choice, r.seed) for r in runs] == [("x", c, s) for s in TUNING_SEEDS for c in range(3)]
     first, second = TUNING_SEEDS
-    found = [line("x", first, validation=v, choice=c) for c, v in enumerate((70.0, 60.0, 99.0))]
-    found += [line("x", second, validation=v, choice=c) for c, v in enumerate((70.0, 81.0))]
+    found = [compare_line("x", first, validation=v, choice=c) for c, v in enumerate((70.0, 60.0, 99.0))]
+    found += [compare_line("x", second, validation=v, choice=c) for c, v in enumerate((70.0, 81.0))]
     assert tuned(found, runs) == {("digits", "x"): 1}
     found[1] = replace(found[1], validation=59.0)
     assert tuned(found, runs) == {("digits", "x"): 0}, "the default where two are equal"
     longer = [replace(x, epochs=3, validation=90.0) for x in found[1::3]]
     assert tuned([*found, *longer], runs) == {("digits", "x"): 0}, "other epochs are another comparison"
-    assert tuned([line("x", 0)], runs) == {}
+    assert tuned([compare_line("x", 0)], runs) == {}
     runs = seed_runs(["digits"], ["joint", "x"], 1, None, {("digits", "x"): 1})
     assert [(r.contestant, r.choice, r.epochs) for r in runs] == [
         (name, int(name == "x"), DATA_SETS["digits"].epochs) for name in ("joint", "x", *alone("digits"))
@@ -144,14 +134,14 @@ def test_measures() -> None:
 def test_report_says_where_aim_stands(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     for seed in range(3):
-        folder.add(line("joint", seed, 50.0 + seed), [])
+        folder.add(compare_line("joint", seed, 50.0 + seed), [])
         better = json.dumps({"grey": 70.0 + seed / 10, "colour": 10.0 + seed / 10})
-        folder.add(line("aim", seed, 60.0 + seed, probes=better), [])
-        folder.add(line("aim", seed, 0.0, epochs=1), [])
-        folder.add(line("aim", seed, 1.0, options='{"alpha": 3}'), [])
-        folder.add(line("ogm", seed, 59.5 + seed), [])
-        folder.add(line("alone:grey", seed, 90.0, probes="{}"), [])
-    folder.add(line("aim", TUNING_SEEDS[0], 0.0), [])
+        folder.add(compare_line("aim", seed, 60.0 + seed, probes=better), [])
+        folder.add(compare_line("aim", seed, 0.0, epochs=1), [])
+        folder.add(compare_line("aim", seed, 1.0, options='{"alpha": 3}'), [])
+        folder.add(compare_line("ogm", seed, 59.5 + seed), [])
+        folder.add(compare_line("alone:grey", seed, 90.0, probes="{}"), [])
+    folder.add(compare_line("aim", TUNING_SEEDS[0], 0.0), [])
     rows = report.standings(report.reported(folder.lines()))["digits"]
     assert [s.contestant for s in rows] == ["joint", "aim", "ogm", "alone:grey"]
     aim = rows[1]
@@ -184,8 +174,8 @@ def test_other_networks_are_other_runs(tmp_path: Path) -> None:
     made, _ = train(Run("digits", "joint", 0, 0, 1, "transformer", 16))
     assert (made.backbone, made.width) == ("transformer", 16)
     assert trained(made) != trained(train(Run("digits", "joint", 0, 0, 1))[0])
-    wide = [line(name, seed, width=128) for name in ("joint", "aim") for seed in range(2)]
-    narrow = [line(name, seed) for name in ("joint", "aim", "ogm") for seed in range(2)]
+    wide = [compare_line(name, seed, width=128) for name in ("joint", "aim") for seed in range(2)]
+    narrow = [compare_line(name, seed) for name in ("joint", "aim", "ogm") for seed in range(2)]
     assert report.reported([*narrow, *wide]) == wide, "beside the latest joint training"
     assert report.reported([*wide, *narrow]) == narrow
     with pytest.raises(SystemExit, match="2"):
@@ -200,11 +190,11 @@ def test_other_networks_are_other_runs(tmp_path: Path) -> None:
 def test_a_line_that_was_cut_short_does_not_swallow_the_next(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     for seed in (1, 2):
-        folder.add(line(seed=seed), [])
+        folder.add(compare_line(seed=seed), [])
     text = folder.file.read_text()
     folder.file.write_text(text[: text.rindex("colour") + 3])  # within a quoted field
     for seed in (3, 4):
-        folder.add(line(seed=seed), [])
+        folder.add(compare_line(seed=seed), [])
     assert [x.seed for x in folder.lines()] == [1, 3, 4]
 
 

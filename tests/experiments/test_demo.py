@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from result_lines import demo_history, demo_row
 
 from aim_kernels.aim.plots import plot_accuracy, plot_modulation
-from aim_kernels.aim.strengths import Measured, assess
 from aim_kernels.experiments.demo import cli, main, results, trainer
 from aim_kernels.experiments.demo.networks import network_for
 from aim_kernels.experiments.demo.results import Folder, markdown, mean_and_error, summary, table_of
@@ -20,21 +20,6 @@ from aim_kernels.experiments.demo.trainer import DATA, Run, train
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]  # as the demo itself does
 
 TINY = ["--data", "digits", "--seeds", "0", "--epochs", "2"]
-
-
-def row(data: str = "digits", method: str = "joint", seed: int = 0, test: float = 50.0) -> dict[str, Any]:
-    numbers = dict.fromkeys(results.NUMBERS, 1.25)
-    return {"data": data, "method": method, "seed": seed, "epochs": 2, "device": "cpu", **numbers, "test": test}
-
-
-def history() -> list[dict[str, Any]]:
-    tables = []
-    for update in range(3):
-        nan = {"grey": [math.nan] * 2, "colour": [math.nan] * 3}
-        scores = {"grey": [0.1, 0.2], "colour": [0.3, 0.4, 0.5]}
-        measured = Measured(scores, {m: [0.0] * len(row) for m, row in scores.items()})
-        tables.append(assess(update, measured, None, nan, rule="ratio", alpha=1.0, dead_zone=0.0).to_dict())
-    return tables
 
 
 def test_demo_writes_everything_and_continues(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,7 +59,7 @@ def test_interruption_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.Mon
     def fake(run: Run, on_epoch: Any) -> Any:
         if run.method == "aim":
             raise KeyboardInterrupt
-        return row(method=run.method, seed=run.seed), []
+        return demo_row(method=run.method, seed=run.seed), []
 
     monkeypatch.setattr(cli, "train", fake)
     torch.set_num_threads(2)
@@ -181,8 +166,8 @@ def test_a_missing_package_is_a_sentence(
 
 
 def test_table_pairs_seeds() -> None:
-    rows = [row(seed=s, test=t) for s, t in ((0, 40.0), (1, 50.0))]
-    rows += [row(method="aim", seed=s, test=t) for s, t in ((0, 60.0), (1, 71.0), (2, 99.0))]
+    rows = [demo_row(seed=s, test=t) for s, t in ((0, 40.0), (1, 50.0))]
+    rows += [demo_row(method="aim", seed=s, test=t) for s, t in ((0, 60.0), (1, 71.0), (2, 99.0))]
     header, lines = table_of(rows, "digits")
     assert header[:5] == ["method", "test accuracy", "vs joint", "probe grey", "probe colour"]
     assert [line[:3] for line in lines] == [["joint", "45.0 ± 5.0", ""], ["aim", "76.7 ± 11.6", "+20.5 ± 0.5"]]
@@ -194,9 +179,9 @@ def test_table_pairs_seeds() -> None:
 def test_folder_reads_what_it_wrote(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     assert folder.rows() == []
-    folder.add(row(), [])
-    folder.add(row(method="aim"), history())
-    assert folder.rows() == [row(), row(method="aim")]
+    folder.add(demo_row(), [])
+    folder.add(demo_row(method="aim"), demo_history())
+    assert folder.rows() == [demo_row(), demo_row(method="aim")]
     assert [table.update for table in folder.history(Run("digits", "aim", 0, 2))] == [0, 1, 2]
     assert folder.history(Run("digits", "joint", 0, 2)) == []
 
@@ -207,7 +192,7 @@ def test_plot_modulation(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="history is empty"):
         plot_modulation(Stub())
-    Folder(tmp_path).add(row(method="aim"), history())
+    Folder(tmp_path).add(demo_row(method="aim"), demo_history())
     Stub.history = Folder(tmp_path).history(Run("digits", "aim", 0, 2))
     figure = plot_modulation(Stub())
     images = [axis.images[0].get_array() for axis in figure.axes if axis.images]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from result_lines import precision_line
 
 from aim_kernels.experiments import precision
 from aim_kernels.experiments.precision import summary, tasks
@@ -16,14 +17,10 @@ from aim_kernels.experiments.precision.drift import drift
 pytestmark = pytest.mark.slow
 
 
-def line(task: str, name: str, seed: int, loss: float, agreement: float = math.nan) -> Line:
-    return Line("c", "t", task, name, seed, 10, loss, 2 * loss, 50.0, agreement, agreement)
-
-
 def test_differences_are_paired_and_judged_by_standard_errors() -> None:
-    base = [line("text", "fp32", seed, loss) for seed, loss in enumerate((1.0, 2.0, 3.0))]
-    close = [line("text", "fp32+int8", seed, loss) for seed, loss in enumerate((1.1, 2.1, 3.4))]
-    far = [line("text", "bf16", seed, loss + 1) for seed, loss in enumerate((1.0, 2.0, 3.0))]
+    base = [precision_line("text", "fp32", seed, loss) for seed, loss in enumerate((1.0, 2.0, 3.0))]
+    close = [precision_line("text", "fp32+int8", seed, loss) for seed, loss in enumerate((1.1, 2.1, 3.4))]
+    far = [precision_line("text", "bf16", seed, loss + 1) for seed, loss in enumerate((1.0, 2.0, 3.0))]
     found = {v.configuration: v for v in summary.verdicts([*base, *close, *far])}
     assert found["fp32+int8"].train == pytest.approx(0.2) and found["fp32+int8"].train_error == pytest.approx(0.1)
     assert found["fp32+int8"].spread == pytest.approx(1 / math.sqrt(3))
@@ -39,7 +36,7 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Monk
         ran.append((configuration.name, seed, watched))
         if len(ran) == 3:
             raise KeyboardInterrupt
-        return line("text", configuration.name, seed, 1.0 + seed, 0.9 if watched else math.nan)
+        return precision_line("text", configuration.name, seed, 1.0 + seed, 0.9 if watched else math.nan)
 
     monkeypatch.setitem(tasks.TASKS, "text", training)
     monkeypatch.setattr(precision, "drift", lambda: dict.fromkeys(CONFIGURATIONS, 0.0))

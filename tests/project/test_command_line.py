@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from command_helpers import COMMANDS, ROOT
+from result_lines import compare_line, demo_history, demo_row, precision_line
 
 from aim_kernels import bench, command_line
 from aim_kernels.bench import gpu, packed, shapes
@@ -33,10 +34,6 @@ pytestmark = pytest.mark.slow
 
 def tiny(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     """Every command with work that takes no time, and its arguments."""
-    from test_compare import line as compare_line
-    from test_demo import history, row
-    from test_precision import line as precision_line
-
     shape_set = shapes.ShapeSet("tiny", ((16, 33),), "a small tensor", rounds=1, repeats=1)
     monkeypatch.setitem(shapes.SETS, "tiny", shape_set)
     monkeypatch.setattr(gpu, "SETS", {"256m": shape_set})
@@ -45,12 +42,12 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     monkeypatch.setattr(bench_memory, "OPTIMIZERS", {})
 
     def demo_train(run: Any, on_epoch: Any) -> Any:
-        return row(run.data, run.method, run.seed), history() if run.method == "aim" else []
+        return demo_row(run.data, run.method, run.seed), demo_history() if run.method == "aim" else []
 
     def compare_train(run: Any) -> Any:
         options = contestant(run.contestant).options(run.choice)
         made = compare_line(run.contestant, run.seed, epochs=run.epochs, options=options)
-        return made, history() if run.contestant == "aim" else []
+        return made, demo_history() if run.contestant == "aim" else []
 
     def precision_train(configuration: Any, seed: int, watched: bool) -> Any:
         return precision_line("text", configuration.name, seed, 1.0, 0.9 if watched else math.nan)

@@ -9,8 +9,7 @@ import pytest
 import tolerances as tol
 import torch
 from backends_under_test import BACKENDS, DEVICE_BACKENDS, enter
-from helpers import frozen, parameters_of, same_bits
-from test_torch_parity import CLASSES
+from helpers import TORCH_CLASSES, frozen, parameters_of, same_bits
 
 import aim_kernels as ak
 
@@ -58,7 +57,7 @@ def test_steps_are_those_of_torch(case: str, backend: str, monkeypatch: pytest.M
     p, q = (torch.ones(len(SIZES), device=where).requires_grad_() for where in (device, "cpu"))
     optimizer = ak.AIMFusedOptimizer([p], rule=rule, backend=chosen, **options)
     peer_options = {name: value for name, value in options.items() if rule != "sgd" or name != "eps"}
-    peer = CLASSES[rule]([q], foreach=False, **({"weight_decay": 0.0} if rule == "adam" else {}) | peer_options)
+    peer = TORCH_CLASSES[rule]([q], foreach=False, **({"weight_decay": 0.0} if rule == "adam" else {}) | peer_options)
     moving = torch.zeros(len(SIZES), dtype=torch.bool)
     for factor in FACTORS:
         grad, before = gradients(factor), q.detach().clone()

@@ -17,6 +17,15 @@ DEVICE = "cpu"
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
+#: The optimizers that have our rules.
+TORCH_CLASSES = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "sgd": torch.optim.SGD,
+    "adagrad": torch.optim.Adagrad,
+    "rmsprop": torch.optim.RMSprop,
+}
+
 #: Rules in all their variants: options of the optimizer. Decay is never zero, so that its place in the step shows.
 RULES: dict[str, dict[str, Any]] = {
     "adamw": {"rule": "adamw", "lr": 3e-2, "betas": (0.85, 0.98), "weight_decay": 0.1},
