@@ -19,14 +19,14 @@ from aim_kernels.experiments.compare import report as compare_report
 from aim_kernels.experiments.compare.results import Folder as CompareFolder
 from aim_kernels.experiments.demo.pictures import draw_accuracy, draw_modulation
 from aim_kernels.experiments.demo.results import Folder as DemoFolder
-from aim_kernels.experiments.demo.trainer import Run
-from aim_kernels.experiments.precision import read
+from aim_kernels.experiments.precision.configurations import Folder as PrecisionFolder
 from aim_kernels.experiments.precision.summary import plot
+from aim_kernels.experiments.runs import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 #: The run that modulation-digits.png shows, and the commit of the run that results.png does.
-MODULATION = Run("digits", "aim", 100, 40)
+MODULATION = Run("digits", "aim", 0, 100, 40)
 SPEED = "9b44676aca3c-dirty"
 
 
@@ -36,18 +36,18 @@ def _comparison(path: Path) -> None:
 
 
 def _speed(path: Path) -> None:
-    lines = [line for line in bench_report.read(RESULTS / "results.csv") if line.commit == SPEED]
+    lines = [line for line in bench_report.read(RESULTS / "results.csv", bench_report.Result) if line.commit == SPEED]
     bench_report.plot(path, lines, bench_report.title_of(vars(lines[0])))
 
 
 #: Picture (below the root) to what draws it.
 PICTURES: dict[str, Callable[[Path], None]] = {
-    "docs/images/demo.png": lambda path: draw_accuracy(path, DemoFolder(RESULTS / "demo").rows()),
+    "docs/images/demo.png": lambda path: draw_accuracy(path, DemoFolder(RESULTS / "demo").lines()),
     "docs/images/modulation-digits.png": lambda path: draw_modulation(
         path, MODULATION, DemoFolder(RESULTS / "demo").history(MODULATION)
     ),
     "docs/images/comparison.png": _comparison,
-    "docs/images/precision.png": lambda path: plot(path, read(RESULTS / "precision.csv")),
+    "docs/images/precision.png": lambda path: plot(path, PrecisionFolder(RESULTS).lines()),
     "benchmarks/results/results.png": _speed,
 }
 

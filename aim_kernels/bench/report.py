@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -21,6 +21,8 @@ from aim_kernels.diagnostics import cpu_model
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+L = TypeVar("L", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
@@ -105,16 +107,21 @@ def print_table(title: str, results: Sequence[Result]) -> None:
         print("  ".join([f"  {name:<{widths[0]}}", *padded]))
 
 
-def append_csv(path: Path, results: Iterable[DataclassInstance], columns_of: type[DataclassInstance] = Result) -> None:
-    """Append results of one type; a file of other columns is not touched. What follows a line that was cut short begins
-    a new one."""
+def append_csv(
+    path: Path,
+    results: Iterable[DataclassInstance],
+    columns_of: type[DataclassInstance] = Result,
+    spec: str = ".6g",
+) -> None:
+    """Append results of one type, floats written by ``spec``; a file of other columns is not touched. What follows a
+    line that was cut short begins a new one."""
     check_columns(path, columns_of)
     names = [f.name for f in fields(columns_of)]
     text = io.StringIO()
     writer = csv.DictWriter(text, names, lineterminator="\n")
     for result in results:
         row = asdict(result)
-        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+        writer.writerow({k: format(v, spec) if isinstance(v, float) else v for k, v in row.items()})
     append_lines(path, ",".join(names) + "\n", text.getvalue())
 
 
@@ -123,15 +130,29 @@ def check_columns(path: Path, columns_of: type[DataclassInstance] = Result) -> N
     if path.exists() and path.stat().st_size:
         with path.open(newline="", encoding="utf-8", errors="replace") as file:
             if next(csv.reader(file), []) != [f.name for f in fields(columns_of)]:
-                raise OtherVersionError(f"{path} has other columns than this version writes; move it away")
+                raise OtherVersionError(
+                    f"{path} has other columns than this version writes; give another folder, or move it away"
+                )
 
 
-def read(path: Path) -> list[Result]:
-    """The lines of a file that :func:`append_csv` wrote."""
-    check_columns(path)
-    types = {f.name: {"int": int, "float": float}.get(str(f.type), str) for f in fields(Result)}
-    with path.open(newline="", encoding="utf-8") as file:
-        return [Result(**{name: types[name](value) for name, value in row.items()}) for row in csv.DictReader(file)]
+def read(path: Path, line_type: type[L]) -> list[L]:
+    """The lines of a file that :func:`append_csv` wrote, but those that were cut short; none where it is not there.
+
+    Raises :class:`OtherVersionError` where it has other columns.
+    """
+    check_columns(path, line_type)
+    if not path.exists() or not path.stat().st_size:  # a device such as /dev/full could be read without end
+        return []
+    types = {f.name: {"int": int, "float": float}.get(str(f.type), str) for f in fields(line_type)}
+    found = []
+    # One by one: a quote that was cut off would swallow the next line.
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines()[1:]:
+        try:
+            (row,) = csv.reader([text], strict=True)
+            found.append(line_type(**{n: of(value) for (n, of), value in zip(types.items(), row, strict=True)}))
+        except (csv.Error, ValueError):
+            continue
+    return found
 
 
 def title_of(shared: Mapping[str, Any]) -> str:

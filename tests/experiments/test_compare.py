@@ -12,11 +12,14 @@ import pytest
 import torch
 from result_lines import compare_line
 
-from aim_kernels.experiments.compare import cli, cost, main, measures, report
-from aim_kernels.experiments.compare.contestants import BUDGET, CONTESTANTS, TUNING_SEEDS, Contestant, contestant
+from aim_kernels.bench.report import append_csv
+from aim_kernels.experiments import measures
+from aim_kernels.experiments.compare import cli, cost, main, report
+from aim_kernels.experiments.compare.contestants import BUDGET, CONTESTANTS, TUNING_SEEDS, contestant
+from aim_kernels.experiments.compare.lines import Line, train
 from aim_kernels.experiments.compare.results import Folder, alone, seed_runs, tuned, tuning_runs
-from aim_kernels.experiments.compare.training import Line, Run, train
 from aim_kernels.experiments.data import DATA_SETS
+from aim_kernels.experiments.runs import Contestant, Run
 from aim_kernels.methods import METHODS
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]  # as the comparison itself does
@@ -184,7 +187,7 @@ def test_other_networks_are_other_runs(tmp_path: Path) -> None:
     assert {(run.backbone, run.width) for run in runs} == {("resnet18", 128)}
     folder = Folder(tmp_path)
     others = [replace(runs[0], backbone="auto", width=width) for width in (64, 128)]
-    assert len({folder._history_file(run) for run in (runs[0], *others)}) == 3
+    assert len({folder.history_file(run) for run in (runs[0], *others)}) == 3
 
 
 def test_a_line_that_was_cut_short_does_not_swallow_the_next(tmp_path: Path) -> None:
@@ -203,16 +206,22 @@ def test_results_of_another_version_are_left_alone(tmp_path: Path, capsys: pytes
     file.write_text("commit,date\nabc,today\n")
     for options in (TINY, ["--report"]):
         assert main([*options, "--out", str(tmp_path)]) == 1
-        assert "results.csv is of another version; give another folder" in capsys.readouterr().err
+        assert "results.csv has other columns than this version writes; give another folder" in capsys.readouterr().err
     assert file.read_text() == "commit,date\nabc,today\n"
     assert not (tmp_path / "report.md").exists()
 
 
 def test_costs_are_medians_of_the_latest_commit(tmp_path: Path) -> None:
-    lines = ["commit,data,contestant,step_ms,update_ms,peak_mib", "old,digits,joint,9,9,9"]
-    lines += [f"new,digits,joint,{ms},0,10" for ms in (1.0, 5.0, 2.0)]
-    lines += [f"new,digits,aim,{ms},30,12" for ms in (2.5, 1.0, 9.0)]
-    (tmp_path / "cost.csv").write_text("\n".join(lines) + "\n")
+    empty = dict.fromkeys(("date", "cpu", "os", "python", "torch", "isa", "backbone"), "")
+
+    def line(commit: str, name: str, step_ms: float, update_ms: float, peak_mib: float) -> cost.CostLine:
+        numbers = {"step_ms": step_ms, "fastest": 0.0, "slowest": 9.0, "update_ms": update_ms, "peak_mib": peak_mib}
+        return cost.CostLine(**empty, commit=commit, threads=1, data="digits", contestant=name, width=64, **numbers)
+
+    lines = [line("old", "joint", 9.0, 9.0, 9.0)]
+    lines += [line("new", "joint", ms, 0.0, 10.0) for ms in (1.0, 5.0, 2.0)]
+    lines += [line("new", "aim", ms, 30.0, 12.0) for ms in (2.5, 1.0, 9.0)]
+    append_csv(tmp_path / "cost.csv", lines, cost.CostLine)
     assert report._costs(tmp_path / "cost.csv")[1:] == [
         ["digits", "joint", "2.00", "1.00", "0.00", "10"],
         ["digits", "aim", "2.50", "1.25", "30.00", "12"],

@@ -9,17 +9,24 @@ from typing import Any
 
 import pytest
 import torch
-from result_lines import demo_history, demo_row
+from result_lines import demo_history, demo_line
 
 from aim_kernels.aim.plots import plot_accuracy, plot_modulation
-from aim_kernels.experiments.demo import cli, main, results, trainer
-from aim_kernels.experiments.demo.networks import network_for
-from aim_kernels.experiments.demo.results import Folder, markdown, mean_and_error, summary, table_of
-from aim_kernels.experiments.demo.trainer import DATA, Run, train
+from aim_kernels.experiments.data import DATA_SETS
+from aim_kernels.experiments.demo import cli, main
+from aim_kernels.experiments.demo.contestants import DATA
+from aim_kernels.experiments.demo.report import markdown, summary, table
+from aim_kernels.experiments.demo.results import Folder, Line, train
+from aim_kernels.experiments.measures import mean_and_error
+from aim_kernels.experiments.runs import Run, network_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]  # as the demo itself does
 
 TINY = ["--data", "digits", "--seeds", "0", "--epochs", "2"]
+
+
+def untimed(line: Line) -> dict[str, Any]:
+    return {name: value for name, value in vars(line).items() if name not in ("step_ms", "update_ms")}
 
 
 def test_demo_writes_everything_and_continues(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -34,85 +41,80 @@ def test_demo_writes_everything_and_continues(tmp_path: Path, capsys: pytest.Cap
     config = json.loads((out / "config.json").read_text())
     assert config["epochs"] == {"digits": 2}
     assert config["optimizer"]["betas"] == [0.9, 0.99]
-    rows = Folder(out).rows()
-    assert [(r["method"], r["seed"]) for r in rows] == [("joint", 0), ("aim", 0)]
-    assert all(0.0 < r["test"] <= 100.0 and r["step_ms"] > 0.0 for r in rows)
-    assert len(Folder(out).history(Run("digits", "aim", 0, 2))) == 2
+    lines = Folder(out).lines()
+    assert [(x.method, x.seed) for x in lines] == [("joint", 0), ("aim", 0)]
+    assert all(0.0 < x.test <= 100.0 and x.step_ms > 0.0 for x in lines)
+    assert len(Folder(out).history(Run("digits", "aim", 0, 0, 2))) == 2
 
     # a line cut short by an interruption is done again, a finished one is not
     text = (out / "results.csv").read_text()
     (out / "results.csv").write_text(text[:-20])
     trained = []
-    original = trainer.train
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "train", lambda run, on_epoch: trained.append(run.method) or original(run, on_epoch))
+        patch.setattr(cli, "train", lambda run, on_epoch: trained.append(run.contestant) or train(run, on_epoch))
         assert main([*TINY, "--method", "joint", "aim", "--out", str(out)]) == 0
     assert trained == ["aim"]
-    again = Folder(out).rows()
-    timed = ("step_ms", "update_ms")
-    assert [{k: v for k, v in r.items() if k not in timed} for r in again] == [
-        {k: v for k, v in r.items() if k not in timed} for r in rows
-    ]
+    assert [untimed(x) for x in Folder(out).lines()] == [untimed(x) for x in lines]
 
 
 def test_interruption_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fake(run: Run, on_epoch: Any) -> Any:
-        if run.method == "aim":
+        if run.contestant == "aim":
             raise KeyboardInterrupt
-        return demo_row(method=run.method, seed=run.seed), []
+        return demo_line(method=run.contestant, seed=run.seed), []
 
     monkeypatch.setattr(cli, "train", fake)
     torch.set_num_threads(2)
     assert main([*TINY, "--out", str(tmp_path)]) == 130
     assert torch.get_num_threads() == 2
-    assert [r["method"] for r in Folder(tmp_path).rows()] == ["joint", "ogm-ge 0.5", "ogm-ge 1", "ogm-ge 2"]
+    assert [x.method for x in Folder(tmp_path).lines()] == ["joint", "ogm-ge 0.5", "ogm-ge 1", "ogm-ge 2"]
 
 
 def test_every_method_trains_on_both_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     for data in DATA:
-        full = DATA[data].make(0)
+        full = DATA_SETS[data].make(0)
         few = type(full)(
             full.name,
             full.modalities,
             full.num_classes,
             *(s.take(torch.arange(0, len(s), 20)) for s in (full.train, full.validation, full.test)),
         )
-        monkeypatch.setitem(DATA, data, DATA[data]._replace(make=lambda seed, few=few: few))
-        assert DATA[data].modalities == full.modalities
+        monkeypatch.setitem(DATA_SETS, data, DATA_SETS[data]._replace(make=lambda seed, few=few: few))
+        assert DATA_SETS[data].modalities == full.modalities
         for method in ("joint", "ogm-ge 1", "aim", "drop"):
-            found, tables = train(Run(data, method, 0, 2))
-            assert tuple(found) == results.COLUMNS
-            assert all(math.isfinite(found[name]) for name in results.NUMBERS)
+            found, tables = train(Run(data, method, 0, 0, 2))
+            assert found.run == Run(data, method, 0, 0, 2)
+            assert all(math.isfinite(value) for value in vars(found).values() if isinstance(value, float))
             assert len(tables) == (2 if method in ("aim", "drop") else 0)
-    with pytest.raises(ValueError, match="unknown method 'agm'"):
-        train(Run("digits", "agm", 0, 1))
+    with pytest.raises(ValueError, match="unknown contestant 'agm'"):
+        train(Run("digits", "agm", 0, 0, 1))
 
 
 def test_equal_runs_give_equal_results_and_seeds_differ() -> None:
     def measured(run: Run) -> list[float]:
         found, _ = train(run)
-        return [found[name] for name in ("test", "validation", "train", "probe_0", "probe_1")]
+        return [found.test, found.validation, found.train, found.probe_0, found.probe_1]
 
-    first = measured(Run("digits", "joint", 3, 3))
+    first = measured(Run("digits", "joint", 0, 3, 3))
     torch.rand(7)
-    assert measured(Run("digits", "joint", 3, 3)) == first
-    assert measured(Run("digits", "joint", 4, 3)) != first
-    assert measured(Run("digits", "aim", 3, 3)) != first
+    assert measured(Run("digits", "joint", 0, 3, 3)) == first
+    assert measured(Run("digits", "joint", 0, 4, 3)) != first
+    assert measured(Run("digits", "aim", 0, 3, 3)) != first
 
 
 def test_aim_beats_joint_training_on_the_shortcut() -> None:
     # a quarter of the demo's training; the demo itself is judged on ten fresh seeds
-    joint, _ = train(Run("digits", "joint", 11, 20))
-    aim, tables = train(Run("digits", "aim", 11, 20))
-    assert aim["test"] > joint["test"] + 5.0
+    joint, _ = train(Run("digits", "joint", 0, 11, 20))
+    aim, tables = train(Run("digits", "aim", 0, 11, 20))
+    assert aim.test > joint.test + 5.0
     assert tables[-1]["dominant"] == ("colour",)
     assert max(tables[-1]["kappa"]["grey"]) == 0.0
 
 
 def test_networks_match_their_data() -> None:
-    for data in DATA.values():
-        split = data.make(0)
-        model = network_for(split)
+    for data in DATA:
+        split = DATA_SETS[data].make(0)
+        model = network_of(split, 0)
         inputs = [x[:3] for x in split.train.inputs]
         assert model(*inputs).shape == (3, split.num_classes)
         blocks = model.blocks()
@@ -127,10 +129,10 @@ def test_networks_match_their_data() -> None:
 def test_plan_follows_the_options() -> None:
     options = cli.parser().parse_args(["--data", "watch", "--method", "aim", "ogm-ge", "--seeds", "7", "100-101"])
     runs = cli.planned(options)
-    assert [(r.method, r.seed) for r in runs] == [
+    assert [(r.contestant, r.seed) for r in runs] == [
         (method, seed) for seed in (7, 100, 101) for method in ("ogm-ge 0.5", "ogm-ge 1", "ogm-ge 2", "aim")
     ]
-    assert {(r.data, r.epochs, r.device) for r in runs} == {("watch", DATA["watch"].epochs, "cpu")}
+    assert {(r.data, r.epochs, r.device) for r in runs} == {("watch", DATA_SETS["watch"].epochs, "cpu")}
     everything = cli.planned(cli.parser().parse_args([]))
     assert len(everything) == len(set(everything)) == 2 * 6 * 3
     assert cli.parser().parse_args([]).out == Path("demo-output")
@@ -166,34 +168,34 @@ def test_a_missing_package_is_a_sentence(
 
 
 def test_table_pairs_seeds() -> None:
-    rows = [demo_row(seed=s, test=t) for s, t in ((0, 40.0), (1, 50.0))]
-    rows += [demo_row(method="aim", seed=s, test=t) for s, t in ((0, 60.0), (1, 71.0), (2, 99.0))]
-    header, lines = table_of(rows, "digits")
+    found = [demo_line(seed=s, test=t) for s, t in ((0, 40.0), (1, 50.0))]
+    found += [demo_line(method="aim", seed=s, test=t) for s, t in ((0, 60.0), (1, 71.0), (2, 99.0))]
+    header, *rows = table(found, "digits")
     assert header[:5] == ["method", "test accuracy", "vs joint", "probe grey", "probe colour"]
-    assert [line[:3] for line in lines] == [["joint", "45.0 ± 5.0", ""], ["aim", "76.7 ± 11.6", "+20.5 ± 0.5"]]
-    assert summary(rows)["digits"]["joint"] == mean_and_error([40.0, 50.0]) == (45.0, 5.0)
-    assert "| aim | 76.7 ± 11.6 | +20.5 ± 0.5 |" in markdown(rows)
-    assert table_of(rows[:1], "digits")[1][0][1] == "40.0"
+    assert [row[:3] for row in rows] == [["joint", "45.0 ± 5.0", ""], ["aim", "76.7 ± 11.6", "+20.5 ± 0.5"]]
+    assert summary(found)["digits"]["joint"] == mean_and_error([40.0, 50.0]) == (45.0, 5.0)
+    assert "| aim | 76.7 ± 11.6 | +20.5 ± 0.5 |" in markdown(found)
+    assert table(found[:1], "digits")[1][1] == "40.0"
 
 
 def test_folder_reads_what_it_wrote(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
-    assert folder.rows() == []
-    folder.add(demo_row(), [])
-    folder.add(demo_row(method="aim"), demo_history())
-    assert folder.rows() == [demo_row(), demo_row(method="aim")]
-    assert [table.update for table in folder.history(Run("digits", "aim", 0, 2))] == [0, 1, 2]
-    assert folder.history(Run("digits", "joint", 0, 2)) == []
+    assert folder.lines() == []
+    folder.add(demo_line(test=100.0 / 3.0), [])
+    folder.add(demo_line(method="aim"), demo_history())
+    assert folder.lines() == [demo_line(test=100.0 / 3.0), demo_line(method="aim")], "with all digits"
+    assert [table.update for table in folder.history(Run("digits", "aim", 0, 0, 2))] == [0, 1, 2]
+    assert folder.history(Run("digits", "joint", 0, 0, 2)) == []
 
 
 def test_plot_modulation(tmp_path: Path) -> None:
     class Stub:
-        history = Folder(tmp_path).history(Run("digits", "aim", 0, 2))
+        history = Folder(tmp_path).history(Run("digits", "aim", 0, 0, 2))
 
     with pytest.raises(ValueError, match="history is empty"):
         plot_modulation(Stub())
-    Folder(tmp_path).add(demo_row(method="aim"), demo_history())
-    Stub.history = Folder(tmp_path).history(Run("digits", "aim", 0, 2))
+    Folder(tmp_path).add(demo_line(method="aim"), demo_history())
+    Stub.history = Folder(tmp_path).history(Run("digits", "aim", 0, 0, 2))
     figure = plot_modulation(Stub())
     images = [axis.images[0].get_array() for axis in figure.axes if axis.images]
     assert [image.shape for image in images] == [(2, 3), (3, 3)] * 3

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from command_helpers import pictures
+from result_lines import demo_line
 
 from aim_kernels.aim import plots
 from aim_kernels.experiments.demo import pictures as demo_pictures
@@ -160,7 +161,7 @@ def test_modulation_picture_is_of_the_history_and_as_its_text_says() -> None:
 
 def test_seeds_are_told() -> None:
     def told(*seeds: int) -> str:
-        return demo_pictures.seeds_of([{"data": "digits", "seed": seed} for seed in seeds], "digits")
+        return demo_pictures.seeds_of([demo_line(seed=seed) for seed in seeds], "digits")
 
     assert [told(7), told(3, 1), told(1, 2, 5), told(2, 1, 0)] == [
         "seed 7", "2 seeds (1, 3)", "3 seeds (1, 2, 5)", "3 seeds (0 to 2)",

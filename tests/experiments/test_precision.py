@@ -11,7 +11,7 @@ from result_lines import precision_line
 
 from aim_kernels.experiments import precision
 from aim_kernels.experiments.precision import summary, tasks
-from aim_kernels.experiments.precision.configurations import CONFIGURATIONS, Configuration, Line
+from aim_kernels.experiments.precision.configurations import CONFIGURATIONS, Configuration, Folder, Line
 from aim_kernels.experiments.precision.drift import drift
 
 pytestmark = pytest.mark.slow
@@ -42,9 +42,9 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(precision, "drift", lambda: dict.fromkeys(CONFIGURATIONS, 0.0))
     arguments = ["--tasks", "text", "--configurations", "fp32", "bf16", "--seeds", "2", "--out", str(tmp_path)]
     assert precision.main(arguments) == 130
-    assert len(precision.read(tmp_path / "precision.csv")) == 2
+    assert len(Folder(tmp_path).lines()) == 2
     assert precision.main(arguments) == 0
-    done = precision.read(tmp_path / "precision.csv")
+    done = Folder(tmp_path).lines()
     runs = {(x.configuration, x.seed, not math.isnan(x.agreement)) for x in done}
     assert len(done) == len(runs) == 6  # fp32 also watched
     assert (tmp_path / "precision.png").stat().st_size > 1000

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from command_helpers import COMMANDS, ROOT
-from result_lines import compare_line, demo_history, demo_row, precision_line
+from result_lines import compare_line, demo_history, demo_line, precision_line
 
 from aim_kernels import bench, command_line
 from aim_kernels.bench import gpu, packed, shapes
@@ -42,7 +42,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     monkeypatch.setattr(bench_memory, "OPTIMIZERS", {})
 
     def demo_train(run: Any, on_epoch: Any) -> Any:
-        return demo_row(run.data, run.method, run.seed), demo_history() if run.method == "aim" else []
+        return demo_line(run.data, run.contestant, run.seed), demo_history() if run.contestant == "aim" else []
 
     def compare_train(run: Any) -> Any:
         options = contestant(run.contestant).options(run.choice)

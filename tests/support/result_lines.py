@@ -7,8 +7,8 @@ import math
 from typing import Any
 
 from aim_kernels.aim.strengths import Measured, assess
-from aim_kernels.experiments.compare.training import Line as CompareLine
-from aim_kernels.experiments.demo import results
+from aim_kernels.experiments.compare.lines import Line as CompareLine
+from aim_kernels.experiments.demo.results import Line as DemoLine
 from aim_kernels.experiments.precision.configurations import Line as PrecisionLine
 
 
@@ -27,9 +27,9 @@ def precision_line(task: str, name: str, seed: int, loss: float, agreement: floa
     return PrecisionLine("c", "t", task, name, seed, 10, loss, 2 * loss, 50.0, agreement, agreement)
 
 
-def demo_row(data: str = "digits", method: str = "joint", seed: int = 0, test: float = 50.0) -> dict[str, Any]:
-    numbers = dict.fromkeys(results.NUMBERS, 1.25)
-    return {"data": data, "method": method, "seed": seed, "epochs": 2, "device": "cpu", **numbers, "test": test}
+def demo_line(data: str = "digits", method: str = "joint", seed: int = 0, test: float = 50.0) -> DemoLine:
+    numbers = ("validation", "train", "probe_0", "probe_1", "step_ms", "update_ms", "kappa_max")
+    return DemoLine(data, method, seed, 2, "cpu", test, **dict.fromkeys(numbers, 1.25))
 
 
 def demo_history() -> list[dict[str, Any]]:

@@ -17,10 +17,11 @@ from aim_kernels import command_line
 from aim_kernels._extras import MissingPackageError, require
 from aim_kernels.experiments.compare import cost, report
 from aim_kernels.experiments.compare.contestants import BUDGET, CONTESTANTS, TUNING_SEEDS
+from aim_kernels.experiments.compare.lines import Line, train
 from aim_kernels.experiments.compare.results import Folder, seed_runs, tuned, tuning_runs
-from aim_kernels.experiments.compare.training import Line, Run, network_of, train
 from aim_kernels.experiments.data import DATA_SETS
 from aim_kernels.experiments.networks import BACKBONES
+from aim_kernels.experiments.runs import Run, network_of
 
 DESCRIPTION = f"""\
 Trains every method on every data set: identical splits, batches and initial weights for each seed. Methods with

@@ -6,39 +6,15 @@ on the validation split of the tuning seeds, which are none of the seeds that ar
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
+
+from aim_kernels.experiments.runs import ALONE, Contestant, contestant_of
 
 #: Configurations that a method may choose from.
 BUDGET = 3
 #: Seeds of which the validation split chooses; far from those that are reported.
 TUNING_SEEDS = (1000, 1001)
-#: "alone:audio": the audio encoder trained by itself.
-ALONE = "alone:"
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """A method of the registry by the name that the tables show.
-
-    Attributes:
-        grid: options, the default first.
-        optimizer: options of the optimizer that differ from the common ones.
-        control: what every method has to beat, rather than a method.
-        held_out: also reads labelled validation samples while it trains.
-    """
-
-    method: str
-    grid: tuple[dict[str, Any], ...] = ({},)
-    optimizer: dict[str, Any] = field(default_factory=dict)
-    control: bool = False
-    held_out: bool = False
-
-    def options(self, choice: int) -> str:
-        """One configuration as results.csv records it; empty for a choice that there is not."""
-        return json.dumps({**self.optimizer, **self.grid[choice]}) if choice < len(self.grid) else ""
 
 
 def _of(name: str, values: Sequence[Any], **fixed: Any) -> tuple[dict[str, Any], ...]:
@@ -104,11 +80,7 @@ CONTESTANTS: dict[str, Contestant] = {
 
 def contestant(name: str) -> Contestant:
     """By name. Raises ValueError for one that is none."""
-    if name.startswith(ALONE):
-        return Contestant("joint", control=True)
-    if name not in CONTESTANTS:
-        raise ValueError(f"unknown contestant {name!r}; it is one of {', '.join(CONTESTANTS)}")
-    return CONTESTANTS[name]
+    return contestant_of(CONTESTANTS, name)
 
 
 def reads_held_out(name: str) -> bool:

@@ -98,7 +98,7 @@ def _hold_the_first(method: Any) -> None:
 
 def cost_of(name: str, contestant_name: str, backbone: str = "auto", width: int = 64) -> dict[str, Any]:
     """One data set and contestant, in this process."""
-    from aim_kernels.experiments.compare.training import PROBE_SAMPLES, build, draw, network_of
+    from aim_kernels.experiments.runs import PROBE_SAMPLES, build, draw, network_of
 
     torch.set_num_threads(1)
     task = DATA_SETS[name]

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aim_kernels.aim.plots import save
-from aim_kernels.experiments.compare.contestants import ALONE, is_control
+from aim_kernels.experiments.compare.contestants import is_control
+from aim_kernels.experiments.runs import ALONE
 
 if TYPE_CHECKING:
     from aim_kernels.experiments.compare.report import Standing

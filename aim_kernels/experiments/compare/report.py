@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import html
 import json
 import math
@@ -11,13 +10,17 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from aim_kernels.command_line import OtherVersionError, write_text
+from aim_kernels.bench.report import read
+from aim_kernels.command_line import write_text
 from aim_kernels.experiments.compare import pictures
-from aim_kernels.experiments.compare.contestants import ALONE, BUDGET, TUNING_SEEDS, is_control, reads_held_out
-from aim_kernels.experiments.compare.measures import paired
+from aim_kernels.experiments.compare.contestants import BUDGET, TUNING_SEEDS, is_control, reads_held_out
+from aim_kernels.experiments.compare.cost import CostLine
+from aim_kernels.experiments.compare.lines import Line
 from aim_kernels.experiments.compare.results import Folder
-from aim_kernels.experiments.compare.training import HYPERPARAMETERS, Line, Run
 from aim_kernels.experiments.data import DATA_SETS
+from aim_kernels.experiments.measures import mean_and_error, paired
+from aim_kernels.experiments.report import html_table, markdown_table, number, with_error
+from aim_kernels.experiments.runs import ALONE, HYPERPARAMETERS, Run
 
 #: The contestants of which the summary speaks, and how.
 OURS = {
@@ -75,11 +78,6 @@ def reported(lines: Sequence[Line], wanted: Collection[Run] | None = None) -> li
     return list({line.run: line for line in lines if line.run in wanted}.values())
 
 
-def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return statistics.fmean(values), error
-
-
 def standings(lines: Sequence[Line]) -> dict[str, list[Standing]]:
     """Of reported lines, by data set: joint training first, then by test accuracy; encoders trained alone last."""
     found: dict[str, list[Standing]] = {}
@@ -96,7 +94,7 @@ def standings(lines: Sequence[Line]) -> dict[str, list[Standing]]:
             ours = [(json.loads(a.probes), json.loads(b.probes)) for a, b in both]
             probes = [json.loads(line.probes) for line in own]
             modalities = list(probes[0])
-            test, error = _mean_and_error([line.test for line in own])
+            test, error = mean_and_error([line.test for line in own])
             found.setdefault(data, []).append(
                 Standing(
                     data,
@@ -121,25 +119,17 @@ def standings(lines: Sequence[Line]) -> dict[str, list[Standing]]:
     return found
 
 
-def _number(value: float, sign: str = "") -> str:
-    return "" if math.isnan(value) else f"{value:{sign}.1f}"
-
-
-def _with(value: float, spread: float, sign: str = "") -> str:
-    return _number(value, sign) + ("" if math.isnan(spread) else f" ± {spread:.1f}")
-
-
 def table(rows: Sequence[Standing]) -> list[list[str]]:
     """Header and lines of one data set."""
     modalities = list(DATA_SETS[rows[0].data].modalities)
     header = ["method", "seeds", "test accuracy", "vs joint (95 %)", "macro F1", "calibration error"]
     lines = [[*header, *(f"probe {m}" for m in modalities), "configuration"]]
     for s in rows:
-        versus = "" if s.contestant == "joint" else _with(s.difference, s.half, "+")
+        versus = "" if s.contestant == "joint" else with_error(s.difference, s.half, "+")
         name = f"{s.contestant} (control)" if is_control(s.contestant) else s.contestant
         name += " †" if reads_held_out(s.contestant) else ""
-        probes = [_number(s.probes.get(m, math.nan)) for m in modalities]
-        figures = [_with(s.test, s.error), versus, _number(s.f1), _number(s.calibration)]
+        probes = [number(s.probes.get(m, math.nan)) for m in modalities]
+        figures = [with_error(s.test, s.error), versus, number(s.f1), number(s.calibration)]
         lines.append([name, str(s.seeds), *figures, *probes, "" if s.options == "{}" else s.options])
     return lines
 
@@ -188,24 +178,13 @@ def _findings_of(found: dict[str, list[Standing]], name: str, spoken: str) -> li
 
 def _costs(path: Path) -> list[list[str]]:
     """Header and lines of cost.csv, relative to joint training on the same data set: medians of the latest commit."""
-    if not path.exists():
+    found = read(path, CostLine)
+    if not found:
         return []
-    columns = ("step_ms", "update_ms", "peak_mib")
-    rows: list[tuple[str, tuple[str, str], list[float]]] = []
-    with path.open(newline="", encoding="utf-8", errors="replace") as stream:
-        for row in csv.DictReader(stream):
-            try:
-                rows.append((row["commit"], (row["data"], row["contestant"]), [float(row[c]) for c in columns]))
-            except KeyError:
-                raise OtherVersionError(f"{path} has other columns than this version writes; move it away") from None
-            except (TypeError, ValueError):  # a line that was cut short
-                continue
-    if not rows:
-        return []
-    measured: dict[tuple[str, str], list[list[float]]] = {}
-    for commit, key, numbers in rows:
-        if commit == rows[-1][0]:
-            measured.setdefault(key, []).append(numbers)
+    measured: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
+    for line in found:
+        if line.commit == found[-1].commit:
+            measured.setdefault((line.data, line.contestant), []).append((line.step_ms, line.update_ms, line.peak_mib))
     middle = {key: [statistics.median(column) for column in zip(*of, strict=True)] for key, of in measured.items()}
     lines = [["data", "method", "ms a step", "x joint", "ms an update", "peak MiB"]]
     for (data, name), (step, update, peak) in middle.items():
@@ -235,18 +214,6 @@ def protocol(lines: Sequence[Line]) -> str:
         "ridge classifier on an encoder's frozen features; for 'alone:' the encoder was trained by itself. From "
         f"results.csv, written by: {'; '.join(versions)}."
     )
-
-
-def _markdown_table(lines: Sequence[Sequence[str]]) -> str:
-    rows = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
-    return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows)
-
-
-def _html_table(lines: Sequence[Sequence[str]]) -> str:
-    def row(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    return "<table>" + row(lines[0], "th") + "".join(row(cells, "td") for cells in lines[1:]) + "</table>"
 
 
 STYLE = (
@@ -299,8 +266,8 @@ def write(folder: Folder, wanted: Collection[Run] | None = None) -> list[Path]:
         if said:
             markdown.append("")
         if rows_of:
-            markdown.append(_markdown_table(rows_of) + "\n")
-            page.append(_html_table(rows_of))
+            markdown.append(markdown_table(rows_of) + "\n")
+            page.append(html_table(rows_of))
         if picture in there:
             markdown.append(f"![{title}]({picture})\n")
             page.append(f'<img src="{picture}" alt="{html.escape(title)}">')

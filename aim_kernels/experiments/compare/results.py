@@ -1,73 +1,35 @@
-"""The comparison's folder: results.csv grows by a line a run, everything else is drawn from it."""
+"""The comparison's folder, and which runs it is to hold."""
 
 from __future__ import annotations
 
-import csv
-import json
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
-from pathlib import Path
-from typing import Any
 
-from aim_kernels.aim.strengths import ModulationTable
-from aim_kernels.bench.report import append_csv
-from aim_kernels.command_line import OtherVersionError, make_folder, write_text
-from aim_kernels.experiments.compare.contestants import ALONE, TUNING_SEEDS, contestant
-from aim_kernels.experiments.compare.training import Line, Run
+from aim_kernels.experiments.compare.contestants import CONTESTANTS, TUNING_SEEDS, contestant
+from aim_kernels.experiments.compare.lines import Line
 from aim_kernels.experiments.data import DATA_SETS
+from aim_kernels.experiments.results import RunResults
+from aim_kernels.experiments.runs import ALONE, Run
 
 
-class Folder:
-    """Reads and writes one output folder. A run counts as done once its line in results.csv is complete."""
+class Folder(RunResults[Line]):
+    """The comparison's output folder."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.file = path / "results.csv"
-
-    def make(self) -> None:
-        """Makes the folder where it is missing: not before there is something to put into it."""
-        make_folder(self.path / "history")
+    line_type = Line
 
     def lines(self) -> list[Line]:
-        """The finished runs, as the contestants are now configured. A line that an interruption cut short, and one of
-        another configuration, is left out, and its run done again.
+        """The finished runs, as the contestants are now configured: those of another configuration are left out, and
+        done again."""
+        return [line for line in super().lines() if _as_configured(line)]
 
-        Raises :class:`OtherVersionError` where the file has other columns.
-        """
-        if not self.file.exists() or not self.file.stat().st_size:
-            return []
-        types = {f.name: {"int": int, "float": float}.get(str(f.type), str) for f in fields(Line)}
-        found = []
-        header, *texts = self.file.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
-        if header != ",".join(types):
-            raise OtherVersionError(f"{self.file} is of another version; give another folder, or move it away")
-        # One by one: a quote that was cut off would swallow the next line.
-        for text in texts:
-            try:
-                (row,) = csv.reader([text], strict=True)
-                line = Line(**{n: read(value) for (n, read), value in zip(types.items(), row, strict=True)})
-                if contestant(line.contestant).options(line.choice) == line.options:
-                    found.append(line)
-            except (csv.Error, ValueError):
-                continue
-        return found
-
-    def add(self, line: Line, history: list[dict[str, Any]]) -> None:
-        """The history first: a line in results.csv promises that it is there."""
-        self.make()
-        if history:
-            write_text(self._history_file(line.run), json.dumps(history))
-        append_csv(self.file, [line], Line)
-
-    def history(self, run: Run) -> list[ModulationTable]:
-        file = self._history_file(run)
-        return [ModulationTable.from_dict(table) for table in json.loads(file.read_text())] if file.exists() else []
-
-    def _history_file(self, run: Run) -> Path:
+    def history_name(self, run: Run) -> str:
         network = "" if (run.backbone, run.width) == ("auto", 64) else f"-{run.backbone}{run.width}"
-        name = f"{run.data}{network}-{run.contestant}-{run.choice}-seed{run.seed}-epochs{run.epochs}"
-        return self.path / "history" / f"{name.replace(' ', '').replace(':', '')}.json"
+        return f"{run.data}{network}-{run.contestant}-{run.choice}-seed{run.seed}-epochs{run.epochs}"
+
+
+def _as_configured(line: Line) -> bool:
+    known = line.contestant in CONTESTANTS or line.contestant.startswith(ALONE)
+    return known and contestant(line.contestant).options(line.choice) == line.options
 
 
 def tuned(lines: Iterable[Line], runs: Iterable[Run]) -> dict[tuple[str, str], int]:

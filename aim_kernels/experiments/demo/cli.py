@@ -13,8 +13,11 @@ import torch
 
 from aim_kernels import command_line
 from aim_kernels._extras import MissingPackageError, require
-from aim_kernels.experiments.demo.results import Folder, markdown, summary, table_of
-from aim_kernels.experiments.demo.trainer import DATA, HYPERPARAMETERS, METHODS, Run, train
+from aim_kernels.experiments.data import DATA_SETS
+from aim_kernels.experiments.demo.contestants import DATA, METHODS
+from aim_kernels.experiments.demo.report import markdown, summary, table
+from aim_kernels.experiments.demo.results import Folder, train
+from aim_kernels.experiments.runs import HYPERPARAMETERS, Run
 
 DESCRIPTION = """\
 Trains a two-modality network on coloured digits (scikit-learn; colour gives the class away in training only) and on
@@ -29,7 +32,7 @@ def parser() -> command_line.Parser:
     options = command_line.Parser("python -m aim_kernels demo", DESCRIPTION)
     distinct = command_line.Distinct
     options.add_argument(
-        "--data", nargs="+", action=distinct, choices=list(DATA), default=list(DATA), help="data sets (default: all)"
+        "--data", nargs="+", action=distinct, choices=DATA, default=list(DATA), help="data sets (default: all)"
     )
     options.add_argument(
         "--method",
@@ -48,7 +51,7 @@ def parser() -> command_line.Parser:
         metavar="SEED",
         help=f"seeds or ranges, at most {command_line.MOST_SEEDS}: 0 1 2, or 100-109 (default: 0 1 2)",
     )
-    epochs = ", ".join(f"{name} {DATA[name].epochs}" for name in DATA)
+    epochs = ", ".join(f"{name} {DATA_SETS[name].epochs}" for name in DATA)
     options.add_argument(
         "--epochs",
         type=command_line.whole(1, command_line.MOST_EPOCHS),
@@ -66,7 +69,7 @@ def planned(options: argparse.Namespace) -> list[Run]:
     seeds = [seed for part in options.seeds for seed in part]
     methods = [name for option in METHODS if option in options.method for name in METHODS[option]]
     return [
-        Run(data, method, seed, options.epochs or DATA[data].epochs, options.device)
+        Run(data, method, 0, seed, options.epochs or DATA_SETS[data].epochs, device=options.device)
         for data in DATA
         if data in options.data
         for seed in seeds
@@ -91,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(folder: Folder, options: argparse.Namespace) -> int:
-    folder.rows()  # before an hour of training, not after it
+    folder.lines()  # before an hour of training, not after it
     runs = planned(options)
     _write_config(folder, options, runs)
     threads = torch.get_num_threads()
@@ -112,9 +115,9 @@ def _write_config(folder: Folder, options: argparse.Namespace, runs: Sequence[Ru
         "method": options.method,
         "seeds": sorted({run.seed for run in runs}),
         "epochs": {run.data: run.epochs for run in runs},
-        "batch_size": {run.data: DATA[run.data].batch_size for run in runs},
+        "batch_size": {run.data: DATA_SETS[run.data].batch_size for run in runs},
         "device": options.device,
-        "optimizer": {"rule": "adamw", **HYPERPARAMETERS},
+        "optimizer": HYPERPARAMETERS,
         "versions": {
             "aim_kernels": aim_kernels.__version__,
             "torch": torch.__version__,
@@ -135,7 +138,7 @@ def _run_all(folder: Folder, runs: Sequence[Run]) -> None:
         TimeRemainingColumn,
     )
 
-    done = {_key(row) for row in folder.rows()}
+    done = {line.run for line in folder.lines()}
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -146,17 +149,15 @@ def _run_all(folder: Folder, runs: Sequence[Run]) -> None:
     with Progress(*columns) as progress:
         every = progress.add_task("all epochs", total=sum(run.epochs for run in runs))
         for number, run in enumerate(runs, 1):
-            progress.update(every, description=f"run {number}/{len(runs)}: {run.data}, {run.method}, seed {run.seed}")
-            if _key(vars(run)) in done:
+            progress.update(
+                every, description=f"run {number}/{len(runs)}: {run.data}, {run.contestant}, seed {run.seed}"
+            )
+            if run in done:
                 progress.advance(every, run.epochs)
                 continue
-            row, history = train(run, lambda _epoch: progress.advance(every))
-            folder.add(row, history)
-            progress.print(f"{run.data:7} {run.method:17} seed {run.seed:<4} test accuracy {row['test']:5.1f} %")
-
-
-def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[name] for name in ("data", "method", "seed", "epochs", "device"))
+            line, history = train(run, lambda _epoch: progress.advance(every))
+            folder.add(line, history)
+            progress.print(f"{run.data:7} {run.contestant:17} seed {run.seed:<4} test accuracy {line.test:5.1f} %")
 
 
 def _report(folder: Folder, runs: Sequence[Run]) -> None:
@@ -167,30 +168,30 @@ def _report(folder: Folder, runs: Sequence[Run]) -> None:
 
     from aim_kernels.experiments.demo.pictures import draw_accuracy, draw_modulation
 
-    wanted = {_key(vars(run)) for run in runs}
-    rows = [row for row in folder.rows() if _key(row) in wanted]
+    wanted = set(runs)
+    lines = [line for line in folder.lines() if line.run in wanted]
     console = Console()
-    for data in summary(rows):
-        header, lines = table_of(rows, data)
-        seeds = len({row["seed"] for row in rows if row["data"] == data})
-        table = Table(
+    for data in summary(lines):
+        header, *rows = table(lines, data)
+        seeds = len({line.seed for line in lines if line.data == data})
+        shown = Table(
             title=f"{data}: percent, mean ± standard error over {seeds} seeds", box=box.SIMPLE, padding=(0, 1, 0, 0)
         )
         for name in header:
             # headers break, so that the numbers need not in 80 columns
-            table.add_column(
+            shown.add_column(
                 name.replace(" ", "\n").replace("/", "/\n"),
                 justify="left" if name == "method" else "right",
                 no_wrap=True,
             )
-        for line in lines:
-            table.add_row(*line)
-        console.print(table)
-    command_line.write_text(folder.path / "table.md", markdown(rows))
-    draw_accuracy(folder.path / "accuracy.png", rows)
+        for row in rows:
+            shown.add_row(*row)
+        console.print(shown)
+    command_line.write_text(folder.path / "table.md", markdown(lines))
+    draw_accuracy(folder.path / "accuracy.png", lines)
     for run in runs:
         picture = folder.path / f"modulation-{run.data}.png"
-        if run.method == "aim" and run.seed == min(r.seed for r in runs):
+        if run.contestant == "aim" and run.seed == min(r.seed for r in runs):
             history = folder.history(run)
             if history:
                 draw_modulation(picture, run, history)

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from aim_kernels.aim.plots import modulation_panels, plot_accuracy, plot_modulation, save
 from aim_kernels.aim.strengths import ModulationTable
-from aim_kernels.experiments.demo.results import summary
-from aim_kernels.experiments.demo.trainer import Run
+from aim_kernels.experiments.demo.report import summary
+from aim_kernels.experiments.demo.results import Line
+from aim_kernels.experiments.runs import Run
 
 
-def seeds_of(rows: Sequence[dict[str, Any]], data: str) -> str:
+def seeds_of(lines: Sequence[Line], data: str) -> str:
     """The seeds of a data set in words: "10 seeds (100 to 109)"."""
-    seeds = sorted({row["seed"] for row in rows if row["data"] == data})
+    seeds = sorted({line.seed for line in lines if line.data == data})
     if len(seeds) == 1:
         return f"seed {seeds[0]}"
     gapless = len(seeds) > 2 and seeds[-1] - seeds[0] == len(seeds) - 1
     return f"{len(seeds)} seeds ({f'{seeds[0]} to {seeds[-1]}' if gapless else ', '.join(map(str, seeds))})"
 
 
-def draw_accuracy(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+def draw_accuracy(path: Path, lines: Sequence[Line]) -> None:
     """Test accuracy by method, mean and standard error over seeds, a panel a data set."""
-    found = summary(rows)
-    titles = {data: f"{data}, {seeds_of(rows, data)}" for data in found}
+    found = summary(lines)
+    titles = {data: f"{data}, {seeds_of(lines, data)}" for data in found}
     figure = plot_accuracy(found, "test accuracy (%), mean ± standard error", titles)
     save(figure, path, {"panels": list(titles.values()), "accuracy": found})
 

@@ -9,41 +9,18 @@ where it stopped.
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
-from pathlib import Path
 
 import torch
 
 from aim_kernels import command_line
 from aim_kernels._extras import MissingPackageError, require
-from aim_kernels.bench.report import append_csv, check_columns
-from aim_kernels.experiments.precision.configurations import CONFIGURATIONS, Configuration, Line
+from aim_kernels.experiments.precision.configurations import CONFIGURATIONS, Configuration, Folder, Line
 from aim_kernels.experiments.precision.drift import drift
 from aim_kernels.experiments.precision.summary import masks, plot, table
 from aim_kernels.experiments.precision.tasks import TASKS, WATCHED
-
-
-def read(path: Path) -> list[Line]:
-    """What earlier runs left. A line that was cut short is left out, and its run done again.
-
-    Raises :class:`OtherVersionError` where the file has other columns.
-    """
-    check_columns(path, Line)
-    if not path.exists() or not path.stat().st_size:
-        return []
-    types = {f.name: {"int": int, "float": float}.get(str(f.type), str) for f in fields(Line)}
-    found = []
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        for row in csv.DictReader(file):
-            try:
-                found.append(Line(**{name: types[name](value) for name, value in row.items()}))
-            except (KeyError, TypeError, ValueError):
-                continue
-    return found
 
 
 def jobs(arguments: argparse.Namespace, done: Sequence[Line]) -> Iterator[tuple[str, Configuration, int, bool]]:
@@ -100,23 +77,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MissingPackageError as error:
         print(error, file=sys.stderr)
         return 1
-    path = arguments.out / "precision.csv"
-    kept = f"Finished trainings are in {path}; the same command continues."
-    return command_line.run(p.prog, lambda: _main(path, arguments), kept)
+    folder = Folder(arguments.out)
+    kept = f"Finished trainings are in {folder.file}; the same command continues."
+    return command_line.run(p.prog, lambda: _main(folder, arguments), kept)
 
 
-def _main(path: Path, arguments: argparse.Namespace) -> int:
+def _main(folder: Folder, arguments: argparse.Namespace) -> int:
     from rich.progress import track
 
     torch.set_num_threads(arguments.threads)
-    lines = read(path)
-    command_line.make_folder(arguments.out)
+    lines = folder.lines()
+    folder.make()
     todo = list(jobs(arguments, lines))
     for task, configuration, seed, watched in track(todo, "trainings"):
         line = TASKS[task](configuration, seed, watched)
-        append_csv(path, [line], Line)
+        folder.append(line)
         lines.append(line)
     print(table(lines, drift()), masks(lines), sep="\n\n")
-    plot(arguments.out / "precision.png", lines)
-    print(f"\nwritten to {arguments.out}")
+    plot(folder.path / "precision.png", lines)
+    print(f"\nwritten to {folder.path}")
     return 0

@@ -1,4 +1,4 @@
-"""Configurations to compare: how parameters and states are stored, and one line of the results."""
+"""Configurations to compare: how parameters and states are stored; one line of the results, and their folder."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from aim_kernels.experiments.results import Results
 
 
 @dataclass(frozen=True)
@@ -54,3 +56,10 @@ class Line:
     test_accuracy: float
     agreement: float  # share of the elements whose class is that of float32 moments of the same gradients
     jaccard: float  # of the under-optimized elements: those of both over those of either
+
+
+class Folder(Results[Line]):
+    """The output folder of the trainings."""
+
+    line_type = Line
+    file_name = "precision.csv"

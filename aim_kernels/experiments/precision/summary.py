@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aim_kernels.aim.plots import save
+from aim_kernels.experiments.measures import mean_and_error, standard_error
 from aim_kernels.experiments.precision.configurations import CONFIGURATIONS, Line
 from aim_kernels.experiments.precision.tasks import TASKS, WATCHED
 
@@ -42,24 +43,11 @@ def verdicts(lines: Sequence[Line]) -> list[Verdict]:
             pairs = [(plain[task, name, seed], x) for seed, x in base.items() if (task, name, seed) in plain]
             if name == "fp32" or len(pairs) < 2:
                 continue
-            train = [a.train_loss - b.train_loss for a, b in pairs]
-            test = [a.test_loss - b.test_loss for a, b in pairs]
-            found.append(
-                Verdict(
-                    task,
-                    name,
-                    statistics.fmean(train),
-                    _standard_error(train),
-                    statistics.fmean(test),
-                    _standard_error(test),
-                    _standard_error([x.train_loss for x in base.values()]),
-                )
-            )
+            train = mean_and_error([a.train_loss - b.train_loss for a, b in pairs])
+            test = mean_and_error([a.test_loss - b.test_loss for a, b in pairs])
+            spread = standard_error([x.train_loss for x in base.values()])
+            found.append(Verdict(task, name, *train, *test, spread))
     return found
-
-
-def _standard_error(values: Sequence[float]) -> float:
-    return statistics.stdev(values) / math.sqrt(len(values))
 
 
 def table(lines: Sequence[Line], drifts: dict[str, float]) -> str:

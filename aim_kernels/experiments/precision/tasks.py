@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from aim_kernels.aim import AIM, block_param_groups
 from aim_kernels.bench.report import commit
-from aim_kernels.experiments.demo.networks import network_for
-from aim_kernels.experiments.demo.trainer import DATA, HYPERPARAMETERS, PROBE_SAMPLES
+from aim_kernels.experiments.data import DATA_SETS, Split
+from aim_kernels.experiments.measures import logits_of
 from aim_kernels.experiments.precision.configurations import Configuration, Line
 from aim_kernels.experiments.precision.masks import Watcher
+from aim_kernels.experiments.runs import HYPERPARAMETERS, PROBE_SAMPLES, draw, network_of
 from aim_kernels.optim.optimizer import AIMFusedOptimizer
 
 #: Steps of the transformer, and epochs of the others: long enough that losses have settled on their slope.
@@ -25,38 +26,33 @@ SHARE = 0.1  # of the steps, at the end, over which the training loss is average
 
 def multimodal(name: str, configuration: Configuration, seed: int, watched: bool) -> Line:
     """The demo's network. With AIM; where masks are compared, joint training with its thresholds."""
-    task, dtype = DATA[name], configuration.dtype
+    task, dtype = DATA_SETS[name], configuration.dtype
     data = task.make(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = network_for(data).to(dtype)
-    groups = block_param_groups(model, model.blocks(), weight_decay=HYPERPARAMETERS["weight_decay"])
+    model = network_of(data, seed).to(dtype)
+    groups = model.as_blocks().param_groups(HYPERPARAMETERS["weight_decay"])
     optimizer = AIMFusedOptimizer(groups, seed=seed, **HYPERPARAMETERS, **configuration.options)
-    cast = lambda inputs: [x.to(dtype) for x in inputs]  # noqa: E731
     batches, draws = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
     aim = None if watched else AIM(model, optimizer, data.num_classes, seed=seed)
     watcher, losses, number = Watcher(optimizer, watched), [], 0
+
+    def cast(split: Split) -> Split:
+        return Split(tuple(x.to(dtype) for x in split.inputs), split.labels)
+
     for _ in range(EPOCHS[name]):
         if aim is not None:
-            seen, held = (
-                split.take(torch.randperm(len(split), generator=draws)[:PROBE_SAMPLES])
-                for split in (data.train, data.validation)
-            )
-            aim.update(cast(seen.inputs), seen.labels, held_out=(cast(held.inputs), held.labels))
+            seen, held = (cast(draw(split, PROBE_SAMPLES, draws)) for split in (data.train, data.validation))
+            aim.update(seen.inputs, seen.labels, held_out=(held.inputs, held.labels))
         for part in torch.randperm(len(data.train), generator=batches).split(task.batch_size):
-            batch = data.train.take(part)
+            batch = cast(data.train.take(part))
             optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(model(*cast(batch.inputs)).float(), batch.labels)
+            loss = nn.functional.cross_entropy(model(*batch.inputs).float(), batch.labels)
             loss.backward()
             watcher.step(optimizer, number)
             losses.append(loss.item())
             number += 1
     optimizer.eval()
-    with torch.no_grad():
-        logits = torch.cat(
-            [model(*(x[i : i + 512] for x in cast(data.test.inputs))) for i in range(0, len(data.test), 512)]
-        )
-    return _line(name, configuration, seed, losses, logits.float(), data.test.labels, watcher)
+    logits = logits_of(model, cast(data.test)).float()
+    return _line(name, configuration, seed, losses, logits, data.test.labels, watcher)
 
 
 def _line(

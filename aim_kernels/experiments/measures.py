@@ -1,7 +1,9 @@
-"""Measures of a trained network: all on a whole split, with the weights that the method wants judged."""
+"""Measures of a trained network, all on a whole split with the weights that the method wants judged; and over seeds."""
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +27,7 @@ def logits_of(model: Any, split: Split) -> Tensor:
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
     """Share, in percent, of samples whose class has the greatest logit."""
-    return 100.0 * (logits.argmax(1) == labels).double().mean().item()
+    return 100.0 * int((logits.argmax(1) == labels).sum()) / len(labels)
 
 
 def macro_f1(logits: Tensor, labels: Tensor) -> float:
@@ -62,6 +64,16 @@ def linear_probes(blocks: Blocks, data: MultimodalData) -> list[float]:
         probe = make_pipeline(StandardScaler(), RidgeClassifier(alpha=1.0)).fit(fitted, train)
         found.append(100.0 * probe.score(held, test))
     return found
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean; that of one value is not a number."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error."""
+    return statistics.fmean(values), standard_error(values)
 
 
 def paired(ours: Sequence[float], theirs: Sequence[float], test_share: float = 0.0) -> tuple[float, float]:
