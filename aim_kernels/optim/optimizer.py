@@ -11,9 +11,10 @@ from torch import Tensor
 from aim_kernels.backends import check_name, select
 from aim_kernels.backends.device import capturing
 from aim_kernels.optim import checkpoint, groups, resets, torch_compile
-from aim_kernels.optim.clipping import clip
+from aim_kernels.optim.clipping import clipped
 from aim_kernels.optim.weights import LiveWeights
 from aim_kernels.step import sharding, validation
+from aim_kernels.step.inputs import StepInputs
 from aim_kernels.step.ownership import drop_absent
 from aim_kernels.step.plan import StepPlan
 from aim_kernels.step.states import arithmetic_dtype, is_frozen, make_states, master_of
@@ -308,34 +309,32 @@ class AIMFusedOptimizer(LiveWeights):
         plan = self._ready_plan()
         if plan is not None:
             # GradScaler sets both for the time of a step.
-            self._run(plan, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+            self._run(plan, StepInputs(getattr(self, "grad_scale", None), getattr(self, "found_inf", None)))
 
-    def _run(self, plan: StepPlan, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def _run(self, plan: StepPlan, inputs: StepInputs) -> None:
         backend = select(self.backend, self._tables.rows.device)
-        plan.grad_scale, plan.found_inf = grad_scale, found_inf
-        if not backend.ON_DEVICE and plan.found_inf is not None and float(plan.found_inf):
+        if not backend.ON_DEVICE and inputs.is_skipped():
             plan.clear_gradients(of_step=False)
             plan.forget_gradients()
             return
-        plan.clip_factor = 1.0
         if self.grad_norm is not None:
             self.grad_norm = None
         if self.max_grad_norm is not None:
             validation.check_number("max_grad_norm", self.max_grad_norm, 0.0)
-            self.grad_norm = clip(plan, backend, float(self.max_grad_norm))
-        plan.read_hyperparameters(on_device=backend.ON_DEVICE)
+            inputs, self.grad_norm = clipped(inputs, plan, backend, float(self.max_grad_norm))
+        plan.read_hyperparameters(inputs, on_device=backend.ON_DEVICE)
         if plan.waves is None:
-            backend.step(plan)
+            backend.step(plan, inputs)
         else:
-            backend.finish(plan, [backend.update(plan, wave) for wave in plan.waves])
-        if found_inf is None or not backend.ON_DEVICE:
+            backend.finish(plan, inputs, [backend.update(plan, inputs, wave) for wave in plan.waves])
+        if inputs.found_inf is None or not backend.ON_DEVICE:
             self._in_true_pass = False  # a device may have skipped the step
         if capturing(self._tables.rows.device):
             self._captured.append((plan, plan.launch))
         plan.bump_versions()
         plan.clear_gradients(of_step=backend.ZEROES)
         plan.forget_gradients()
-        self._drop_masters(plan)
+        self._drop_masters(plan, inputs)
 
     def _ready_plan(self) -> StepPlan | None:
         """A plan that has read this step's gradients; None where there are none."""
@@ -423,7 +422,7 @@ class AIMFusedOptimizer(LiveWeights):
             self._ensure_group_states(group, params, live=self._tables.has_live_weights(number), masters=False)
         plan = StepPlan(self)
         backend = select(self.backend, self.tables.rows.device)
-        plan.read_hyperparameters(on_device=backend.ON_DEVICE)
+        plan.read_hyperparameters(StepInputs(), on_device=backend.ON_DEVICE)
         backend.emit(plan)
         torch.autograd.graph.increment_version([p for p, _ in masters])
         sharding.reshard_all(p for p, _ in masters)

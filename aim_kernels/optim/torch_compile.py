@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from aim_kernels.step import validation
+from aim_kernels.step.inputs import StepInputs
 from aim_kernels.step.ownership import own_tensors
 from aim_kernels.step.plan import StepPlan
 from aim_kernels.step.states import RESTS, arithmetic_dtype, buffer_of, is_dense, true_weights
@@ -346,14 +347,15 @@ def _step(
         plan = _rebuild(optimizer, given, all_grads, elsewhere)
     given.former = None
     assert plan is not None
+    step_inputs = StepInputs(grad_scale, found_inf)
     if elsewhere:
         with _substituted(optimizer, elsewhere) as plan:
             plan.take(all_grads)
-            optimizer._run(plan, grad_scale, found_inf)
+            optimizer._run(plan, step_inputs)
         return
     if not _same(plan.grads, all_grads):
         plan.take(all_grads)
-    optimizer._run(plan, grad_scale, found_inf)
+    optimizer._run(plan, step_inputs)
 
 
 def _elsewhere(own: list[Tensor], passed: list[Tensor]) -> dict[int, Tensor]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from aim_kernels.step import sharding
+from aim_kernels.step.inputs import StepInputs
 from aim_kernels.step.layout import FLAGS, GROUP_RECORD, MOMENTS, RULES, TENSOR_FLAGS, TENSOR_RECORD, WEIGHTS
 from aim_kernels.step.overlap import overlaps, waves_of
 from aim_kernels.step.ownership import WRITTEN, count_of, is_counted
@@ -64,8 +65,6 @@ class StepPlan:
             passed by (``supported.is_idle``) stands an empty tensor.
         grads: this step's gradients as the user's tensors; None where there is none.
         records: ``layout.TENSOR_RECORD``, one a parameter; groups: ``layout.GROUP_RECORD``, one a group.
-        grad_scale, found_inf: what GradScaler handed over for this step; None where it did not.
-        clip_factor: what clipping multiplies gradients by, where the host knows it.
         lr_tensors: learning rates that a device reads by itself, by group.
         exchange: how the sums of a step become those of all processes; None where this process has everything.
         waves: numbers of the parameters, in lists to be stepped one after the other, if parameters share memory that a
@@ -76,9 +75,6 @@ class StepPlan:
             them.
     """
 
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
-    clip_factor: float = 1.0
     launch: Launch | None = None
     pieces: Pieces | None = None
 
@@ -341,22 +337,22 @@ class StepPlan:
     def has_gradients(self) -> bool:
         return bool(self.records["grad"].any())
 
-    def read_hyperparameters(self, *, on_device: bool) -> None:
+    def read_hyperparameters(self, inputs: StepInputs, *, on_device: bool) -> None:
         """Takes the groups' hyperparameters, which schedulers change between steps.
 
         ``on_device``: learning rates and gradient scales in a device's memory are left for its kernels to read;
         otherwise they are read here, which waits for the device.
         """
         try:
-            self._read_hyperparameters(on_device)
+            self._read_hyperparameters(inputs, on_device)
         except Exception:
             # What is no number at all fails before it is checked; the check names the option and the group.
             for number, group in enumerate(self.param_groups):
                 check_hyperparameters(group, number)
             raise
 
-    def _read_hyperparameters(self, on_device: bool) -> None:
-        multiplier = 1.0 if on_device or self.grad_scale is None else 1.0 / float(self.grad_scale)
+    def _read_hyperparameters(self, inputs: StepInputs, on_device: bool) -> None:
+        multiplier = 1.0 if on_device or inputs.grad_scale is None else 1.0 / float(inputs.grad_scale)
         self.lr_tensors = {}
         for number, group in enumerate(self.param_groups):
             lr = group["lr"]
@@ -378,7 +374,7 @@ class StepPlan:
                 self._in_tensors.discard(number)
             else:
                 self._in_tensors.add(number)
-        multiplier *= self.clip_factor
+        multiplier *= inputs.clip_factor
         if multiplier != self._multiplier:  # NaN too
             self.groups["scale"] = self._signs * multiplier
             self._multiplier = multiplier
@@ -444,8 +440,6 @@ class StepPlan:
         self.records["grad"], self.records["zero_grad"] = 0, 0
         # Copies: a scheduler may write them before the step ends.
         self.lr_tensors = {number: lr.clone() for number, lr in plan.lr_tensors.items()}
-        self.clip_factor = plan.clip_factor
-        self.grad_scale, self.found_inf = plan.grad_scale, plan.found_inf
         self.param_groups = [
             {**group, "lr": lr.clone() if isinstance(lr := group["lr"], Tensor) and lr.device.type == "cpu" else lr}
             for group in plan.param_groups
