@@ -26,6 +26,7 @@ from aim_kernels.optim import reentrant
 from aim_kernels.optim.modulation import unwrapped
 from aim_kernels.optim.optimizer import AIMFusedOptimizer
 from aim_kernels.step import sharding, validation
+from aim_kernels.step.arrangement import arrange
 from aim_kernels.step.inputs import StepInputs
 from aim_kernels.step.plan import StepPlan
 
@@ -131,7 +132,9 @@ class _OpenStep:
             torch.cuda.current_stream(grad.device).wait_event(self.began)
         if not plan.records["step"][index]:
             # Of groups with live weights only what was frozen until now: others have states since the step began.
-            optimizer._ensure_group_states(plan.param_groups[plan.group_of[index]], [plan.owners[index]], live=False)
+            group, p = plan.param_groups[plan.group_of[index]], plan.owners[index]
+            optimizer._ensure_group_states(group, [p], live=False)
+            arrange(group, p, optimizer.state[p])
         plan.take_one(index, grad)
         try:
             self.piece_sums[index] = self.backend.update(plan, StepInputs(), [index])
@@ -311,12 +314,12 @@ class Release:
         if capturing(optimizer.tables.rows.device):
             raise RuntimeError("step_in_backward cannot be captured in a CUDA graph; call remove() of its handle first")
         optimizer._refuse_true_weights()
-        plan = optimizer._plan
-        if plan is None or not plan.is_of(optimizer) or not plan.read():
+        plan = optimizer._current_plan()
+        if plan is None:
             optimizer._sync_with_module()
             validation.check_gradients(optimizer.param_groups)
             optimizer._ensure_states(lambda p: False)  # of live weights; others' are made when their gradient comes
-            plan = optimizer._plan = StepPlan(optimizer)
+            plan = optimizer._make_plan()
         if plan.waves is not None:
             raise RuntimeError(
                 f"{plan.name_of(plan.waves[1][0])}: shares memory, or a state, with another parameter, and backward() "

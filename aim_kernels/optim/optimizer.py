@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, overload
 
 import torch
@@ -14,7 +14,8 @@ from aim_kernels.optim import checkpoint, groups, resets, torch_compile
 from aim_kernels.optim.clipping import clipped
 from aim_kernels.optim.weights import LiveWeights
 from aim_kernels.step import sharding, validation
-from aim_kernels.step.inputs import StepInputs
+from aim_kernels.step.arrangement import arrange_all
+from aim_kernels.step.inputs import StepInputs, StepSources
 from aim_kernels.step.ownership import drop_absent
 from aim_kernels.step.plan import StepPlan
 from aim_kernels.step.states import arithmetic_dtype, is_frozen, make_states, master_of
@@ -340,12 +341,11 @@ class AIMFusedOptimizer(LiveWeights):
         """A plan that has read this step's gradients; None where there are none."""
         if torch._C._len_torch_dispatch_stack():
             validation.check_estimated(self.param_groups)
-        plan = self._plan
-        ready = plan is not None and plan.is_of(self) and plan.read()
-        if not ready:
+        plan = self._current_plan()
+        if plan is None:
             groups.set_listed(self)
         self._refuse_true_weights()
-        if not ready:
+        if plan is None:
             none = all(p.grad is None for group in self.param_groups for p in group["params"])
             if none and self.process_group is None:  # of which others may have gradients, and wait for this process
                 return None
@@ -359,14 +359,40 @@ class AIMFusedOptimizer(LiveWeights):
                 return None
             self._sync_with_module()
             validation.check_gradients(self.param_groups)
-            only_states = sharding.makes_states_only(self)
+            only_states = sharding.makes_states_only(self._sources())
             self._ensure_states()
             if only_states:
                 return None
-            plan = self._plan = StepPlan(self)
-            plan.take()
-        assert plan is not None
+            plan = self._make_plan()
         return plan if plan.has_gradients() or self.process_group is not None else None
+
+    def _sources(self) -> StepSources:
+        return StepSources(
+            self.param_groups,
+            self.state,
+            self._tables,
+            self.process_group,
+            self.sync_every,
+            self.zero_grad_in_step,
+            self.anchor == "ema",
+        )
+
+    def _current_plan(self) -> StepPlan | None:
+        """The plan of the step before, with this step's gradients; None if anything that it was made of has changed."""
+        plan = self._plan
+        return plan if plan is not None and plan.is_of(self._sources()) and plan.read() else None
+
+    def _make_plan(self, grads: Sequence[Tensor | None] | None = None) -> StepPlan:
+        """A plan for states that are there and gradients that were checked: ``grads``, one a parameter, or those that
+        the parameters hold."""
+        plan = self._plan = self._plan_of_states()
+        plan.take(grads)
+        return plan
+
+    def _plan_of_states(self) -> StepPlan:
+        sources = self._sources()
+        arrange_all(sources)
+        return StepPlan(sources)
 
     def _estimate(self) -> None:
         """A step of shapes without numbers (FakeTensorMode): there are states after it, and nothing is computed."""
@@ -420,7 +446,7 @@ class AIMFusedOptimizer(LiveWeights):
             states = ((p, self.state.get(p, {})) for p in group["params"])
             params = [p for p, state in states if "master" in state and "step" in state]
             self._ensure_group_states(group, params, live=self._tables.has_live_weights(number), masters=False)
-        plan = StepPlan(self)
+        plan = self._plan_of_states()
         backend = select(self.backend, self.tables.rows.device)
         plan.read_hyperparameters(StepInputs(), on_device=backend.ON_DEVICE)
         backend.emit(plan)

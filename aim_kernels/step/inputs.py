@@ -1,10 +1,32 @@
-"""What one step takes beside its plan."""
+"""What a plan is made of, and what one step takes beside it."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
+
+from aim_kernels.step.tables import Tables
+
+
+class StepSources(NamedTuple):
+    """What a plan is made of: an optimizer's, or what stands for them in one step of a compiled graph.
+
+    Attributes:
+        param_groups, state: torch.optim's.
+        tables: rows, statistics and control.
+        process_group, sync_every: across which processes sums are added up, and how often.
+        zero_grad: whether the step leaves gradients as zeros.
+        follows_average: whether degraded weights are withdrawn to the moving average.
+    """
+
+    param_groups: list[dict[str, Any]]
+    state: dict[Any, Any]
+    tables: Tables
+    process_group: Any = None
+    sync_every: int = 1
+    zero_grad: bool = False
+    follows_average: bool = False
 
 
 class StepInputs(NamedTuple):
