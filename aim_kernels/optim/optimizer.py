@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, overload
 
 import torch
@@ -11,9 +11,11 @@ from torch import Tensor
 from aim_kernels.backends import check_name, select
 from aim_kernels.backends.device import capturing
 from aim_kernels.optim import checkpoint, groups, resets, torch_compile
-from aim_kernels.optim.clipping import clip
+from aim_kernels.optim.clipping import clipped
 from aim_kernels.optim.weights import LiveWeights
 from aim_kernels.step import sharding, validation
+from aim_kernels.step.arrangement import arrange_all
+from aim_kernels.step.inputs import StepInputs, StepSources
 from aim_kernels.step.ownership import drop_absent
 from aim_kernels.step.plan import StepPlan
 from aim_kernels.step.states import arithmetic_dtype, is_frozen, make_states, master_of
@@ -308,45 +310,42 @@ class AIMFusedOptimizer(LiveWeights):
         plan = self._ready_plan()
         if plan is not None:
             # GradScaler sets both for the time of a step.
-            self._run(plan, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+            self._run(plan, StepInputs(getattr(self, "grad_scale", None), getattr(self, "found_inf", None)))
 
-    def _run(self, plan: StepPlan, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def _run(self, plan: StepPlan, inputs: StepInputs) -> None:
         backend = select(self.backend, self._tables.rows.device)
-        plan.grad_scale, plan.found_inf = grad_scale, found_inf
-        if not backend.ON_DEVICE and plan.found_inf is not None and float(plan.found_inf):
+        if not backend.ON_DEVICE and inputs.is_skipped():
             plan.clear_gradients(of_step=False)
             plan.forget_gradients()
             return
-        plan.clip_factor = 1.0
         if self.grad_norm is not None:
             self.grad_norm = None
         if self.max_grad_norm is not None:
             validation.check_number("max_grad_norm", self.max_grad_norm, 0.0)
-            self.grad_norm = clip(plan, backend, float(self.max_grad_norm))
-        plan.read_hyperparameters(on_device=backend.ON_DEVICE)
+            inputs, self.grad_norm = clipped(inputs, plan, backend, float(self.max_grad_norm))
+        plan.read_hyperparameters(inputs, on_device=backend.ON_DEVICE)
         if plan.waves is None:
-            backend.step(plan)
+            backend.step(plan, inputs)
         else:
-            backend.finish(plan, [backend.update(plan, wave) for wave in plan.waves])
-        if found_inf is None or not backend.ON_DEVICE:
+            backend.finish(plan, inputs, [backend.update(plan, inputs, wave) for wave in plan.waves])
+        if inputs.found_inf is None or not backend.ON_DEVICE:
             self._in_true_pass = False  # a device may have skipped the step
         if capturing(self._tables.rows.device):
             self._captured.append((plan, plan.launch))
         plan.bump_versions()
         plan.clear_gradients(of_step=backend.ZEROES)
         plan.forget_gradients()
-        self._drop_masters(plan)
+        self._drop_masters(plan, inputs)
 
     def _ready_plan(self) -> StepPlan | None:
         """A plan that has read this step's gradients; None where there are none."""
         if torch._C._len_torch_dispatch_stack():
             validation.check_estimated(self.param_groups)
-        plan = self._plan
-        ready = plan is not None and plan.is_of(self) and plan.read()
-        if not ready:
+        plan = self._current_plan()
+        if plan is None:
             groups.set_listed(self)
         self._refuse_true_weights()
-        if not ready:
+        if plan is None:
             none = all(p.grad is None for group in self.param_groups for p in group["params"])
             if none and self.process_group is None:  # of which others may have gradients, and wait for this process
                 return None
@@ -360,14 +359,40 @@ class AIMFusedOptimizer(LiveWeights):
                 return None
             self._sync_with_module()
             validation.check_gradients(self.param_groups)
-            only_states = sharding.makes_states_only(self)
+            only_states = sharding.makes_states_only(self._sources())
             self._ensure_states()
             if only_states:
                 return None
-            plan = self._plan = StepPlan(self)
-            plan.take()
-        assert plan is not None
+            plan = self._make_plan()
         return plan if plan.has_gradients() or self.process_group is not None else None
+
+    def _sources(self) -> StepSources:
+        return StepSources(
+            self.param_groups,
+            self.state,
+            self._tables,
+            self.process_group,
+            self.sync_every,
+            self.zero_grad_in_step,
+            self.anchor == "ema",
+        )
+
+    def _current_plan(self) -> StepPlan | None:
+        """The plan of the step before, with this step's gradients; None if anything that it was made of has changed."""
+        plan = self._plan
+        return plan if plan is not None and plan.is_of(self._sources()) and plan.read() else None
+
+    def _make_plan(self, grads: Sequence[Tensor | None] | None = None) -> StepPlan:
+        """A plan for states that are there and gradients that were checked: ``grads``, one a parameter, or those that
+        the parameters hold."""
+        plan = self._plan = self._plan_of_states()
+        plan.take(grads)
+        return plan
+
+    def _plan_of_states(self) -> StepPlan:
+        sources = self._sources()
+        arrange_all(sources)
+        return StepPlan(sources)
 
     def _estimate(self) -> None:
         """A step of shapes without numbers (FakeTensorMode): there are states after it, and nothing is computed."""
@@ -421,9 +446,9 @@ class AIMFusedOptimizer(LiveWeights):
             states = ((p, self.state.get(p, {})) for p in group["params"])
             params = [p for p, state in states if "master" in state and "step" in state]
             self._ensure_group_states(group, params, live=self._tables.has_live_weights(number), masters=False)
-        plan = StepPlan(self)
+        plan = self._plan_of_states()
         backend = select(self.backend, self.tables.rows.device)
-        plan.read_hyperparameters(on_device=backend.ON_DEVICE)
+        plan.read_hyperparameters(StepInputs(), on_device=backend.ON_DEVICE)
         backend.emit(plan)
         torch.autograd.graph.increment_version([p for p, _ in masters])
         sharding.reshard_all(p for p, _ in masters)

@@ -16,13 +16,14 @@ import operator
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from aim_kernels.step import validation
+from aim_kernels.step.arrangement import arrange_all
+from aim_kernels.step.inputs import StepInputs
 from aim_kernels.step.ownership import own_tensors
 from aim_kernels.step.plan import StepPlan
 from aim_kernels.step.states import RESTS, arithmetic_dtype, buffer_of, is_dense, true_weights
@@ -339,21 +340,20 @@ def _step(
     passed = [*params, *states, *masters, rows, statistics, control, *anchors, *lrs]
     own = given.tensors(actions)
 
-    plan = optimizer._plan
-    known = plan is not None and given.plan is plan and plan.is_of(optimizer) and plan.read()
     elsewhere = {} if _same(passed, own) else _elsewhere(own, passed)
-    if not known:
+    plan = optimizer._current_plan() if given.plan is optimizer._plan else None
+    if plan is None:
         plan = _rebuild(optimizer, given, all_grads, elsewhere)
     given.former = None
-    assert plan is not None
+    step_inputs = StepInputs(grad_scale, found_inf)
     if elsewhere:
         with _substituted(optimizer, elsewhere) as plan:
             plan.take(all_grads)
-            optimizer._run(plan, grad_scale, found_inf)
+            optimizer._run(plan, step_inputs)
         return
     if not _same(plan.grads, all_grads):
         plan.take(all_grads)
-    optimizer._run(plan, grad_scale, found_inf)
+    optimizer._run(plan, step_inputs)
 
 
 def _elsewhere(own: list[Tensor], passed: list[Tensor]) -> dict[int, Tensor]:
@@ -403,8 +403,7 @@ def _rebuild(
             elsewhere[id(p)].copy_(optimizer.state[p]["master"])
     inputs = GraphInputs(optimizer, given, elsewhere)
     optimizer._inputs = inputs
-    inputs.plan = optimizer._plan = plan = StepPlan(optimizer)
-    plan.take(grads)
+    inputs.plan = plan = optimizer._make_plan(grads)
     return plan
 
 
@@ -426,19 +425,12 @@ def _substituted(optimizer: AIMFusedOptimizer, elsewhere: dict[int, Tensor]) -> 
         for p, state in ((p, optimizer.state[p]) for p in _params_of(optimizer) if p in optimizer.state)
     }
     before = [(state, name, value) for state in states.values() for name, value in state.items()]
-    standing = SimpleNamespace(
-        tables=tables,
-        state=states,
-        param_groups=groups,
-        process_group=optimizer.process_group,
-        sync_every=optimizer.sync_every,
-        zero_grad_in_step=optimizer.zero_grad_in_step,
-        anchor=optimizer.anchor,
-    )
-    yield StepPlan(standing)  # type: ignore[arg-type]
+    sources = optimizer._sources()._replace(param_groups=groups, state=states, tables=tables)
+    arrange_all(sources)
+    yield StepPlan(sources)
     optimizer.tables.steps = tables.steps
     for state, name, value in before:
-        if state[name] is not value:  # the plan has laid it out anew
+        if state[name] is not value:  # it was arranged
             value.copy_(state[name])
 
 

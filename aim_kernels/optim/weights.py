@@ -13,6 +13,7 @@ from aim_kernels.backends.device import capturing
 from aim_kernels.optim import resets, torch_compile
 from aim_kernels.optim.modulation import Modulated
 from aim_kernels.step import sharding, validation
+from aim_kernels.step.inputs import StepInputs
 from aim_kernels.step.layout import ROW
 from aim_kernels.step.plan import StepPlan, adopts_edits
 from aim_kernels.step.states import adopt_edits, keeps_master, store_weights, weights_of
@@ -207,14 +208,14 @@ class LiveWeights(Modulated):
         groups = range(len(self.param_groups))
         return bool(self._masters()) or any(map(self.tables.has_live_weights, groups))
 
-    def _drop_masters(self, plan: StepPlan, among: set[int] | None = None) -> None:
+    def _drop_masters(self, plan: StepPlan, inputs: StepInputs, among: set[int] | None = None) -> None:
         """Where no phase degrades weights any more, the live weights just written are the true ones. ``among``: groups
         of which the step knew it; others wait for the next one."""
         leaving = self._leaving if among is None else self._leaving & among
         if not leaving or capturing(self.tables.rows.device):
             return  # a graph that is captured goes on writing masters
         # A device may have skipped the step. Masters leave rarely enough to wait for its answer.
-        if plan.found_inf is not None and float(plan.found_inf):
+        if inputs.is_skipped():
             return
         everything = [p for group in self.param_groups for p in group["params"]]
         for p, stepped, number in zip(everything, plan.owners, plan.group_of, strict=True):

@@ -91,8 +91,8 @@ CHECKPOINT_BUGS = (
     Mutant(
         "a wrapper's key passes for a state",
         "aim_kernels/step/sharding.py",
-        'states = (optimizer.state.get(p, ()) for group in groups for p in group["params"])',
-        "states = optimizer.state.values()",
+        'states = (sources.state.get(p, ()) for group in groups for p in group["params"])',
+        "states = sources.state.values()",
         "the step that only makes states would be taken for a step",
         (f"{OTHERS}::test_averages_and_dummy_steps_look_at_parameters_only",),
     ),

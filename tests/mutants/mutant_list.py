@@ -80,10 +80,18 @@ MUTANTS = (
     ),
     Mutant(
         "order of states ignored",
-        PLAN,
-        "if tensor.dtype == dtype and (tensor.is_contiguous() if flat else tensor.stride() == p.stride()):",
-        "if tensor.dtype == dtype:",
+        "aim_kernels/step/arrangement.py",
+        "return state.is_contiguous() if p.is_contiguous() or not fills_block(p) else state.stride() == p.stride()",
+        "return True",
         "moments keep the memory order of a parameter that was laid out anew (channels_last)",
+        (f"{MOVED}[change_layout-cpu]",),
+    ),
+    Mutant(
+        "states are not arranged for a plan",
+        "aim_kernels/optim/optimizer.py",
+        "        arrange_all(sources)\n",
+        "",
+        "a plan only reads states: what is in another type or order has to be arranged before it is made",
         (f"{MOVED}[change_layout-cpu]",),
     ),
     Mutant(
@@ -139,7 +147,7 @@ MUTANTS = (
     Mutant(
         "a skipped step counts",
         OPTIMIZER,
-        "if not backend.ON_DEVICE and plan.found_inf is not None and float(plan.found_inf):",
+        "if not backend.ON_DEVICE and inputs.is_skipped():",
         "if False:",
         "pytorch#95781: found_inf is ignored, step counts move on a step that GradScaler skips",
         ("test_scaling.py",),
