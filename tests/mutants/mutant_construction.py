@@ -141,8 +141,8 @@ MUTANTS = (
     Mutant(
         "arithmetic in the precision of an option",
         "aim_kernels/backends/reference.py",
-        "group, row, state = in_floats(plan.param_groups[number]), rows[number], plan.state_of(index)",
-        "group, row, state = plan.param_groups[number], rows[number], plan.state_of(index)",
+        "group, control = in_floats(plan.param_groups[number]), plan.tables.control.tolist()",
+        "group, control = plan.param_groups[number], plan.tables.control.tolist()",
         "with betas of np.float32 the bias corrections are powers in float32",
         (f"{NUMBERS}::test_numbers_of_numpy_and_torch_are_what_they_are_worth",),
     ),

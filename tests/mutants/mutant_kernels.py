@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from mutant_list import CHECKPOINT, ELEMENT, OPTIMIZER, PLAN, SHARED, STATES, STEP, Mutant
 
-REFERENCE, TRITON_CHUNK = "aim_kernels/backends/reference.py", "aim_kernels/backends/triton/chunk.py"
+REFERENCE, REFERENCE_RULES, TRITON_CHUNK = (
+    "aim_kernels/backends/reference.py",
+    "aim_kernels/backends/reference_rules.py",
+    "aim_kernels/backends/triton/chunk.py",
+)
 TRITON_KERNELS, LIVE, CODEC = (
     "aim_kernels/backends/triton/kernels.py",
     "aim_kernels/optim/weights.py",
@@ -38,9 +42,9 @@ KERNELS = (
     ),
     Mutant(
         "square before its factor, in the reference",
-        REFERENCE,
-        "(g * second[1]) * g",
-        "(g * g) * second[1]",
+        REFERENCE_RULES,
+        "(g * (1 - beta)) * g",
+        "(g * g) * (1 - beta)",
         "the same",
         (f"{SIZES}[adamw-reference]", "test_sizes.py::test_second_moments_stay_finite[lion-reference]"),
     ),
@@ -54,7 +58,7 @@ KERNELS = (
     ),
     Mutant(
         "infinite means pass for finite ones",
-        REFERENCE,
+        REFERENCE_RULES,
         "v + (m - m), spread",
         "v, spread",
         "an infinite gradient would freeze the weight without a trace; torch makes it NaN",
@@ -72,7 +76,7 @@ KERNELS = (
     Mutant(
         "masters undo edits, in the reference",
         REFERENCE,
-        'adopt_edits(p, state["master"])',
+        'adopt_edits(plan.params[index], state["master"])',
         "pass",
         "the same",
         (f"{TAKEN}[bfloat16-adamw-reference]",),
@@ -185,8 +189,8 @@ KERNELS = (
     Mutant(
         "frozen weights are under-optimized, in the reference",
         REFERENCE,
-        "return (live[1], live[1]) if",
-        "return (live[0], live[0]) if",
+        "live = live[1], live[1]",
+        "live = live[0], live[0]",
         "the same",
         (f"{FROZEN}[adamw-reference]",),
     ),
