@@ -43,10 +43,11 @@ def backends() -> dict[str, Backend]:
     return found
 
 
-def check_name(name: str) -> None:
-    """Raises ValueError for a name that is no backend's."""
+def check_name(name: str, source: str = "") -> None:
+    """Raises ValueError for a name that is no backend's. ``source``: how it was given, if not as ``backend``."""
     if name not in ("auto", *NAMES):
-        raise ValueError(f"backend={name!r}: unknown backend; choose one of {', '.join(('auto', *NAMES))}")
+        source = source or f"backend={name!r}"
+        raise ValueError(f"{source}: unknown backend; choose one of {', '.join(('auto', *NAMES))}")
 
 
 def select(name: str, device: torch.device) -> ModuleType:
@@ -60,6 +61,7 @@ def select(name: str, device: torch.device) -> ModuleType:
     source = f"backend={name!r}"
     if name == "auto" and (wish := os.environ.get("AIM_KERNELS_BACKEND")):
         name, source = wish, f"AIM_KERNELS_BACKEND={wish!r}"
+    check_name(name, source)
     if name == "auto":
         # The first that runs there; on a CPU, Triton would be its interpreter.
         names = ("cpu", "reference") if device.type == "cpu" else ("cuda", "triton", "reference")
@@ -67,8 +69,7 @@ def select(name: str, device: torch.device) -> ModuleType:
             module = _module(each)
             if module.runs_on(device) and not module.unavailable():
                 return module
-    if name not in NAMES:
-        raise ValueError(f"{source}: unknown backend; choose one of {', '.join(('auto', *NAMES))}")
+        raise ValueError(f"{source}: no backend runs on {device}; move the parameters to a CPU or a GPU")
     module = _module(name)
     if not module.runs_on(device):
         raise ValueError(f"{source} does not run on {device}; use backend='auto' or move the parameters")

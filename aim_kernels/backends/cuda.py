@@ -7,16 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from aim_kernels._native import load
-from aim_kernels.backends import device, pieces
+from aim_kernels.backends.device import DeviceBackend
 from aim_kernels.step.layout import WORK_RECORD
 
 if TYPE_CHECKING:
     from aim_kernels.backends.device import DeviceShard
-    from aim_kernels.step.inputs import StepInputs
-    from aim_kernels.step.plan import StepPlan
 
 _cuda, _REASON = load("_cuda")
 
@@ -56,26 +53,6 @@ def runs_on(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None
 
 
-def step(plan: StepPlan, inputs: StepInputs) -> None:
-    """One step over all tensors of the plan."""
-    device.step(plan, inputs, _SELF)
-
-
-def update(plan: StepPlan, inputs: StepInputs, indices: list[int]) -> list[Tensor]:
-    """A step up to its sums, of some parameters only. Returns what they measured, [G, 7] a device."""
-    return pieces.update(plan, inputs, _SELF, indices)
-
-
-def finish(plan: StepPlan, inputs: StepInputs, piece_sums: list[list[Tensor]]) -> None:
-    """The rest of a step, for the sums of all its parts."""
-    pieces.finish(plan, inputs, _SELF, piece_sums)
-
-
-def emit(plan: StepPlan) -> None:
-    """Writes the live weights of all parameters that have a master."""
-    device.emit(plan, _SELF)
-
-
 class _Kernels:
     """``device.Kernels``: one call into the extension each."""
 
@@ -91,7 +68,8 @@ class _Kernels:
         _cuda.emit(*_arguments(shard))
 
 
-_SELF = _Kernels()
+_BACKEND = DeviceBackend(_Kernels())
+step, update, finish, emit = _BACKEND.step, _BACKEND.update, _BACKEND.finish, _BACKEND.emit
 
 
 def _arguments(shard: DeviceShard) -> tuple[np.ndarray[Any, Any], int, int]:

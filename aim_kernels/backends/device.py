@@ -30,7 +30,7 @@ _WORD = 8  # bytes; tables travel as int64
 
 
 class Kernels(Protocol):
-    """A device backend."""
+    """The kernels of a device backend, each over all tensors of a shard, and the number of elements in their chunks."""
 
     @property
     def CHUNK(self) -> int: ...  # noqa: N802
@@ -40,36 +40,73 @@ class Kernels(Protocol):
     def emit(self, shard: DeviceShard) -> None: ...
 
 
-def step(plan: StepPlan, inputs: StepInputs, kernels: Kernels) -> None:
-    """One step over all tensors of the plan."""
-    launch = _launch_of(plan, kernels)
-    plan.load_staged()
-    launch.send(inputs)
-    launch.send_tables_away()
-    for shard in launch.shards:
-        with shard.current():
-            kernels.update(shard)
-            if shard is not launch.primary:
-                kernels.finish(shard)
-    launch.fetch_sums()
-    if plan.exchange is not None:
+class DeviceBackend:
+    """What a device backend does, by its kernels: a step of all tensors, or of some parameters at a time (gradient
+    release) and at last of what they measured together.
+
+    Every such part is a shard that is not the primary, so its ``finish`` only counts steps and leaves its sums; the
+    primary is a shard without parameters, which takes the total.
+    """
+
+    def __init__(self, kernels: Kernels) -> None:
+        self.kernels = kernels
+
+    def step(self, plan: StepPlan, inputs: StepInputs) -> None:
+        """One step over all tensors of the plan."""
+        launch = _sent(plan, inputs, self.kernels)
+        for shard in launch.shards:
+            with shard.current():
+                self.kernels.update(shard)
+                if shard is not launch.primary:
+                    self.kernels.finish(shard)
+        launch.fetch_sums()
+        if plan.exchange is not None:
+            with launch.primary.current():
+                plan.exchange(launch.add_up())
         with launch.primary.current():
-            plan.exchange(launch.add_up())
-    with launch.primary.current():
-        kernels.finish(launch.primary)
-    plan.store_staged()
+            self.kernels.finish(launch.primary)
+        plan.store_staged()
 
+    def update(self, plan: StepPlan, inputs: StepInputs, indices: list[int]) -> list[Tensor]:
+        """A step up to its sums, of some parameters only; those without a gradient are emitted. Returns what they
+        measured, [G, 7] a device; the next call for the same parameters overwrites it."""
+        if plan.pieces is None or plan.pieces.chunk_size != self.kernels.CHUNK:
+            plan.pieces = Pieces(plan, self.kernels.CHUNK)
+        pieces = plan.pieces
+        plan.load_staged(indices)
+        measured = []
+        for device in dict.fromkeys(plan.params[index].device for index in indices):
+            shard = pieces.shard(plan, [index for index in indices if plan.params[index].device == device])
+            with shard.current():
+                shard.send(inputs)
+                self.kernels.update(shard)
+                self.kernels.finish(shard)
+            assert shard.sums is not None
+            measured.append(shard.sums)
+            pieces.primary.phases.copy_(shard.phases, non_blocking=True)
+        plan.store_staged(indices)
+        return measured
 
-def emit(plan: StepPlan, kernels: Kernels) -> None:
-    """Writes the live weights of all parameters that have a master."""
-    launch = _launch_of(plan, kernels)
-    plan.load_staged()
-    launch.send(StepInputs())
-    launch.send_tables_away()
-    for shard in launch.shards:
-        with shard.current():
-            kernels.emit(shard)
-    plan.store_staged()
+    def finish(self, plan: StepPlan, inputs: StepInputs, piece_sums: list[list[Tensor]]) -> None:
+        """The rest of a step: thresholds, latched columns, statistics and the phase. ``piece_sums``: what ``update``
+        returned, per piece and device."""
+        assert plan.pieces is not None
+        primary = plan.pieces.primary
+        assert primary.peer_sums is not None
+        with primary.current():
+            primary.send(inputs)
+            parts = [sums.to(primary.device, non_blocking=True) for piece in piece_sums for sums in piece]
+            total = torch.stack(parts).sum(0)
+            primary.peer_sums[0].copy_(total)
+            self.kernels.finish(primary)
+
+    def emit(self, plan: StepPlan) -> None:
+        """Writes the live weights of all parameters that have a master."""
+        launch = _sent(plan, StepInputs(), self.kernels)
+        for shard in launch.shards:
+            with shard.current():
+                self.kernels.emit(shard)
+        plan.store_staged()
 
 
 def capturing(device: torch.device) -> bool:
@@ -177,6 +214,32 @@ class Launch:
             total.add_(rest.sum(0))
             rest.zero_()
         return total
+
+
+class Pieces:
+    """The shards of a plan's pieces, kept from step to step."""
+
+    def __init__(self, plan: StepPlan, chunk_size: int) -> None:
+        self.chunk_size = chunk_size
+        nothing = np.zeros(0, np.int64)
+        self.primary = DeviceShard(plan, plan.tables.rows.device, nothing, chunk_size, peers=1)
+        self._shards: dict[tuple[int, ...], DeviceShard] = {}
+
+    def shard(self, plan: StepPlan, indices: list[int]) -> DeviceShard:
+        """The shard of some parameters on one device, with the tables as they are on the primary device."""
+        tables = plan.tables
+        own = (tables.rows, tables.statistics, tables.control)
+        shard = self._shards.get(tuple(indices))
+        if shard is None:
+            device = plan.params[indices[0]].device
+            shard = DeviceShard(plan, device, np.array(indices, np.int64), self.chunk_size, primary=False)
+            if device == self.primary.device:
+                shard.rows, shard.statistics, shard.control = own
+            self._shards[tuple(indices)] = shard
+        if shard.device != self.primary.device:
+            for table, value in zip((shard.rows, shard.statistics, shard.control), own, strict=True):
+                table.copy_(value, non_blocking=True)
+        return shard
 
 
 class DeviceShard:
@@ -335,3 +398,12 @@ def _launch_of(plan: StepPlan, kernels: Kernels) -> Launch:
         assignments = [(device, np.flatnonzero(numbers == number)) for number, device in enumerate(devices)]
         plan.launch = Launch(plan, kernels.CHUNK, assignments)
     return plan.launch
+
+
+def _sent(plan: StepPlan, inputs: StepInputs, kernels: Kernels) -> Launch:
+    """The plan by device, with everything there that a call of the kernels reads."""
+    launch = _launch_of(plan, kernels)
+    plan.load_staged()
+    launch.send(inputs)
+    launch.send_tables_away()
+    return launch

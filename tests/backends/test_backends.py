@@ -8,6 +8,7 @@ import torch
 from helpers import DTYPES, ROWS, RULES, Gradients, assign, build, parameters_of, same_bits, set_row
 
 import aim_kernels as ak
+from aim_kernels.backends import NAMES, select
 
 SHAPES = (((5, 7), (70,), (), (0,)), ((1031,),))
 
@@ -77,6 +78,18 @@ def test_automatic_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     run(build(backend="auto"))
     monkeypatch.delenv("AIM_KERNELS_BACKEND")
     run(build(backend="auto"))
+
+
+def test_a_device_that_no_backend_runs_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    for wish in ("", "auto"):
+        monkeypatch.setenv("AIM_KERNELS_BACKEND", wish)
+        with pytest.raises(ValueError, match=r"='auto': no backend runs on meta; move the parameters"):
+            select("auto", torch.device("meta"))
+    for name in NAMES:
+        with pytest.raises(ValueError, match=f"backend='{name}' does not run on meta"):
+            select(name, torch.device("meta"))
+    with pytest.raises(ValueError, match="backend='gpu': unknown backend; choose one of auto, cpu"):
+        select("gpu", torch.device("cpu"))
 
 
 def run(optimizer: ak.AIMFusedOptimizer) -> None:

@@ -252,4 +252,20 @@ MUTANTS = (
         "a view is no leaf, and refused in its turn",
         (f"{ADVICE}::test_complex_parameters_as_real_ones",),
     ),
+    Mutant(
+        "the environment may name any backend",
+        "aim_kernels/backends/__init__.py",
+        "    check_name(name, source)\n",
+        "",
+        "a slip in AIM_KERNELS_BACKEND is a module that is not found",
+        ("test_backends.py::test_automatic_choice",),
+    ),
+    Mutant(
+        "a device that no backend runs on",
+        "aim_kernels/backends/__init__.py",
+        '        raise ValueError(f"{source}: no backend runs on {device}; move the parameters to a CPU or a GPU")\n',
+        "",
+        "it was said that auto is no backend, choose one of auto",
+        ("test_backends.py::test_a_device_that_no_backend_runs_on",),
+    ),
 )

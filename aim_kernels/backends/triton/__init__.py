@@ -12,14 +12,11 @@ import os
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from aim_kernels.backends import device, pieces
+from aim_kernels.backends.device import DeviceBackend
 
 if TYPE_CHECKING:
     from aim_kernels.backends.device import DeviceShard
-    from aim_kernels.step.inputs import StepInputs
-    from aim_kernels.step.plan import StepPlan
 
 ON_DEVICE, ZEROES, DEVICE, DESCRIPTION = True, True, "cuda, xpu", "Triton kernels"
 
@@ -55,26 +52,6 @@ def runs_on(device: torch.device) -> bool:
     return device.type in ("cuda", "xpu") or (device.type == "cpu" and _interpreted())
 
 
-def step(plan: StepPlan, inputs: StepInputs) -> None:
-    """One step over all tensors of the plan."""
-    device.step(plan, inputs, _SELF)
-
-
-def update(plan: StepPlan, inputs: StepInputs, indices: list[int]) -> list[Tensor]:
-    """A step up to its sums, of some parameters only. Returns what they measured, [G, 7] a device."""
-    return pieces.update(plan, inputs, _SELF, indices)
-
-
-def finish(plan: StepPlan, inputs: StepInputs, piece_sums: list[list[Tensor]]) -> None:
-    """The rest of a step, for the sums of all its parts."""
-    pieces.finish(plan, inputs, _SELF, piece_sums)
-
-
-def emit(plan: StepPlan) -> None:
-    """Writes the live weights of all parameters that have a master."""
-    device.emit(plan, _SELF)
-
-
 class _Kernels:
     """``device.Kernels``: each call launches, and waits for nothing."""
 
@@ -96,4 +73,5 @@ class _Kernels:
         driver.emit(shard)
 
 
-_SELF = _Kernels()
+_BACKEND = DeviceBackend(_Kernels())
+step, update, finish, emit = _BACKEND.step, _BACKEND.update, _BACKEND.finish, _BACKEND.emit
