@@ -28,6 +28,7 @@ from lockstep import Twin, run_twin
 
 import aim_kernels as ak
 from aim_kernels.backends import device
+from aim_kernels.step.inputs import StepInputs
 from aim_kernels.step.layout import STATISTIC
 
 SHAPES = (((5, 7), (33,), (0,), ()), ((3, 4, 2), (16,)))
@@ -227,11 +228,11 @@ def test_learning_rate_tensors_on_the_device(backend: str, dtype: torch.dtype, m
     launched: list[device.Launch] = []
     send = device.Launch.send
 
-    def with_tensors(self: device.Launch) -> None:
+    def with_tensors(self: device.Launch, inputs: StepInputs) -> None:
         if self.plan.param_groups is on_device.param_groups:  # as StepPlan does with tensors in a device's memory
             self.plan.lr_tensors = dict.fromkeys(range(len(self.plan.groups)), rate)
             launched.append(self)
-        send(self)
+        send(self, inputs)
 
     monkeypatch.setattr(device.Launch, "send", with_tensors)
     gradients = [Gradients(parameters_of(o)) for o in (plain, on_device)]
