@@ -53,7 +53,7 @@ class AIMFusedOptimizer(LiveWeights):
             option below, but those from ``anchor`` on, may be set per group.
         lr: learning rate, a number or a one-element tensor.
         rule: "adamw", "adam", "sgd", "adagrad", "rmsprop" (torch.optim's) or "lion" (arXiv 2302.06675, Algorithm 2).
-            All take the defaults of this signature, also where torch.optim has others for the rule.
+            All take the defaults of this signature; the class of a rule (``ak.RMSprop``) has those of torch.optim.
         betas: decay rates of the moments; of "lion", of the direction and of the moment. Under "sgd", "adagrad" and
             "rmsprop" only ``modulated`` groups use them, for their optimization state.
         eps: added to the denominator; also the floor of the signal-to-noise ratio.
@@ -127,9 +127,9 @@ class AIMFusedOptimizer(LiveWeights):
         lr: float | Tensor = 1e-3,
         *,
         rule: str = "adamw",
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float | None = None,
+        weight_decay: float | Tensor | None = None,
         momentum: float = 0.0,
         dampening: float = 0.0,
         nesterov: bool = False,
@@ -237,8 +237,7 @@ class AIMFusedOptimizer(LiveWeights):
         if self._rows is None:
             self._follow_groups()
         groups.listed(param_group)
-        defaults = {**self.defaults, **self._hidden_defaults}
-        complete = groups.completed(param_group, defaults, len(self.param_groups))
+        complete = self._completed(param_group, len(self.param_groups))
         groups.check(self, self.param_groups, self._members, complete)
         param_group.update(complete)
         others, self.param_groups = self.param_groups, []  # what torch would look for in each of them was looked for
@@ -264,6 +263,10 @@ class AIMFusedOptimizer(LiveWeights):
         self._plan = self._inputs = None
         if self._release is not None:
             self._release.watch()
+
+    def _completed(self, param_group: dict[str, Any], number: int) -> dict[str, Any]:
+        """The group with all options, in a dict of its own."""
+        return groups.completed(param_group, {**self.defaults, **self._hidden_defaults}, number)
 
     # -- the step ----------------------------------------------------------------------------------------------------
 

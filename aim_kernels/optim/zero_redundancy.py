@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from aim_kernels.optim.groups import OF_THE_WHOLE, Members, check, check_ordered, completed, listed
+from aim_kernels.optim.groups import OF_THE_WHOLE, Members, check, check_ordered, listed
 from aim_kernels.optim.optimizer import AIMFusedOptimizer
 from aim_kernels.step.sharding import number_parameters
 from aim_kernels.step.tables import KEYS, Tables
@@ -76,8 +76,7 @@ class AIMZeroRedundancyOptimizer(ZeroRedundancyOptimizer):
         _refuse_names(param_group["params"])
         if self.initialized:
             # Here, since torch adds it to the groups of all processes before the optimizer of this one sees its part.
-            defaults = {**self.optim.defaults, **self.optim._hidden_defaults}
-            full = completed(param_group, defaults, len(self.param_groups))
+            full = self.optim._completed(param_group, len(self.param_groups))
             check(self.optim, self.param_groups, self._members, full)
         super().add_param_group(param_group)
         if self.initialized:

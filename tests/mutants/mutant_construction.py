@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mutant_list import CHECKS, OPTIMIZER, PLAN, Mutant
 
+RULE_CLASSES = "aim_kernels/optim/rules.py"
 GROUPS, ZERO, TABLES = (
     "aim_kernels/optim/groups.py",
     "aim_kernels/optim/zero_redundancy.py",
@@ -20,6 +21,42 @@ PARTS = f"{ADVICE}::test_weights_that_get_their_gradient_in_parts_are_refused_be
 LINEAR = f"{CONSTRUCTION}::test_work_grows_with_the_number_of_groups_only"
 
 MUTANTS = (
+    # -- classes of one rule
+    Mutant(
+        "a class with another default",
+        RULE_CLASSES,
+        "        eps: float = 1e-10,\n",
+        "        eps: float = 1e-8,\n",
+        "Adagrad of torch.optim has an eps of its own; whoever changes one line trains with another",
+        (
+            "test_rules.py::test_signatures_are_those_of_torch[adagrad]",
+            "test_torch_parity.py::test_a_few_ulp_a_step[class-adagrad-default-float32-cpu]",
+        ),
+    ),
+    Mutant(
+        "a class that drops an argument",
+        RULE_CLASSES,
+        "            dampening=dampening,\n",
+        "",
+        "an argument stands in the signature and goes no further",
+        ("test_rules.py::test_an_argument_reaches_the_groups[sgd]",),
+    ),
+    Mutant(
+        "groups of other rules in a class of one",
+        RULE_CLASSES,
+        '        if param_group.get("rule", rule) != rule:\n',
+        "        if False:\n",
+        "what a group says of its rule is overwritten in silence",
+        ("test_rules.py::test_unknown_options_and_other_rules_are_refused[adamw]",),
+    ),
+    Mutant(
+        "decoupled decay that torch does not learn of",
+        RULE_CLASSES,
+        '            complete["decoupled_weight_decay"] = True\n',
+        "            pass\n",
+        "torch.optim.Adam takes a checkpoint without the option for one of Adam, and couples the decay",
+        ("test_rules.py::test_a_checkpoint_of_decoupled_adam_goes_to_torch_s_and_back",),
+    ),
     # -- groups
     Mutant(
         "generators used up",
