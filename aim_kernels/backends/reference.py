@@ -13,6 +13,7 @@ from torch import Tensor
 
 from aim_kernels.step import codecs
 from aim_kernels.step.layout import CONTROL, PHASES, ROW, STATISTIC, TENSOR_FLAGS
+from aim_kernels.step.options import in_floats
 from aim_kernels.step.philox import MOMENT_STREAM, WEIGHT_STREAM, normals, rounding_bits
 from aim_kernels.step.states import (
     adopt_edits,
@@ -27,7 +28,6 @@ from aim_kernels.step.states import (
     true_weights,
     weights_of,
 )
-from aim_kernels.step.validation import in_floats
 
 if TYPE_CHECKING:
     from aim_kernels.step.plan import StepPlan

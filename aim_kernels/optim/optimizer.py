@@ -13,7 +13,7 @@ from aim_kernels.backends.device import capturing
 from aim_kernels.optim import checkpoint, groups, resets, torch_compile
 from aim_kernels.optim.clipping import clip
 from aim_kernels.optim.weights import LiveWeights
-from aim_kernels.step import sharding, validation
+from aim_kernels.step import options, sharding, validation
 from aim_kernels.step.ownership import drop_absent
 from aim_kernels.step.plan import StepPlan
 from aim_kernels.step.states import arithmetic_dtype, is_frozen, make_states, master_of
@@ -23,12 +23,6 @@ from aim_kernels.step.tables import KEYS, Tables
 #: Options that ``optimizer.defaults`` must not have under a rule: schedulers that cycle the momentum (OneCycleLR,
 #: CyclicLR) look for "betas" there, then for "momentum", and cycle what they find.
 _HIDDEN_DEFAULTS = {"sgd": ["betas"], "rmsprop": ["betas"], "adagrad": ["betas", "momentum"]}
-
-#: Options that are not of a group.
-_WHOLE = ("anchor", "backend", "max_grad_norm", "seed", "zero_grad_in_step")
-
-#: What a block's param group says of itself (``block_param_groups``); plain groups keep these.
-_BLOCK_KEYS = {"modality": None, "depth": None, "modulated": False, "module": None}
 
 
 def _has_gradient(p: Tensor) -> bool:
@@ -50,7 +44,8 @@ class AIMFusedOptimizer(LiveWeights):
 
     Args:
         params: tensors, ``(name, tensor)`` pairs, or groups (``block_param_groups`` makes those of blocks). Any
-            option below, but those from ``anchor`` on, may be set per group.
+            option below, but those from ``anchor`` on, may be set per group. One that a group's rule does not know is
+            refused; one of the constructor's is for those groups whose rule knows it, and refused if there is none.
         lr: learning rate, a number or a one-element tensor.
         rule: "adamw", "adam", "sgd", "adagrad", "rmsprop" (torch.optim's) or "lion" (arXiv 2302.06675, Algorithm 2).
             All take the defaults of this signature; the class of a rule (``ak.RMSprop``) has those of torch.optim.
@@ -118,6 +113,17 @@ class AIMFusedOptimizer(LiveWeights):
         ValueError, TypeError: options or parameters that a step cannot work with, by name.
     """
 
+    # Options of the optimizer as a whole, as ``options.WHOLE`` has them.
+    anchor: str
+    backend: str
+    keep_masters: bool
+    max_grad_norm: float | None
+    process_group: Any
+    sync_every: int
+    zero_grad_in_step: bool
+    _seed: int
+    _step_supports_amp_scaling: bool
+
     # In the constructor: of the groups that the tables are to have.
     _rows: list[tuple[dict[str, Any], float, bool]] | None = None
 
@@ -161,22 +167,12 @@ class AIMFusedOptimizer(LiveWeights):
         capturable: bool = False,
         differentiable: bool = False,
     ) -> None:
-        if anchor not in ("zero", "init", "ema"):
-            raise ValueError(f"anchor: expected 'zero', 'init' or 'ema', got {anchor!r}")
-        seed = validation.check_whole("seed", seed, 0, 2**63)
-        sync_every = validation.check_whole("sync_every", sync_every, 1)
-        if max_grad_norm is not None:
-            validation.check_number("max_grad_norm", max_grad_norm, 0.0)
+        given = options.given_in(locals())
+        whole = options.whole_values(given)
         check_name(backend)
-        self.process_group, self.sync_every = process_group, sync_every
-        self.keep_masters = validation.check_flag("keep_masters", keep_masters)
-        self.max_grad_norm = max_grad_norm
-        self.zero_grad_in_step = validation.check_flag("zero_grad_in_step", zero_grad_in_step)
+        for option in options.WHOLE:
+            setattr(self, option.attribute or option.name, whole[option.name])
         self.grad_norm: Tensor | None = None
-        self.anchor = anchor
-        self.backend = backend
-        self._seed = seed
-        self._step_supports_amp_scaling = validation.check_flag("fused_scaling", fused_scaling)  # GradScaler's question
         self._plan: StepPlan | None = None
         self._holds_true_weights = self._holds_averages = self._in_true_pass = False
         self._leaving = set()
@@ -186,42 +182,18 @@ class AIMFusedOptimizer(LiveWeights):
         # Whose states and tables graphs will read and write as long as they live.
         self._captured: list[tuple[StepPlan, Any]] = []
         self._known_masters = resets.Masters()
-        self._tables = Tables(torch.device("cpu"), seed)
+        self._tables = Tables(torch.device("cpu"), self._seed)
         self._handle = torch_compile.register(self)
         self._inputs: torch_compile.GraphInputs | None = None
-        defaults = {
-            "lr": lr,
-            "rule": rule,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-            "dampening": dampening,
-            "nesterov": nesterov,
-            "amsgrad": amsgrad,
-            "alpha": alpha,
-            "centered": centered,
-            "lr_decay": lr_decay,
-            "initial_accumulator_value": initial_accumulator_value,
-            "decouple_lr": decouple_lr,
-            "reference_lr": None,
-            "maximize": maximize,
-            "state_dtype": state_dtype,
-            "rounding": rounding,
-            "master": master,
-            "ema_decay": ema_decay,
-            "under_optimized": under_optimized,
-            "measure": measure,
-            "threshold_rate": threshold_rate,
-            **_BLOCK_KEYS,
-        }
-        asked = {"fused": fused, "foreach": foreach, "capturable": capturable, "differentiable": differentiable}
-        defaults |= {option: value for option, value in asked.items() if value is not groups.IMPLEMENTATION[option]}
         groups.check_ordered(params)
+        if not isinstance(params, Tensor):
+            params = list(params)
+            own = [self._rule_of(group, n, rule) for n, group in enumerate(params) if isinstance(group, dict)]
+            options.check_known_by_any(given, own or [rule])
         self._hidden_defaults: dict[str, Any] = {}
         self._members = groups.Members()
         self._rows = []
-        super().__init__(params, defaults)
+        super().__init__(params, options.group_defaults(given))
         if self._members.device is not None:
             self._tables.to(self._members.device)
         self._tables.add_groups(self._rows)
@@ -266,7 +238,13 @@ class AIMFusedOptimizer(LiveWeights):
 
     def _completed(self, param_group: dict[str, Any], number: int) -> dict[str, Any]:
         """The group with all options, in a dict of its own."""
-        return groups.completed(param_group, {**self.defaults, **self._hidden_defaults}, number)
+        defaults = {**self.defaults, **self._hidden_defaults}
+        rule = self._rule_of(param_group, number, defaults["rule"])
+        return groups.completed({**param_group, "rule": rule}, defaults, number)
+
+    def _rule_of(self, param_group: dict[str, Any], number: int, rule: str) -> Any:
+        """The rule of a group, where ``rule`` is that of groups without a word on it."""
+        return param_group.get("rule", rule)
 
     # -- the step ----------------------------------------------------------------------------------------------------
 
@@ -375,7 +353,7 @@ class AIMFusedOptimizer(LiveWeights):
     def _estimate(self) -> None:
         """A step of shapes without numbers (FakeTensorMode): there are states after it, and nothing is computed."""
         for number, group in enumerate(self.param_groups):
-            validation.check_hyperparameters(group, number)
+            options.check_hyperparameters(group, number)
         self._ensure_states()
         if self.max_grad_norm is not None:
             given = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
@@ -445,7 +423,7 @@ class AIMFusedOptimizer(LiveWeights):
         validation.check_whole("sync_every", self.sync_every, 1)
         earlier: dict[int, int] = {}
         for number, group in enumerate(self.param_groups):
-            validation.check_hyperparameters(group, number)
+            options.check_hyperparameters(group, number)
             validation.check_measure(group, number, self.backend)
             validation.check_anchor(group, number, self.anchor)
             validation.check_parameters(group, number, group["params"], self._tables.rows.device, earlier)
@@ -521,14 +499,13 @@ class AIMFusedOptimizer(LiveWeights):
             inputs.gather()
 
     def __repr__(self) -> str:
-        whole = "".join(f"{name}: {getattr(self, '_seed' if name == 'seed' else name)}\n" for name in _WHOLE)
+        whole = "".join(f"{o.name}: {getattr(self, o.attribute or o.name)}\n" for o in options.WHOLE)
         lines = super().__repr__().removesuffix(")").splitlines(keepends=True)
         return f"{''.join(line for line in lines if line.partition(':')[0].strip() not in KEYS)}{whole})"
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ["_tables", "anchor", "backend", "_seed", "_holds_true_weights", "_in_true_pass"]
-        kept += ["_step_supports_amp_scaling"]
-        kept += ["sync_every", "keep_masters", "max_grad_norm", "zero_grad_in_step", "_anchors", "_hidden_defaults"]
+        kept = [option.attribute or option.name for option in options.WHOLE]
+        kept += ["_tables", "_holds_true_weights", "_in_true_pass", "_anchors", "_hidden_defaults"]
         group = None if self.process_group is None else sharding.Absent.PROCESS_GROUP
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}, "process_group": group}
 

@@ -78,18 +78,13 @@ def _known(made: type, options: Any, known: Any) -> dict[str, Any]:
 class _OneRule(AIMFusedOptimizer):
     """An optimizer whose groups are of one rule."""
 
-    def _rule_of(self, param_group: dict[str, Any], number: int) -> str:
-        """The rule that a group is to have."""
-        return str(self.defaults["rule"])
-
-    def _completed(self, param_group: dict[str, Any], number: int) -> dict[str, Any]:
-        rule = self._rule_of(param_group, number)
+    def _rule_of(self, param_group: dict[str, Any], number: int, rule: str) -> str:
         if param_group.get("rule", rule) != rule:
             raise ValueError(
                 f"rule (group {number}): {type(self).__name__} steps it by rule {rule!r}, got {param_group['rule']!r}; "
                 "use AIMFusedOptimizer, whose groups may have different rules"
             )
-        return super()._completed({**param_group, "rule": rule}, number)
+        return rule
 
 
 class _AdamLike(_OneRule):
@@ -97,8 +92,7 @@ class _AdamLike(_OneRule):
 
     _always_decoupled: ClassVar[bool] = False
 
-    def _rule_of(self, param_group: dict[str, Any], number: int) -> str:
-        rule = super()._rule_of(param_group, number)
+    def _rule_of(self, param_group: dict[str, Any], number: int, rule: str) -> str:
         given = param_group.get("decoupled_weight_decay", rule == "adamw")
         decoupled = check_flag(f"decoupled_weight_decay (group {number})", given)
         if self._always_decoupled and not decoupled:
@@ -106,7 +100,7 @@ class _AdamLike(_OneRule):
                 f"decoupled_weight_decay (group {number}): AdamW decouples the decay of all groups; use Adam, whose "
                 "groups may choose"
             )
-        return "adamw" if decoupled else "adam"
+        return super()._rule_of(param_group, number, "adamw" if decoupled else "adam")
 
 
 class AdamW(_AdamLike):
