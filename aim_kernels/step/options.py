@@ -27,7 +27,7 @@ class Option:
         name: in the constructor and in groups.
         default: in the constructor; for a group that is of no rule that knows it, what leaves the step as it is.
         check: raises ValueError, by the name that it is given, on a value that the option cannot have; returns the
-            value as it is kept. None: checked elsewhere.
+            value as it is kept. None: anything goes, or it is checked elsewhere.
         rules: those that know it.
         whole: of the optimizer as a whole; else of a group, and the constructor's is for groups without one.
         argument: the constructor has it; else it is of groups only.
@@ -142,10 +142,6 @@ def _controller(name: str, value: Any) -> Any:
     return value
 
 
-def _anything(name: str, value: Any) -> Any:
-    return value
-
-
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 _FACTOR, _AMOUNT = _Number(0.0, 1.0, high_open=True), _Number(0.0, on_host=True)
@@ -186,10 +182,10 @@ OPTIONS = (
     Option("measure", "snr", _choice("snr", "fisher", "grad", "random"), recorded=True, decides="value"),
     Option("threshold_rate", 0.1, _Number(0.0, 1.0), number=True, recorded=True),
     # What a block's group says of itself (``block_param_groups``); plain groups keep these.
-    Option("modality", None, _anything, argument=False),
-    Option("depth", None, _anything, argument=False),
+    Option("modality", None, None, argument=False),
+    Option("depth", None, None, argument=False),
     Option("modulated", False, check_flag, argument=False, decides="value"),
-    Option("module", None, _anything, argument=False),
+    Option("module", None, None, argument=False),
     Option("anchor", "zero", _choice("zero", "init", "ema"), whole=True),
     Option("backend", "auto", None, whole=True),
     Option("seed", 0, _whole(0, 2**63), whole=True, attribute="_seed"),
@@ -231,7 +227,7 @@ def _quick(option: Option) -> tuple[str, Any, float, float, Check]:
     return option.name, default, low, high, option.check
 
 
-_CHECKED = tuple(_quick(option) for option in OF_GROUPS if option.check not in (None, _anything))
+_CHECKED = tuple(_quick(option) for option in OF_GROUPS if option.check is not None)
 
 #: Options that a rule does not know, and that nobody but the user writes: schedulers write what they cycle into groups
 #: of every rule.
