@@ -10,7 +10,7 @@ from torch import Tensor
 
 from aim_kernels.backends import check_name, select
 from aim_kernels.backends.device import capturing
-from aim_kernels.optim import checkpoint, groups, resets, torch_compile
+from aim_kernels.optim import checkpoint, groups, resets, snapshot, torch_compile
 from aim_kernels.optim.clipping import clipped
 from aim_kernels.optim.weights import LiveWeights
 from aim_kernels.step import sharding, validation
@@ -529,6 +529,19 @@ class AIMFusedOptimizer(LiveWeights):
             self.eval()
         else:
             self._emit()
+
+    def snapshot(self) -> Callable[[], None]:
+        """Keeps all that steps change but weights and gradients: states, rows, options of groups. Takes a copy of all
+        states.
+
+        Returns:
+            What goes back to it, if called: values return into the tensors in which they were. Weights have to be back
+            before.
+
+        Raises:
+            RuntimeError: backward has stepped some parameters already, or the module holds averages.
+        """
+        return snapshot.snapshot_of(self)
 
     def _reset(self) -> None:
         """Forgets what is derived from states and tables."""

@@ -29,13 +29,13 @@ from aim_kernels.step.plan import StepPlan
 from aim_kernels.step.states import RESTS, arithmetic_dtype, buffer_of, is_dense, true_weights
 
 if TYPE_CHECKING:
-    from aim_kernels.optim.optimizer import AIMFusedOptimizer
+    from aim_kernels.optim.interface import FusedOptimizer
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 #: Optimizers by the handle that a trace knows them by, and graph inputs by their number. Neither is kept alive.
-_OPTIMIZERS: weakref.WeakValueDictionary[str, AIMFusedOptimizer] = weakref.WeakValueDictionary()
+_OPTIMIZERS: weakref.WeakValueDictionary[str, FusedOptimizer] = weakref.WeakValueDictionary()
 _INPUTS: weakref.WeakValueDictionary[int, GraphInputs] = weakref.WeakValueDictionary()
 _handles, _numbers = itertools.count(), itertools.count()
 
@@ -74,7 +74,7 @@ def outside_graphs(function: Callable[P, T]) -> Callable[P, T]:
     return wrapper
 
 
-def register(optimizer: AIMFusedOptimizer) -> str:
+def register(optimizer: FusedOptimizer) -> str:
     """A handle by which graphs find the optimizer again, as long as it lives."""
     _load_compiler()
     handle = str(next(_handles))
@@ -85,9 +85,8 @@ def register(optimizer: AIMFusedOptimizer) -> str:
 @functools.cache
 def _load_compiler() -> None:
     """With the first optimizer, which loads it anyway, and not with the package."""
-    global _prepare_params, _prepare_states
-    _prepare_params = torch.compiler.assume_constant_result(_prepare_params)
-    _prepare_states = torch.compiler.assume_constant_result(_prepare_states)
+    for function in (_prepare_params, _prepare_states):
+        torch.compiler.assume_constant_result(function)  # which marks the function itself
 
 
 class GraphInputs:
@@ -110,7 +109,7 @@ class GraphInputs:
 
     def __init__(
         self,
-        optimizer: AIMFusedOptimizer,
+        optimizer: FusedOptimizer,
         former: GraphInputs | None = None,
         elsewhere: dict[int, Tensor] | None = None,
     ) -> None:
@@ -167,7 +166,7 @@ class GraphInputs:
         return [*params, *self.states, *self.masters, *tables, *self.anchors, *self.lrs]
 
 
-def _params_of(optimizer: AIMFusedOptimizer) -> list[Tensor]:
+def _params_of(optimizer: FusedOptimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
@@ -194,7 +193,7 @@ def _within(buffer: Tensor, view: Tensor) -> Tensor:
 
 
 def _pack_masters(
-    optimizer: AIMFusedOptimizer, params: list[Tensor], buffers: list[Tensor], elsewhere: dict[int, Tensor]
+    optimizer: FusedOptimizer, params: list[Tensor], buffers: list[Tensor], elsewhere: dict[int, Tensor]
 ) -> list[Tensor]:
     """Moves all masters into one buffer for each device and type, unless that is where they are."""
     state = optimizer.state
@@ -229,7 +228,7 @@ def _pack_masters(
 # -- what is traced ----------------------------------------------------------------------------------------------------
 
 
-def _refuse_release(optimizer: AIMFusedOptimizer) -> None:
+def _refuse_release(optimizer: FusedOptimizer) -> None:
     if optimizer._release is not None:
         raise RuntimeError(
             "optimizer.step() cannot be compiled after step_in_backward, which steps in backward(); call "
@@ -237,7 +236,7 @@ def _refuse_release(optimizer: AIMFusedOptimizer) -> None:
         )
 
 
-def _refuse_clearing(optimizer: AIMFusedOptimizer) -> None:
+def _refuse_clearing(optimizer: FusedOptimizer) -> None:
     if optimizer.zero_grad_in_step:
         raise RuntimeError(
             "zero_grad_in_step=True has no place inside of a compiled function, where gradients are the compiler's "
@@ -271,7 +270,7 @@ def _prepare_states(handle: str, actions: str) -> None:
     inputs.gather()
 
 
-def trace_step(optimizer: AIMFusedOptimizer) -> None:
+def trace_step(optimizer: FusedOptimizer) -> None:
     """``AIMFusedOptimizer._step`` as a graph has it."""
     handle = optimizer._handle
     _prepare_params(handle)
@@ -372,7 +371,7 @@ def _resolve(tensor: Tensor, elsewhere: dict[int, Tensor]) -> Tensor:
 
 
 def _rebuild(
-    optimizer: AIMFusedOptimizer, given: GraphInputs, grads: list[Tensor | None], elsewhere: dict[int, Tensor]
+    optimizer: FusedOptimizer, given: GraphInputs, grads: list[Tensor | None], elsewhere: dict[int, Tensor]
 ) -> StepPlan:
     """Makes what the step needs and does not have: states, masters, the plan; and the inputs of the next graph.
 
@@ -408,7 +407,7 @@ def _rebuild(
 
 
 @contextmanager
-def _substituted(optimizer: AIMFusedOptimizer, elsewhere: dict[int, Tensor]) -> Iterator[StepPlan]:
+def _substituted(optimizer: FusedOptimizer, elsewhere: dict[int, Tensor]) -> Iterator[StepPlan]:
     """A plan over what stands for the optimizer's tensors, for one step."""
 
     def there(value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,9 +19,6 @@ from aim_kernels.step.plan import StepPlan, adopts_edits
 from aim_kernels.step.states import adopt_edits, keeps_master, store_weights, weights_of
 from aim_kernels.step.supported import is_estimated
 
-if TYPE_CHECKING:
-    from aim_kernels.optim.gradient_release import Release
-
 
 class LiveWeights(Modulated):
     """An optimizer that keeps the true weights (``master`` states) while the module trains on degraded ones."""
@@ -32,7 +29,7 @@ class LiveWeights(Modulated):
     _holds_true_weights: bool
     _holds_averages: bool
     _in_true_pass: bool  # true weights are in the module until the next step, or may be
-    _release: Release | None
+    _release: Any  # gradient_release.Release, or None
     _known_masters: resets.Masters
     _leaving: set[int]  # groups whose masters the next step makes superfluous
 
@@ -112,6 +109,13 @@ class LiveWeights(Modulated):
                 for (p, _), values in zip(averaged, before, strict=True):
                     sharding.local_of(p).copy_(values)
                 sharding.reshard_all(p for p, _ in averaged)
+
+    @torch.no_grad()
+    def masters(self) -> dict[Tensor, Tensor]:
+        """The true weights of the parameters that have masters, what was written to the module since the last step
+        included."""
+        self._adopt_edits()
+        return dict(self._masters())
 
     def refuse_passes(self) -> None:
         """Raises RuntimeError where two passes before a step cannot be had: what ``step()`` refuses, and steps inside

@@ -137,7 +137,8 @@ class StepPlan:
                 self.staged[index] = buffer
                 records["param"][index] = buffer.data_ptr()
             self._read_state(index)
-        self.waves = waves_of(self)
+        elsewhere = {index: params[index] for index in self.staged}
+        self.waves = waves_of(records, self.itemsize, elsewhere, self.name_of, shared=self.exchange is not None)
         # The strides of a gradient that can be read as it is.
         strides = [contiguous_strides(p) if index in self.staged else p.stride() for index, p in enumerate(params)]
         self._watch = watch_over(self.param_groups, self.owners, self._idle, strides, self.state, self._known)

@@ -50,7 +50,7 @@ COMPILE_BUGS = (
     Mutant(
         "graphs keep optimizers alive",
         COMPILE,
-        "_OPTIMIZERS: weakref.WeakValueDictionary[str, AIMFusedOptimizer] = weakref.WeakValueDictionary()",
+        "_OPTIMIZERS: weakref.WeakValueDictionary[str, FusedOptimizer] = weakref.WeakValueDictionary()",
         "_OPTIMIZERS: dict[str, AIMFusedOptimizer] = {}",
         "a search over hyperparameters runs out of memory",
         ("test_compile_use.py::test_an_optimizer_that_was_compiled_can_be_collected",),

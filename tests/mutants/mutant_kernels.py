@@ -10,7 +10,7 @@ TRITON_KERNELS, LIVE, CODEC = (
     "aim_kernels/optim/weights.py",
     "csrc/cpu/codec.h",
 )
-COMMON, FEATURES = "aim_kernels/integrations/common.py", "aim_kernels/aim/features.py"
+FEATURES = "aim_kernels/aim/features.py"
 SIZES = "test_sizes.py::test_steps_are_those_of_torch"
 MEANS = "test_sizes.py::test_means_that_are_not_finite_stay_so"
 EDITS = "test_edits.py::test_edits_between_steps_count"
@@ -143,9 +143,9 @@ KERNELS = (
     ),
     Mutant(
         "checkpoints of frameworks lack edits",
-        COMMON,
-        "            optimizer._adopt_edits()\n",
-        "            pass\n",
+        "aim_kernels/optim/weights.py",
+        "        self._adopt_edits()\n        return dict(self._masters())\n",
+        "        return dict(self._masters())\n",
         "the module's entries are replaced by masters of before the edit",
         (f"{MEANWHILE}[bfloat16-after_a_writer_of_checkpoints]",),
     ),
