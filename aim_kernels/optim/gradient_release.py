@@ -118,7 +118,7 @@ class _OpenStep:
     def __init__(self, optimizer: AIMFusedOptimizer, plan: StepPlan, backend: Any) -> None:
         self.plan, self.backend = plan, backend
         self.piece_sums: dict[int, Any] = {}
-        self.leaving = set(optimizer._leaving)
+        self.leaving = set(optimizer._weights.leaving)
         self.began: torch.cuda.Event | None = None
         if (device := plan.tables.rows.device).type == "cuda":
             self.began = torch.cuda.Event()
@@ -313,7 +313,7 @@ class Release:
         _refuse_options(optimizer)
         if capturing(optimizer.tables.rows.device):
             raise RuntimeError("step_in_backward cannot be captured in a CUDA graph; call remove() of its handle first")
-        optimizer._refuse_true_weights()
+        optimizer._weights.refuse_true()
         plan = optimizer._current_plan()
         if plan is None:
             optimizer._sync_with_module()
@@ -373,7 +373,7 @@ class Release:
         open_step.emit_rest()
         open_step.finish(optimizer)
         self._open = None
-        optimizer._drop_masters(open_step.plan, StepInputs(), open_step.leaving)
+        optimizer._weights.drop_masters(open_step.plan, StepInputs(), open_step.leaving)
 
     def _free(self, params: Any) -> None:
         for p in params:

@@ -84,9 +84,10 @@ def tables_of(tables: Tables) -> Restore:
 def snapshot_of(optimizer: Any) -> Restore:
     """``AIMFusedOptimizer.snapshot``."""
     optimizer._refuse_open_step("trying steps")
-    optimizer._refuse_averages("trying steps")
+    optimizer._weights.refuse_averages("trying steps")
     anchors = dict(optimizer._anchors)
-    flags, grad_norm = (optimizer._holds_true_weights, optimizer._in_true_pass), optimizer.grad_norm
+    held, grad_norm = optimizer._weights, optimizer.grad_norm
+    flags = held.holds_true, held.in_true_pass
     parts = [
         values_of(list(anchors.values())),
         states_of(optimizer.state),
@@ -99,7 +100,7 @@ def snapshot_of(optimizer: Any) -> Restore:
             part()
         optimizer._anchors.clear()
         optimizer._anchors.update(anchors)
-        optimizer._holds_true_weights, optimizer._in_true_pass = flags
+        held.holds_true, held.in_true_pass = flags
         optimizer.grad_norm = grad_norm
         if optimizer._release is not None:
             optimizer._release.forget()

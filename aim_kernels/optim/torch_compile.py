@@ -220,7 +220,7 @@ def _pack_masters(
                 state[p]["master"] = buffer.as_strided(p.shape, strides, offset).copy_(_resolve(master, elsewhere))
                 offset += length
             optimizer._plan = None
-            optimizer._known_masters.note(optimizer.param_groups, state)
+            optimizer._weights.known.note(optimizer.param_groups, state)
         result.append(buffer)
     return result
 
@@ -333,7 +333,7 @@ def _step(
     _refuse_release(optimizer)
     _refuse_clearing(optimizer)
     optimizer._opt_called = True  # not where it is traced: the compiler loses what is set there
-    optimizer._refuse_true_weights()
+    optimizer._weights.refuse_true()
     each = iter(grads)
     all_grads = [next(each) if action == _STEPPED else None for action in actions]
     passed = [*params, *states, *masters, rows, statistics, control, *anchors, *lrs]
@@ -383,7 +383,7 @@ def _rebuild(
             "the lists of parameters were edited after the step was compiled; nothing was changed, and the next step "
             "will be compiled anew (add_param_group is the way to add parameters)"
         )
-    for p in optimizer._restore_astray():
+    for p in optimizer._weights.restore_astray():
         if id(p) in elsewhere:  # which the graph puts back
             elsewhere[id(p)].copy_(p)
     optimizer._sync_with_module()

@@ -34,7 +34,7 @@ COMPILE_BUGS = (
     Mutant(
         "a compiled step does not look whether true weights are in the module",
         COMPILE,
-        "    optimizer._refuse_true_weights()\n",
+        "    optimizer._weights.refuse_true()\n",
         "",
         "gradients of the true weights train the degraded ones",
         ("test_compile_use.py::test_true_weights_in_the_module_are_an_error",),

@@ -171,7 +171,7 @@ MUTANTS = (
     Mutant(
         "masters outlive their rows",
         "aim_kernels/optim/weights.py",
-        "self._leaving.add(number)",
+        "self.leaving.add(number)",
         "pass",
         "memory that grows with every block that was degraded once",
         ("test_live.py::test_masters_go_when_the_rows_are_one_again[float32]",),
@@ -416,7 +416,7 @@ MUTANTS = (
     Mutant(
         "live weights are not put back after a skipped step",
         "aim_kernels/optim/weights.py",
-        "if self._in_true_pass:",
+        "if self.in_true_pass:",
         "if False:",
         "the next auxiliary pass would see true weights",
         ("test_split.py::test_accumulated_and_repeated_passes_see_the_same_weights",),

@@ -48,7 +48,7 @@ PACKED = (
     Mutant(
         "masters that no option asks for stay",
         OPTIMIZER,
-        "                self._leaving.add(number)\n",
+        "                self._weights.leaving.add(number)\n",
         "                pass\n",
         "after master='float32' was taken back the memory is never given back",
         (f"{CONVERTED}[False-float32-split-option]",),

@@ -91,7 +91,7 @@ def private_names_of_the_optimizer() -> set[str]:
 
 def test_nobody_else_reaches_into_the_optimizer() -> None:
     names = private_names_of_the_optimizer()
-    assert {"_plan", "_make_plan", "_known_masters", "_release"} <= names
+    assert {"_plan", "_make_plan", "_weights", "_release"} <= names
     reaches = [
         f"{name}:{node.lineno}: {ast.unparse(node)}"
         for name, path in FILES.items()
