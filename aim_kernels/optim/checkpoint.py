@@ -27,7 +27,7 @@ from aim_kernels.step.states import (
 from aim_kernels.step.tables import KEYS
 
 if TYPE_CHECKING:
-    from aim_kernels.optim.optimizer import AIMFusedOptimizer
+    from aim_kernels.optim.interface import FusedOptimizer
 
 #: Options that say how states are stored.
 _STORAGE = ("state_dtype", "rounding", "master")
@@ -46,7 +46,7 @@ _HALVES = (torch.bfloat16, torch.float16)
 _FLOATS = (torch.float32, torch.float64, *_HALVES)
 
 
-def complete(state_dict: dict[str, Any], optimizer: AIMFusedOptimizer) -> dict[str, Any]:
+def complete(state_dict: dict[str, Any], optimizer: FusedOptimizer) -> dict[str, Any]:
     """Adds each group's row, statistics and the control table to torch's state dict, as plain numbers, and anchors of
     parameters that have no state yet."""
     tables = optimizer.tables
@@ -74,7 +74,7 @@ def _shardable(p: Tensor, rule: str, state: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def load(optimizer: AIMFusedOptimizer, state_dict: dict[str, Any]) -> None:
+def load(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:
     """Replaces groups, states and tables; checks everything first.
 
     The base class is not used for it: it would cast every state to the parameter's dtype, and so round the float32
@@ -139,7 +139,7 @@ def load(optimizer: AIMFusedOptimizer, state_dict: dict[str, Any]) -> None:
 
 
 def _merged_groups(
-    optimizer: AIMFusedOptimizer, saved_groups: list[dict[str, Any]], saved_states: dict[Any, Any]
+    optimizer: FusedOptimizer, saved_groups: list[dict[str, Any]], saved_states: dict[Any, Any]
 ) -> list[dict[str, Any]]:
     """Saved options over today's, with today's parameters."""
     today = optimizer.param_groups

@@ -17,7 +17,7 @@ from aim_kernels.step.supported import primary_device
 from aim_kernels.step.tables import KEYS
 
 if TYPE_CHECKING:
-    from aim_kernels.optim.optimizer import AIMFusedOptimizer
+    from aim_kernels.optim.interface import FusedOptimizer
 
 Group = dict[str, Any]
 
@@ -93,7 +93,7 @@ def listed(param_group: Group) -> None:
     param_group["params"] = [params] if isinstance(params, Tensor) else list(params)
 
 
-def set_listed(optimizer: AIMFusedOptimizer) -> None:
+def set_listed(optimizer: FusedOptimizer) -> None:
     """Makes lists of groups and parameters that somebody set as anything else: torch.optim takes what it can walk
     through, but a generator is gone after one step."""
     given: Any = optimizer.param_groups
@@ -127,7 +127,7 @@ def completed(param_group: Group, defaults: Group, number: int) -> Group:
     return group
 
 
-def check(optimizer: AIMFusedOptimizer, groups: list[Group], members: Members, group: Group) -> None:
+def check(optimizer: FusedOptimizer, groups: list[Group], members: Members, group: Group) -> None:
     """Raises where ``group``, which is complete, cannot join ``groups``: by option or parameter, and what to do."""
     number = len(groups)
     for option in options.WHOLE:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, overload
 
 import torch
@@ -10,10 +10,13 @@ from torch import Tensor
 
 from aim_kernels.backends import check_name, select
 from aim_kernels.backends.device import capturing
-from aim_kernels.optim import checkpoint, groups, resets, torch_compile
-from aim_kernels.optim.clipping import clip
-from aim_kernels.optim.weights import LiveWeights
+from aim_kernels.optim import checkpoint, groups, snapshot, torch_compile
+from aim_kernels.optim.clipping import clipped
+from aim_kernels.optim.modulation import Modulated
+from aim_kernels.optim.weights import HeldWeights, LiveWeights
 from aim_kernels.step import options, sharding, validation
+from aim_kernels.step.arrangement import arrange_all
+from aim_kernels.step.inputs import StepInputs, StepSources
 from aim_kernels.step.ownership import drop_absent
 from aim_kernels.step.plan import StepPlan
 from aim_kernels.step.states import arithmetic_dtype, is_frozen, make_states, master_of
@@ -29,7 +32,7 @@ def _has_gradient(p: Tensor) -> bool:
     return p.grad is not None
 
 
-class AIMFusedOptimizer(LiveWeights):
+class AIMFusedOptimizer(LiveWeights, Modulated):
     r"""AdamW, Adam, SGD, Adagrad, RMSprop or Lion with adaptive intra-network modulation, in one pass over memory.
 
     With no strength set it is its base rule (torch.optim's formulae, within a few ulp). Per element and step, with
@@ -174,14 +177,12 @@ class AIMFusedOptimizer(LiveWeights):
             setattr(self, option.attribute or option.name, whole[option.name])
         self.grad_norm: Tensor | None = None
         self._plan: StepPlan | None = None
-        self._holds_true_weights = self._holds_averages = self._in_true_pass = False
-        self._leaving = set()
-        self._release = None
+        self._weights = HeldWeights(self)
+        self._release: Any = None  # gradient_release.Release, or None
         # Of parameters that have no state yet: torch.distributed.checkpoint makes states only where there are none.
         self._anchors: dict[Tensor, Tensor] = {}
         # Whose states and tables graphs will read and write as long as they live.
         self._captured: list[tuple[StepPlan, Any]] = []
-        self._known_masters = resets.Masters()
         self._tables = Tables(torch.device("cpu"), self._seed)
         self._handle = torch_compile.register(self)
         self._inputs: torch_compile.GraphInputs | None = None
@@ -289,45 +290,42 @@ class AIMFusedOptimizer(LiveWeights):
         plan = self._ready_plan()
         if plan is not None:
             # GradScaler sets both for the time of a step.
-            self._run(plan, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+            self._run(plan, StepInputs(getattr(self, "grad_scale", None), getattr(self, "found_inf", None)))
 
-    def _run(self, plan: StepPlan, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def _run(self, plan: StepPlan, inputs: StepInputs) -> None:
         backend = select(self.backend, self._tables.rows.device)
-        plan.grad_scale, plan.found_inf = grad_scale, found_inf
-        if not backend.ON_DEVICE and plan.found_inf is not None and float(plan.found_inf):
+        if not backend.ON_DEVICE and inputs.is_skipped():
             plan.clear_gradients(of_step=False)
             plan.forget_gradients()
             return
-        plan.clip_factor = 1.0
         if self.grad_norm is not None:
             self.grad_norm = None
         if self.max_grad_norm is not None:
             validation.check_number("max_grad_norm", self.max_grad_norm, 0.0)
-            self.grad_norm = clip(plan, backend, float(self.max_grad_norm))
-        plan.read_hyperparameters(on_device=backend.ON_DEVICE)
+            inputs, self.grad_norm = clipped(inputs, plan, backend, float(self.max_grad_norm))
+        plan.read_hyperparameters(inputs, on_device=backend.ON_DEVICE)
         if plan.waves is None:
-            backend.step(plan)
+            backend.step(plan, inputs)
         else:
-            backend.finish(plan, [backend.update(plan, wave) for wave in plan.waves])
-        if found_inf is None or not backend.ON_DEVICE:
-            self._in_true_pass = False  # a device may have skipped the step
+            backend.finish(plan, inputs, [backend.update(plan, inputs, wave) for wave in plan.waves])
+        if inputs.found_inf is None or not backend.ON_DEVICE:
+            self._weights.in_true_pass = False  # a device may have skipped the step
         if capturing(self._tables.rows.device):
             self._captured.append((plan, plan.launch))
         plan.bump_versions()
         plan.clear_gradients(of_step=backend.ZEROES)
         plan.forget_gradients()
-        self._drop_masters(plan)
+        self._weights.drop_masters(plan, inputs)
 
     def _ready_plan(self) -> StepPlan | None:
         """A plan that has read this step's gradients; None where there are none."""
         if torch._C._len_torch_dispatch_stack():
             validation.check_estimated(self.param_groups)
-        plan = self._plan
-        ready = plan is not None and plan.is_of(self) and plan.read()
-        if not ready:
+        plan = self._current_plan()
+        if plan is None:
             groups.set_listed(self)
-        self._refuse_true_weights()
-        if not ready:
+        self._weights.refuse_true()
+        if plan is None:
             none = all(p.grad is None for group in self.param_groups for p in group["params"])
             if none and self.process_group is None:  # of which others may have gradients, and wait for this process
                 return None
@@ -341,14 +339,40 @@ class AIMFusedOptimizer(LiveWeights):
                 return None
             self._sync_with_module()
             validation.check_gradients(self.param_groups)
-            only_states = sharding.makes_states_only(self)
+            only_states = sharding.makes_states_only(self._sources())
             self._ensure_states()
             if only_states:
                 return None
-            plan = self._plan = StepPlan(self)
-            plan.take()
-        assert plan is not None
+            plan = self._make_plan()
         return plan if plan.has_gradients() or self.process_group is not None else None
+
+    def _sources(self) -> StepSources:
+        return StepSources(
+            self.param_groups,
+            self.state,
+            self._tables,
+            self.process_group,
+            self.sync_every,
+            self.zero_grad_in_step,
+            self.anchor == "ema",
+        )
+
+    def _current_plan(self) -> StepPlan | None:
+        """The plan of the step before, with this step's gradients; None if anything that it was made of has changed."""
+        plan = self._plan
+        return plan if plan is not None and plan.is_of(self._sources()) and plan.read() else None
+
+    def _make_plan(self, grads: Sequence[Tensor | None] | None = None) -> StepPlan:
+        """A plan for states that are there and gradients that were checked: ``grads``, one a parameter, or those that
+        the parameters hold."""
+        plan = self._plan = self._plan_of_states()
+        plan.take(grads)
+        return plan
+
+    def _plan_of_states(self) -> StepPlan:
+        sources = self._sources()
+        arrange_all(sources)
+        return StepPlan(sources)
 
     def _estimate(self) -> None:
         """A step of shapes without numbers (FakeTensorMode): there are states after it, and nothing is computed."""
@@ -377,9 +401,9 @@ class AIMFusedOptimizer(LiveWeights):
                     if frozen and masters and not self.state.get(p):
                         self.state[p] = {"master": master_of(p)}
             self._ensure_group_states(group, params, live=live, masters=masters)
-            if not live and self._superfluous_masters(number):
-                self._leaving.add(number)
-        self._known_masters.note(self.param_groups, self.state)
+            if not live and self._weights.superfluous(number):
+                self._weights.leaving.add(number)
+        self._weights.known.note(self.param_groups, self.state)
 
     def _ensure_group_states(
         self, group: dict[str, Any], params: list[Tensor], *, live: bool, masters: bool = True
@@ -390,31 +414,12 @@ class AIMFusedOptimizer(LiveWeights):
             if p in self._anchors:
                 self.state[p]["anchor"] = self._anchors.pop(p)
 
-    def _emit(self) -> None:
-        """Writes the live weights of the masters into the module."""
-        self._restore_astray()
-        self._in_true_pass = False
-        masters = self._masters()
-        if not masters or any(is_estimated(p) for p, _ in masters):
-            return
-        self._sync_with_module()
-        for number, group in enumerate(self.param_groups):  # whatever somebody has deleted begins anew
-            states = ((p, self.state.get(p, {})) for p in group["params"])
-            params = [p for p, state in states if "master" in state and "step" in state]
-            self._ensure_group_states(group, params, live=self._tables.has_live_weights(number), masters=False)
-        plan = StepPlan(self)
-        backend = select(self.backend, self.tables.rows.device)
-        plan.read_hyperparameters(on_device=backend.ON_DEVICE)
-        backend.emit(plan)
-        torch.autograd.graph.increment_version([p for p, _ in masters])
-        sharding.reshard_all(p for p, _ in masters)
-
     def _sync_with_module(self) -> None:
         """Follows what changed outside since the last look: a moved module, tables that came back, options."""
         primary = primary_device(p for group in self.param_groups for p in group["params"])
         if primary is not None and primary != self.tables.rows.device:  # the module was moved
             self.tables.to(primary)
-        self._restore_astray()
+        self._weights.restore_astray()
         if self.process_group is sharding.Absent.PROCESS_GROUP:
             raise RuntimeError(
                 "a process group is neither pickled nor copied: assign optimizer.process_group before the next step"
@@ -445,9 +450,9 @@ class AIMFusedOptimizer(LiveWeights):
     def state_dict(self) -> dict[str, Any]:
         """torch.optim's, plus ``master`` states (the true weights) and each group's row, statistics and control."""
         self._refuse_open_step("state_dict()")
-        self._restore_astray()
+        self._weights.restore_astray()
         with torch.no_grad():
-            self._adopt_edits()
+            self._weights.adopt_edits()
         # The hooks see it complete, so they wait until the tables are there.
         hooks = self._optimizer_state_dict_post_hooks
         self._optimizer_state_dict_post_hooks = type(hooks)()
@@ -476,24 +481,45 @@ class AIMFusedOptimizer(LiveWeights):
                 was changed.
         """
         self._refuse_open_step("load_state_dict()")
-        self._refuse_averages("load_state_dict()")
-        self._restore_astray()
+        self._weights.refuse_averages("load_state_dict()")
+        self._weights.restore_astray()
         checkpoint.load(self, state_dict)
         self._reset()
-        if self._holds_true_weights:
-            self._holds_true_weights = False
+        if self._weights.holds_true:
+            self._weights.holds_true = False
             self.eval()
         else:
-            self._emit()
+            self._weights.emit()
+
+    def snapshot(self) -> Callable[[], None]:
+        """Keeps all that steps change but weights and gradients: states, rows, options of groups. Takes a copy of all
+        states.
+
+        Returns:
+            What goes back to it, if called: values return into the tensors in which they were. Weights have to be back
+            before.
+
+        Raises:
+            RuntimeError: backward has stepped some parameters already, or the module holds averages.
+        """
+        return snapshot.snapshot_of(self)
+
+    def _refuse_open_step(self, call: str) -> None:
+        """What needs all parameters of one age cannot be done between backward() and step() of ``step_in_backward``."""
+        if self._release is not None and self._release.is_open:
+            raise RuntimeError(
+                "backward() has stepped some parameters already (step_in_backward); call optimizer.step(), which "
+                f"closes the step, before {call}"
+            )
 
     def _reset(self) -> None:
         """Forgets what is derived from states and tables."""
         self._plan = None
-        self._leaving = set()
+        self._weights.leaving = set()
         inputs, self._inputs = self._inputs, None  # they take it in one go
         for number in range(len(self.param_groups)):
-            self._note_live_weights(number)
-        self._known_masters.note(self.param_groups, self.state)
+            self._weights.note(number)
+        self._weights.known.note(self.param_groups, self.state)
         if inputs is not None:
             self._inputs = inputs
             inputs.gather()
@@ -505,18 +531,19 @@ class AIMFusedOptimizer(LiveWeights):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = [option.attribute or option.name for option in options.WHOLE]
-        kept += ["_tables", "_holds_true_weights", "_in_true_pass", "_anchors", "_hidden_defaults"]
+        kept += ["_tables", "_anchors", "_hidden_defaults"]
         group = None if self.process_group is None else sharding.Absent.PROCESS_GROUP
-        return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}, "process_group": group}
+        held = {"holds_true": self._weights.holds_true, "in_true_pass": self._weights.in_true_pass}
+        values = {name: self.__dict__[name] for name in kept}
+        return {**super().__getstate__(), **values, "process_group": group, "_weights": held}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.grad_norm = self._release = None
-        self._holds_averages = False
+        self.grad_norm, self._release = None, None
         self._members = groups.Members()
         super().__setstate__(state)
+        self._weights = HeldWeights(self, **state["_weights"])
         for group in self.param_groups:
             group.update(dict.fromkeys(KEYS))
         self._captured = []  # graphs are of the original
-        self._known_masters = resets.Masters()
         self._handle, self._inputs = torch_compile.register(self), None
         self._reset()

@@ -179,7 +179,7 @@ class AIMZeroRedundancyOptimizer(ZeroRedundancyOptimizer):
     @contextmanager
     def true_parameters(self) -> Iterator[None]:
         """The true weights inside, what was there before after."""
-        was_true = self.optim._holds_true_weights
+        was_true = self.optim._weights.holds_true
         self.eval()
         try:
             yield

@@ -296,9 +296,9 @@ MUTANTS = (
     ),
     Mutant(
         "sync_every of the first step",
-        PLAN,
-        "            and self._sync_every == optimizer.sync_every\n",
-        "",
+        "aim_kernels/optim/optimizer.py",
+        "            self.sync_every,\n            self.zero_grad_in_step,\n",
+        "            1,\n            self.zero_grad_in_step,\n",
         "sync_every that is set later has no effect, and is not checked",
         (f"{NUMBERS}::test_attributes_that_are_set_later_are_looked_at_by_the_next_step",),
     ),

@@ -16,8 +16,8 @@ PACKED = (
     Mutant(
         "compiled steps forget to clear",
         COMPILED,
-        "        zero_grad_in_step=optimizer.zero_grad_in_step,\n",
-        "",
+        "optimizer._sources()._replace(param_groups=groups, state=states, tables=tables)",
+        "type(optimizer._sources())(groups, states, tables)",
         "an option that only the eager optimizer knows: a graph that hands over copies cannot be stepped",
         ("test_packed_use.py::test_compiled_and_eager_agree",),
     ),
@@ -48,7 +48,7 @@ PACKED = (
     Mutant(
         "masters that no option asks for stay",
         OPTIMIZER,
-        "                self._leaving.add(number)\n",
+        "                self._weights.leaving.add(number)\n",
         "                pass\n",
         "after master='float32' was taken back the memory is never given back",
         (f"{CONVERTED}[False-float32-split-option]",),
@@ -63,9 +63,9 @@ PACKED = (
     ),
     Mutant(
         "codes move without their exponents",
-        "aim_kernels/step/plan.py",
-        "if dtype == torch.uint8 and self._in_order",
-        "if dtype == torch.int8 and self._in_order",
+        "aim_kernels/step/arrangement.py",
+        "            if dtype == torch.uint8:\n                # Blocks",
+        "            if dtype == torch.int8:\n                # Blocks",
         "blocks go by memory order: after module.to(memory_format=...) moments are other numbers",
         (
             "test_packed_checkpoint.py::test_codes_follow_a_parameter_that_is_laid_out_anew[contiguous-transposed-moved]",
