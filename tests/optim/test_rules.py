@@ -369,3 +369,16 @@ def test_gradscaler(rule: str, fused_scaling: bool) -> None:
         else:
             plain.step()
         same_bits(frozen(scaled)["params"], frozen(plain)["params"])
+
+
+@pytest.mark.parametrize("rule", ["adamw", "sgd"])
+def test_a_compiled_step_is_the_plain_one(rule: str) -> None:
+    torch._dynamo.reset()
+    compiled, plain = (CLASSES[rule](parameters()) for _ in range(2))
+    run = torch.compile(lambda: compiled.step(), fullgraph=True, backend="aot_eager")
+    for grads in batches(plain, 3):
+        for optimizer, step in ((compiled, run), (plain, plain.step)):
+            for p, g in zip(optimizer.param_groups[0]["params"], grads, strict=True):
+                p.grad = g.clone()
+            step()
+        same_bits(frozen(compiled), frozen(plain))
