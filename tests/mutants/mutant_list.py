@@ -28,7 +28,7 @@ CHECKPOINT, CHECKS, LAUNCH = (
     "aim_kernels/backends/device.py",
 )
 BINDING, WATCH = "python/bindings.cpp", "python/watch.cpp"
-STEP, CHUNK = "csrc/cpu/step.cpp", "csrc/cpu/chunk.h"
+STEP, CHUNK = "csrc/cpu/step.cpp", "csrc/cpu/update.h"
 ELEMENT, SHARED, SETUP = "csrc/common/element.h", "csrc/common/shared.h", "setup.py"
 
 MOVED = "test_contract.py::test_whatever_moves_between_steps_is_noticed"
@@ -399,7 +399,7 @@ MUTANTS = (
     ),
     Mutant(
         "withdrawn to the average of the step before",
-        "csrc/cpu/chunk.h",
+        "csrc/cpu/update.h",
         "if (live && tensor.anchor == tensor.ema) {",
         "if (false) {",
         "emit would find another average and write other live weights",
