@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -20,6 +20,9 @@ class FusedOptimizer(Protocol):
     anchor: str
     backend: str
     process_group: Any
+    sync_every: int
+    max_grad_norm: float | None
+    grad_norm: Tensor | None
     zero_grad_in_step: bool
     _plan: StepPlan | None
     _tables: Tables
@@ -39,10 +42,5 @@ class FusedOptimizer(Protocol):
     def _sources(self) -> StepSources: ...
     def _current_plan(self) -> StepPlan | None: ...
     def _make_plan(self, grads: Sequence[Tensor | None] | None = None) -> StepPlan: ...
-    def _sync_with_module(self) -> None: ...
-    def _ensure_states(self, is_stepped: Callable[[Tensor], bool] = ..., *, masters: bool = True) -> None: ...
     def _refuse_open_step(self, call: str) -> None: ...
     def _plan_of_states(self) -> StepPlan: ...
-    def _ensure_group_states(
-        self, group: dict[str, Any], params: list[Tensor], *, live: bool, masters: bool = True
-    ) -> None: ...

@@ -10,26 +10,21 @@ from torch import Tensor
 
 from aim_kernels.backends import check_name, select
 from aim_kernels.backends.device import capturing
-from aim_kernels.optim import checkpoint, groups, snapshot, torch_compile
+from aim_kernels.optim import checkpoint, groups, preparation, snapshot, torch_compile
 from aim_kernels.optim.clipping import clipped
 from aim_kernels.optim.modulation import Modulated
 from aim_kernels.optim.weights import HeldWeights, LiveWeights
 from aim_kernels.step import options, sharding, validation
 from aim_kernels.step.arrangement import arrange_all
 from aim_kernels.step.inputs import StepInputs, StepSources
-from aim_kernels.step.ownership import drop_absent
 from aim_kernels.step.plan import StepPlan
-from aim_kernels.step.states import arithmetic_dtype, is_frozen, make_states, master_of
-from aim_kernels.step.supported import is_estimated, is_idle, primary_device, reason_against
+from aim_kernels.step.states import master_of
+from aim_kernels.step.supported import is_estimated, reason_against
 from aim_kernels.step.tables import KEYS, Tables
 
 #: Options that ``optimizer.defaults`` must not have under a rule: schedulers that cycle the momentum (OneCycleLR,
 #: CyclicLR) look for "betas" there, then for "momentum", and cycle what they find.
 _HIDDEN_DEFAULTS = {"sgd": ["betas"], "rmsprop": ["betas"], "adagrad": ["betas", "momentum"]}
-
-
-def _has_gradient(p: Tensor) -> bool:
-    return p.grad is not None
 
 
 class AIMFusedOptimizer(LiveWeights, Modulated):
@@ -335,12 +330,12 @@ class AIMFusedOptimizer(LiveWeights, Modulated):
                     "strengths: run one step outside of torch.cuda.graph, on a side stream"
                 )
             if any(is_estimated(p.grad) for group in self.param_groups for p in group["params"]):
-                self._estimate()
+                preparation.estimate(self)
                 return None
-            self._sync_with_module()
+            preparation.sync_with_module(self)
             validation.check_gradients(self.param_groups)
             only_states = sharding.makes_states_only(self._sources())
-            self._ensure_states()
+            preparation.ensure_states(self)
             if only_states:
                 return None
             plan = self._make_plan()
@@ -373,76 +368,6 @@ class AIMFusedOptimizer(LiveWeights, Modulated):
         sources = self._sources()
         arrange_all(sources)
         return StepPlan(sources)
-
-    def _estimate(self) -> None:
-        """A step of shapes without numbers (FakeTensorMode): there are states after it, and nothing is computed."""
-        for number, group in enumerate(self.param_groups):
-            options.check_hyperparameters(group, number)
-        self._ensure_states()
-        if self.max_grad_norm is not None:
-            given = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-            self.grad_norm = given[0].new_zeros((), dtype=arithmetic_dtype(given[0].dtype))
-
-    def _ensure_states(self, is_stepped: Callable[[Tensor], bool] = _has_gradient, *, masters: bool = True) -> None:
-        """States of parameters that meet their first gradient, and masters where live weights are to exist."""
-        tables = self.tables
-        primary = tables.rows.device
-        for number, group in enumerate(self.param_groups):
-            live = tables.has_live_weights(number)
-            # Also of parameters that meet no gradient now: once there is a plan, nobody asks again.
-            params = [p for p in group["params"] if live or is_stepped(p) or "step" in self.state.get(p, ())]
-            if tables.degrades(number):
-                validation.check_degradable(self.param_groups, number, primary)
-            params = [p for p in params if not is_idle(p, primary)]
-            if live:
-                stays = {p: not is_stepped(p) and is_frozen(p, self.state.get(p, {})) for p in params}
-                params = [p for p in params if not stays[p]]
-                for p, frozen in stays.items():
-                    if frozen and masters and not self.state.get(p):
-                        self.state[p] = {"master": master_of(p)}
-            self._ensure_group_states(group, params, live=live, masters=masters)
-            if not live and self._weights.superfluous(number):
-                self._weights.leaving.add(number)
-        self._weights.known.note(self.param_groups, self.state)
-
-    def _ensure_group_states(
-        self, group: dict[str, Any], params: list[Tensor], *, live: bool, masters: bool = True
-    ) -> None:
-        """The states of some parameters of one group, as its options ask for them."""
-        make_states(group, params, self.state, live=live, masters=masters)
-        for p in params:
-            if p in self._anchors:
-                self.state[p]["anchor"] = self._anchors.pop(p)
-
-    def _sync_with_module(self) -> None:
-        """Follows what changed outside since the last look: a moved module, tables that came back, options."""
-        primary = primary_device(p for group in self.param_groups for p in group["params"])
-        if primary is not None and primary != self.tables.rows.device:  # the module was moved
-            self.tables.to(primary)
-        self._weights.restore_astray()
-        if self.process_group is sharding.Absent.PROCESS_GROUP:
-            raise RuntimeError(
-                "a process group is neither pickled nor copied: assign optimizer.process_group before the next step"
-            )
-        validation.check_flag("zero_grad_in_step", self.zero_grad_in_step)
-        validation.check_whole("sync_every", self.sync_every, 1)
-        earlier: dict[int, int] = {}
-        for number, group in enumerate(self.param_groups):
-            options.check_hyperparameters(group, number)
-            validation.check_measure(group, number, self.backend)
-            validation.check_anchor(group, number, self.anchor)
-            validation.check_parameters(group, number, group["params"], self._tables.rows.device, earlier)
-            earlier.update(dict.fromkeys(map(id, group["params"]), number))
-        validation.check_meshes(self.param_groups, self.process_group)
-        if self.process_group is not None or sharding.any_dtensor(self.param_groups):
-            validation.check_noise(self.param_groups, self.process_group, sharding.noisy_groups(self.tables))
-        validation.check_states(self.param_groups, self.state)
-        drop_absent(self.param_groups, self.state)
-        for p, anchor in self._anchors.items():
-            if anchor.device != p.device and anchor.shape == p.shape:
-                self._anchors[p] = anchor.to(p.device)
-        anchors = {p: {"anchor": anchor} for p, anchor in self._anchors.items()}
-        validation.check_states(self.param_groups, anchors, "make a new optimizer, of the weights as they are now")
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from aim_kernels.optim.preparation import ensure_states, sync_with_module
 from aim_kernels.step import validation
 from aim_kernels.step.arrangement import arrange_all
 from aim_kernels.step.inputs import StepInputs
@@ -262,11 +263,11 @@ def _prepare_states(handle: str, actions: str) -> None:
     """Called while a graph is traced: makes the states that the graph will be given. Masters, which hold the
     parameters' values, begin when the graph runs."""
     optimizer = _OPTIMIZERS[handle]
-    optimizer._sync_with_module()
+    sync_with_module(optimizer)
     inputs = optimizer._inputs
     assert inputs is not None
     stepped = {id(p) for p, action in zip(inputs.params, actions, strict=True) if action == _STEPPED}
-    optimizer._ensure_states(lambda p: id(p) in stepped, masters=False)
+    ensure_states(optimizer, lambda p: id(p) in stepped, masters=False)
     inputs.gather()
 
 
@@ -386,7 +387,7 @@ def _rebuild(
     for p in optimizer._weights.restore_astray():
         if id(p) in elsewhere:  # which the graph puts back
             elsewhere[id(p)].copy_(p)
-    optimizer._sync_with_module()
+    sync_with_module(optimizer)
     validation.check_gradients(optimizer.param_groups, grads)
     stepped = {id(p) for p, grad in zip(given.params, grads, strict=True) if grad is not None}
     # Of those that may get a master: what they keep beside their weights, which the master takes up.
@@ -395,7 +396,7 @@ def _rebuild(
         for p in given.params
         if id(p) in elsewhere and "master" not in optimizer.state.get(p, ())
     }
-    optimizer._ensure_states(lambda p: id(p) in stepped)
+    ensure_states(optimizer, lambda p: id(p) in stepped)
     for p in given.params:
         if id(p) in rests and "master" in optimizer.state.get(p, ()):
             optimizer.state[p]["master"].copy_(true_weights(elsewhere[id(p)], rests[id(p)]))

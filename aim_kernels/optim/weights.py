@@ -13,6 +13,7 @@ from torch import Tensor
 from aim_kernels.backends import select
 from aim_kernels.backends.device import capturing
 from aim_kernels.optim import resets, torch_compile
+from aim_kernels.optim.preparation import ensure_group_states, sync_with_module
 from aim_kernels.step import sharding, validation
 from aim_kernels.step.inputs import StepInputs
 from aim_kernels.step.layout import ROW
@@ -68,7 +69,7 @@ class HeldWeights:
         if not self.holds_true:
             return
         self.optimizer._refuse_open_step("train()")
-        self.optimizer._sync_with_module()
+        sync_with_module(self.optimizer)
         self.adopt_edits()
         self.emit()
         self.holds_true = False
@@ -141,12 +142,12 @@ class HeldWeights:
         masters = self.present()
         if not masters or any(is_estimated(p) for p, _ in masters):
             return
-        self.optimizer._sync_with_module()
+        sync_with_module(self.optimizer)
         for number, group in enumerate(self.optimizer.param_groups):  # whatever somebody has deleted begins anew
             states = ((p, self.optimizer.state.get(p, {})) for p in group["params"])
             params = [p for p, state in states if "master" in state and "step" in state]
-            self.optimizer._ensure_group_states(
-                group, params, live=self.optimizer._tables.has_live_weights(number), masters=False
+            ensure_group_states(
+                self.optimizer, group, params, live=self.optimizer._tables.has_live_weights(number), masters=False
             )
         plan = self.optimizer._plan_of_states()
         backend = select(self.optimizer.backend, self.optimizer.tables.rows.device)

@@ -205,10 +205,10 @@ MUTANTS = (
     ),
     Mutant(
         "earlier groups gone through for each",
-        OPTIMIZER,
-        '            validation.check_parameters(group, number, group["params"], self._tables.rows.device, earlier)\n',
-        '            earlier = {id(p): n for n in range(number) for p in self.param_groups[n]["params"]}\n'
-        '            validation.check_parameters(group, number, group["params"], self._tables.rows.device, earlier)\n',
+        "aim_kernels/optim/preparation.py",
+        '        validation.check_parameters(group, number, group["params"], optimizer._tables.rows.device, earlier)\n',
+        '        earlier = {id(p): n for n in range(number) for p in optimizer.param_groups[n]["params"]}\n'
+        '        validation.check_parameters(group, number, group["params"], optimizer._tables.rows.device, earlier)\n',
         "the first step takes time that grows with the square of the number of groups",
         (f"{LINEAR}[first step]",),
     ),
@@ -288,9 +288,9 @@ MUTANTS = (
     ),
     Mutant(
         "an attribute that is not looked at",
-        OPTIMIZER,
-        '        validation.check_flag("zero_grad_in_step", self.zero_grad_in_step)\n        validation',
-        "        checks",
+        "aim_kernels/optim/preparation.py",
+        '    validation.check_flag("zero_grad_in_step", optimizer.zero_grad_in_step)\n',
+        "",
         "zero_grad_in_step='false' clears gradients",
         (f"{NUMBERS}::test_attributes_that_are_set_later_are_looked_at_by_the_next_step",),
     ),
@@ -370,7 +370,7 @@ MUTANTS = (
     ),
     Mutant(
         "advice for states on anchors",
-        OPTIMIZER,
+        "aim_kernels/optim/preparation.py",
         ', anchors, "make a new optimizer, of the weights as they are now")',
         ", anchors)",
         "there is no optimizer.state[parameter] to delete before the first step",

@@ -208,9 +208,9 @@ KERNELS = (
     ),
     Mutant(
         "frozen weights are withdrawn to themselves",
-        OPTIMIZER,
-        'self.state[p] = {"master": master_of(p)}',
-        'self.state[p] = {"master": master_of(p), "anchor": master_of(p)}',
+        "aim_kernels/optim/preparation.py",
+        'optimizer.state[p] = {"master": master_of(p)}',
+        'optimizer.state[p] = {"master": master_of(p), "anchor": master_of(p)}',
         "with anchor='init' a strength changes nothing again",
         ("test_frozen.py::test_anchors_of_its_own_weights_are_zero[init]",),
     ),
