@@ -13,8 +13,8 @@ from torch import Tensor
 from aim_kernels.backends.reference_rules import RULES, choose, draw_of, under_optimized
 from aim_kernels.backends.reference_states import Rounding, keep_moments, keep_weights, moments_in, noise_of
 from aim_kernels.step.layout import CONTROL, PHASES, ROW, STATISTIC, TENSOR_FLAGS
+from aim_kernels.step.options import in_floats
 from aim_kernels.step.states import adopt_edits, arithmetic_dtype, true_weights
-from aim_kernels.step.validation import in_floats
 
 if TYPE_CHECKING:
     from aim_kernels.step.inputs import StepInputs

@@ -25,6 +25,7 @@ from aim_kernels.backends.device import capturing
 from aim_kernels.optim import reentrant
 from aim_kernels.optim.modulation import unwrapped
 from aim_kernels.optim.optimizer import AIMFusedOptimizer
+from aim_kernels.optim.preparation import ensure_group_states, ensure_states, sync_with_module
 from aim_kernels.step import sharding, validation
 from aim_kernels.step.arrangement import arrange
 from aim_kernels.step.inputs import StepInputs
@@ -118,7 +119,7 @@ class _OpenStep:
     def __init__(self, optimizer: AIMFusedOptimizer, plan: StepPlan, backend: Any) -> None:
         self.plan, self.backend = plan, backend
         self.piece_sums: dict[int, Any] = {}
-        self.leaving = set(optimizer._leaving)
+        self.leaving = set(optimizer._weights.leaving)
         self.began: torch.cuda.Event | None = None
         if (device := plan.tables.rows.device).type == "cuda":
             self.began = torch.cuda.Event()
@@ -133,7 +134,7 @@ class _OpenStep:
         if not plan.records["step"][index]:
             # Of groups with live weights only what was frozen until now: others have states since the step began.
             group, p = plan.param_groups[plan.group_of[index]], plan.owners[index]
-            optimizer._ensure_group_states(group, [p], live=False)
+            ensure_group_states(optimizer, group, [p], live=False)
             arrange(group, p, optimizer.state[p])
         plan.take_one(index, grad)
         try:
@@ -313,12 +314,12 @@ class Release:
         _refuse_options(optimizer)
         if capturing(optimizer.tables.rows.device):
             raise RuntimeError("step_in_backward cannot be captured in a CUDA graph; call remove() of its handle first")
-        optimizer._refuse_true_weights()
+        optimizer._weights.refuse_true()
         plan = optimizer._current_plan()
         if plan is None:
-            optimizer._sync_with_module()
+            sync_with_module(optimizer)
             validation.check_gradients(optimizer.param_groups)
-            optimizer._ensure_states(lambda p: False)  # of live weights; others' are made when their gradient comes
+            ensure_states(optimizer, lambda p: False)  # of live weights; others' are made when their gradient comes
             plan = optimizer._make_plan()
         if plan.waves is not None:
             raise RuntimeError(
@@ -373,7 +374,7 @@ class Release:
         open_step.emit_rest()
         open_step.finish(optimizer)
         self._open = None
-        optimizer._drop_masters(open_step.plan, StepInputs(), open_step.leaving)
+        optimizer._weights.drop_masters(open_step.plan, StepInputs(), open_step.leaving)
 
     def _free(self, params: Any) -> None:
         for p in params:

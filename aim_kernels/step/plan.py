@@ -19,6 +19,7 @@ from aim_kernels.step import sharding
 from aim_kernels.step.arrangement import contiguous_strides, fills_block, is_arranged
 from aim_kernels.step.inputs import StepInputs, StepSources
 from aim_kernels.step.layout import FLAGS, GROUP_RECORD, MOMENTS, RULES, TENSOR_FLAGS, TENSOR_RECORD, WEIGHTS
+from aim_kernels.step.options import OF_GROUPS, check_hyperparameters, deciding, in_floats
 from aim_kernels.step.overlap import overlaps, waves_of
 from aim_kernels.step.ownership import WRITTEN
 from aim_kernels.step.states import (
@@ -31,14 +32,21 @@ from aim_kernels.step.states import (
     weights_of,
 )
 from aim_kernels.step.supported import DTYPE_NUMBER, has_memory, is_idle, numel_of
-from aim_kernels.step.validation import check_hyperparameters, in_floats, name_of
+from aim_kernels.step.validation import name_of
 from aim_kernels.step.watch import watch_over
 
 #: Options that a record is made of, beside lr, betas and under_optimized.
 _READ = operator.itemgetter(
-    *("rule", "eps", "weight_decay", "momentum", "dampening", "nesterov", "amsgrad", "alpha", "centered", "lr_decay"),
-    *("decouple_lr", "reference_lr", "maximize", "ema_decay", "measure", "threshold_rate", "initial_accumulator_value"),
+    *(o.name for o in OF_GROUPS if o.recorded and o.name not in ("lr", "betas", "under_optimized"))
 )
+
+#: Options that decide which states a group keeps: all of whose values count, and those of which only the truth or the
+#: presence does.
+_VALUES = operator.itemgetter(*deciding("value"))
+(_TRUTH,), (_PRESENCE,) = deciding("truth"), deciding("presence")
+
+#: Values of a group's record, out of a dict of them.
+_FIELDS = operator.itemgetter(*(GROUP_RECORD.names or ()))
 
 #: Types of options that nobody can write in place.
 _PLAIN = {float, int, bool, str, type(None)}
@@ -137,7 +145,8 @@ class StepPlan:
                 self.staged[index] = buffer
                 records["param"][index] = buffer.data_ptr()
             self._read_state(index)
-        self.waves = waves_of(self)
+        elsewhere = {index: params[index] for index in self.staged}
+        self.waves = waves_of(records, self.itemsize, elsewhere, self.name_of, shared=self.exchange is not None)
         # The strides of a gradient that can be read as it is.
         strides = [contiguous_strides(p) if index in self.staged else p.stride() for index, p in enumerate(params)]
         self._watch = watch_over(self.param_groups, self.owners, self._idle, strides, self.state, self._known)
@@ -352,25 +361,26 @@ class StepPlan:
             decay = decay / group["reference_lr"]
         how, target = group["under_optimized"]
         flags = FLAGS.get(group["measure"], 0)
-        self.groups[number] = (
-            group["lr"],
-            beta1,
-            beta2,
-            group["eps"],
-            decay,
-            group["momentum"] if rule in ("sgd", "rmsprop") else 0.0,
-            group["dampening"],
-            -1.0 if group["maximize"] else 1.0,
-            target,
-            group["threshold_rate"] if how == "fraction" else 0.0,
-            group["lr_decay"] if rule == "adagrad" else 0.0,
-            group["ema_decay"] or 0.0,
-            0,  # lr_tensor, by device.py
-            RULES.index(rule),
-            bool(group["nesterov"]),
-            0,
-            flags | (_AMSGRAD if group["amsgrad"] else 0) | (_CENTERED if group["centered"] else 0),
-        )
+        record = {
+            "lr": group["lr"],
+            "beta1": beta1,
+            "beta2": beta2,
+            "eps": group["eps"],
+            "weight_decay": decay,
+            "momentum": group["momentum"] if rule in ("sgd", "rmsprop") else 0.0,  # schedulers write it under any rule
+            "dampening": group["dampening"],
+            "scale": -1.0 if group["maximize"] else 1.0,
+            "target": target,
+            "rate": group["threshold_rate"] if how == "fraction" else 0.0,
+            "lr_decay": group["lr_decay"],
+            "ema_decay": group["ema_decay"] or 0.0,
+            "lr_tensor": 0,  # by device.py, as is lr_dtype
+            "rule": RULES.index(rule),
+            "nesterov": bool(group["nesterov"]),
+            "lr_dtype": 0,
+            "flags": flags | (_AMSGRAD if group["amsgrad"] else 0) | (_CENTERED if group["centered"] else 0),
+        }
+        self.groups[number] = _FIELDS(record)
         self._signs[number] = self.groups["scale"][number]
         self._multiplier = None
 
@@ -471,15 +481,4 @@ def adopts_edits(tables: Tables, number: int, group: dict[str, Any], p: Tensor) 
 def _decisive(group: dict[str, Any]) -> tuple[Any, ...]:
     """The options that decide which moments a group keeps (``states.moments_of``), cheaper to compare than those; and
     the measure, of which a backend may not have all."""
-    return (
-        group["rule"],
-        group["measure"],
-        group["modulated"],
-        not group["momentum"],
-        group["amsgrad"],
-        group["centered"],
-        group["state_dtype"],
-        group["rounding"],
-        group["master"],
-        group["ema_decay"] is None,
-    )
+    return (_VALUES(group), not group[_TRUTH], group[_PRESENCE] is None)

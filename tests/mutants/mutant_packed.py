@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mutant_list import CHECKPOINT, OPTIMIZER, STATES, Mutant
+from mutant_list import CHECKPOINT, STATES, Mutant
 
 COMPILED, LIVE, PACKING = (
     "aim_kernels/optim/torch_compile.py",
@@ -39,17 +39,17 @@ PACKED = (
     ),
     Mutant(
         "options that change reach stepped parameters only",
-        OPTIMIZER,
-        ' or "step" in self.state.get(p, ())]',
+        "aim_kernels/optim/preparation.py",
+        ' or "step" in optimizer.state.get(p, ())]',
         "]",
         "a parameter without a gradient in that step has no remainder in the next",
         (f"{CONVERTED}[False-None-split-option]",),
     ),
     Mutant(
         "masters that no option asks for stay",
-        OPTIMIZER,
-        "                self._leaving.add(number)\n",
-        "                pass\n",
+        "aim_kernels/optim/preparation.py",
+        "            optimizer._weights.leaving.add(number)\n",
+        "            pass\n",
         "after master='float32' was taken back the memory is never given back",
         (f"{CONVERTED}[False-float32-split-option]",),
     ),
