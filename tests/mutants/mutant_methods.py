@@ -12,9 +12,9 @@ METHOD_BUGS = (
     # -- trials
     Mutant(
         "trials are judged by live weights",
-        TRIALS,
-        "with aim.optimizer.true_parameters(), probing(aim.model):",
-        "with probing(aim.model):",
+        "aim_kernels/aim/aim.py",
+        "with self.optimizer.true_parameters(), probing(self.model):",
+        "with probing(self.model):",
         "the arm that is held back would be judged by its degraded network",
         (BY_HAND,),
     ),
@@ -76,8 +76,8 @@ METHOD_BUGS = (
     ),
     Mutant(
         "a failed trial leaves its features dropped",
-        "aim_kernels/methods/drop.py",
-        "            self.drop = drop\n",
+        "aim_kernels/aim/aim.py",
+        "            self._load_mixing_state(mixing_state)\n",
         "",
         "where the last arm was held back, training would go on as in it",
         ("test_trials.py::test_a_trial_that_fails_leaves_nothing",),

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from aim_kernels.bench.report import commit
+from aim_kernels.experiments.arguments import arguments_of
 from aim_kernels.experiments.compare import measures
 from aim_kernels.experiments.compare.contestants import ALONE, Contestant, contestant
 from aim_kernels.experiments.data import DATA_SETS, MultimodalData, Split
@@ -99,7 +100,7 @@ def build(entry: Contestant, choice: int, network: MultimodalNetwork, seed: int)
     blocks = network.as_blocks()
     settings = {**HYPERPARAMETERS, **entry.optimizer}
     optimizer = AIMFusedOptimizer(blocks.param_groups(settings.pop("weight_decay")), seed=seed, **settings)
-    return make_method(entry.method, blocks, optimizer, seed=seed, **entry.grid[choice])
+    return make_method(entry.method, blocks, optimizer, seed=seed, **arguments_of(entry.grid[choice]))
 
 
 def train(run: Run, on_epoch: Callable[[int], None] = lambda epoch: None) -> tuple[Line, list[dict[str, Any]]]:

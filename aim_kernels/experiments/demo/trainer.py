@@ -15,8 +15,8 @@ from aim_kernels.aim import AIM, block_param_groups
 from aim_kernels.experiments.data import DATA_SETS, MultimodalData, Split
 from aim_kernels.experiments.demo.networks import network_for
 from aim_kernels.experiments.networks import MultimodalNetwork
-from aim_kernels.methods.drop import FeatureDrop
-from aim_kernels.methods.ogm_ge import OGMGE
+from aim_kernels.methods.controls import DropFeatures
+from aim_kernels.methods.ogm import OGM
 from aim_kernels.optim.optimizer import AIMFusedOptimizer
 
 #: The data sets of the demo.
@@ -101,13 +101,13 @@ def train(
     batches, draws = torch.Generator().manual_seed(run.seed), torch.Generator().manual_seed(run.seed)
 
     aim: AIM | None = None
-    ogm: OGMGE | None = None
+    ogm: OGM | None = None
     if run.method == "aim":
-        aim = AIM(model, optimizer, data.num_classes, seed=run.seed)
+        aim = AIM(model, optimizer, data.num_classes, rule="gap", seed=run.seed)
     elif run.method == "drop":
-        aim = FeatureDrop(model, optimizer, data.num_classes, seed=run.seed)
+        aim = AIM(model, optimizer, data.num_classes, rule="gap", mixing=DropFeatures(), seed=run.seed)
     elif run.method.startswith("ogm-ge "):
-        ogm = OGMGE(optimizer, alpha=float(run.method.split()[-1]))
+        ogm = OGM(model.as_blocks(), optimizer, alpha=float(run.method.split()[-1]), noise=1.0)
     elif run.method != "joint":
         raise ValueError(
             f"unknown method {run.method!r}; it is one of {[name for names in METHODS.values() for name in names]}"
@@ -153,10 +153,10 @@ def train(
     return row, history
 
 
-def _step(model: MultimodalNetwork, optimizer: AIMFusedOptimizer, batch: Split, ogm: OGMGE | None) -> None:
-    optimizer.zero_grad()
-    features = model.features(*batch.inputs)
-    nn.functional.cross_entropy(model.fuse(features), batch.labels).backward()
+def _step(model: MultimodalNetwork, optimizer: AIMFusedOptimizer, batch: Split, ogm: OGM | None) -> None:
     if ogm is not None:
-        ogm.update(model.fusion.unimodal(features), batch.labels)
+        ogm.step(batch.inputs, batch.labels)
+        return
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(model(*batch.inputs), batch.labels).backward()
     optimizer.step()

@@ -34,7 +34,7 @@ def multimodal(name: str, configuration: Configuration, seed: int, watched: bool
     optimizer = AIMFusedOptimizer(groups, seed=seed, **HYPERPARAMETERS, **configuration.options)
     cast = lambda inputs: [x.to(dtype) for x in inputs]  # noqa: E731
     batches, draws = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
-    aim = None if watched else AIM(model, optimizer, data.num_classes, seed=seed)
+    aim = None if watched else AIM(model, optimizer, data.num_classes, rule="gap", seed=seed)
     watcher, losses, number = Watcher(optimizer, watched), [], 0
     for _ in range(EPOCHS[name]):
         if aim is not None:
