@@ -18,8 +18,8 @@ from aim_kernels.aim.strengths import KAPPA_MAX, Measured, ModulationTable, Scor
 if TYPE_CHECKING:
     from aim_kernels.aim.aim import AIM
 
-#: One training step of the user's: ``train(inputs, labels)``.
-Train = Callable[[list[Tensor | None], Tensor], Any]
+#: One training step of the user's: ``train(inputs, labels)``, a list of one input per modality, and labels.
+Train = Callable[[Any, Any], Any]
 #: The arm in which everything goes on as it is; every other arm is the modality that changes.
 AS_IT_IS = ""
 #: Pieces of the held-out samples whose mean losses are compared: enough for a standard error good to a sixth.

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 
 from aim_kernels.aim.aim import AIM
-from aim_kernels.aim.trials import Train
 from aim_kernels.methods.base import Blocks, Method, Outputs
 from aim_kernels.methods.scores import unimodal_losses
 from aim_kernels.step.arguments import check_at_least
@@ -61,7 +60,7 @@ class AIMMethod(Method):
         held_out: tuple[Sequence[Tensor], Tensor | None] | None = None,
     ) -> Any:
         """Returns AIM's table."""
-        table = self.aim.update(inputs, labels, held_out=held_out, train=cast(Train, self.step))
+        table = self.aim.update(inputs, labels, held_out=held_out, train=self.step)
         super().update(inputs, labels, held_out)
         return table
 
