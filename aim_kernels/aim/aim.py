@@ -128,9 +128,7 @@ class AIM:
         self.wrapped = model
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module  # probing needs no gradient exchange; prefixed names are handled below
-        self.model, self.optimizer, self.num_classes = model, optimizer, num_classes
-        self.loss = nn.functional.cross_entropy if loss is None else loss
-        self.batch_size, self.targets = batch_size, targets
+        self.model, self.optimizer = model, optimizer
         self.guard = Guard() if guard else None
         self.held_back: frozenset[str] = frozenset()  # by what trials have shown
         self.updates = 0
@@ -147,7 +145,7 @@ class AIM:
             depths=self.depths,
             modules=block_modules(model, optimizer) if reads_features else {},
             pools=_pools("channels_first" if pool is None else pool, self.modalities),
-            loss=self.loss,
+            loss=nn.functional.cross_entropy if loss is None else loss,
             targets=targets,
             batch_size=batch_size,
             generator=self.generator,

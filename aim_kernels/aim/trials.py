@@ -203,9 +203,9 @@ def _held_out_losses(aim: AIM, held_out: Samples) -> Tensor:
         found = []
         for piece in _pieces(len(labels), PIECES):
             total = torch.zeros((), dtype=torch.float64, device="cpu")
-            for start in range(piece.start, piece.stop, aim.batch_size):
-                part = slice(start, min(start + aim.batch_size, piece.stop))
-                loss = aim.loss(aim.model(*part_of(inputs, part)), labels[part])
+            for start in range(piece.start, piece.stop, aim.scoring.batch_size):
+                part = slice(start, min(start + aim.scoring.batch_size, piece.stop))
+                loss = aim.scoring.loss(aim.model(*part_of(inputs, part)), labels[part])
                 total = total.to(loss.device) + loss.double() * (part.stop - part.start)
             found.append(total / (piece.stop - piece.start))
         return torch.stack(found).cpu()

@@ -90,7 +90,8 @@ def test_objects_are_values(choice: Any) -> None:
 def test_defaults() -> None:
     aim = made()
     assert (aim.rule, aim.probe, aim.mixing) == (None, Prototypes(), Alternate())
-    assert (aim.decouple, aim.schedule, aim.alpha, aim.targets) == (DecoupleDominant(), Constant(), 10.0, "classes")
+    assert (aim.decouple, aim.schedule, aim.alpha) == (DecoupleDominant(), Constant(), 10.0)
+    assert (aim.scoring.targets, aim.scoring.batch_size) == ("classes", 512)
     assert [rule().confidence for rule in (Gap, Ratio, Margin, Trial)] == [3.0, 0.0, 3.0, 3.0]
 
 
@@ -100,8 +101,10 @@ def test_the_method_has_the_defaults_of_aim() -> None:
     blocks = Blocks(model, {"a": list(model.a), "b": list(model.b)}, fuse=model.head, num_classes=CLASSES)
     method: Any = make_method("aim", blocks, optimizer)
     aim = made()
-    for name in ("rule", "probe", "probe_is_named", "mixing", "decouple", "schedule", "alpha", "targets", "batch_size"):
+    for name in ("rule", "probe", "probe_is_named", "mixing", "decouple", "schedule", "alpha"):
         assert getattr(method.aim, name) == getattr(aim, name)
+    for name in ("targets", "loss", "batch_size", "num_classes"):
+        assert getattr(method.aim.scoring, name) == getattr(aim.scoring, name)
     assert not {"rule", "mixing", "probe"} & inspect.signature(type(method).__init__).parameters.keys()
 
 
@@ -240,3 +243,15 @@ def test_state_is_that_of_before() -> None:
     keys = {"updates", "generator", "history", "guard", "held_back"}
     assert made().state_dict().keys() == keys
     assert made(mixing=DropFeatures()).state_dict().keys() == keys | {"drop", "drop_generator"}
+
+
+def test_it_can_be_pickled() -> None:
+    """Together with its model and optimizer, and goes on with the same draws."""
+    aim = made(guard=True, schedule=LinearOut(total_updates=5))
+    inputs, labels = batch()
+    aim.update(inputs, labels, held_out=batch(seed=1))
+    again = pickle.loads(pickle.dumps(aim))
+    assert again.generator is again.scoring.generator and again.model is again.scoring.model
+    tables = [each.update(inputs, labels, held_out=batch(seed=2)) for each in (aim, again)]
+    assert tables[0].to_dict()["scores"] == tables[1].to_dict()["scores"] != aim.history[0].scores
+    assert (aim.optimizer.tables.rows == again.optimizer.tables.rows).all()
