@@ -19,15 +19,22 @@ if TYPE_CHECKING:
     from aim_kernels.methods import make_method
     from aim_kernels.methods.base import Blocks
     from aim_kernels.optim.gradient_release import step_in_backward
+    from aim_kernels.optim.rules import SGD, Adagrad, Adam, AdamW, Lion, RMSprop
     from aim_kernels.optim.zero_redundancy import AIMZeroRedundancyOptimizer
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AIM",
+    "SGD",
     "AIMFusedOptimizer",
     "AIMZeroRedundancyOptimizer",
+    "Adagrad",
+    "Adam",
+    "AdamW",
     "Blocks",
+    "Lion",
+    "RMSprop",
     "__version__",
     "backends",
     "block_param_groups",
@@ -41,6 +48,7 @@ _LAZY = {
     "AIM": "aim_kernels.aim.aim",
     "AIMZeroRedundancyOptimizer": "aim_kernels.optim.zero_redundancy",
     "Blocks": "aim_kernels.methods.base",
+    **dict.fromkeys(("AdamW", "Adam", "SGD", "Adagrad", "RMSprop", "Lion"), "aim_kernels.optim.rules"),
     "block_param_groups": "aim_kernels.aim.blocks",
     "make_method": "aim_kernels.methods",
     "plot_modulation": "aim_kernels.aim.plots",

@@ -1,4 +1,4 @@
-"""One line changes: torch.optim.AdamW becomes AIMFusedOptimizer, and the losses stay the same.
+"""One line changes: torch.optim.AdamW becomes ak.AdamW, and the losses stay the same.
 
 Run it: python examples/drop_in.py
 """
@@ -29,9 +29,9 @@ def train(make_optimizer: Callable[..., torch.optim.Optimizer], steps: int = 50)
 
 def main() -> None:
     theirs = train(torch.optim.AdamW)
-    ours = train(ak.AIMFusedOptimizer)
+    ours = train(ak.AdamW)
     for step in range(0, len(ours), 10):
-        print(f"step {step:3d}   torch.optim.AdamW {theirs[step]:.6f}   AIMFusedOptimizer {ours[step]:.6f}")
+        print(f"step {step:3d}   torch.optim.AdamW {theirs[step]:.6f}   ak.AdamW {ours[step]:.6f}")
     gap = max(abs(a - b) for a, b in zip(theirs, ours, strict=True))
     print(f"largest difference of a loss: {gap:.1e}")
 

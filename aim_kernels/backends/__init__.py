@@ -28,8 +28,8 @@ class Backend:
 @functools.cache  # every step asks
 def _module(name: str) -> ModuleType:
     """A backend: ``unavailable() -> str`` (why it cannot run; empty if it can), ``runs_on(device) -> bool``,
-    ``step(plan)``, ``emit(plan)``, ``ON_DEVICE``: whether numbers in a device's memory are read there, and ``ZEROES``:
-    whether its kernels clear the gradients that records ask it to."""
+    ``step(plan, inputs)``, ``emit(plan)``, ``ON_DEVICE``: whether numbers in a device's memory are read there, and
+    ``ZEROES``: whether its kernels clear the gradients that records ask it to."""
     return importlib.import_module(f"aim_kernels.backends.{name}")
 
 

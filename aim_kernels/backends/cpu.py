@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from aim_kernels._native import load
 
 if TYPE_CHECKING:
+    from aim_kernels.step.inputs import StepInputs
     from aim_kernels.step.plan import StepPlan
 
 _Sums = NDArray[np.float64]
@@ -60,7 +61,7 @@ def _thread_pool() -> object:
     return _torch_thread_pool() if os.getpid() == _PROCESS else None
 
 
-def step(plan: StepPlan) -> None:
+def step(plan: StepPlan, inputs: StepInputs) -> None:
     """One step over all tensors of the plan."""
     plan.load_staged()
     if plan.exchange is not None:
@@ -76,7 +77,7 @@ def step(plan: StepPlan) -> None:
     plan.store_staged()
 
 
-def update(plan: StepPlan, indices: list[int]) -> _Sums:
+def update(plan: StepPlan, inputs: StepInputs, indices: list[int]) -> _Sums:
     """A step up to its sums, of some parameters only. Returns what they measured, [G, 7]."""
     plan.load_staged(indices)
     sums = np.empty(plan.tables.statistics.shape)
@@ -87,7 +88,7 @@ def update(plan: StepPlan, indices: list[int]) -> _Sums:
     return sums
 
 
-def finish(plan: StepPlan, piece_sums: list[_Sums]) -> None:
+def finish(plan: StepPlan, inputs: StepInputs, piece_sums: list[_Sums]) -> None:
     """The rest of a step, for the sums of all its parts, in the order of the parameters."""
     total = np.zeros(plan.tables.statistics.shape)
     for piece in piece_sums:

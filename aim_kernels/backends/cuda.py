@@ -15,6 +15,7 @@ from aim_kernels.step.layout import WORK_RECORD
 
 if TYPE_CHECKING:
     from aim_kernels.backends.device import DeviceShard
+    from aim_kernels.step.inputs import StepInputs
     from aim_kernels.step.plan import StepPlan
 
 _cuda, _REASON = load("_cuda")
@@ -55,19 +56,19 @@ def runs_on(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None
 
 
-def step(plan: StepPlan) -> None:
+def step(plan: StepPlan, inputs: StepInputs) -> None:
     """One step over all tensors of the plan."""
-    device.step(plan, _SELF)
+    device.step(plan, inputs, _SELF)
 
 
-def update(plan: StepPlan, indices: list[int]) -> list[Tensor]:
+def update(plan: StepPlan, inputs: StepInputs, indices: list[int]) -> list[Tensor]:
     """A step up to its sums, of some parameters only. Returns what they measured, [G, 7] a device."""
-    return pieces.update(plan, _SELF, indices)
+    return pieces.update(plan, inputs, _SELF, indices)
 
 
-def finish(plan: StepPlan, piece_sums: list[list[Tensor]]) -> None:
+def finish(plan: StepPlan, inputs: StepInputs, piece_sums: list[list[Tensor]]) -> None:
     """The rest of a step, for the sums of all its parts."""
-    pieces.finish(plan, _SELF, piece_sums)
+    pieces.finish(plan, inputs, _SELF, piece_sums)
 
 
 def emit(plan: StepPlan) -> None:

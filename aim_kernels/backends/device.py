@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aim_kernels._native import load
+from aim_kernels.step.inputs import StepInputs
 from aim_kernels.step.layout import CHUNK_RECORD, DTYPES, FAMILIES, FLAGS, RULES, SPAN_RECORD, STATISTICS_COLUMNS
 
 _C, _ = load("_C")  # without it tables are not checked a second time
@@ -39,11 +40,11 @@ class Kernels(Protocol):
     def emit(self, shard: DeviceShard) -> None: ...
 
 
-def step(plan: StepPlan, kernels: Kernels) -> None:
+def step(plan: StepPlan, inputs: StepInputs, kernels: Kernels) -> None:
     """One step over all tensors of the plan."""
     launch = _launch_of(plan, kernels)
     plan.load_staged()
-    launch.send()
+    launch.send(inputs)
     launch.send_tables_away()
     for shard in launch.shards:
         with shard.current():
@@ -63,7 +64,7 @@ def emit(plan: StepPlan, kernels: Kernels) -> None:
     """Writes the live weights of all parameters that have a master."""
     launch = _launch_of(plan, kernels)
     plan.load_staged()
-    launch.send()
+    launch.send(StepInputs())
     launch.send_tables_away()
     for shard in launch.shards:
         with shard.current():
@@ -148,10 +149,10 @@ class Launch:
             self.primary = DeviceShard(plan, device, indices[:0], chunk_size, peers=len(assignments))
             self.primary.phases = self.shards[0].phases
 
-    def send(self) -> None:
+    def send(self, inputs: StepInputs) -> None:
         for shard in self.shards if self.primary in self.shards else (*self.shards, self.primary):
             with shard.current():
-                shard.send()
+                shard.send(inputs)
 
     def send_tables_away(self) -> None:
         """Copies rows, statistics and control from the primary device to the others."""
@@ -252,7 +253,7 @@ class DeviceShard:
         """Makes the device the current one."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
-    def send(self) -> None:
+    def send(self, inputs: StepInputs) -> None:
         """This step's records, where they are not there already."""
         plan = self.plan
         records, groups = plan.records[self.indices], plan.groups.copy()
@@ -261,8 +262,8 @@ class DeviceShard:
             groups["lr_tensor"][number] = local.data_ptr()
             groups["lr_dtype"][number] = DTYPES.index(str(local.dtype).removeprefix("torch."))
         scaling = self.grad_scale, self.found_inf
-        self.grad_scale = None if plan.grad_scale is None else self._float(plan.grad_scale)
-        self.found_inf = None if plan.found_inf is None else self._float(plan.found_inf)
+        self.grad_scale = None if inputs.grad_scale is None else self._float(inputs.grad_scale)
+        self.found_inf = None if inputs.found_inf is None else self._float(inputs.found_inf)
         if scaling[0] is not self.grad_scale or scaling[1] is not self.found_inf:
             self.call = None
         content = records.tobytes() + groups.tobytes()

@@ -15,6 +15,7 @@ from torch import Tensor
 from aim_kernels.backends.device import DeviceShard, Kernels
 
 if TYPE_CHECKING:
+    from aim_kernels.step.inputs import StepInputs
     from aim_kernels.step.plan import StepPlan
 
 
@@ -44,7 +45,7 @@ class Pieces:
         return shard
 
 
-def update(plan: StepPlan, kernels: Kernels, indices: list[int]) -> list[Tensor]:
+def update(plan: StepPlan, inputs: StepInputs, kernels: Kernels, indices: list[int]) -> list[Tensor]:
     """Steps some parameters, or emits those without a gradient. Returns what they measured, [G, 7] a device; the next
     call for the same parameters overwrites it."""
     if plan.pieces is None or plan.pieces.chunk_size != kernels.CHUNK:
@@ -55,7 +56,7 @@ def update(plan: StepPlan, kernels: Kernels, indices: list[int]) -> list[Tensor]
     for device in dict.fromkeys(plan.params[index].device for index in indices):
         shard = pieces.shard(plan, [index for index in indices if plan.params[index].device == device])
         with shard.current():
-            shard.send()
+            shard.send(inputs)
             kernels.update(shard)
             kernels.finish(shard)
         assert shard.sums is not None
@@ -65,14 +66,14 @@ def update(plan: StepPlan, kernels: Kernels, indices: list[int]) -> list[Tensor]
     return measured
 
 
-def finish(plan: StepPlan, kernels: Kernels, piece_sums: list[list[Tensor]]) -> None:
+def finish(plan: StepPlan, inputs: StepInputs, kernels: Kernels, piece_sums: list[list[Tensor]]) -> None:
     """Moves thresholds, latched columns, statistics and the phase. ``piece_sums``: what ``update`` returned, per piece
     and device."""
     assert plan.pieces is not None
     primary = plan.pieces.primary
     assert primary.peer_sums is not None
     with primary.current():
-        primary.send()
+        primary.send(inputs)
         parts = [sums.to(primary.device, non_blocking=True) for piece in piece_sums for sums in piece]
         total = torch.stack(parts).sum(0)
         primary.peer_sums[0].copy_(total)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from aim_kernels.step import codecs
 from aim_kernels.step.layout import CONTROL, PHASES, ROW, STATISTIC, TENSOR_FLAGS
+from aim_kernels.step.options import in_floats
 from aim_kernels.step.philox import MOMENT_STREAM, WEIGHT_STREAM, normals, rounding_bits
 from aim_kernels.step.states import (
     adopt_edits,
@@ -27,9 +28,9 @@ from aim_kernels.step.states import (
     true_weights,
     weights_of,
 )
-from aim_kernels.step.validation import in_floats
 
 if TYPE_CHECKING:
+    from aim_kernels.step.inputs import StepInputs
     from aim_kernels.step.plan import StepPlan
     from aim_kernels.step.sharding import Exchange
 
@@ -65,14 +66,14 @@ class Sums:
     nonfinite: float = 0.0
 
 
-def step(plan: StepPlan) -> None:
+def step(plan: StepPlan, inputs: StepInputs) -> None:
     """One step over all tensors of the plan."""
-    sums = update(plan, range(len(plan.params)))
+    sums = update(plan, inputs, range(len(plan.params)))
     plan.clear_gradients(of_step=False)
-    finish(plan, [sums if plan.exchange is None else _exchanged(plan.exchange, sums, plan.tables.rows.device)])
+    finish(plan, inputs, [sums if plan.exchange is None else _exchanged(plan.exchange, sums, plan.tables.rows.device)])
 
 
-def update(plan: StepPlan, indices: Iterable[int]) -> list[Sums]:
+def update(plan: StepPlan, inputs: StepInputs, indices: Iterable[int]) -> list[Sums]:
     """A step up to its sums, of some parameters only. Returns what they measured, by group."""
     tables = plan.tables
     following = PHASES[tables.next_phase()]
@@ -103,7 +104,7 @@ def update(plan: StepPlan, indices: Iterable[int]) -> list[Sums]:
     return sums
 
 
-def finish(plan: StepPlan, piece_sums: list[list[Sums]]) -> None:
+def finish(plan: StepPlan, inputs: StepInputs, piece_sums: list[list[Sums]]) -> None:
     """The rest of a step, for the sums of all its parts, in the order of the parameters."""
     total = [Sums() for _ in plan.param_groups]
     for piece in piece_sums:

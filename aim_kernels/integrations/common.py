@@ -43,10 +43,9 @@ def true_state_dict(model: nn.Module, optimizer: AIMFusedOptimizer) -> Removable
     def replace(module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
         if optimizer.holds_true_weights:
             return
-        with torch.no_grad():
-            optimizer._adopt_edits()
+        masters = optimizer.masters()
         for name, p in module.named_parameters(remove_duplicate=False):
-            master = optimizer.state.get(p, {}).get("master")
+            master = masters.get(p)
             if master is not None and prefix + name in state_dict:
                 state_dict[prefix + name] = master.detach().to(p.dtype)
 

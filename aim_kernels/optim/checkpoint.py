@@ -10,7 +10,7 @@ from torch import Tensor
 
 from aim_kernels.optim import resets
 from aim_kernels.optim.matching import described, in_order_of, parts_of_checkpoint, rules_of
-from aim_kernels.step import sharding, validation
+from aim_kernels.step import options, sharding, validation
 from aim_kernels.step.codecs import blocks_of
 from aim_kernels.step.layout import ROW
 from aim_kernels.step.ownership import STATES, copied, count_of, is_own, own_states
@@ -27,7 +27,7 @@ from aim_kernels.step.states import (
 from aim_kernels.step.tables import KEYS
 
 if TYPE_CHECKING:
-    from aim_kernels.optim.optimizer import AIMFusedOptimizer
+    from aim_kernels.optim.interface import FusedOptimizer
 
 #: Options that say how states are stored.
 _STORAGE = ("state_dtype", "rounding", "master")
@@ -46,7 +46,7 @@ _HALVES = (torch.bfloat16, torch.float16)
 _FLOATS = (torch.float32, torch.float64, *_HALVES)
 
 
-def complete(state_dict: dict[str, Any], optimizer: AIMFusedOptimizer) -> dict[str, Any]:
+def complete(state_dict: dict[str, Any], optimizer: FusedOptimizer) -> dict[str, Any]:
     """Adds each group's row, statistics and the control table to torch's state dict, as plain numbers, and anchors of
     parameters that have no state yet."""
     tables = optimizer.tables
@@ -74,7 +74,7 @@ def _shardable(p: Tensor, rule: str, state: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def load(optimizer: AIMFusedOptimizer, state_dict: dict[str, Any]) -> None:
+def load(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:
     """Replaces groups, states and tables; checks everything first.
 
     The base class is not used for it: it would cast every state to the parameter's dtype, and so round the float32
@@ -139,7 +139,7 @@ def load(optimizer: AIMFusedOptimizer, state_dict: dict[str, Any]) -> None:
 
 
 def _merged_groups(
-    optimizer: AIMFusedOptimizer, saved_groups: list[dict[str, Any]], saved_states: dict[Any, Any]
+    optimizer: FusedOptimizer, saved_groups: list[dict[str, Any]], saved_states: dict[Any, Any]
 ) -> list[dict[str, Any]]:
     """Saved options over today's, with today's parameters."""
     today = optimizer.param_groups
@@ -162,10 +162,12 @@ def _merged_groups(
                 raise ValueError(
                     f"group {number}: the checkpoint has {option}={saved[option]!r}, which is not supported"
                 )
-        options = {key: copied(value) for key, value in saved.items() if key != "params"}
+        given = {key: copied(value) for key, value in saved.items() if key != "params"}
         if saved["params"] and isinstance(saved["params"][0], str):
-            options.pop("param_names", None)  # torch.distributed.checkpoint leaves them in the order that they had
-        result = {**group, **options, "params": group["params"]}
+            given.pop("param_names", None)  # torch.distributed.checkpoint leaves them in the order that they had
+        if "rule" not in saved:  # others keep in their groups whatever they are given, and ignore what they do not know
+            given = {key: value for key, value in given.items() if key not in options.neutral(group["rule"])}
+        result = {**group, **given, "params": group["params"]}
         # How states are stored is this optimizer's business: those of the checkpoint are converted.
         result |= {key: group[key] for key in _STORAGE}
         if result["ema_decay"] is None:
@@ -174,7 +176,7 @@ def _merged_groups(
             result["param_names"] = group["param_names"]
         # JSON-like formats return lists; the options are tuples.
         result["betas"], result["under_optimized"] = tuple(result["betas"]), tuple(result["under_optimized"])
-        validation.check_hyperparameters(result, number)
+        options.check_hyperparameters(result, number)
         validation.check_measure(result, number, optimizer.backend)
         validation.check_anchor(result, number, optimizer.anchor)
         merged.append(result)

@@ -13,32 +13,33 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from aim_kernels.step.inputs import StepInputs
     from aim_kernels.step.plan import StepPlan
 
 #: ``torch.nn.utils.clip_grads_with_norm_`` adds it to the norm that it divides by.
 _EPS = 1e-6
 
 
-def clip(plan: StepPlan, backend: ModuleType, max_norm: float) -> Tensor:
-    """Makes the step that follows scale its gradients by ``min(1, max_norm / (norm + 1e-6))``.
+def clipped(inputs: StepInputs, plan: StepPlan, backend: ModuleType, max_norm: float) -> tuple[StepInputs, Tensor]:
+    """Inputs of the same step with its gradients scaled by ``min(1, max_norm / (norm + 1e-6))``.
 
     Returns:
-        The norm before clipping, of unscaled gradients, as a 0-dim tensor. On a device nothing waits for it.
+        Those, and the norm before clipping, of unscaled gradients, as a 0-dim tensor. On a device nothing waits for it.
     """
     if not backend.ON_DEVICE:
-        grad_scale = 1.0 if plan.grad_scale is None else float(plan.grad_scale)
+        grad_scale = 1.0 if inputs.grad_scale is None else float(inputs.grad_scale)
         squares = torch.tensor(backend.squares(plan), dtype=torch.float64, device=plan.tables.rows.device)
         total = _of_all_processes(plan, squares).item() ** 0.5 / grad_scale
-        plan.clip_factor = clipped_to(max_norm, total)
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in plan.params) else torch.float32
-        return torch.tensor(total, dtype=dtype, device=plan.tables.rows.device)
+        norm = torch.tensor(total, dtype=dtype, device=plan.tables.rows.device)
+        return inputs._replace(clip_factor=clipped_to(max_norm, total)), norm
     norm = _of_all_processes(plan, _squares(plan)).sqrt()
     norm = norm.to(torch.float64 if any(p.dtype == torch.float64 for p in plan.params) else torch.float32)
-    scaled = norm if plan.grad_scale is None else norm / plan.grad_scale.to(norm.device)
+    unscaled = norm if inputs.grad_scale is None else norm / inputs.grad_scale.to(norm.device)
     # What a device divides by. A factor of 0 (an infinite norm) is a grad_scale of infinity, NaN stays NaN.
-    stretch = ((scaled + _EPS) / max_norm).clamp(min=1.0)
-    plan.grad_scale = stretch if plan.grad_scale is None else stretch * plan.grad_scale.to(norm.device)
-    return scaled
+    stretch = ((unscaled + _EPS) / max_norm).clamp(min=1.0)
+    scale = stretch if inputs.grad_scale is None else stretch * inputs.grad_scale.to(norm.device)
+    return inputs._replace(grad_scale=scale), unscaled
 
 
 def _squares(plan: StepPlan) -> Tensor:

@@ -25,7 +25,10 @@ from aim_kernels.backends.device import capturing
 from aim_kernels.optim import reentrant
 from aim_kernels.optim.modulation import unwrapped
 from aim_kernels.optim.optimizer import AIMFusedOptimizer
+from aim_kernels.optim.preparation import ensure_group_states, ensure_states, sync_with_module
 from aim_kernels.step import sharding, validation
+from aim_kernels.step.arrangement import arrange
+from aim_kernels.step.inputs import StepInputs
 from aim_kernels.step.plan import StepPlan
 
 if TYPE_CHECKING:
@@ -116,7 +119,7 @@ class _OpenStep:
     def __init__(self, optimizer: AIMFusedOptimizer, plan: StepPlan, backend: Any) -> None:
         self.plan, self.backend = plan, backend
         self.piece_sums: dict[int, Any] = {}
-        self.leaving = set(optimizer._leaving)
+        self.leaving = set(optimizer._weights.leaving)
         self.began: torch.cuda.Event | None = None
         if (device := plan.tables.rows.device).type == "cuda":
             self.began = torch.cuda.Event()
@@ -130,10 +133,12 @@ class _OpenStep:
             torch.cuda.current_stream(grad.device).wait_event(self.began)
         if not plan.records["step"][index]:
             # Of groups with live weights only what was frozen until now: others have states since the step began.
-            optimizer._ensure_group_states(plan.param_groups[plan.group_of[index]], [plan.owners[index]], live=False)
+            group, p = plan.param_groups[plan.group_of[index]], plan.owners[index]
+            ensure_group_states(optimizer, group, [p], live=False)
+            arrange(group, p, optimizer.state[p])
         plan.take_one(index, grad)
         try:
-            self.piece_sums[index] = self.backend.update(plan, [index])
+            self.piece_sums[index] = self.backend.update(plan, StepInputs(), [index])
         finally:
             plan.forget_one(index)
         plan.bump_versions_of([index])
@@ -144,7 +149,7 @@ class _OpenStep:
         """Live weights of parameters that got no gradient."""
         rest = [index for index in np.flatnonzero(self.plan.records["master"]).tolist() if index not in self.piece_sums]
         if rest:
-            self.backend.update(self.plan, rest)
+            self.backend.update(self.plan, StepInputs(), rest)
             self.plan.bump_versions_of(rest)
 
     def finish(self, optimizer: AIMFusedOptimizer) -> None:
@@ -152,7 +157,7 @@ class _OpenStep:
         kept, moved = optimizer.tables, self.plan.tables
         pairs = [(kept.rows, moved.rows), (kept.control, moved.control)]
         set_since = [own != other for own, other in pairs]
-        self.backend.finish(self.plan, [self.piece_sums[index] for index in sorted(self.piece_sums)])
+        self.backend.finish(self.plan, StepInputs(), [self.piece_sums[index] for index in sorted(self.piece_sums)])
         for (own, other), is_set in zip(pairs, set_since, strict=True):
             own.copy_(torch.where(is_set, own, other))
 
@@ -309,13 +314,13 @@ class Release:
         _refuse_options(optimizer)
         if capturing(optimizer.tables.rows.device):
             raise RuntimeError("step_in_backward cannot be captured in a CUDA graph; call remove() of its handle first")
-        optimizer._refuse_true_weights()
-        plan = optimizer._plan
-        if plan is None or not plan.is_of(optimizer) or not plan.read():
-            optimizer._sync_with_module()
+        optimizer._weights.refuse_true()
+        plan = optimizer._current_plan()
+        if plan is None:
+            sync_with_module(optimizer)
             validation.check_gradients(optimizer.param_groups)
-            optimizer._ensure_states(lambda p: False)  # of live weights; others' are made when their gradient comes
-            plan = optimizer._plan = StepPlan(optimizer)
+            ensure_states(optimizer, lambda p: False)  # of live weights; others' are made when their gradient comes
+            plan = optimizer._make_plan()
         if plan.waves is not None:
             raise RuntimeError(
                 f"{plan.name_of(plan.waves[1][0])}: shares memory, or a state, with another parameter, and backward() "
@@ -323,9 +328,7 @@ class Release:
                 "the handle"
             )
         backend = select(optimizer.backend, optimizer.tables.rows.device)
-        plan.grad_scale = plan.found_inf = None
-        plan.clip_factor = 1.0
-        plan.read_hyperparameters(on_device=backend.ON_DEVICE)
+        plan.read_hyperparameters(StepInputs(), on_device=backend.ON_DEVICE)
         plan.forget_gradients()
         return _OpenStep(optimizer, self._view_of(plan, optimizer), backend)
 
@@ -371,7 +374,7 @@ class Release:
         open_step.emit_rest()
         open_step.finish(optimizer)
         self._open = None
-        optimizer._drop_masters(open_step.plan, open_step.leaving)
+        optimizer._weights.drop_masters(open_step.plan, StepInputs(), open_step.leaving)
 
     def _free(self, params: Any) -> None:
         for p in params:

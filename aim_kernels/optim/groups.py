@@ -12,33 +12,14 @@ import torch
 from torch import Tensor
 
 from aim_kernels.backends import select
-from aim_kernels.step import validation
+from aim_kernels.step import options, validation
 from aim_kernels.step.supported import primary_device
 from aim_kernels.step.tables import KEYS
 
 if TYPE_CHECKING:
-    from aim_kernels.optim.optimizer import AIMFusedOptimizer
+    from aim_kernels.optim.interface import FusedOptimizer
 
 Group = dict[str, Any]
-
-#: Options of the optimizer as a whole.
-OF_THE_WHOLE = (
-    "anchor",
-    "backend",
-    "seed",
-    "fused_scaling",
-    "max_grad_norm",
-    "process_group",
-    "sync_every",
-    "keep_masters",
-    "zero_grad_in_step",
-)
-
-#: How torch.optim is told which of its implementations takes the step, and what asks for none.
-IMPLEMENTATION = {"fused": None, "foreach": None, "capturable": False, "differentiable": False}
-
-#: Weight decay of torch.optim where the user gives none.
-_DEFAULT_DECAY = {"adamw": 1e-2}
 
 
 class Members:
@@ -112,7 +93,7 @@ def listed(param_group: Group) -> None:
     param_group["params"] = [params] if isinstance(params, Tensor) else list(params)
 
 
-def set_listed(optimizer: AIMFusedOptimizer) -> None:
+def set_listed(optimizer: FusedOptimizer) -> None:
     """Makes lists of groups and parameters that somebody set as anything else: torch.optim takes what it can walk
     through, but a generator is gone after one step."""
     given: Any = optimizer.param_groups
@@ -133,25 +114,29 @@ def completed(param_group: Group, defaults: Group, number: int) -> Group:
     """The group as the optimizer would have it, in a dict of its own: with all options, and its names apart (None:
     there is none)."""
     # A flattened checkpoint is asked for what groups have: state_dict() fills these in.
-    group = {**defaults, **param_group, **dict.fromkeys(KEYS)}
+    neutral = options.neutral(param_group.get("rule", defaults["rule"]))
+    group = {**defaults, **neutral, **param_group, **dict.fromkeys(KEYS)}
     pairs = [entry if isinstance(entry, tuple) else (None, entry) for entry in group["params"]]
     if any(isinstance(entry, tuple) for entry in group["params"]):
         group["param_names"], group["params"] = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     if group["weight_decay"] is None:
-        group["weight_decay"] = _DEFAULT_DECAY.get(group["rule"], 0.0)
+        group["weight_decay"] = options.RULE_DECAY.get(group["rule"], 0.0)
     if group["decouple_lr"] and group["reference_lr"] is None:
         validation.check_number(f"lr (group {number})", group["lr"], 0.0)
         group["reference_lr"] = float(group["lr"])
     return group
 
 
-def check(optimizer: AIMFusedOptimizer, groups: list[Group], members: Members, group: Group) -> None:
+def check(optimizer: FusedOptimizer, groups: list[Group], members: Members, group: Group) -> None:
     """Raises where ``group``, which is complete, cannot join ``groups``: by option or parameter, and what to do."""
     number = len(groups)
-    for option in OF_THE_WHOLE:
-        if option in group:
-            raise ValueError(f"{option} (group {number}): is of the optimizer as a whole; pass it to its constructor")
-    validation.check_hyperparameters(group, number)
+    for option in options.WHOLE:
+        if option.name in group:
+            raise ValueError(
+                f"{option.name} (group {number}): is of the optimizer as a whole; pass it to its constructor"
+            )
+    options.check_hyperparameters(group, number)
+    options.check_known(group, number)
     validation.check_measure(group, number, optimizer.backend)
     validation.check_anchor(group, number, optimizer.anchor)
     made = optimizer._rows is None  # tables are where the parameters are once all groups of the constructor are there
@@ -162,10 +147,10 @@ def check(optimizer: AIMFusedOptimizer, groups: list[Group], members: Members, g
 
 def _check_implementation(group: Group, where: str, backend: str, device: torch.device) -> None:
     """Raises ValueError on an implementation of torch.optim's that is not the one that takes the step."""
-    chosen = {option: group.get(option) for option in IMPLEMENTATION}
-    for option, value in chosen.items():
-        if value is not None:
-            chosen[option] = validation.check_flag(option + where, value)
+    chosen = {}
+    for option in options.ASKED:
+        assert option.check is not None
+        chosen[option.name] = option.check(option.name + where, group.get(option.name))
     if chosen["differentiable"]:
         raise ValueError(f"differentiable{where}: no gradient goes through this step; use torch.optim for that")
     if chosen["foreach"]:

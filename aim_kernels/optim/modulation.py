@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from aim_kernels.optim.torch_compile import outside_graphs
+from aim_kernels.optim.weights import HeldWeights
 from aim_kernels.step import validation
 from aim_kernels.step.layout import PHASE_COLUMNS, PHASES, ROW, STATISTIC
 from aim_kernels.step.states import has_classes
@@ -30,6 +31,7 @@ class Modulated(torch.optim.Optimizer):
     process_group: Any
     keep_masters: bool
     _tables: Tables
+    _weights: HeldWeights
 
     @property
     def tables(self) -> Tables:
@@ -40,7 +42,7 @@ class Modulated(torch.optim.Optimizer):
     def _follow_groups(self) -> None:
         if not self._tables.are_of(self.param_groups):
             self._refuse_open_step("editing param_groups")
-            self._restore_astray()
+            self._weights.restore_astray()
             self._tables.follow(self.param_groups, self._begin_row)
             self._reset()
 
@@ -56,12 +58,10 @@ class Modulated(torch.optim.Optimizer):
         target = wrapped if isinstance(wrapped, Modulated) and name in wrapped.__dict__ else self
         object.__setattr__(target, name, value)
 
-    if TYPE_CHECKING:  # weights.py has it: called after the live columns of a group were written
+    if TYPE_CHECKING:  # optimizer.py has them
 
-        def _note_live_weights(self, number: int) -> None: ...
         def _reset(self) -> None: ...
         def _refuse_open_step(self, call: str) -> None: ...
-        def _restore_astray(self) -> list[Tensor]: ...
 
     @outside_graphs
     def set_strength(self, modality: str, depth: int, kappa: float | Tensor, coefficients: str = "chain") -> None:
@@ -119,7 +119,7 @@ class Modulated(torch.optim.Optimizer):
                 if column not in PHASE_COLUMNS or column.startswith("grad"):
                     written[column] = value
             self.tables.set_columns(number, **written)
-            self._note_live_weights(number)
+            self._weights.note(number)
 
     @outside_graphs
     def set_phase_rows(
@@ -136,7 +136,7 @@ class Modulated(torch.optim.Optimizer):
             self._check_state_suffices(number, row)
         self.tables.set_phase_row(number, "true", true or {})
         self.tables.set_phase_row(number, "aux", aux or {})
-        self._note_live_weights(number)
+        self._weights.note(number)
 
     @outside_graphs
     def set_phases(self, probability: float) -> None:

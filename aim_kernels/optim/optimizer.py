@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, overload
 
 import torch
@@ -10,32 +10,24 @@ from torch import Tensor
 
 from aim_kernels.backends import check_name, select
 from aim_kernels.backends.device import capturing
-from aim_kernels.optim import checkpoint, groups, resets, torch_compile
-from aim_kernels.optim.clipping import clip
-from aim_kernels.optim.weights import LiveWeights
-from aim_kernels.step import sharding, validation
-from aim_kernels.step.ownership import drop_absent
+from aim_kernels.optim import checkpoint, groups, preparation, snapshot, torch_compile
+from aim_kernels.optim.clipping import clipped
+from aim_kernels.optim.modulation import Modulated
+from aim_kernels.optim.weights import HeldWeights, LiveWeights
+from aim_kernels.step import options, sharding, validation
+from aim_kernels.step.arrangement import arrange_all
+from aim_kernels.step.inputs import StepInputs, StepSources
 from aim_kernels.step.plan import StepPlan
-from aim_kernels.step.states import arithmetic_dtype, is_frozen, make_states, master_of
-from aim_kernels.step.supported import is_estimated, is_idle, primary_device, reason_against
+from aim_kernels.step.states import master_of
+from aim_kernels.step.supported import is_estimated, reason_against
 from aim_kernels.step.tables import KEYS, Tables
 
 #: Options that ``optimizer.defaults`` must not have under a rule: schedulers that cycle the momentum (OneCycleLR,
 #: CyclicLR) look for "betas" there, then for "momentum", and cycle what they find.
 _HIDDEN_DEFAULTS = {"sgd": ["betas"], "rmsprop": ["betas"], "adagrad": ["betas", "momentum"]}
 
-#: Options that are not of a group.
-_WHOLE = ("anchor", "backend", "max_grad_norm", "seed", "zero_grad_in_step")
 
-#: What a block's param group says of itself (``block_param_groups``); plain groups keep these.
-_BLOCK_KEYS = {"modality": None, "depth": None, "modulated": False, "module": None}
-
-
-def _has_gradient(p: Tensor) -> bool:
-    return p.grad is not None
-
-
-class AIMFusedOptimizer(LiveWeights):
+class AIMFusedOptimizer(LiveWeights, Modulated):
     r"""AdamW, Adam, SGD, Adagrad, RMSprop or Lion with adaptive intra-network modulation, in one pass over memory.
 
     With no strength set it is its base rule (torch.optim's formulae, within a few ulp). Per element and step, with
@@ -50,10 +42,11 @@ class AIMFusedOptimizer(LiveWeights):
 
     Args:
         params: tensors, ``(name, tensor)`` pairs, or groups (``block_param_groups`` makes those of blocks). Any
-            option below, but those from ``anchor`` on, may be set per group.
+            option below, but those from ``anchor`` on, may be set per group. One that a group's rule does not know is
+            refused; one of the constructor's is for those groups whose rule knows it, and refused if there is none.
         lr: learning rate, a number or a one-element tensor.
         rule: "adamw", "adam", "sgd", "adagrad", "rmsprop" (torch.optim's) or "lion" (arXiv 2302.06675, Algorithm 2).
-            All take the defaults of this signature, also where torch.optim has others for the rule.
+            All take the defaults of this signature; the class of a rule (``ak.RMSprop``) has those of torch.optim.
         betas: decay rates of the moments; of "lion", of the direction and of the moment. Under "sgd", "adagrad" and
             "rmsprop" only ``modulated`` groups use them, for their optimization state.
         eps: added to the denominator; also the floor of the signal-to-noise ratio.
@@ -118,6 +111,17 @@ class AIMFusedOptimizer(LiveWeights):
         ValueError, TypeError: options or parameters that a step cannot work with, by name.
     """
 
+    # Options of the optimizer as a whole, as ``options.WHOLE`` has them.
+    anchor: str
+    backend: str
+    keep_masters: bool
+    max_grad_norm: float | None
+    process_group: Any
+    sync_every: int
+    zero_grad_in_step: bool
+    _seed: int
+    _step_supports_amp_scaling: bool
+
     # In the constructor: of the groups that the tables are to have.
     _rows: list[tuple[dict[str, Any], float, bool]] | None = None
 
@@ -127,9 +131,9 @@ class AIMFusedOptimizer(LiveWeights):
         lr: float | Tensor = 1e-3,
         *,
         rule: str = "adamw",
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float | None = None,
+        weight_decay: float | Tensor | None = None,
         momentum: float = 0.0,
         dampening: float = 0.0,
         nesterov: bool = False,
@@ -161,67 +165,31 @@ class AIMFusedOptimizer(LiveWeights):
         capturable: bool = False,
         differentiable: bool = False,
     ) -> None:
-        if anchor not in ("zero", "init", "ema"):
-            raise ValueError(f"anchor: expected 'zero', 'init' or 'ema', got {anchor!r}")
-        seed = validation.check_whole("seed", seed, 0, 2**63)
-        sync_every = validation.check_whole("sync_every", sync_every, 1)
-        if max_grad_norm is not None:
-            validation.check_number("max_grad_norm", max_grad_norm, 0.0)
+        given = options.given_in(locals())
+        whole = options.whole_values(given)
         check_name(backend)
-        self.process_group, self.sync_every = process_group, sync_every
-        self.keep_masters = validation.check_flag("keep_masters", keep_masters)
-        self.max_grad_norm = max_grad_norm
-        self.zero_grad_in_step = validation.check_flag("zero_grad_in_step", zero_grad_in_step)
+        for option in options.WHOLE:
+            setattr(self, option.attribute or option.name, whole[option.name])
         self.grad_norm: Tensor | None = None
-        self.anchor = anchor
-        self.backend = backend
-        self._seed = seed
-        self._step_supports_amp_scaling = validation.check_flag("fused_scaling", fused_scaling)  # GradScaler's question
         self._plan: StepPlan | None = None
-        self._holds_true_weights = self._holds_averages = self._in_true_pass = False
-        self._leaving = set()
-        self._release = None
+        self._weights = HeldWeights(self)
+        self._release: Any = None  # gradient_release.Release, or None
         # Of parameters that have no state yet: torch.distributed.checkpoint makes states only where there are none.
         self._anchors: dict[Tensor, Tensor] = {}
         # Whose states and tables graphs will read and write as long as they live.
         self._captured: list[tuple[StepPlan, Any]] = []
-        self._known_masters = resets.Masters()
-        self._tables = Tables(torch.device("cpu"), seed)
+        self._tables = Tables(torch.device("cpu"), self._seed)
         self._handle = torch_compile.register(self)
         self._inputs: torch_compile.GraphInputs | None = None
-        defaults = {
-            "lr": lr,
-            "rule": rule,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-            "dampening": dampening,
-            "nesterov": nesterov,
-            "amsgrad": amsgrad,
-            "alpha": alpha,
-            "centered": centered,
-            "lr_decay": lr_decay,
-            "initial_accumulator_value": initial_accumulator_value,
-            "decouple_lr": decouple_lr,
-            "reference_lr": None,
-            "maximize": maximize,
-            "state_dtype": state_dtype,
-            "rounding": rounding,
-            "master": master,
-            "ema_decay": ema_decay,
-            "under_optimized": under_optimized,
-            "measure": measure,
-            "threshold_rate": threshold_rate,
-            **_BLOCK_KEYS,
-        }
-        asked = {"fused": fused, "foreach": foreach, "capturable": capturable, "differentiable": differentiable}
-        defaults |= {option: value for option, value in asked.items() if value is not groups.IMPLEMENTATION[option]}
         groups.check_ordered(params)
+        if not isinstance(params, Tensor):
+            params = list(params)
+            own = [self._rule_of(group, n, rule) for n, group in enumerate(params) if isinstance(group, dict)]
+            options.check_known_by_any(given, own or [rule])
         self._hidden_defaults: dict[str, Any] = {}
         self._members = groups.Members()
         self._rows = []
-        super().__init__(params, defaults)
+        super().__init__(params, options.group_defaults(given))
         if self._members.device is not None:
             self._tables.to(self._members.device)
         self._tables.add_groups(self._rows)
@@ -237,8 +205,7 @@ class AIMFusedOptimizer(LiveWeights):
         if self._rows is None:
             self._follow_groups()
         groups.listed(param_group)
-        defaults = {**self.defaults, **self._hidden_defaults}
-        complete = groups.completed(param_group, defaults, len(self.param_groups))
+        complete = self._completed(param_group, len(self.param_groups))
         groups.check(self, self.param_groups, self._members, complete)
         param_group.update(complete)
         others, self.param_groups = self.param_groups, []  # what torch would look for in each of them was looked for
@@ -264,6 +231,16 @@ class AIMFusedOptimizer(LiveWeights):
         self._plan = self._inputs = None
         if self._release is not None:
             self._release.watch()
+
+    def _completed(self, param_group: dict[str, Any], number: int) -> dict[str, Any]:
+        """The group with all options, in a dict of its own."""
+        defaults = {**self.defaults, **self._hidden_defaults}
+        rule = self._rule_of(param_group, number, defaults["rule"])
+        return groups.completed({**param_group, "rule": rule}, defaults, number)
+
+    def _rule_of(self, param_group: dict[str, Any], number: int, rule: str) -> Any:
+        """The rule of a group, where ``rule`` is that of groups without a word on it."""
+        return param_group.get("rule", rule)
 
     # -- the step ----------------------------------------------------------------------------------------------------
 
@@ -308,45 +285,42 @@ class AIMFusedOptimizer(LiveWeights):
         plan = self._ready_plan()
         if plan is not None:
             # GradScaler sets both for the time of a step.
-            self._run(plan, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+            self._run(plan, StepInputs(getattr(self, "grad_scale", None), getattr(self, "found_inf", None)))
 
-    def _run(self, plan: StepPlan, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def _run(self, plan: StepPlan, inputs: StepInputs) -> None:
         backend = select(self.backend, self._tables.rows.device)
-        plan.grad_scale, plan.found_inf = grad_scale, found_inf
-        if not backend.ON_DEVICE and plan.found_inf is not None and float(plan.found_inf):
+        if not backend.ON_DEVICE and inputs.is_skipped():
             plan.clear_gradients(of_step=False)
             plan.forget_gradients()
             return
-        plan.clip_factor = 1.0
         if self.grad_norm is not None:
             self.grad_norm = None
         if self.max_grad_norm is not None:
             validation.check_number("max_grad_norm", self.max_grad_norm, 0.0)
-            self.grad_norm = clip(plan, backend, float(self.max_grad_norm))
-        plan.read_hyperparameters(on_device=backend.ON_DEVICE)
+            inputs, self.grad_norm = clipped(inputs, plan, backend, float(self.max_grad_norm))
+        plan.read_hyperparameters(inputs, on_device=backend.ON_DEVICE)
         if plan.waves is None:
-            backend.step(plan)
+            backend.step(plan, inputs)
         else:
-            backend.finish(plan, [backend.update(plan, wave) for wave in plan.waves])
-        if found_inf is None or not backend.ON_DEVICE:
-            self._in_true_pass = False  # a device may have skipped the step
+            backend.finish(plan, inputs, [backend.update(plan, inputs, wave) for wave in plan.waves])
+        if inputs.found_inf is None or not backend.ON_DEVICE:
+            self._weights.in_true_pass = False  # a device may have skipped the step
         if capturing(self._tables.rows.device):
             self._captured.append((plan, plan.launch))
         plan.bump_versions()
         plan.clear_gradients(of_step=backend.ZEROES)
         plan.forget_gradients()
-        self._drop_masters(plan)
+        self._weights.drop_masters(plan, inputs)
 
     def _ready_plan(self) -> StepPlan | None:
         """A plan that has read this step's gradients; None where there are none."""
         if torch._C._len_torch_dispatch_stack():
             validation.check_estimated(self.param_groups)
-        plan = self._plan
-        ready = plan is not None and plan.is_of(self) and plan.read()
-        if not ready:
+        plan = self._current_plan()
+        if plan is None:
             groups.set_listed(self)
-        self._refuse_true_weights()
-        if not ready:
+        self._weights.refuse_true()
+        if plan is None:
             none = all(p.grad is None for group in self.param_groups for p in group["params"])
             if none and self.process_group is None:  # of which others may have gradients, and wait for this process
                 return None
@@ -356,107 +330,44 @@ class AIMFusedOptimizer(LiveWeights):
                     "strengths: run one step outside of torch.cuda.graph, on a side stream"
                 )
             if any(is_estimated(p.grad) for group in self.param_groups for p in group["params"]):
-                self._estimate()
+                preparation.estimate(self)
                 return None
-            self._sync_with_module()
+            preparation.sync_with_module(self)
             validation.check_gradients(self.param_groups)
-            only_states = sharding.makes_states_only(self)
-            self._ensure_states()
+            only_states = sharding.makes_states_only(self._sources())
+            preparation.ensure_states(self)
             if only_states:
                 return None
-            plan = self._plan = StepPlan(self)
-            plan.take()
-        assert plan is not None
+            plan = self._make_plan()
         return plan if plan.has_gradients() or self.process_group is not None else None
 
-    def _estimate(self) -> None:
-        """A step of shapes without numbers (FakeTensorMode): there are states after it, and nothing is computed."""
-        for number, group in enumerate(self.param_groups):
-            validation.check_hyperparameters(group, number)
-        self._ensure_states()
-        if self.max_grad_norm is not None:
-            given = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-            self.grad_norm = given[0].new_zeros((), dtype=arithmetic_dtype(given[0].dtype))
+    def _sources(self) -> StepSources:
+        return StepSources(
+            self.param_groups,
+            self.state,
+            self._tables,
+            self.process_group,
+            self.sync_every,
+            self.zero_grad_in_step,
+            self.anchor == "ema",
+        )
 
-    def _ensure_states(self, is_stepped: Callable[[Tensor], bool] = _has_gradient, *, masters: bool = True) -> None:
-        """States of parameters that meet their first gradient, and masters where live weights are to exist."""
-        tables = self.tables
-        primary = tables.rows.device
-        for number, group in enumerate(self.param_groups):
-            live = tables.has_live_weights(number)
-            # Also of parameters that meet no gradient now: once there is a plan, nobody asks again.
-            params = [p for p in group["params"] if live or is_stepped(p) or "step" in self.state.get(p, ())]
-            if tables.degrades(number):
-                validation.check_degradable(self.param_groups, number, primary)
-            params = [p for p in params if not is_idle(p, primary)]
-            if live:
-                stays = {p: not is_stepped(p) and is_frozen(p, self.state.get(p, {})) for p in params}
-                params = [p for p in params if not stays[p]]
-                for p, frozen in stays.items():
-                    if frozen and masters and not self.state.get(p):
-                        self.state[p] = {"master": master_of(p)}
-            self._ensure_group_states(group, params, live=live, masters=masters)
-            if not live and self._superfluous_masters(number):
-                self._leaving.add(number)
-        self._known_masters.note(self.param_groups, self.state)
+    def _current_plan(self) -> StepPlan | None:
+        """The plan of the step before, with this step's gradients; None if anything that it was made of has changed."""
+        plan = self._plan
+        return plan if plan is not None and plan.is_of(self._sources()) and plan.read() else None
 
-    def _ensure_group_states(
-        self, group: dict[str, Any], params: list[Tensor], *, live: bool, masters: bool = True
-    ) -> None:
-        """The states of some parameters of one group, as its options ask for them."""
-        make_states(group, params, self.state, live=live, masters=masters)
-        for p in params:
-            if p in self._anchors:
-                self.state[p]["anchor"] = self._anchors.pop(p)
+    def _make_plan(self, grads: Sequence[Tensor | None] | None = None) -> StepPlan:
+        """A plan for states that are there and gradients that were checked: ``grads``, one a parameter, or those that
+        the parameters hold."""
+        plan = self._plan = self._plan_of_states()
+        plan.take(grads)
+        return plan
 
-    def _emit(self) -> None:
-        """Writes the live weights of the masters into the module."""
-        self._restore_astray()
-        self._in_true_pass = False
-        masters = self._masters()
-        if not masters or any(is_estimated(p) for p, _ in masters):
-            return
-        self._sync_with_module()
-        for number, group in enumerate(self.param_groups):  # whatever somebody has deleted begins anew
-            states = ((p, self.state.get(p, {})) for p in group["params"])
-            params = [p for p, state in states if "master" in state and "step" in state]
-            self._ensure_group_states(group, params, live=self._tables.has_live_weights(number), masters=False)
-        plan = StepPlan(self)
-        backend = select(self.backend, self.tables.rows.device)
-        plan.read_hyperparameters(on_device=backend.ON_DEVICE)
-        backend.emit(plan)
-        torch.autograd.graph.increment_version([p for p, _ in masters])
-        sharding.reshard_all(p for p, _ in masters)
-
-    def _sync_with_module(self) -> None:
-        """Follows what changed outside since the last look: a moved module, tables that came back, options."""
-        primary = primary_device(p for group in self.param_groups for p in group["params"])
-        if primary is not None and primary != self.tables.rows.device:  # the module was moved
-            self.tables.to(primary)
-        self._restore_astray()
-        if self.process_group is sharding.Absent.PROCESS_GROUP:
-            raise RuntimeError(
-                "a process group is neither pickled nor copied: assign optimizer.process_group before the next step"
-            )
-        validation.check_flag("zero_grad_in_step", self.zero_grad_in_step)
-        validation.check_whole("sync_every", self.sync_every, 1)
-        earlier: dict[int, int] = {}
-        for number, group in enumerate(self.param_groups):
-            validation.check_hyperparameters(group, number)
-            validation.check_measure(group, number, self.backend)
-            validation.check_anchor(group, number, self.anchor)
-            validation.check_parameters(group, number, group["params"], self._tables.rows.device, earlier)
-            earlier.update(dict.fromkeys(map(id, group["params"]), number))
-        validation.check_meshes(self.param_groups, self.process_group)
-        if self.process_group is not None or sharding.any_dtensor(self.param_groups):
-            validation.check_noise(self.param_groups, self.process_group, sharding.noisy_groups(self.tables))
-        validation.check_states(self.param_groups, self.state)
-        drop_absent(self.param_groups, self.state)
-        for p, anchor in self._anchors.items():
-            if anchor.device != p.device and anchor.shape == p.shape:
-                self._anchors[p] = anchor.to(p.device)
-        anchors = {p: {"anchor": anchor} for p, anchor in self._anchors.items()}
-        validation.check_states(self.param_groups, anchors, "make a new optimizer, of the weights as they are now")
+    def _plan_of_states(self) -> StepPlan:
+        sources = self._sources()
+        arrange_all(sources)
+        return StepPlan(sources)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -464,9 +375,9 @@ class AIMFusedOptimizer(LiveWeights):
     def state_dict(self) -> dict[str, Any]:
         """torch.optim's, plus ``master`` states (the true weights) and each group's row, statistics and control."""
         self._refuse_open_step("state_dict()")
-        self._restore_astray()
+        self._weights.restore_astray()
         with torch.no_grad():
-            self._adopt_edits()
+            self._weights.adopt_edits()
         # The hooks see it complete, so they wait until the tables are there.
         hooks = self._optimizer_state_dict_post_hooks
         self._optimizer_state_dict_post_hooks = type(hooks)()
@@ -495,48 +406,69 @@ class AIMFusedOptimizer(LiveWeights):
                 was changed.
         """
         self._refuse_open_step("load_state_dict()")
-        self._refuse_averages("load_state_dict()")
-        self._restore_astray()
+        self._weights.refuse_averages("load_state_dict()")
+        self._weights.restore_astray()
         checkpoint.load(self, state_dict)
         self._reset()
-        if self._holds_true_weights:
-            self._holds_true_weights = False
+        if self._weights.holds_true:
+            self._weights.holds_true = False
             self.eval()
         else:
-            self._emit()
+            self._weights.emit()
+
+    def snapshot(self) -> Callable[[], None]:
+        """Keeps all that steps change but weights and gradients: states, rows, options of groups. Takes a copy of all
+        states.
+
+        Returns:
+            What goes back to it, if called: values return into the tensors in which they were. Weights have to be back
+            before.
+
+        Raises:
+            RuntimeError: backward has stepped some parameters already, or the module holds averages.
+        """
+        return snapshot.snapshot_of(self)
+
+    def _refuse_open_step(self, call: str) -> None:
+        """What needs all parameters of one age cannot be done between backward() and step() of ``step_in_backward``."""
+        if self._release is not None and self._release.is_open:
+            raise RuntimeError(
+                "backward() has stepped some parameters already (step_in_backward); call optimizer.step(), which "
+                f"closes the step, before {call}"
+            )
 
     def _reset(self) -> None:
         """Forgets what is derived from states and tables."""
         self._plan = None
-        self._leaving = set()
+        self._weights.leaving = set()
         inputs, self._inputs = self._inputs, None  # they take it in one go
         for number in range(len(self.param_groups)):
-            self._note_live_weights(number)
-        self._known_masters.note(self.param_groups, self.state)
+            self._weights.note(number)
+        self._weights.known.note(self.param_groups, self.state)
         if inputs is not None:
             self._inputs = inputs
             inputs.gather()
 
     def __repr__(self) -> str:
-        whole = "".join(f"{name}: {getattr(self, '_seed' if name == 'seed' else name)}\n" for name in _WHOLE)
+        whole = "".join(f"{o.name}: {getattr(self, o.attribute or o.name)}\n" for o in options.WHOLE)
         lines = super().__repr__().removesuffix(")").splitlines(keepends=True)
         return f"{''.join(line for line in lines if line.partition(':')[0].strip() not in KEYS)}{whole})"
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ["_tables", "anchor", "backend", "_seed", "_holds_true_weights", "_in_true_pass"]
-        kept += ["_step_supports_amp_scaling"]
-        kept += ["sync_every", "keep_masters", "max_grad_norm", "zero_grad_in_step", "_anchors", "_hidden_defaults"]
+        kept = [option.attribute or option.name for option in options.WHOLE]
+        kept += ["_tables", "_anchors", "_hidden_defaults"]
         group = None if self.process_group is None else sharding.Absent.PROCESS_GROUP
-        return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}, "process_group": group}
+        held = {"holds_true": self._weights.holds_true, "in_true_pass": self._weights.in_true_pass}
+        values = {name: self.__dict__[name] for name in kept}
+        return {**super().__getstate__(), **values, "process_group": group, "_weights": held}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.grad_norm = self._release = None
-        self._holds_averages = False
+        self.grad_norm, self._release = None, None
         self._members = groups.Members()
         super().__setstate__(state)
+        self._weights = HeldWeights(self, **state["_weights"])
         for group in self.param_groups:
             group.update(dict.fromkeys(KEYS))
         self._captured = []  # graphs are of the original
-        self._known_masters = resets.Masters()
         self._handle, self._inputs = torch_compile.register(self), None
         self._reset()

@@ -15,7 +15,7 @@ from aim_kernels.step.sharding import local_of, reshard_all
 from aim_kernels.step.states import exponents_key, moments_of
 
 if TYPE_CHECKING:
-    from aim_kernels.optim.optimizer import AIMFusedOptimizer
+    from aim_kernels.optim.interface import FusedOptimizer
 
 Group = dict[str, Any]
 State = dict[str, Any]
@@ -56,20 +56,20 @@ class Masters:
         return [(p, group, own) for p, (group, own, _) in self._kept.items()]
 
 
-def restore(optimizer: AIMFusedOptimizer) -> list[Tensor]:
+def restore(optimizer: FusedOptimizer) -> list[Tensor]:
     """Puts true weights back into the module whose state is gone, or whose parameter is in another group now, before
     anything else is done with them. Returns the parameters."""
-    astray = optimizer._known_masters.astray(optimizer.param_groups, optimizer.state)
+    astray = optimizer._weights.known.astray(optimizer.param_groups, optimizer.state)
     if astray:
         optimizer._plan = None
         _put_back(optimizer, astray)
     return [p for p, _, _ in astray]
 
 
-def restore_all(optimizer: AIMFusedOptimizer) -> None:
+def restore_all(optimizer: FusedOptimizer) -> None:
     """The same for all masters: their states are about to be replaced."""
     restore(optimizer)
-    _put_back(optimizer, optimizer._known_masters.all())
+    _put_back(optimizer, optimizer._weights.known.all())
 
 
 def _readable(group: Group, state: State) -> bool:
@@ -80,10 +80,10 @@ def _readable(group: Group, state: State) -> bool:
 
 
 @torch.no_grad()
-def _put_back(optimizer: AIMFusedOptimizer, masters: list[tuple[Tensor, Group, State]]) -> None:
+def _put_back(optimizer: FusedOptimizer, masters: list[tuple[Tensor, Group, State]]) -> None:
     """Elements that are no longer the live weights which the latest step wrote, since somebody has loaded or set
     others, stay as they are."""
-    if not masters or optimizer._holds_true_weights or optimizer._in_true_pass:
+    if not masters or optimizer._weights.holds_true or optimizer._weights.in_true_pass:
         return
     order = {p: index for index, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     control = optimizer._tables.control.tolist()

@@ -16,25 +16,27 @@ import operator
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+from aim_kernels.optim.preparation import ensure_states, sync_with_module
 from aim_kernels.step import validation
+from aim_kernels.step.arrangement import arrange_all
+from aim_kernels.step.inputs import StepInputs
 from aim_kernels.step.ownership import own_tensors
 from aim_kernels.step.plan import StepPlan
 from aim_kernels.step.states import RESTS, arithmetic_dtype, buffer_of, is_dense, true_weights
 
 if TYPE_CHECKING:
-    from aim_kernels.optim.optimizer import AIMFusedOptimizer
+    from aim_kernels.optim.interface import FusedOptimizer
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 #: Optimizers by the handle that a trace knows them by, and graph inputs by their number. Neither is kept alive.
-_OPTIMIZERS: weakref.WeakValueDictionary[str, AIMFusedOptimizer] = weakref.WeakValueDictionary()
+_OPTIMIZERS: weakref.WeakValueDictionary[str, FusedOptimizer] = weakref.WeakValueDictionary()
 _INPUTS: weakref.WeakValueDictionary[int, GraphInputs] = weakref.WeakValueDictionary()
 _handles, _numbers = itertools.count(), itertools.count()
 
@@ -73,7 +75,7 @@ def outside_graphs(function: Callable[P, T]) -> Callable[P, T]:
     return wrapper
 
 
-def register(optimizer: AIMFusedOptimizer) -> str:
+def register(optimizer: FusedOptimizer) -> str:
     """A handle by which graphs find the optimizer again, as long as it lives."""
     _load_compiler()
     handle = str(next(_handles))
@@ -84,9 +86,8 @@ def register(optimizer: AIMFusedOptimizer) -> str:
 @functools.cache
 def _load_compiler() -> None:
     """With the first optimizer, which loads it anyway, and not with the package."""
-    global _prepare_params, _prepare_states
-    _prepare_params = torch.compiler.assume_constant_result(_prepare_params)
-    _prepare_states = torch.compiler.assume_constant_result(_prepare_states)
+    for function in (_prepare_params, _prepare_states):
+        torch.compiler.assume_constant_result(function)  # which marks the function itself
 
 
 class GraphInputs:
@@ -109,7 +110,7 @@ class GraphInputs:
 
     def __init__(
         self,
-        optimizer: AIMFusedOptimizer,
+        optimizer: FusedOptimizer,
         former: GraphInputs | None = None,
         elsewhere: dict[int, Tensor] | None = None,
     ) -> None:
@@ -166,7 +167,7 @@ class GraphInputs:
         return [*params, *self.states, *self.masters, *tables, *self.anchors, *self.lrs]
 
 
-def _params_of(optimizer: AIMFusedOptimizer) -> list[Tensor]:
+def _params_of(optimizer: FusedOptimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
@@ -193,7 +194,7 @@ def _within(buffer: Tensor, view: Tensor) -> Tensor:
 
 
 def _pack_masters(
-    optimizer: AIMFusedOptimizer, params: list[Tensor], buffers: list[Tensor], elsewhere: dict[int, Tensor]
+    optimizer: FusedOptimizer, params: list[Tensor], buffers: list[Tensor], elsewhere: dict[int, Tensor]
 ) -> list[Tensor]:
     """Moves all masters into one buffer for each device and type, unless that is where they are."""
     state = optimizer.state
@@ -220,7 +221,7 @@ def _pack_masters(
                 state[p]["master"] = buffer.as_strided(p.shape, strides, offset).copy_(_resolve(master, elsewhere))
                 offset += length
             optimizer._plan = None
-            optimizer._known_masters.note(optimizer.param_groups, state)
+            optimizer._weights.known.note(optimizer.param_groups, state)
         result.append(buffer)
     return result
 
@@ -228,7 +229,7 @@ def _pack_masters(
 # -- what is traced ----------------------------------------------------------------------------------------------------
 
 
-def _refuse_release(optimizer: AIMFusedOptimizer) -> None:
+def _refuse_release(optimizer: FusedOptimizer) -> None:
     if optimizer._release is not None:
         raise RuntimeError(
             "optimizer.step() cannot be compiled after step_in_backward, which steps in backward(); call "
@@ -236,7 +237,7 @@ def _refuse_release(optimizer: AIMFusedOptimizer) -> None:
         )
 
 
-def _refuse_clearing(optimizer: AIMFusedOptimizer) -> None:
+def _refuse_clearing(optimizer: FusedOptimizer) -> None:
     if optimizer.zero_grad_in_step:
         raise RuntimeError(
             "zero_grad_in_step=True has no place inside of a compiled function, where gradients are the compiler's "
@@ -262,15 +263,15 @@ def _prepare_states(handle: str, actions: str) -> None:
     """Called while a graph is traced: makes the states that the graph will be given. Masters, which hold the
     parameters' values, begin when the graph runs."""
     optimizer = _OPTIMIZERS[handle]
-    optimizer._sync_with_module()
+    sync_with_module(optimizer)
     inputs = optimizer._inputs
     assert inputs is not None
     stepped = {id(p) for p, action in zip(inputs.params, actions, strict=True) if action == _STEPPED}
-    optimizer._ensure_states(lambda p: id(p) in stepped, masters=False)
+    ensure_states(optimizer, lambda p: id(p) in stepped, masters=False)
     inputs.gather()
 
 
-def trace_step(optimizer: AIMFusedOptimizer) -> None:
+def trace_step(optimizer: FusedOptimizer) -> None:
     """``AIMFusedOptimizer._step`` as a graph has it."""
     handle = optimizer._handle
     _prepare_params(handle)
@@ -333,27 +334,26 @@ def _step(
     _refuse_release(optimizer)
     _refuse_clearing(optimizer)
     optimizer._opt_called = True  # not where it is traced: the compiler loses what is set there
-    optimizer._refuse_true_weights()
+    optimizer._weights.refuse_true()
     each = iter(grads)
     all_grads = [next(each) if action == _STEPPED else None for action in actions]
     passed = [*params, *states, *masters, rows, statistics, control, *anchors, *lrs]
     own = given.tensors(actions)
 
-    plan = optimizer._plan
-    known = plan is not None and given.plan is plan and plan.is_of(optimizer) and plan.read()
     elsewhere = {} if _same(passed, own) else _elsewhere(own, passed)
-    if not known:
+    plan = optimizer._current_plan() if given.plan is optimizer._plan else None
+    if plan is None:
         plan = _rebuild(optimizer, given, all_grads, elsewhere)
     given.former = None
-    assert plan is not None
+    step_inputs = StepInputs(grad_scale, found_inf)
     if elsewhere:
         with _substituted(optimizer, elsewhere) as plan:
             plan.take(all_grads)
-            optimizer._run(plan, grad_scale, found_inf)
+            optimizer._run(plan, step_inputs)
         return
     if not _same(plan.grads, all_grads):
         plan.take(all_grads)
-    optimizer._run(plan, grad_scale, found_inf)
+    optimizer._run(plan, step_inputs)
 
 
 def _elsewhere(own: list[Tensor], passed: list[Tensor]) -> dict[int, Tensor]:
@@ -372,7 +372,7 @@ def _resolve(tensor: Tensor, elsewhere: dict[int, Tensor]) -> Tensor:
 
 
 def _rebuild(
-    optimizer: AIMFusedOptimizer, given: GraphInputs, grads: list[Tensor | None], elsewhere: dict[int, Tensor]
+    optimizer: FusedOptimizer, given: GraphInputs, grads: list[Tensor | None], elsewhere: dict[int, Tensor]
 ) -> StepPlan:
     """Makes what the step needs and does not have: states, masters, the plan; and the inputs of the next graph.
 
@@ -384,10 +384,10 @@ def _rebuild(
             "the lists of parameters were edited after the step was compiled; nothing was changed, and the next step "
             "will be compiled anew (add_param_group is the way to add parameters)"
         )
-    for p in optimizer._restore_astray():
+    for p in optimizer._weights.restore_astray():
         if id(p) in elsewhere:  # which the graph puts back
             elsewhere[id(p)].copy_(p)
-    optimizer._sync_with_module()
+    sync_with_module(optimizer)
     validation.check_gradients(optimizer.param_groups, grads)
     stepped = {id(p) for p, grad in zip(given.params, grads, strict=True) if grad is not None}
     # Of those that may get a master: what they keep beside their weights, which the master takes up.
@@ -396,20 +396,19 @@ def _rebuild(
         for p in given.params
         if id(p) in elsewhere and "master" not in optimizer.state.get(p, ())
     }
-    optimizer._ensure_states(lambda p: id(p) in stepped)
+    ensure_states(optimizer, lambda p: id(p) in stepped)
     for p in given.params:
         if id(p) in rests and "master" in optimizer.state.get(p, ()):
             optimizer.state[p]["master"].copy_(true_weights(elsewhere[id(p)], rests[id(p)]))
             elsewhere[id(p)].copy_(optimizer.state[p]["master"])
     inputs = GraphInputs(optimizer, given, elsewhere)
     optimizer._inputs = inputs
-    inputs.plan = optimizer._plan = plan = StepPlan(optimizer)
-    plan.take(grads)
+    inputs.plan = plan = optimizer._make_plan(grads)
     return plan
 
 
 @contextmanager
-def _substituted(optimizer: AIMFusedOptimizer, elsewhere: dict[int, Tensor]) -> Iterator[StepPlan]:
+def _substituted(optimizer: FusedOptimizer, elsewhere: dict[int, Tensor]) -> Iterator[StepPlan]:
     """A plan over what stands for the optimizer's tensors, for one step."""
 
     def there(value: Any) -> Any:
@@ -426,19 +425,12 @@ def _substituted(optimizer: AIMFusedOptimizer, elsewhere: dict[int, Tensor]) -> 
         for p, state in ((p, optimizer.state[p]) for p in _params_of(optimizer) if p in optimizer.state)
     }
     before = [(state, name, value) for state in states.values() for name, value in state.items()]
-    standing = SimpleNamespace(
-        tables=tables,
-        state=states,
-        param_groups=groups,
-        process_group=optimizer.process_group,
-        sync_every=optimizer.sync_every,
-        zero_grad_in_step=optimizer.zero_grad_in_step,
-        anchor=optimizer.anchor,
-    )
-    yield StepPlan(standing)  # type: ignore[arg-type]
+    sources = optimizer._sources()._replace(param_groups=groups, state=states, tables=tables)
+    arrange_all(sources)
+    yield StepPlan(sources)
     optimizer.tables.steps = tables.steps
     for state, name, value in before:
-        if state[name] is not value:  # the plan has laid it out anew
+        if state[name] is not value:  # it was arranged
             value.copy_(state[name])
 
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from aim_kernels.optim.groups import OF_THE_WHOLE, Members, check, check_ordered, completed, listed
+from aim_kernels.optim.groups import Members, check, check_ordered, listed
 from aim_kernels.optim.optimizer import AIMFusedOptimizer
+from aim_kernels.step.options import DEFAULT_RULE, WHOLE, neutral
 from aim_kernels.step.sharding import number_parameters
 from aim_kernels.step.tables import KEYS, Tables
 
@@ -46,7 +47,7 @@ class AIMZeroRedundancyOptimizer(ZeroRedundancyOptimizer):
         **options: Any,
     ) -> None:
         group = torch.distributed.group.WORLD if process_group is None else process_group
-        own = {name: options.pop(name) for name in OF_THE_WHOLE if name in options}
+        own = {option.name: options.pop(option.name) for option in WHOLE if option.name in options}
         make: Any = functools.partial(AIMFusedOptimizer, process_group=group, **own)
         check_ordered(params)
         members = list(params)
@@ -56,6 +57,8 @@ class AIMZeroRedundancyOptimizer(ZeroRedundancyOptimizer):
             _refuse_names(entry["params"])
         _refuse_names(members)
         before = [dict(entry) for entry in dicts]
+        for entry in dicts:
+            _fill_in_neutral(entry, options)
         grouped = chain.from_iterable(entry["params"] if isinstance(entry, dict) else [entry] for entry in members)
         number_parameters(grouped)
         self._members = Members()
@@ -76,9 +79,9 @@ class AIMZeroRedundancyOptimizer(ZeroRedundancyOptimizer):
         _refuse_names(param_group["params"])
         if self.initialized:
             # Here, since torch adds it to the groups of all processes before the optimizer of this one sees its part.
-            defaults = {**self.optim.defaults, **self.optim._hidden_defaults}
-            full = completed(param_group, defaults, len(self.param_groups))
+            full = self.optim._completed(param_group, len(self.param_groups))
             check(self.optim, self.param_groups, self._members, full)
+            _fill_in_neutral(param_group, self.defaults)
         super().add_param_group(param_group)
         if self.initialized:
             number_parameters(chain.from_iterable(group["params"] for group in self.param_groups))
@@ -176,7 +179,7 @@ class AIMZeroRedundancyOptimizer(ZeroRedundancyOptimizer):
     @contextmanager
     def true_parameters(self) -> Iterator[None]:
         """The true weights inside, what was there before after."""
-        was_true = self.optim._holds_true_weights
+        was_true = self.optim._weights.holds_true
         self.eval()
         try:
             yield
@@ -234,3 +237,11 @@ def _refuse_names(params: list[Any]) -> None:
         raise TypeError(
             "params: ZeroRedundancyOptimizer takes no names, pass parameters() instead of named_parameters()"
         )
+
+
+def _fill_in_neutral(param_group: dict[str, Any], given: dict[str, Any]) -> None:
+    """Sets the options that were given for all groups, and that this one's rule does not know, to their defaults:
+    torch's class would write them into the group."""
+    for name, default in neutral(param_group.get("rule", given.get("rule", DEFAULT_RULE))).items():
+        if name in given:
+            param_group.setdefault(name, default)

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    from aim_kernels.step.plan import StepPlan
+from torch import Tensor
 
 
-def waves_of(plan: StepPlan) -> list[list[int]] | None:
+def waves_of(
+    records: NDArray[np.void],
+    itemsize: NDArray[np.uint64],
+    elsewhere: dict[int, Tensor],
+    name_of: Callable[[int], str],
+    *,
+    shared: bool,
+) -> list[list[int]] | None:
     """Parameters that share memory which a step writes are stepped one after the other, in their order, as torch.optim
     steps them. Returns the numbers of the parameters in lists to be stepped in turn; None if none share any.
+
+    Args:
+        records: ``layout.TENSOR_RECORD``; ``itemsize``: bytes of an element, by parameter.
+        elsewhere: parameters that are stepped in a copy, by their numbers; these, too, are written.
+        name_of: what errors call a parameter.
+        shared: whether parameters have parts in several processes.
 
     Raises RuntimeError: they have live weights, or parts in several processes; or what is to be two tensors of one
     parameter lies in one memory.
     """
-    records = plan.records
     begins, ends, owners = [], [], []
-    for field, size in _written(plan).items():
+    for field, size in _written(records, itemsize).items():
         there = np.flatnonzero((records[field] != 0) & (records["numel"] != 0))
         begins.append(records[field][there].astype(np.int64))
         ends.append(begins[-1] + (size * records["numel"])[there])
@@ -29,8 +39,7 @@ def waves_of(plan: StepPlan) -> list[list[int]] | None:
     begins.append(records["step"][counts].astype(np.int64))
     ends.append(begins[-1] + 4)
     owners.append(counts)
-    for index in plan.staged:  # the copy is no other's
-        p = plan.params[index]
+    for index, p in elsewhere.items():  # the copy is no other's
         extent = sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True)) + 1
         begins.append(np.array([p.data_ptr()]))
         ends.append(begins[-1] + extent * p.element_size())
@@ -41,12 +50,12 @@ def waves_of(plan: StepPlan) -> list[list[int]] | None:
     for pair in pairs:
         if pair[0] == pair[1]:
             raise RuntimeError(
-                f"{plan.name_of(pair[0])}: two of its states, or one and the parameter, share memory; give each "
+                f"{name_of(pair[0])}: two of its states, or one and the parameter, share memory; give each "
                 "its own (clone())"
             )
-        if plan.exchange is not None or records["master"][list(pair)].any():
+        if shared or records["master"][list(pair)].any():
             raise RuntimeError(
-                f"{plan.name_of(pair[0])} and {plan.name_of(pair[1])} share memory, which neither live weights nor "
+                f"{name_of(pair[0])} and {name_of(pair[1])} share memory, which neither live weights nor "
                 "steps of several processes can have; make them one parameter"
             )
     wave = [0] * len(records)
@@ -55,11 +64,11 @@ def waves_of(plan: StepPlan) -> list[list[int]] | None:
     return [[index for index, at in enumerate(wave) if at == number] for number in range(max(wave) + 1)]
 
 
-def _written(plan: StepPlan) -> dict[str, NDArray[np.int64]]:
+def _written(records: NDArray[np.void], itemsize: NDArray[np.uint64]) -> dict[str, NDArray[np.int64]]:
     """What a step writes: fields of the records, and the bytes that an element takes there."""
-    stored = plan.itemsize.astype(np.int64)
+    stored = itemsize.astype(np.int64)
     wide = np.where(stored == 8, 8, 4)
-    moment = np.select([plan.records["moments"] == 1, plan.records["moments"] == 2], [2, 1], wide)
+    moment = np.select([records["moments"] == 1, records["moments"] == 2], [2, 1], wide)
     sizes = {"param": stored, "master": wide, "ema": wide, "rest": np.full_like(wide, 2)}
     return sizes | dict.fromkeys(("exp_avg", "exp_avg_sq", "extra"), moment)
 

@@ -16,31 +16,37 @@ import torch
 from torch import Tensor
 
 from aim_kernels.step import sharding
+from aim_kernels.step.arrangement import contiguous_strides, fills_block, is_arranged
+from aim_kernels.step.inputs import StepInputs, StepSources
 from aim_kernels.step.layout import FLAGS, GROUP_RECORD, MOMENTS, RULES, TENSOR_FLAGS, TENSOR_RECORD, WEIGHTS
+from aim_kernels.step.options import OF_GROUPS, check_hyperparameters, deciding, in_floats
 from aim_kernels.step.overlap import overlaps, waves_of
-from aim_kernels.step.ownership import WRITTEN, count_of, is_counted
+from aim_kernels.step.ownership import WRITTEN
 from aim_kernels.step.states import (
     always_has_master,
     arithmetic_dtype,
     buffer_of,
     exponents_key,
-    is_dense,
-    keep_moment,
     moments_dtype,
-    read_moment,
     states_of,
-    step_count,
     weights_of,
 )
 from aim_kernels.step.supported import DTYPE_NUMBER, has_memory, is_idle, numel_of
-from aim_kernels.step.validation import check_hyperparameters, in_floats, name_of
+from aim_kernels.step.validation import name_of
 from aim_kernels.step.watch import watch_over
 
 #: Options that a record is made of, beside lr, betas and under_optimized.
 _READ = operator.itemgetter(
-    *("rule", "eps", "weight_decay", "momentum", "dampening", "nesterov", "amsgrad", "alpha", "centered", "lr_decay"),
-    *("decouple_lr", "reference_lr", "maximize", "ema_decay", "measure", "threshold_rate", "initial_accumulator_value"),
+    *(o.name for o in OF_GROUPS if o.recorded and o.name not in ("lr", "betas", "under_optimized"))
 )
+
+#: Options that decide which states a group keeps: all of whose values count, and those of which only the truth or the
+#: presence does.
+_VALUES = operator.itemgetter(*deciding("value"))
+(_TRUTH,), (_PRESENCE,) = deciding("truth"), deciding("presence")
+
+#: Values of a group's record, out of a dict of them.
+_FIELDS = operator.itemgetter(*(GROUP_RECORD.names or ()))
 
 #: Types of options that nobody can write in place.
 _PLAIN = {float, int, bool, str, type(None)}
@@ -49,9 +55,6 @@ _AMSGRAD, _CENTERED = FLAGS["amsgrad"], FLAGS["centered"]
 _MOMENTS = {torch.bfloat16: MOMENTS.index("bfloat16"), torch.uint8: MOMENTS.index("int8")}
 
 if TYPE_CHECKING:
-    from aim_kernels.backends.device import Launch
-    from aim_kernels.backends.pieces import Pieces
-    from aim_kernels.optim.optimizer import AIMFusedOptimizer
     from aim_kernels.step.tables import Tables
 
 
@@ -64,8 +67,6 @@ class StepPlan:
             passed by (``supported.is_idle``) stands an empty tensor.
         grads: this step's gradients as the user's tensors; None where there is none.
         records: ``layout.TENSOR_RECORD``, one a parameter; groups: ``layout.GROUP_RECORD``, one a group.
-        grad_scale, found_inf: what GradScaler handed over for this step; None where it did not.
-        clip_factor: what clipping multiplies gradients by, where the host knows it.
         lr_tensors: learning rates that a device reads by itself, by group.
         exchange: how the sums of a step become those of all processes; None where this process has everything.
         waves: numbers of the parameters, in lists to be stepped one after the other, if parameters share memory that a
@@ -76,16 +77,12 @@ class StepPlan:
             them.
     """
 
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
-    clip_factor: float = 1.0
-    launch: Launch | None = None
-    pieces: Pieces | None = None
+    launch: Any = None
+    pieces: Any = None
 
-    def __init__(self, optimizer: AIMFusedOptimizer) -> None:
-        self.tables = optimizer.tables
-        self.state = optimizer.state
-        self.param_groups = optimizer.param_groups
+    def __init__(self, sources: StepSources) -> None:
+        self.sources = sources
+        self.param_groups, self.state, self.tables = sources.param_groups, sources.state, sources.tables
         self.owners: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
         primary = self.tables.rows.device
         self._idle = [is_idle(p, primary) for p in self.owners]
@@ -94,12 +91,8 @@ class StepPlan:
         if any(self._idle):
             nothing = torch.empty(0, dtype=torch.float32, device=primary)
             self.params = [nothing if idle else p for p, idle in zip(self.params, self._idle, strict=True)]
-        self.exchange = sharding.exchange_of(
-            self.owners, optimizer.process_group, optimizer.sync_every, optimizer.tables
-        )
-        self._process_group, self._sync_every = optimizer.process_group, optimizer.sync_every
-        self._zero_grad = bool(optimizer.zero_grad_in_step)
-        self._follows_average = optimizer.anchor == "ema"
+        self.exchange = sharding.exchange_of(self.owners, sources.process_group, sources.sync_every, sources.tables)
+        self._zero_grad = sources.zero_grad
         self.group_of = [number for number, group in enumerate(self.param_groups) for _ in group["params"]]
         self.grads: list[Tensor | None] = [None] * len(self.params)
         self.records = np.zeros(len(self.params), TENSOR_RECORD)
@@ -127,8 +120,9 @@ class StepPlan:
     def _build(self) -> None:
         records, params = self.records, self.params
         records["numel"] = [p.numel() for p in params]
-        if self._sharded or self._process_group is not None:
-            first = sharding.first_indices(self.param_groups, self._process_group)
+        process_group = self.sources.process_group
+        if self._sharded or process_group is not None:
+            first = sharding.first_indices(self.param_groups, process_group)
             # None: there is no noise, and for rounding the place in an order of this process's will do.
             sizes = [numel_of(p) for p in self.owners]
             starts = np.cumsum(sizes) - sizes
@@ -146,14 +140,15 @@ class StepPlan:
         self.itemsize = np.array([p.element_size() for p in params], np.uint64)
         records["param"] = [p.data_ptr() for p in params]
         for index, p in enumerate(params):
-            if not is_dense(p) or p.data_ptr() % p.element_size():
+            if not fills_block(p):
                 buffer = torch.empty(p.shape, dtype=p.dtype, device=p.device)
                 self.staged[index] = buffer
                 records["param"][index] = buffer.data_ptr()
             self._read_state(index)
-        self.waves = waves_of(self)
+        elsewhere = {index: params[index] for index in self.staged}
+        self.waves = waves_of(records, self.itemsize, elsewhere, self.name_of, shared=self.exchange is not None)
         # The strides of a gradient that can be read as it is.
-        strides = [_contiguous_strides(p) if index in self.staged else p.stride() for index, p in enumerate(params)]
+        strides = [contiguous_strides(p) if index in self.staged else p.stride() for index, p in enumerate(params)]
         self._watch = watch_over(self.param_groups, self.owners, self._idle, strides, self.state, self._known)
         self._decisive = list(map(_decisive, self.param_groups))
         # A tensor can be given other memory and stay the same object (tensor.data = ...); the old one must not go.
@@ -191,46 +186,25 @@ class StepPlan:
         for name in ("master", "anchor"):
             if name in state:
                 self._keep_state_alive(index, name, name, wide)
-        if self._follows_average and group["modulated"]:
+        if self.sources.follows_average and group["modulated"]:
             record["anchor"] = record["ema"]
         step = state.get("step")
         if step is not None:
-            if not is_counted(self.params[index], step):
-                step = state["step"] = step_count(self.params[index], count_of(step))
             record["step"] = step.data_ptr()
             self._keep_alive(index, "step", step)
 
     def _keep_state_alive(self, index: int, field: str, name: str, dtype: torch.dtype) -> None:
-        """Takes a state of one number an element into the record."""
-        state = self.state[self.owners[index]]
-        local = sharding.local_of(state[name])
-        if dtype == torch.uint8 and self._in_order(index, local, dtype) is not local:
-            # Blocks go by memory order, so codes cannot be moved without their exponents.
-            value = self._in_order(index, read_moment(state, name), torch.float32)
-            del state[name]
-            keep_moment(self.owners[index], state, name, value, dtype)
-            local = sharding.local_of(state[name])
-        ordered = self._in_order(index, local, dtype)
-        if ordered is not local:
-            state[name] = sharding.like(self.owners[index], ordered)
-        self.records[field][index] = ordered.data_ptr()
-        self._keep_alive(index, name, ordered)
+        """Takes a state of one number an element into the record; it is arranged (``arrangement.arrange``)."""
+        local = sharding.local_of(self.state[self.owners[index]][name])
+        assert is_arranged(self.params[index], local, dtype), f"{self.name_of(index)}: {name} is not arranged"
+        self.records[field][index] = local.data_ptr()
+        self._keep_alive(index, name, local)
 
     def _keep_alive(self, index: int, name: str, tensor: Tensor) -> None:
         # An anchor is only read: kept alive, but its version stays.
         (self._anchors if name == "anchor" else self._states).append(tensor)
         owner = self.owners[index]
         self._known.setdefault(owner, {})[name] = self.state[owner][name]
-
-    def _in_order(self, index: int, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """A state in the type and memory order that the kernel reads: itself, or a copy where the parameter was laid
-        out anew."""
-        p = self.params[index]
-        flat = index in self.staged or p.is_contiguous()
-        if tensor.dtype == dtype and (tensor.is_contiguous() if flat else tensor.stride() == p.stride()):
-            return tensor
-        strides = _contiguous_strides(p) if flat else p.stride()
-        return torch.empty_strided(p.shape, strides, dtype=dtype, device=p.device).copy_(tensor)
 
     def anchor_of(self, index: int) -> Tensor | None:
         """What the live weights of a parameter are withdrawn to, of DTensors the local part; None: zero."""
@@ -249,16 +223,9 @@ class StepPlan:
 
     # -- before a step -----------------------------------------------------------------------------------------------
 
-    def is_of(self, optimizer: AIMFusedOptimizer) -> bool:
-        """Whether the optimizer still has the groups, states and tables that the plan was made of."""
-        return (
-            self.param_groups is optimizer.param_groups
-            and self.state is optimizer.state
-            and self.tables is optimizer._tables
-            and self._process_group is optimizer.process_group
-            and self._zero_grad == optimizer.zero_grad_in_step
-            and self._sync_every == optimizer.sync_every
-        )
+    def is_of(self, sources: StepSources) -> bool:
+        """Whether the plan was made of the very same groups, states, tables and options."""
+        return all(map(operator.is_, self.sources, sources))
 
     def read(self) -> bool:
         """Takes this step's gradients. False where something has to be built anew, or is wrong, first."""
@@ -333,7 +300,7 @@ class StepPlan:
         plain = not (grad.is_neg() or grad._is_zerotensor())
         if same and plain and grad.data_ptr() % grad.element_size() == 0:
             return grad.data_ptr() or 8  # an empty gradient has no address, but it is there; nothing reads it
-        strides = _contiguous_strides(p) if flat else p.stride()
+        strides = contiguous_strides(p) if flat else p.stride()
         copy = torch.empty_strided(p.shape, strides, dtype=grad.dtype, device=grad.device)
         self._matched.append(copy.copy_(grad))
         return copy.data_ptr()
@@ -341,22 +308,22 @@ class StepPlan:
     def has_gradients(self) -> bool:
         return bool(self.records["grad"].any())
 
-    def read_hyperparameters(self, *, on_device: bool) -> None:
+    def read_hyperparameters(self, inputs: StepInputs, *, on_device: bool) -> None:
         """Takes the groups' hyperparameters, which schedulers change between steps.
 
         ``on_device``: learning rates and gradient scales in a device's memory are left for its kernels to read;
         otherwise they are read here, which waits for the device.
         """
         try:
-            self._read_hyperparameters(on_device)
+            self._read_hyperparameters(inputs, on_device)
         except Exception:
             # What is no number at all fails before it is checked; the check names the option and the group.
             for number, group in enumerate(self.param_groups):
                 check_hyperparameters(group, number)
             raise
 
-    def _read_hyperparameters(self, on_device: bool) -> None:
-        multiplier = 1.0 if on_device or self.grad_scale is None else 1.0 / float(self.grad_scale)
+    def _read_hyperparameters(self, inputs: StepInputs, on_device: bool) -> None:
+        multiplier = 1.0 if on_device or inputs.grad_scale is None else 1.0 / float(inputs.grad_scale)
         self.lr_tensors = {}
         for number, group in enumerate(self.param_groups):
             lr = group["lr"]
@@ -378,7 +345,7 @@ class StepPlan:
                 self._in_tensors.discard(number)
             else:
                 self._in_tensors.add(number)
-        multiplier *= self.clip_factor
+        multiplier *= inputs.clip_factor
         if multiplier != self._multiplier:  # NaN too
             self.groups["scale"] = self._signs * multiplier
             self._multiplier = multiplier
@@ -394,25 +361,26 @@ class StepPlan:
             decay = decay / group["reference_lr"]
         how, target = group["under_optimized"]
         flags = FLAGS.get(group["measure"], 0)
-        self.groups[number] = (
-            group["lr"],
-            beta1,
-            beta2,
-            group["eps"],
-            decay,
-            group["momentum"] if rule in ("sgd", "rmsprop") else 0.0,
-            group["dampening"],
-            -1.0 if group["maximize"] else 1.0,
-            target,
-            group["threshold_rate"] if how == "fraction" else 0.0,
-            group["lr_decay"] if rule == "adagrad" else 0.0,
-            group["ema_decay"] or 0.0,
-            0,  # lr_tensor, by device.py
-            RULES.index(rule),
-            bool(group["nesterov"]),
-            0,
-            flags | (_AMSGRAD if group["amsgrad"] else 0) | (_CENTERED if group["centered"] else 0),
-        )
+        record = {
+            "lr": group["lr"],
+            "beta1": beta1,
+            "beta2": beta2,
+            "eps": group["eps"],
+            "weight_decay": decay,
+            "momentum": group["momentum"] if rule in ("sgd", "rmsprop") else 0.0,  # schedulers write it under any rule
+            "dampening": group["dampening"],
+            "scale": -1.0 if group["maximize"] else 1.0,
+            "target": target,
+            "rate": group["threshold_rate"] if how == "fraction" else 0.0,
+            "lr_decay": group["lr_decay"],
+            "ema_decay": group["ema_decay"] or 0.0,
+            "lr_tensor": 0,  # by device.py, as is lr_dtype
+            "rule": RULES.index(rule),
+            "nesterov": bool(group["nesterov"]),
+            "lr_dtype": 0,
+            "flags": flags | (_AMSGRAD if group["amsgrad"] else 0) | (_CENTERED if group["centered"] else 0),
+        }
+        self.groups[number] = _FIELDS(record)
         self._signs[number] = self.groups["scale"][number]
         self._multiplier = None
 
@@ -444,8 +412,6 @@ class StepPlan:
         self.records["grad"], self.records["zero_grad"] = 0, 0
         # Copies: a scheduler may write them before the step ends.
         self.lr_tensors = {number: lr.clone() for number, lr in plan.lr_tensors.items()}
-        self.clip_factor = plan.clip_factor
-        self.grad_scale, self.found_inf = plan.grad_scale, plan.found_inf
         self.param_groups = [
             {**group, "lr": lr.clone() if isinstance(lr := group["lr"], Tensor) and lr.device.type == "cpu" else lr}
             for group in plan.param_groups
@@ -515,19 +481,4 @@ def adopts_edits(tables: Tables, number: int, group: dict[str, Any], p: Tensor) 
 def _decisive(group: dict[str, Any]) -> tuple[Any, ...]:
     """The options that decide which moments a group keeps (``states.moments_of``), cheaper to compare than those; and
     the measure, of which a backend may not have all."""
-    return (
-        group["rule"],
-        group["measure"],
-        group["modulated"],
-        not group["momentum"],
-        group["amsgrad"],
-        group["centered"],
-        group["state_dtype"],
-        group["rounding"],
-        group["master"],
-        group["ema_decay"] is None,
-    )
-
-
-def _contiguous_strides(p: Tensor) -> tuple[int, ...]:
-    return torch.empty(p.shape, device="meta").stride()
+    return (_VALUES(group), not group[_TRUTH], group[_PRESENCE] is None)

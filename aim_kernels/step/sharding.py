@@ -10,16 +10,14 @@ import enum
 import math
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from aim_kernels.step.inputs import StepSources
 from aim_kernels.step.layout import ROW
 from aim_kernels.step.tables import Tables
-
-if TYPE_CHECKING:
-    from aim_kernels.optim.optimizer import AIMFusedOptimizer
 
 Group = dict[str, Any]
 
@@ -292,14 +290,14 @@ def reshard_all(written: Iterable[Tensor]) -> None:
         reshard(list(registry))
 
 
-def makes_states_only(optimizer: AIMFusedOptimizer) -> bool:
+def makes_states_only(sources: StepSources) -> bool:
     """Whether a step is the one that ``torch.distributed.checkpoint`` takes to have states made: no states yet, every
     learning rate 0, every gradient 0. Nothing but the states, with a count of 0, may come of it."""
-    groups = optimizer.param_groups
+    groups = sources.param_groups
     # Of a process group, one may have no parameters, and never states: steps are counted there.
-    shared = optimizer.process_group is not None
-    states = (optimizer.state.get(p, ()) for group in groups for p in group["params"])
-    if optimizer.tables.steps if shared else any("step" in state for state in states):
+    shared = sources.process_group is not None
+    states = (sources.state.get(p, ()) for group in groups for p in group["params"])
+    if sources.tables.steps if shared else any("step" in state for state in states):
         return False
     for group in groups:
         lr = group["lr"]
@@ -311,9 +309,9 @@ def makes_states_only(optimizer: AIMFusedOptimizer) -> bool:
     params = [p for group in groups for p in group["params"]]
     found = sum(int(torch.count_nonzero(local_of(p.grad))) for p in params if p.grad is not None)
     # All processes must come to the same answer, though a gradient may be zero here and not elsewhere.
-    exchange = exchange_of(params, optimizer.process_group, 1, optimizer.tables)
+    exchange = exchange_of(params, sources.process_group, 1, sources.tables)
     if exchange is not None:
-        total = torch.tensor(found, dtype=torch.int64, device=optimizer.tables.rows.device)
+        total = torch.tensor(found, dtype=torch.int64, device=sources.tables.rows.device)
         exchange.add_up(total)
         found = int(total)
     return found == 0

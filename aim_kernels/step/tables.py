@@ -157,6 +157,14 @@ class Tables:
         """The same, whether or not masters are kept at all times."""
         return any(value != 1.0 for value in self._live[group].values())
 
+    def live_columns(self) -> list[dict[str, float]]:
+        """What the rows' live columns hold, as far as the host knows, per group; a copy."""
+        return [dict(columns) for columns in self._live]
+
+    def set_live_columns(self, columns: list[dict[str, float]]) -> None:
+        """Goes back to what :meth:`live_columns` returned, as the rows have gone back."""
+        self._live = [dict(of_group) for of_group in columns]
+
     def keeps_masters(self, group: int) -> bool:
         """Whether the group's masters stay where nothing is degraded."""
         return self._always_live[group]

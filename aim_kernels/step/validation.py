@@ -1,4 +1,4 @@
-"""Validation of options, parameters, gradients and states: errors name the offender, before anything is written."""
+"""Validation of values, parameters, gradients and states: errors name the offender, before anything is written."""
 
 from __future__ import annotations
 
@@ -13,37 +13,11 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from aim_kernels.step import sharding
 from aim_kernels.step.codecs import blocks_of
-from aim_kernels.step.layout import PUBLIC_COLUMNS, RULES
+from aim_kernels.step.layout import PUBLIC_COLUMNS
 from aim_kernels.step.ownership import count_of, is_counted, own_states
 from aim_kernels.step.supported import has_memory, is_asleep, is_beside, is_estimated, is_idle, reason_against
 
 Group = dict[str, Any]
-
-#: Options that only some rules have. Others are ignored by rules that do not know them, as one default may serve groups
-#: of several rules; these would change what a user thinks is computed.
-_ONLY_FOR = {
-    "amsgrad": ("adamw", "adam"),
-    "centered": ("rmsprop",),
-    "decouple_lr": ("adamw", "lion"),
-    "nesterov": ("sgd",),
-}
-
-#: What options that are words may be.
-_CHOICES: dict[str, tuple[str | None, ...]] = {
-    "state_dtype": (None, "float32", "bfloat16", "int8"),
-    "rounding": ("stochastic", "nearest"),
-    "master": (None, "stochastic", "kahan", "split", "float32"),
-    "measure": ("snr", "fisher", "grad", "random"),
-}
-
-#: Options that are yes or no.
-_FLAGS = ("nesterov", "amsgrad", "centered", "decouple_lr", "maximize", "modulated")
-
-#: Options of a group that are one number; the last two may be None.
-_NUMBERS = (
-    *("lr", "eps", "weight_decay", "momentum", "dampening", "alpha", "lr_decay", "initial_accumulator_value"),
-    *("threshold_rate", "ema_decay", "reference_lr"),
-)
 
 
 def name_of(groups: list[Group], number: int, index: int) -> str:
@@ -58,13 +32,14 @@ def name_in(group: Group, number: int, index: int) -> str:
     return f"{names[index]!r} ({position})" if index < len(names) and names[index] is not None else position
 
 
-def _on_device(value: Any) -> bool:
+def on_device(value: Any) -> bool:
+    """Whether a value lies in the memory of a device, where looking at it would wait."""
     return type(value) is not float and isinstance(value, Tensor) and value.device.type != "cpu"
 
 
 def may_differ(value: Any, number: float) -> bool:
     """Whether a value is another number; one in a device's memory is not looked at, and may be."""
-    return _on_device(value) or float(value) != number
+    return on_device(value) or float(value) != number
 
 
 def check_number(name: str, value: Any, low: float, high: float = float("inf"), *, high_open: bool = False) -> None:
@@ -113,86 +88,6 @@ def check_flag(name: str, value: Any) -> bool:
     if isinstance(value, (bool, np.bool_)) or (isinstance(value, int) and value in (0, 1)):
         return bool(value)
     raise ValueError(f"{name}: expected True or False, got {value!r}")
-
-
-def in_floats(group: Group) -> Group:
-    """The group with its numbers as Python's floats: those of numpy and tensors compute in their own precision."""
-    plain = {option: None if group[option] is None else float(group[option]) for option in _NUMBERS}
-    first, second = group["betas"]
-    how, value = group["under_optimized"]
-    return {**group, **plain, "betas": (float(first), float(second)), "under_optimized": (how, float(value))}
-
-
-def check_hyperparameters(group: Group, number: int) -> None:
-    """Raises ValueError that names the option and the group."""
-    where = f" (group {number})"
-    if group["rule"] not in RULES:
-        raise ValueError(f"rule{where}: unknown rule {group['rule']!r}; choose one of {', '.join(RULES)}")
-    for option in _FLAGS:
-        if group[option] is not False:  # most are
-            check_flag(option + where, group[option])
-    if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
-        raise ValueError(
-            f"lr{where}: a tensor learning rate must have one element, got shape {tuple(group['lr'].shape)}"
-        )
-    for option in ("lr", "eps", "weight_decay", "momentum", "lr_decay", "initial_accumulator_value"):
-        if _on_device(group[option]):  # looking at it would wait for the device
-            if option != "lr" or group[option].dtype not in (torch.float32, torch.float64):
-                raise ValueError(
-                    f"{option}{where}: only lr may be a tensor on a device, of float32 or float64; got "
-                    f"{group[option].dtype} on {group[option].device}"
-                )
-            continue
-        check_number(option + where, group[option], 0.0)
-    try:
-        first, second = group["betas"]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"betas{where}: expected two numbers, got {group['betas']!r}") from error
-    check_number(f"betas[0]{where}", first, 0.0, 1.0, high_open=True)
-    check_number(f"betas[1]{where}", second, 0.0, 1.0, high_open=True)
-    check_number(f"dampening{where}", group["dampening"], -float("inf"))
-    check_number(f"threshold_rate{where}", group["threshold_rate"], 0.0, 1.0)
-    check_number(f"alpha{where}", group["alpha"], 0.0, 1.0, high_open=True)
-    for option, rules in _ONLY_FOR.items():
-        if group[option] and group["rule"] not in rules:
-            raise ValueError(
-                f"{option}{where}: rule {group['rule']!r} has no such variant, only {' and '.join(rules)}; leave it "
-                f"{group[option].__class__()!r}"
-            )
-    if group["decouple_lr"]:
-        check_number(f"reference_lr{where}", group["reference_lr"], 0.0)
-        if not group["reference_lr"]:
-            raise ValueError(
-                f"decouple_lr{where}: the decay is relative to the first learning rate, which must not be 0"
-            )
-    if group["dampening"] and group["momentum"] and group["rule"] == "rmsprop":
-        raise ValueError(f"dampening{where}: the momentum of rule 'rmsprop' has none; leave it 0")
-    if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
-        raise ValueError(f"nesterov{where}: Nesterov momentum needs a momentum and zero dampening")
-    for option, known in _CHOICES.items():
-        if group[option] not in known:
-            raise ValueError(f"{option}{where}: expected one of {', '.join(map(repr, known))}, got {group[option]!r}")
-    if group["state_dtype"] == "int8" and group["rounding"] == "nearest":
-        raise ValueError(
-            f"rounding{where}: moments in 8 bits are rounded at random only (to nearest, small ones would neither "
-            "grow nor vanish); leave it 'stochastic'"
-        )
-    if group["ema_decay"] is not None:
-        check_number(f"ema_decay{where}", group["ema_decay"], 0.0, 1.0, high_open=True)
-    try:
-        how, value = group["under_optimized"]
-    except (TypeError, ValueError) as error:
-        how, value = None, error
-    if how not in ("fraction", "absolute"):
-        raise ValueError(
-            f"under_optimized{where}: expected ('fraction', q) or ('absolute', tau), got {group['under_optimized']!r}"
-        )
-    check_number(f"under_optimized{where}: {how}", value, 0.0, 1.0)
-    if group["measure"] == "random" and how == "absolute":
-        raise ValueError(
-            f"under_optimized{where}: measure='random' draws a share of the elements, an absolute threshold has none; "
-            "give ('fraction', q)"
-        )
 
 
 def check_anchor(group: Group, number: int, anchor: str) -> None:
@@ -435,7 +330,7 @@ def check_columns(columns: dict[str, Any], known: tuple[str, ...] = PUBLIC_COLUM
     for column, value in columns.items():
         if column not in known:
             raise ValueError(f"unknown column {column!r}; the columns are {', '.join(known)}")
-        if _on_device(value):
+        if on_device(value):
             continue  # looking at it would wait for the device
         if column in ("tau", "tau_prev"):
             check_number(column, value, 0.0, 1.0)
@@ -449,5 +344,5 @@ def check_kappa(kappa: Any) -> None:
     """Raises unless kappa lies in [0, 1)."""
     if isinstance(kappa, Tensor) and kappa.numel() != 1:
         raise ValueError(f"kappa: expected a number or a 0-dim tensor, got shape {tuple(kappa.shape)}")
-    if not _on_device(kappa):
+    if not on_device(kappa):
         check_number("kappa", kappa, 0.0, 1.0, high_open=True)

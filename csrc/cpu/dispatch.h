@@ -1,8 +1,8 @@
 // From a tensor's record to the kernel that knows its types, its rule and what it keeps.
 #pragma once
 
-#include "cpu/chunk.h"
 #include "cpu/packed.h"
+#include "cpu/update.h"
 
 namespace aim {
 namespace AIM_ISA {

@@ -6,8 +6,8 @@
 // second stores the moments and takes the step; what is between stays in the first-level cache.
 #pragma once
 
-#include "cpu/chunk.h"
 #include "cpu/moments.h"
+#include "cpu/update.h"
 #include "cpu/weights.h"
 
 namespace aim {

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aim_kernels.backends import device
+from aim_kernels.step.inputs import StepInputs
 from aim_kernels.step.layout import GROUP_RECORD, TENSOR_RECORD
 from aim_kernels.step.plan import StepPlan
 
@@ -66,9 +67,9 @@ def ready(**options: object) -> tuple[StepPlan, device.DeviceShard]:
     assign(params, Gradients(params)())
     plan = optimizer._ready_plan()
     assert plan is not None
-    plan.read_hyperparameters(on_device=True)
+    plan.read_hyperparameters(StepInputs(), on_device=True)
     shard = device.DeviceShard(plan, CPU, np.arange(len(params)), 64)
-    shard.send()
+    shard.send(StepInputs())
     return plan, shard
 
 
@@ -85,10 +86,10 @@ def test_nothing_is_sent_where_nothing_moved(monkeypatch: pytest.MonkeyPatch) ->
     plan, shard = ready()
     sent, send = [], device.Upload.send
     monkeypatch.setattr(device.Upload, "send", lambda self, content: sent.append(content) or send(self, content))
-    shard.send()
+    shard.send(StepInputs())
     assert not sent
     plan.records["grad"][0] += 4
-    shard.send()
+    shard.send(StepInputs())
     assert len(sent) == 1
 
 
@@ -96,7 +97,7 @@ def test_learning_rate_tensors_are_read_where_they_are() -> None:
     plan, shard = ready()
     lr = torch.tensor(0.25, dtype=torch.float64)
     plan.lr_tensors = {1: lr}
-    shard.send()
+    shard.send(StepInputs())
     groups = np.frombuffer(shard.groups.numpy().tobytes(), GROUP_RECORD)
     assert groups["lr_tensor"].tolist() == [0, lr.data_ptr()]
     assert groups["lr_dtype"].tolist() == [0, 1]
@@ -109,14 +110,14 @@ def test_a_captured_step_keeps_tables_of_its_own(monkeypatch: pytest.MonkeyPatch
     eager = shard.tensors.data_ptr()
     shard._upload._spare = shard._upload._staging()  # as on a CUDA device, where a spare is pinned beforehand
     monkeypatch.setattr(device, "capturing", lambda device: True)
-    shard.send()
+    shard.send(StepInputs())
     captured, content = shard.tensors, shard.tensors.clone()
     assert captured.data_ptr() != eager
     with pytest.raises(RuntimeError, match="captured twice"):
-        shard.send()
+        shard.send(StepInputs())
     monkeypatch.setattr(device, "capturing", lambda device: False)
     plan.records["grad"][0] += 64
-    shard.send()
+    shard.send(StepInputs())
     assert shard.tensors.data_ptr() == eager
     assert torch.equal(captured, content)
 
@@ -126,9 +127,9 @@ def test_an_eager_step_after_a_capture_sends_again(monkeypatch: pytest.MonkeyPat
     shard._upload._spare = shard._upload._staging()
     eager = shard.tensors.data_ptr()
     monkeypatch.setattr(device, "capturing", lambda device: True)
-    shard.send()
+    shard.send(StepInputs())
     monkeypatch.setattr(device, "capturing", lambda device: False)
-    shard.send()
+    shard.send(StepInputs())
     assert shard.tensors.data_ptr() == eager
     assert shard.tensors.numpy().tobytes() == plan.records.tobytes()
 

@@ -7,7 +7,17 @@ from typing import Any
 import pytest
 import tolerances as tol
 import torch
-from helpers import DTYPES, GRADIENT_LAYOUTS, PARAMETER_LAYOUTS, TORCH_CLASSES, Gradients, assign, parameter, same_bits
+from helpers import (
+    CLASSES,
+    DTYPES,
+    GRADIENT_LAYOUTS,
+    PARAMETER_LAYOUTS,
+    TORCH_CLASSES,
+    Gradients,
+    assign,
+    parameter,
+    same_bits,
+)
 
 import aim_kernels as ak
 
@@ -43,17 +53,26 @@ SHAPES = [(5, 7), (2, 3, 4, 3), (70,), (), (1,), (0,)]
 
 
 def pair(
-    case: str, dtype: str = "float32", layouts: tuple[str, ...] = ("contiguous",), backend: str = "cpu"
+    case: str,
+    dtype: str = "float32",
+    layouts: tuple[str, ...] = ("contiguous",),
+    backend: str = "cpu",
+    *,
+    of_class: bool = False,
 ) -> tuple[Any, ...]:
-    """The optimizer, its torch peer, and the parameters of both."""
+    """The optimizer, its torch peer, and the parameters of both. ``of_class``: by the class of the rule, whose defaults
+    are torch's own; else by ``AIMFusedOptimizer``, whose defaults the peer is given."""
     rule, options = CASES[case]
     ours, theirs = (
         [parameter(shape, dtype, layouts[i % len(layouts)], i) for i, shape in enumerate(SHAPES)] for _ in range(2)
     )
-    optimizer = ak.AIMFusedOptimizer(ours, rule=rule, backend=backend, **options)
-    peer_options = {"foreach": False, "lr": 1e-3}
+    peer_options: dict[str, Any] = {"foreach": False}
     peer_options |= {"fused": False} if rule in ("adamw", "adam") else {}
-    peer_options |= {"eps": 1e-8} if rule == "adagrad" else {}  # as our signature has it
+    if of_class:
+        optimizer = CLASSES[rule](ours, backend=backend, **options)
+    else:
+        optimizer = ak.AIMFusedOptimizer(ours, rule=rule, backend=backend, **options)
+        peer_options |= {"lr": 1e-3} | ({"eps": 1e-8} if rule == "adagrad" else {})
     return optimizer, TORCH_CLASSES[rule](theirs, **(peer_options | options)), ours, theirs
 
 
@@ -74,8 +93,9 @@ def near(found: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor, ulps:
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("case", CASES)
-def test_a_few_ulp_a_step(case: str, dtype: str, backend: str) -> None:
-    optimizer, peer, ours, theirs = pair(case, dtype, backend=backend)
+@pytest.mark.parametrize("of_class", [False, True], ids=["rule", "class"])
+def test_a_few_ulp_a_step(of_class: bool, case: str, dtype: str, backend: str) -> None:
+    optimizer, peer, ours, theirs = pair(case, dtype, backend=backend, of_class=of_class)
     gradients = Gradients(ours)
     for _ in range(20):
         grads = gradients()
@@ -107,8 +127,9 @@ def test_a_few_ulp_a_step(case: str, dtype: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_trajectories_stay_together(case: str) -> None:
-    optimizer, peer, ours, theirs = pair(case, "float64")
+@pytest.mark.parametrize("of_class", [False, True], ids=["rule", "class"])
+def test_trajectories_stay_together(of_class: bool, case: str) -> None:
+    optimizer, peer, ours, theirs = pair(case, "float64", of_class=of_class)
     gradients = Gradients(ours)
     for _ in range(50):
         grads = gradients()

@@ -234,7 +234,7 @@ def test_methods_do_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> 
         with monkeypatch.context() as patch:
             patch.setattr(method.optimizer, "step", lambda: None)
             # as for tensors in a device's memory, which the rows' writers do not look at
-            patch.setattr(validation, "_on_device", lambda value: isinstance(value, torch.Tensor))
+            patch.setattr(validation, "on_device", lambda value: isinstance(value, torch.Tensor))
             for wait in waits:
                 patch.setattr(torch.Tensor, wait, refuse)
             with pytest.raises(AssertionError, match="asked for its value"):

@@ -34,7 +34,7 @@ COMPILE_BUGS = (
     Mutant(
         "a compiled step does not look whether true weights are in the module",
         COMPILE,
-        "    optimizer._refuse_true_weights()\n",
+        "    optimizer._weights.refuse_true()\n",
         "",
         "gradients of the true weights train the degraded ones",
         ("test_compile_use.py::test_true_weights_in_the_module_are_an_error",),
@@ -50,7 +50,7 @@ COMPILE_BUGS = (
     Mutant(
         "graphs keep optimizers alive",
         COMPILE,
-        "_OPTIMIZERS: weakref.WeakValueDictionary[str, AIMFusedOptimizer] = weakref.WeakValueDictionary()",
+        "_OPTIMIZERS: weakref.WeakValueDictionary[str, FusedOptimizer] = weakref.WeakValueDictionary()",
         "_OPTIMIZERS: dict[str, AIMFusedOptimizer] = {}",
         "a search over hyperparameters runs out of memory",
         ("test_compile_use.py::test_an_optimizer_that_was_compiled_can_be_collected",),

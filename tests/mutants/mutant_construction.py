@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from mutant_list import CHECKS, OPTIMIZER, PLAN, Mutant
+from mutant_list import CHECKPOINT, CHECKS, OPTIMIZER, PLAN, Mutant
 
+RULE_CLASSES, OPTIONS = "aim_kernels/optim/rules.py", "aim_kernels/step/options.py"
 GROUPS, ZERO, TABLES = (
     "aim_kernels/optim/groups.py",
     "aim_kernels/optim/zero_redundancy.py",
@@ -16,10 +17,141 @@ RELEASE, REENTRANT, ARGUMENTS = (
 )
 
 CONSTRUCTION, NUMBERS, ADVICE = "test_construction.py", "test_numbers.py", "test_advice.py"
+TABLE = "test_options.py"
 PARTS = f"{ADVICE}::test_weights_that_get_their_gradient_in_parts_are_refused_before_anything_is_written"
 LINEAR = f"{CONSTRUCTION}::test_work_grows_with_the_number_of_groups_only"
 
 MUTANTS = (
+    # -- classes of one rule
+    Mutant(
+        "a class with another default",
+        RULE_CLASSES,
+        "        eps: float = 1e-10,\n",
+        "        eps: float = 1e-8,\n",
+        "Adagrad of torch.optim has an eps of its own; whoever changes one line trains with another",
+        ("test_rules.py::test_signatures_are_those_of_torch[adagrad]",),
+    ),
+    Mutant(
+        "a class that drops an argument",
+        RULE_CLASSES,
+        "            dampening=dampening,\n",
+        "",
+        "an argument stands in the signature and goes no further",
+        ("test_rules.py::test_an_argument_reaches_the_groups[sgd]",),
+    ),
+    Mutant(
+        "groups of other rules in a class of one",
+        RULE_CLASSES,
+        '        if param_group.get("rule", rule) != rule:\n',
+        "        if False:\n",
+        "what a group says of its rule is overwritten in silence",
+        ("test_rules.py::test_unknown_options_and_other_rules_are_refused[adamw]",),
+    ),
+    Mutant(
+        "decoupled decay that torch does not learn of",
+        RULE_CLASSES,
+        '            complete["decoupled_weight_decay"] = True\n',
+        "            pass\n",
+        "torch.optim.Adam takes a checkpoint without the option for one of Adam, and couples the decay",
+        ("test_rules.py::test_a_checkpoint_of_decoupled_adam_goes_to_torch_s_and_back",),
+    ),
+    # -- options that a rule does not know
+    Mutant(
+        "options of other rules ignored",
+        GROUPS,
+        "    options.check_known(group, number)\n",
+        "",
+        "momentum under AdamW does nothing, and nobody is told",
+        (f"{TABLE}::test_an_option_that_no_rule_knows_is_refused[adamw-momentum]",),
+    ),
+    Mutant(
+        "options for all groups ignored",
+        OPTIMIZER,
+        "            options.check_known_by_any(given, own or [rule])\n",
+        "",
+        "the same in the constructor, whose options every group is spared that does not know them",
+        (f"{TABLE}::test_an_option_that_no_rule_knows_is_refused[adamw-alpha]",),
+    ),
+    Mutant(
+        "options of other rules ignored between steps",
+        OPTIONS,
+        '    for option in _REFUSED[group["rule"]]:\n',
+        "    for option in ():\n",
+        "what is set by hand, or loaded, is ignored where the constructor would have refused it",
+        (f"{TABLE}::test_an_option_that_no_rule_knows_is_refused[lion-alpha]",),
+    ),
+    Mutant(
+        "a momentum that schedulers write is refused",
+        OPTIONS,
+        " and not option.cycled]",
+        "]",
+        "OneCycleLR writes the momentum of SGD into the groups of AdamW beside it",
+        (f"{TABLE}::test_schedulers_write_a_momentum_into_groups_of_every_rule[OneCycleLR-sgd]",),
+    ),
+    Mutant(
+        "options for all groups in every group",
+        GROUPS,
+        "    group = {**defaults, **neutral, **param_group, **dict.fromkeys(KEYS)}\n",
+        "    group = {**defaults, **param_group, **dict.fromkeys(KEYS)}\n",
+        "one default serves groups of several rules, and is refused by those that do not know it",
+        (f"{TABLE}::test_an_option_for_all_groups_is_for_those_whose_rule_knows_it[adamw-amsgrad]",),
+    ),
+    Mutant(
+        "a checkpoint of torch refused for what torch ignores",
+        CHECKPOINT,
+        '        if "rule" not in saved:  # others keep',
+        "        if False:  # others keep",
+        "torch.optim keeps in its groups whatever it is given",
+        (f"{TABLE}::test_a_checkpoint_of_torch_is_not_refused_for_what_torch_ignores[sgd]",),
+    ),
+    Mutant(
+        "two fields of a record swapped",
+        PLAN,
+        '            "momentum": group["momentum"] if rule in ("sgd", "rmsprop") else 0.0,',
+        '            "momentum": group["dampening"] if rule in ("sgd", "rmsprop") else 0.0,',
+        "seventeen numbers by their place in a tuple: one takes another's",
+        (f"{TABLE}::test_every_field_of_a_record_is_its_option[sgd]",),
+    ),
+    Mutant(
+        "the betas swapped",
+        PLAN,
+        '        beta1, beta2 = group["betas"]\n',
+        '        beta2, beta1 = group["betas"]\n',
+        "the same of two that come as a pair",
+        (f"{TABLE}::test_every_field_of_a_record_is_its_option[adamw]",),
+    ),
+    Mutant(
+        "an option left out of the comparison",
+        OPTIONS,
+        '    Option("threshold_rate", 0.1, _Number(0.0, 1.0), number=True, recorded=True),\n',
+        '    Option("threshold_rate", 0.1, _Number(0.0, 1.0), number=True),\n',
+        "a record is made of it, and is not made anew when it changes",
+        (f"{TABLE}::test_an_option_that_changes_between_steps_changes_the_record[threshold_rate]",),
+    ),
+    Mutant(
+        "a variant that does not rebuild the plan",
+        OPTIONS,
+        '("rmsprop",), recorded=True, decides="value"),\n',
+        '("rmsprop",), recorded=True),\n',
+        "RMSprop that becomes centered between steps has no mean of its gradients, and its record points nowhere",
+        (f"{TABLE}::test_what_decides_which_states_are_kept",),
+    ),
+    Mutant(
+        "an option of the whole that pickles lose",
+        OPTIMIZER,
+        "        kept = [option.attribute or option.name for option in options.WHOLE]\n",
+        "        kept = [option.name for option in options.WHOLE if not option.attribute]\n",
+        "a second list of options that differs from the first",
+        (f"{TABLE}::test_options_of_the_whole[seed]",),
+    ),
+    Mutant(
+        "options for all groups reach the processes of ZeRO",
+        ZERO,
+        "            _fill_in_neutral(entry, options)\n",
+        "            pass\n",
+        "torch's class writes the defaults into all groups before the optimizer inside sees them",
+        (f"{CONSTRUCTION}::test_zero_takes_groups_of_several_rules",),
+    ),
     # -- groups
     Mutant(
         "generators used up",
@@ -73,10 +205,10 @@ MUTANTS = (
     ),
     Mutant(
         "earlier groups gone through for each",
-        OPTIMIZER,
-        '            validation.check_parameters(group, number, group["params"], self._tables.rows.device, earlier)\n',
-        '            earlier = {id(p): n for n in range(number) for p in self.param_groups[n]["params"]}\n'
-        '            validation.check_parameters(group, number, group["params"], self._tables.rows.device, earlier)\n',
+        "aim_kernels/optim/preparation.py",
+        '        validation.check_parameters(group, number, group["params"], optimizer._tables.rows.device, earlier)\n',
+        '        earlier = {id(p): n for n in range(number) for p in optimizer.param_groups[n]["params"]}\n'
+        '        validation.check_parameters(group, number, group["params"], optimizer._tables.rows.device, earlier)\n',
         "the first step takes time that grows with the square of the number of groups",
         (f"{LINEAR}[first step]",),
     ),
@@ -115,9 +247,9 @@ MUTANTS = (
     ),
     Mutant(
         "strings as flags",
-        CHECKS,
-        "        if group[option] is not False:  # most are\n",
-        "        if False:\n",
+        OPTIONS,
+        "        if value is not default and not (type(value) is float and low <= value < high):\n",
+        "        if value is not default and not (type(value) in (float, str)):\n",
         "nesterov='False' is true",
         (f"{NUMBERS}::test_flags[nesterov-'False']",),
     ),
@@ -156,17 +288,17 @@ MUTANTS = (
     ),
     Mutant(
         "an attribute that is not looked at",
-        OPTIMIZER,
-        '        validation.check_flag("zero_grad_in_step", self.zero_grad_in_step)\n        validation',
-        "        checks",
+        "aim_kernels/optim/preparation.py",
+        '    validation.check_flag("zero_grad_in_step", optimizer.zero_grad_in_step)\n',
+        "",
         "zero_grad_in_step='false' clears gradients",
         (f"{NUMBERS}::test_attributes_that_are_set_later_are_looked_at_by_the_next_step",),
     ),
     Mutant(
         "sync_every of the first step",
-        PLAN,
-        "            and self._sync_every == optimizer.sync_every\n",
-        "",
+        "aim_kernels/optim/optimizer.py",
+        "            self.sync_every,\n            self.zero_grad_in_step,\n",
+        "            1,\n            self.zero_grad_in_step,\n",
         "sync_every that is set later has no effect, and is not checked",
         (f"{NUMBERS}::test_attributes_that_are_set_later_are_looked_at_by_the_next_step",),
     ),
@@ -181,9 +313,9 @@ MUTANTS = (
     ),
     Mutant(
         "implementations forgotten",
-        OPTIMIZER,
-        "        defaults |= {option: value for option, value in asked.items() if value is not",
-        "        asked = {}\n        {option: value for option, value in asked.items() if value is not",
+        OPTIONS,
+        "    return values | asked\n",
+        "    return values\n",
         "fused=True is not in optimizer.defaults, where frameworks look, and foreach=True is taken",
         (f"{CONSTRUCTION}::test_implementations_that_are_so_anyway",),
     ),
@@ -238,7 +370,7 @@ MUTANTS = (
     ),
     Mutant(
         "advice for states on anchors",
-        OPTIMIZER,
+        "aim_kernels/optim/preparation.py",
         ', anchors, "make a new optimizer, of the weights as they are now")',
         ", anchors)",
         "there is no optimizer.state[parameter] to delete before the first step",

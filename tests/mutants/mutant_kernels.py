@@ -10,7 +10,7 @@ TRITON_KERNELS, LIVE, CODEC = (
     "aim_kernels/optim/weights.py",
     "csrc/cpu/codec.h",
 )
-COMMON, FEATURES = "aim_kernels/integrations/common.py", "aim_kernels/aim/features.py"
+FEATURES = "aim_kernels/aim/features.py"
 SIZES = "test_sizes.py::test_steps_are_those_of_torch"
 MEANS = "test_sizes.py::test_means_that_are_not_finite_stay_so"
 EDITS = "test_edits.py::test_edits_between_steps_count"
@@ -128,24 +128,24 @@ KERNELS = (
     Mutant(
         "eval() undoes edits",
         LIVE,
-        'self._refuse_open_step("eval()")\n        self._restore_astray()\n        self._adopt_edits()',
-        'self._refuse_open_step("eval()")\n        self._restore_astray()',
+        'self.optimizer._refuse_open_step("eval()")\n        self.restore_astray()\n        self.adopt_edits()',
+        'self.optimizer._refuse_open_step("eval()")\n        self.restore_astray()',
         "the master is copied over what was written",
         (f"{MEANWHILE}[bfloat16-after_eval]",),
     ),
     Mutant(
         "checkpoints lack edits",
         OPTIMIZER,
-        "            self._adopt_edits()\n",
+        "            self._weights.adopt_edits()\n",
         "            pass\n",
         "the master that is saved is that of before the edit, and a resumed run has it",
         (f"{MEANWHILE}[bfloat16-after_state_dict]",),
     ),
     Mutant(
         "checkpoints of frameworks lack edits",
-        COMMON,
-        "            optimizer._adopt_edits()\n",
-        "            pass\n",
+        "aim_kernels/optim/weights.py",
+        "        self.adopt_edits()\n        return dict(self.present())\n",
+        "        return dict(self.present())\n",
         "the module's entries are replaced by masters of before the edit",
         (f"{MEANWHILE}[bfloat16-after_a_writer_of_checkpoints]",),
     ),
@@ -208,9 +208,9 @@ KERNELS = (
     ),
     Mutant(
         "frozen weights are withdrawn to themselves",
-        OPTIMIZER,
-        'self.state[p] = {"master": master_of(p)}',
-        'self.state[p] = {"master": master_of(p), "anchor": master_of(p)}',
+        "aim_kernels/optim/preparation.py",
+        'optimizer.state[p] = {"master": master_of(p)}',
+        'optimizer.state[p] = {"master": master_of(p), "anchor": master_of(p)}',
         "with anchor='init' a strength changes nothing again",
         ("test_frozen.py::test_anchors_of_its_own_weights_are_zero[init]",),
     ),

@@ -28,7 +28,7 @@ CHECKPOINT, CHECKS, LAUNCH = (
     "aim_kernels/backends/device.py",
 )
 BINDING, WATCH = "python/bindings.cpp", "python/watch.cpp"
-STEP, CHUNK = "csrc/cpu/step.cpp", "csrc/cpu/chunk.h"
+STEP, CHUNK = "csrc/cpu/step.cpp", "csrc/cpu/update.h"
 ELEMENT, SHARED, SETUP = "csrc/common/element.h", "csrc/common/shared.h", "setup.py"
 
 MOVED = "test_contract.py::test_whatever_moves_between_steps_is_noticed"
@@ -80,10 +80,18 @@ MUTANTS = (
     ),
     Mutant(
         "order of states ignored",
-        PLAN,
-        "if tensor.dtype == dtype and (tensor.is_contiguous() if flat else tensor.stride() == p.stride()):",
-        "if tensor.dtype == dtype:",
+        "aim_kernels/step/arrangement.py",
+        "return state.is_contiguous() if p.is_contiguous() or not fills_block(p) else state.stride() == p.stride()",
+        "return True",
         "moments keep the memory order of a parameter that was laid out anew (channels_last)",
+        (f"{MOVED}[change_layout-cpu]",),
+    ),
+    Mutant(
+        "states are not arranged for a plan",
+        "aim_kernels/optim/optimizer.py",
+        "        arrange_all(sources)\n",
+        "",
+        "a plan only reads states: what is in another type or order has to be arranged before it is made",
         (f"{MOVED}[change_layout-cpu]",),
     ),
     Mutant(
@@ -139,7 +147,7 @@ MUTANTS = (
     Mutant(
         "a skipped step counts",
         OPTIMIZER,
-        "if not backend.ON_DEVICE and plan.found_inf is not None and float(plan.found_inf):",
+        "if not backend.ON_DEVICE and inputs.is_skipped():",
         "if False:",
         "pytorch#95781: found_inf is ignored, step counts move on a step that GradScaler skips",
         ("test_scaling.py",),
@@ -163,7 +171,7 @@ MUTANTS = (
     Mutant(
         "masters outlive their rows",
         "aim_kernels/optim/weights.py",
-        "self._leaving.add(number)",
+        "self.leaving.add(number)",
         "pass",
         "memory that grows with every block that was degraded once",
         ("test_live.py::test_masters_go_when_the_rows_are_one_again[float32]",),
@@ -391,7 +399,7 @@ MUTANTS = (
     ),
     Mutant(
         "withdrawn to the average of the step before",
-        "csrc/cpu/chunk.h",
+        "csrc/cpu/update.h",
         "if (live && tensor.anchor == tensor.ema) {",
         "if (false) {",
         "emit would find another average and write other live weights",
@@ -408,7 +416,7 @@ MUTANTS = (
     Mutant(
         "live weights are not put back after a skipped step",
         "aim_kernels/optim/weights.py",
-        "if self._in_true_pass:",
+        "if self.in_true_pass:",
         "if False:",
         "the next auxiliary pass would see true weights",
         ("test_split.py::test_accumulated_and_repeated_passes_see_the_same_weights",),

@@ -52,8 +52,8 @@ METHOD_BUGS = (
     ),
     Mutant(
         "states that a trial made stay",
-        SNAPSHOT,
-        "        own.state.clear()\n",
+        "aim_kernels/optim/snapshot.py",
+        "        states.clear()\n",
         "",
         "masters that came in a trial would be the true weights of what is trained on",
         (f"{UNDONE}[before the first step]",),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mutant_list import CHECKPOINT, OPTIMIZER, STATES, Mutant
+from mutant_list import CHECKPOINT, STATES, Mutant
 
 COMPILED, LIVE, PACKING = (
     "aim_kernels/optim/torch_compile.py",
@@ -16,8 +16,8 @@ PACKED = (
     Mutant(
         "compiled steps forget to clear",
         COMPILED,
-        "        zero_grad_in_step=optimizer.zero_grad_in_step,\n",
-        "",
+        "optimizer._sources()._replace(param_groups=groups, state=states, tables=tables)",
+        "type(optimizer._sources())(groups, states, tables)",
         "an option that only the eager optimizer knows: a graph that hands over copies cannot be stepped",
         ("test_packed_use.py::test_compiled_and_eager_agree",),
     ),
@@ -39,17 +39,17 @@ PACKED = (
     ),
     Mutant(
         "options that change reach stepped parameters only",
-        OPTIMIZER,
-        ' or "step" in self.state.get(p, ())]',
+        "aim_kernels/optim/preparation.py",
+        ' or "step" in optimizer.state.get(p, ())]',
         "]",
         "a parameter without a gradient in that step has no remainder in the next",
         (f"{CONVERTED}[False-None-split-option]",),
     ),
     Mutant(
         "masters that no option asks for stay",
-        OPTIMIZER,
-        "                self._leaving.add(number)\n",
-        "                pass\n",
+        "aim_kernels/optim/preparation.py",
+        "            optimizer._weights.leaving.add(number)\n",
+        "            pass\n",
         "after master='float32' was taken back the memory is never given back",
         (f"{CONVERTED}[False-float32-split-option]",),
     ),
@@ -63,9 +63,9 @@ PACKED = (
     ),
     Mutant(
         "codes move without their exponents",
-        "aim_kernels/step/plan.py",
-        "if dtype == torch.uint8 and self._in_order",
-        "if dtype == torch.int8 and self._in_order",
+        "aim_kernels/step/arrangement.py",
+        "            if dtype == torch.uint8:\n                # Blocks",
+        "            if dtype == torch.int8:\n                # Blocks",
         "blocks go by memory order: after module.to(memory_format=...) moments are other numbers",
         (
             "test_packed_checkpoint.py::test_codes_follow_a_parameter_that_is_laid_out_anew[contiguous-transposed-moved]",

@@ -247,6 +247,31 @@ def test_zero_takes_groups_again_too(container: str, alone: None) -> None:
     assert all((p != q).all() for p, q in zip(new[:count], old[:count], strict=True))
 
 
+def test_zero_takes_groups_of_several_rules(alone: None) -> None:
+    """An option for all groups is for those whose rule knows it, as in the optimizer inside."""
+
+    def groups() -> list[dict[str, Any]]:
+        return [{"params": parameters(2)}, {"params": parameters(2, seed=1), "rule": "sgd"}]
+
+    zero, plain = AIMZeroRedundancyOptimizer(groups(), momentum=0.9), AK(groups(), momentum=0.9)
+    for optimizer in (zero, plain):
+        optimizer.add_param_group({"params": parameters(2, seed=2)})
+        optimizer.add_param_group({"params": parameters(2, seed=3), "rule": "sgd"})
+        for _ in range(2):
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    p.grad = torch.ones_like(p)
+            optimizer.step()
+        assert [group["momentum"] for group in optimizer.param_groups] == [0.0, 0.9, 0.0, 0.9]
+    same_bits(frozen(zero.optim), frozen(plain))
+    with pytest.raises(ValueError, match="momentum: rule 'adamw' has no such option"):
+        AIMZeroRedundancyOptimizer(parameters(2), momentum=0.9)
+    wrong = {"params": parameters(2, seed=4), "momentum": 0.5}
+    with pytest.raises(ValueError, match=r"momentum \(group 4\): rule 'adamw' has no such option"):
+        zero.add_param_group(wrong)
+    assert set(wrong) == {"params", "momentum"} and len(zero.param_groups) == 4
+
+
 def test_zero_refuses_names_and_sets(alone: None) -> None:
     ps = parameters()
     with pytest.raises(TypeError, match="names"):

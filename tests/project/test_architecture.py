@@ -77,6 +77,32 @@ def test_no_module_imports_itself_over_others() -> None:
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
 
 
+def private_names_of_the_optimizer() -> set[str]:
+    """What its classes set on themselves, and their methods, beginning with one underscore."""
+    found = set[str]()
+    for module in ("optimizer", "weights", "modulation"):
+        for node in ast.walk(ast.parse((PACKAGE / "optim" / f"{module}.py").read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
+                found.add(node.attr)
+            elif isinstance(node, ast.FunctionDef):
+                found.add(node.name)
+    return {name for name in found if name.startswith("_") and not name.startswith("__")}
+
+
+def test_nobody_else_reaches_into_the_optimizer() -> None:
+    names = private_names_of_the_optimizer()
+    assert {"_plan", "_make_plan", "_weights", "_release"} <= names
+    reaches = [
+        f"{name}:{node.lineno}: {ast.unparse(node)}"
+        for name, path in FILES.items()
+        if room_of(name) != "optim"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and node.attr in names
+        if not (isinstance(node.value, ast.Name) and node.value.id in ("self", "torch"))
+    ]
+    assert not reaches
+
+
 def test_the_ground_floor_has_ten_doors_at_most() -> None:
     doors = {path.stem for path in PACKAGE.iterdir() if path.suffix in (".py", "") and path.stem[0] not in "_."}
     assert doors == {layer for layer in LAYERS if not layer.startswith("_")} and len(doors) <= 10

@@ -4,6 +4,7 @@ Run by ``make check-wheel`` with the oldest and the newest PyTorch that are supp
 wheel; it is not a pytest module, since neither has pytest.
 """
 
+import inspect
 import io
 import pathlib
 import sys
@@ -58,12 +59,24 @@ def steps(network: nn.Module, optimizer: torch.optim.Optimizer, count: int = STE
 
 def check_rules() -> None:
     for rule, (theirs, options) in RULES.items():
-        ours, other = made(), made()
+        ours, by_class, other = made(), made(), made()
         steps(ours, ak.AIMFusedOptimizer(ours.parameters(), rule=rule, **options))
+        steps(by_class, getattr(ak, theirs.__name__)(by_class.parameters(), **options))
         steps(other, theirs(other.parameters(), **options))
-        for (name, p), q in zip(ours.named_parameters(), other.parameters(), strict=True):
-            gap = (p - q).abs().max().item()
-            assert gap <= TOLERANCE, f"{rule}: {name} differs from torch.optim by {gap}"
+        for network in (ours, by_class):
+            for (name, p), q in zip(network.named_parameters(), other.parameters(), strict=True):
+                gap = (p - q).abs().max().item()
+                assert gap <= TOLERANCE, f"{rule}: {name} differs from torch.optim by {gap}"
+
+
+def check_signatures() -> None:
+    """The classes take what this PyTorch's take."""
+    for theirs in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD, torch.optim.Adagrad, torch.optim.RMSprop):
+        ours = inspect.signature(getattr(ak, theirs.__name__)).parameters
+        for name, expected in inspect.signature(theirs).parameters.items():
+            assert name in ours, f"{theirs.__name__}: no {name}"
+            found = ours[name].kind, ours[name].default
+            assert found == (expected.kind, expected.default), f"{theirs.__name__}: {name} is {found}"
 
 
 def check_live_weights_and_checkpoints() -> None:
@@ -113,6 +126,7 @@ def main() -> None:
     assert not installed.is_relative_to(here / "aim_kernels"), f"{installed} is the checkout, not an installed wheel"
     assert ak.backends()["cpu"].available, ak.backends()["cpu"].reason
     check_rules()
+    check_signatures()
     check_live_weights_and_checkpoints()
     check_modulation()
     told = diagnostics.environment()

@@ -26,6 +26,16 @@ TORCH_CLASSES = {
     "rmsprop": torch.optim.RMSprop,
 }
 
+#: Our classes of one rule each.
+CLASSES: dict[str, Any] = {
+    "adamw": ak.AdamW,
+    "adam": ak.Adam,
+    "sgd": ak.SGD,
+    "adagrad": ak.Adagrad,
+    "rmsprop": ak.RMSprop,
+    "lion": ak.Lion,
+}
+
 #: Rules in all their variants: options of the optimizer. Decay is never zero, so that its place in the step shows.
 RULES: dict[str, dict[str, Any]] = {
     "adamw": {"rule": "adamw", "lr": 3e-2, "betas": (0.85, 0.98), "weight_decay": 0.1},

@@ -18,6 +18,7 @@ from aim_kernels.backends import device, pieces
 
 if TYPE_CHECKING:
     from aim_kernels.backends.device import DeviceShard
+    from aim_kernels.step.inputs import StepInputs
     from aim_kernels.step.plan import StepPlan
 
 ON_DEVICE, ZEROES, DEVICE, DESCRIPTION = True, True, "cuda, xpu", "Triton kernels"
@@ -54,19 +55,19 @@ def runs_on(device: torch.device) -> bool:
     return device.type in ("cuda", "xpu") or (device.type == "cpu" and _interpreted())
 
 
-def step(plan: StepPlan) -> None:
+def step(plan: StepPlan, inputs: StepInputs) -> None:
     """One step over all tensors of the plan."""
-    device.step(plan, _SELF)
+    device.step(plan, inputs, _SELF)
 
 
-def update(plan: StepPlan, indices: list[int]) -> list[Tensor]:
+def update(plan: StepPlan, inputs: StepInputs, indices: list[int]) -> list[Tensor]:
     """A step up to its sums, of some parameters only. Returns what they measured, [G, 7] a device."""
-    return pieces.update(plan, _SELF, indices)
+    return pieces.update(plan, inputs, _SELF, indices)
 
 
-def finish(plan: StepPlan, piece_sums: list[list[Tensor]]) -> None:
+def finish(plan: StepPlan, inputs: StepInputs, piece_sums: list[list[Tensor]]) -> None:
     """The rest of a step, for the sums of all its parts."""
-    pieces.finish(plan, _SELF, piece_sums)
+    pieces.finish(plan, inputs, _SELF, piece_sums)
 
 
 def emit(plan: StepPlan) -> None:
