@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from aim_kernels.aim.plots import plot_modulation
     from aim_kernels.methods import make_method
     from aim_kernels.methods.base import Blocks
-    from aim_kernels.methods.ogm_ge import OGMGE
     from aim_kernels.optim.gradient_release import step_in_backward
     from aim_kernels.optim.rules import SGD, Adagrad, Adam, AdamW, Lion, RMSprop
     from aim_kernels.optim.zero_redundancy import AIMZeroRedundancyOptimizer
@@ -27,7 +26,6 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AIM",
-    "OGMGE",
     "SGD",
     "AIMFusedOptimizer",
     "AIMZeroRedundancyOptimizer",
@@ -50,7 +48,6 @@ _LAZY = {
     "AIM": "aim_kernels.aim.aim",
     "AIMZeroRedundancyOptimizer": "aim_kernels.optim.zero_redundancy",
     "Blocks": "aim_kernels.methods.base",
-    "OGMGE": "aim_kernels.methods.ogm_ge",
     **dict.fromkeys(("AdamW", "Adam", "SGD", "Adagrad", "RMSprop", "Lion"), "aim_kernels.optim.rules"),
     "block_param_groups": "aim_kernels.aim.blocks",
     "make_method": "aim_kernels.methods",

@@ -2,113 +2,83 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from aim_kernels.aim import trials
-from aim_kernels.aim.features import FeatureMixing
-from aim_kernels.aim.mixing import WRITERS
-from aim_kernels.aim.mixing import backward as _backward
-from aim_kernels.aim.options import (
-    CONFIDENCE,
-    Schedule,
-    check_at_least,
-    check_choices,
-    check_finite,
-    schedule_of,
-)
+from aim_kernels.aim.blocks import block_depths, block_modules
+from aim_kernels.aim.mixing import DECOUPLES, Decouple, Mixing, as_mixing
+from aim_kernels.aim.options import chosen
+from aim_kernels.aim.probes import Probe, ProbeFunction, Prototypes, as_probe
 from aim_kernels.aim.prototypes import POOLS, Pool, probing
-from aim_kernels.aim.scoring import Probe, Scoring
-from aim_kernels.aim.strengths import Guard, ModulationTable, assess
+from aim_kernels.aim.rules import RULES, Gap, Ratio, Rule, Trial
+from aim_kernels.aim.schedules import Schedule, as_schedule
+from aim_kernels.aim.scoring import Scoring
+from aim_kernels.aim.strengths import Guard, ModulationTable
+from aim_kernels.aim.trials import Train
 from aim_kernels.optim.modulation import unwrapped
-from aim_kernels.step.arguments import numbers_checked
+from aim_kernels.step.arguments import check_at_least, check_choice, check_finite, numbers_checked
 from aim_kernels.step.sharding import any_dtensor
 
 
-class AIM(Scoring):
+class AIM:
     """Adaptive intra-network modulation (arXiv 2508.19769) on top of an :class:`AIMFusedOptimizer`.
 
     ``model`` is called as ``model(*inputs)``; ``optimizer`` holds param groups with the keys of
-    :func:`block_param_groups`. At every :meth:`update` the blocks are scored and the strengths ``kappa = tanh(alpha *
-    max(excess - confidence * error - 1 - dead_zone, 0))`` computed
-    (:func:`~aim_kernels.aim.strengths.assess`); then the rows of all groups are written:
-
-    ``mixing="alternate"``
-        Before each step a seeded draw chooses the phase. In the auxiliary phase the dominant modality's well-optimized
-        weights are live as ``(1 - kappa) * theta``, and all but the dominant modality learns; in the true phase
-        everything does.
-    ``mixing="split"``
-        Two passes a step, by :meth:`backward`: the dominant encoder learns from the true weights, the weak ones from
-        the auxiliary weights, the rest from the average.
-    ``mixing="weights"``
-        Always degraded, everything learns; ``coefficients`` as in ``optimizer.set_strength``.
-    ``mixing="features"``
-        A block of a dominant modality answers ``(1 - kappa) * E(z; theta) + kappa * E(z; theta_aux)`` in training mode,
-        with gradients to ``theta_aux`` through under-optimized elements only: two forward passes of the block by
-        ``torch.func.functional_call``, in eager PyTorch, which is slow and shows what the others stand for. Call
-        :meth:`remove` to take its hooks off the model again.
-
-    Where nobody is dominant all of them are joint training. ``decouple="all"`` multiplies the update of a weak
-    modality's under-optimized weights by ``1 + beta * weak_kappa``.
+    :func:`block_param_groups`. At every :meth:`update` a rule decides which modality is dominant and how strongly each
+    of its blocks is held back (``kappa``), and a mixing writes the rows of all groups accordingly. Where nobody is
+    dominant every mixing is joint training.
 
     Options
     -------
-    rule, confidence, dead_zone
-        "gap" compares the lead in training with the held-out one, "ratio" only modalities, "margin" what each
-        modality's own training score loses outside it (see ``strengths.margins``); "trial" does without a probe: see
-        :meth:`update`. None: "trial" in updates with ``held_out`` and ``train``, "gap" with ``held_out`` alone, else
-        "ratio". Of the excess, ``dead_zone`` and ``confidence`` standard errors (None: 3, and 0 for the ratio) set no
-        strength; a probe that is a callable, or "gradient-norm", tells none.
-    trial_steps
-        Of each trial.
+    rule
+        A :class:`Rule`, or its name: "trial" (:class:`Trial`), "gap" (:class:`Gap`), "ratio" (:class:`Ratio`),
+        "margin" (:class:`Margin`). None, the default, takes what an update is given: trials with labels, ``held_out``
+        and ``train``, unless a probe is named; else the gap with ``held_out``, or the ratio.
     probe
-        "prototypes" (``prototype_steps``, ``prototype_lr``, ``init``: see ``fit_prototypes``), "linear" (ridge readout,
-        fitted on the first half of the batch), "gradient-norm" (also called "gradients": root mean square gradient of a
-        block in the optimizer's latest step, no samples), or ``probe(model, inputs, labels)`` returning one row of
-        scores (>= 0, higher is better) a modality.
-    loss
-        ``loss(model(*prototypes), targets)`` for fitting prototypes, and the joint loss of the guard; cross entropy by
-        default.
-    targets
-        "classes", or "quantiles" for regression: labels are real numbers, which ``num_classes`` bins of equally many
-        training samples make classes of; a bin's prototype is fitted to its mean by ``loss``, which must be given.
-        Where neither fits, give a callable probe.
-    pool
-        How a block's output becomes ``[B, C]``: "channels_first" (convolutions), "channels_last" (transformers, ``[B,
-        T, C]``), a callable, or a dict from modality to one of these.
-    probability
-        Of the auxiliary phase: a number, or "strength", the greatest kappa of a dominant modality's blocks, so that a
-        lead that is wholly unconfirmed leaves next to no true phase, and a slight one next to no auxiliary phase.
-    learn_weak_in_true_phase, learn_dominant_in_aux
-        Let the weak modality learn in the true phase too; let the dominant one's under-optimized weights ("under")
-        learn in the auxiliary phase.
-    hold
-        What becomes of a block that does not learn in a phase. "fade": its gradient is zero, so momentum moves it on
-        and its moments fade, the first faster than the second; after a few such steps in a row none of its elements,
-        then, as the threshold follows, all of them are under-optimized, and the mask says little. "freeze": weights,
-        moments and step count stay as they are, and so does the mask.
-    head_from, auxiliary_weight
-        Which pass ("split") or phase ("alternate") the parameters of no modality (fusion, head) learn from: "average"
-        (both), "true" or "auxiliary"; of "split", what multiplies all gradients of the auxiliary pass.
+        Of rules on scores: a :class:`Probe`, or its name: "prototypes" (:class:`Prototypes`, the default), "linear"
+        (:class:`LinearReadout`), "gradient-norm" (:class:`GradientNorm`); or a callable, ``probe(model, inputs,
+        labels)``, which returns one row of scores (>= 0, higher is better) per modality.
+    alpha
+        Of rules on scores: how quickly ``kappa = tanh(alpha * max(excess - confidence * error - 1 - dead_zone, 0))``
+        approaches 1 (default 10).
+    mixing
+        A :class:`Mixing`, or its name: "alternate" (:class:`Alternate`, the default), "split" (:class:`Split`),
+        "weights" (:class:`Weights`), "features" (:class:`Features`).
+    decouple
+        "dominant" (:class:`DecoupleDominant`, the default), or "all" (:class:`DecoupleAll`), which also stimulates the
+        under-optimized weights of weak modalities.
     schedule
-        What multiplies every kappa: "constant", "linear-out" or "cosine-out" (to 0 in the last of ``total_updates``),
-        or ``schedule(update_index) -> factor`` in [0, 1]; in the first ``warmup_updates`` it rises from 0.
+        The factor on every kappa: a :class:`Schedule` (:class:`Constant`, the default, :class:`LinearOut`,
+        :class:`CosineOut`), "constant", or ``schedule(update_index) -> factor`` in [0, 1].
+    loss
+        ``loss(model(*inputs), targets)`` of trials, the guard, and the fit of prototypes; cross entropy by default.
+    targets
+        Of probes of features: "classes" (the default), or "quantiles" for regression: labels are real numbers, which
+        ``num_classes`` bins of equally many training samples make classes of; a bin's prototype is fitted to its mean
+        by ``loss``, which must be given. Where neither fits, give a callable probe.
+    pool
+        Of probes of features: how a block's output becomes ``[B, C]``: "channels_first" (convolutions, the default),
+        "channels_last" (transformers, ``[B, T, C]``), a callable, or a dict from modality to one of these.
     guard
         Halves all strengths when the held-out joint loss has risen while somebody was held back, and gives a tenth
         back in every other update (see ``strengths.Guard``). Needs ``held_out``.
     batch_size
-        Scoring runs in pieces of this many samples.
+        Measurements run in pieces of this many samples.
+
+    An option that means nothing under the rule, probe or mixing that is chosen is refused.
 
     Scores are averaged over the ranks of an initialized process group, so that all set the same rows: each rank calls
     :meth:`update`, with samples of its own, of which every rank has equally many where the model is sharded (FSDP2).
     What the abstracts do not say is this library's reading (docs/design.md, "Decisions of ours").
 
-    Raises ValueError for fewer than two modalities, unknown choices and numbers out of range; TypeError for another
-    optimizer.
+    Raises ValueError for fewer than two modalities, unknown choices, numbers out of range, and options that mean
+    nothing beside the others; TypeError for another optimizer.
     """
 
     @numbers_checked
@@ -118,111 +88,70 @@ class AIM(Scoring):
         optimizer: Any,
         num_classes: int,
         *,
-        alpha: float = 10.0,
-        decouple: str = "dominant",
-        mixing: str = "alternate",
-        probe: str | Probe = "prototypes",
-        rule: str | None = None,
-        dead_zone: float = 0.0,
-        confidence: float | None = None,
-        probability: float | str = "strength",
-        beta: float = 1.0,
-        coefficients: str = "chain",
-        prototype_steps: int = 30,
-        prototype_lr: float = 0.1,
-        init: str = "noise",
+        rule: str | Rule | None = None,
+        probe: str | Probe | ProbeFunction | None = None,
+        mixing: str | Mixing = "alternate",
+        decouple: str | Decouple = "dominant",
+        schedule: str | Schedule | Callable[[int], float] = "constant",
+        alpha: float | None = None,
         loss: Callable[[Any, Tensor], Tensor] | None = None,
-        pool: str | Pool | Mapping[str, str | Pool] = "channels_first",
-        batch_size: int = 512,
-        learn_weak_in_true_phase: bool = True,
-        learn_dominant_in_aux: str = "none",
-        hold: str = "fade",
-        head_from: str = "average",
-        auxiliary_weight: float = 1.0,
-        targets: str = "classes",
-        schedule: str | Schedule | None = None,
-        total_updates: int | None = None,
-        warmup_updates: int = 0,
+        targets: str | None = None,
+        pool: str | Pool | Mapping[str, str | Pool] | None = None,
         guard: bool = False,
-        trial_steps: int = 16,
+        batch_size: int = 512,
         seed: int = 0,
     ) -> None:
-        schedule = "constant" if schedule is None else schedule
-        check_choices(
-            decouple=decouple,
-            mixing=mixing,
-            init=init,
-            coefficients=coefficients,
-            learn_dominant_in_aux=learn_dominant_in_aux,
-            hold=hold,
-            head_from=head_from,
-            probe=probe,
-            targets=targets,
-            schedule=schedule,
+        self.rule = None if rule is None else chosen("rule", rule, RULES, Rule)
+        self.probe: Probe = Prototypes() if probe is None else as_probe(probe)
+        self.mixing, self.decouple = as_mixing(mixing), chosen("decouple", decouple, DECOUPLES, Decouple)
+        self.schedule = as_schedule(schedule)
+        self.probe_is_named = probe is not None
+        self._refuse_without_meaning(
+            probe=probe, alpha=alpha, targets=targets, pool=pool, decouple=None if decouple == "dominant" else decouple
         )
-        if rule is not None:
-            check_choices(rule=rule)
-        check_finite(
-            alpha=alpha,
-            beta=beta,
-            dead_zone=dead_zone,
-            confidence=confidence,
-            prototype_lr=prototype_lr,
-            auxiliary_weight=auxiliary_weight,
-        )
-        if isinstance(probability, str):
-            check_choices(probability=probability)
-        elif not 0.0 <= probability <= 1.0:
-            raise ValueError(f"probability must be 'strength' or lie in [0, 1], got {probability}")
-        check_at_least(num_classes=(num_classes, 2), batch_size=(batch_size, 1), prototype_steps=(prototype_steps, 0))
-        check_at_least(warmup_updates=(warmup_updates, 0), trial_steps=(trial_steps, 1))
+        self.alpha = 10.0 if alpha is None else alpha
+        check_finite("alpha", self.alpha)
+        check_at_least("num_classes", num_classes, 2)
+        check_at_least("batch_size", batch_size, 1)
+        targets = "classes" if targets is None else targets
+        check_choice("targets", targets, ("classes", "quantiles"))
         if targets == "quantiles" and loss is None:
             raise ValueError("targets='quantiles' needs a loss for real numbers: loss=torch.nn.functional.mse_loss")
         optimizer = unwrapped(optimizer)
         if not hasattr(optimizer, "set_phase_rows"):
             raise TypeError(f"AIM writes rows of an AIMFusedOptimizer; {type(optimizer).__name__} has none")
-        if mixing in ("split", "features") and any_dtensor(optimizer.param_groups):
+        if self.mixing.needs_whole_parameters and any_dtensor(optimizer.param_groups):
             raise ValueError(
-                f"mixing={mixing!r} works on whole parameters, and the optimizer's are sharded (DTensor, FSDP2); "
-                "use mixing='alternate'"
+                f"mixing={self.mixing.name!r} works on whole parameters, and the optimizer's are sharded (DTensor, "
+                "FSDP2); use mixing='alternate'"
             )
         self.wrapped = model
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module  # probing needs no gradient exchange; prefixed names are handled below
-        self.model, self.optimizer, self.num_classes = model, optimizer, num_classes
-        self.alpha, self.decouple, self.mixing, self.probe = alpha, decouple, mixing, probe
-        if probe == "gradients":
-            self.probe = "gradient-norm"
-        self.rule, self.dead_zone, self.confidence = rule, dead_zone, confidence
-        self.probability, self.beta = probability, beta
-        self.coefficients = coefficients
-        self.prototype_steps, self.prototype_lr, self.init = prototype_steps, prototype_lr, init
-        self.loss = nn.functional.cross_entropy if loss is None else loss
-        self.batch_size = batch_size
-        self.learn_weak_in_true_phase = learn_weak_in_true_phase
-        self.learn_dominant_in_aux = learn_dominant_in_aux
-        self.hold = hold
-        self.head_from, self.auxiliary_weight = head_from, auxiliary_weight
-        self.targets = targets
-        self.schedule = schedule_of(schedule, total_updates, warmup_updates)
+        self.model, self.optimizer = model, optimizer
         self.guard = Guard() if guard else None
-        self.trial_steps = trial_steps
         self.held_back: frozenset[str] = frozenset()  # by what trials have shown
         self.updates = 0
         self.history: list[ModulationTable] = []
         self.generator = torch.Generator().manual_seed(seed)
 
-        self.depths = self._find_blocks()
+        self.depths = block_depths(optimizer)
         self.modalities = tuple(self.depths)
-        self._modules = self._find_modules() if probe in ("prototypes", "linear") else {}
-        pools = dict(pool) if isinstance(pool, Mapping) else dict.fromkeys(self.modalities, pool)
-        if set(pools) != set(self.modalities):
-            raise ValueError(f"pool is given for {sorted(pools)}, the modalities are {sorted(self.modalities)}")
-        self._pools: dict[str, Pool] = {}
-        for name, way in pools.items():
-            check_choices(pool=way)
-            self._pools[name] = way if callable(way) else POOLS[way]
-        self._handles = self._install()
+        reads_features = self.probe.reads_features and (self.rule is None or self.rule.scores_blocks)
+        self.scoring = Scoring(
+            model=model,
+            optimizer=optimizer,
+            num_classes=num_classes,
+            depths=self.depths,
+            modules=block_modules(model, optimizer) if reads_features else {},
+            pools=_pools("channels_first" if pool is None else pool, self.modalities),
+            loss=nn.functional.cross_entropy if loss is None else loss,
+            targets=targets,
+            batch_size=batch_size,
+            generator=self.generator,
+        )
+        self.mixing_state = self.mixing.initial_state(self.modalities, seed)
+        self._handles = self.mixing.install(self)
         running = [name for name, module in model.named_modules() if getattr(module, "running_mean", None) is not None]
         if running:
             warnings.warn(
@@ -232,19 +161,39 @@ class AIM(Scoring):
                 stacklevel=2,
             )
 
-    # -- probing ----------------------------------------------------------------------------------------------------
+    def _refuse_without_meaning(self, **given: Any) -> None:
+        """Raises ValueError for an option that is given (not None) and means nothing beside the others."""
+        rule, probe, mixing = self.rule, self.probe, self.mixing
+        for name in ("probe", "alpha", "targets", "pool"):
+            if given[name] is not None and rule is not None and not rule.scores_blocks:
+                raise ValueError(
+                    f"{name} means nothing under rule={rule.name!r}, which scores no blocks; leave it out, or use "
+                    "rule='gap'"
+                )
+        for name in ("targets", "pool"):
+            if given[name] is not None and not probe.reads_features:
+                raise ValueError(
+                    f"{name} means nothing under probe={probe.name!r}, which reads no features; leave it out, or use "
+                    "probe='prototypes'"
+                )
+        if given["decouple"] is not None and not mixing.writes_rows:
+            raise ValueError(f"decouple means nothing under mixing={mixing.name!r}, which writes no rows; leave it out")
+        if not probe.has_held_out and rule is not None and rule.needs_held_out:
+            raise ValueError(f"probe={probe.name!r} has no held-out scores; use rule='ratio'")
+
+    # -- updates -----------------------------------------------------------------------------------------------------
 
     def update(
         self,
         inputs: Sequence[Tensor | None],
         labels: Tensor | None = None,
         held_out: tuple[Sequence[Tensor | None], Tensor | None] | None = None,
-        train: trials.Train | None = None,
+        train: Train | None = None,
         restore: Sequence[Any] = (),
     ) -> ModulationTable:
-        """Score every block on a batch, set the strengths, and return the table (also appended to ``history``).
+        """Decide who is held back, set the strengths, and return the table (also appended to ``history``).
 
-        ``inputs``: one tensor ``[B, ...]`` a modality, in the order of the blocks, or None for a modality that is not
+        ``inputs``: one tensor ``[B, ...]`` per modality, in the order of the blocks, or None for a modality that is not
         there: it keeps the scores of the update before, and the model is called with None in its place. ``labels``:
         int64 ``[B]`` (under ``targets="quantiles"`` real numbers); ``held_out``: another such pair that the network is
         not trained on. The held-out samples must look like the
@@ -252,96 +201,96 @@ class AIM(Scoring):
         flags, gradients and the global random state stay as they were; where it raises, no row and no state has
         changed.
 
-        Under ``rule="trial"`` the samples are cut into ``trial_steps`` batches (so pass that many times your batch
+        Under the :class:`Trial` rule the samples are cut into ``steps`` batches (so pass that many times your batch
         size; fewer samples than that are as many batches of one), on which steps are tried and undone: as it is, then
         with each modality wholly held back that is not, or let go that is. The move whose held-out loss is the lowest
         is made, if it gains more than ``confidence`` standard errors of the paired difference; ``kappa`` is then 1
         (1 - 1e-6) at every depth, or 0. ``train(inputs, labels)`` is one step of your loop, from ``zero_grad`` to
         ``optimizer.step()``, without the scheduler; ``restore``: whatever else it changes, with ``state_dict`` and
         ``load_state_dict`` (a GradScaler). Labels may be whatever ``loss`` and ``train`` take. It costs at most
-        (modalities + 1) times ``trial_steps`` steps and four passes over the held-out samples, and a copy of weights,
+        (modalities + 1) times ``steps`` steps and four passes over the held-out samples, and a copy of weights,
         states and gradients. Other rules do not look at ``train``.
 
         Raises ValueError, saying what to do: missing labels, another number of inputs, unequal lengths, labels out of
         range, a rule or a guard that needs ``held_out`` without it, no input and no earlier score, a probe's table of
         another shape or with negative scores, trials without ``train``.
         """
-        rule = self.rule or ("ratio" if held_out is None else "gap" if train is None else "trial")
-        tries = rule == "trial"
-        samples = self._checked("", inputs, labels, plain=tries)
-        if rule != "ratio" and held_out is None:
-            raise ValueError(f"rule={rule!r} compares training with held-out scores; pass held_out=(inputs, labels)")
+        rule = self.rule or self._automatic(labels, held_out, train)
+        samples = rule.check(self, "", inputs, labels)
+        if rule.needs_held_out and held_out is None:
+            raise ValueError(
+                f"rule={rule.name!r} compares training with held-out scores; pass held_out=(inputs, labels)"
+            )
         if self.guard is not None and held_out is None:
             raise ValueError("guard=True watches the held-out loss; pass held_out=(inputs, labels)")
-        if self.probe == "gradient-norm" and rule not in ("ratio", "trial"):
-            raise ValueError("probe='gradient-norm' has no held-out scores; use rule='ratio'")
-        outside = None if held_out is None else self._checked("held-out ", *held_out, plain=tries)
+        if rule.scores_blocks and rule.needs_held_out and not self.probe.has_held_out:
+            raise ValueError(f"probe={self.probe.name!r} has no held-out scores; use rule='ratio'")
+        outside = None if held_out is None else rule.check(self, "held-out ", *held_out)
         factor, joint_loss = self.schedule(self.updates), None
         generator_state = self.generator.get_state()
         try:
-            if tries:
-                tried = trials.measure(self, *trials.checked(samples, outside, train), restore)
-            with self.optimizer.true_parameters(), probing(self.model):
-                if not tries:
-                    scores, held_out_scores = self._scores(samples, outside)
-                if self.guard is not None and outside is not None:
-                    joint_loss = self._joint_loss(outside)
+            measured = rule.measure(self, samples, outside, train, restore)
+            if self.guard is not None and outside is not None:
+                with self.measuring():
+                    joint_loss = self.scoring.joint_loss(outside)
         except BaseException:
             self.generator.set_state(generator_state)
             raise
         if self.guard is not None and joint_loss is not None:
             held_back = bool(self.history) and bool(self.history[-1].dominant)
             factor *= self.guard.update(joint_loss, held_back)
-        confidence = CONFIDENCE[rule] if self.confidence is None else self.confidence
-        if tries:
-            before = self.held_back
-            self.held_back = trials.judge(before, *tried, self.dead_zone, confidence)
-            table = trials.table_of(self, before, *tried, factor)
-        else:
-            table = assess(
-                self.updates,
-                scores,
-                held_out_scores,
-                self._under_fraction(),
-                rule=rule,
-                alpha=self.alpha,
-                dead_zone=self.dead_zone,
-                confidence=confidence,
-                factor=factor,
-            )
-            self.held_back = frozenset(table.dominant)
-        self._write_rows(table)
+        table, self.held_back = rule.decide(self, measured, factor)
+        self.mixing.write(self, table)
         self.updates += 1
         self.history.append(table)
         return table
 
-    def _install(self) -> list[Any]:
-        """Handles of the hooks that the method needs on the model."""
-        return FeatureMixing(self).handles if self.mixing == "features" else []
+    def _automatic(self, labels: Any, held_out: Any, train: Any) -> Rule:
+        """The rule that an update's arguments allow. A named probe asks for scores."""
+        if held_out is None:
+            return Ratio()
+        return Gap() if train is None or labels is None or self.probe_is_named else Trial()
+
+    @contextlib.contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Inside, the module holds the true weights in evaluation mode; the global random state is restored after."""
+        with self.optimizer.true_parameters(), probing(self.model):
+            yield
 
     def remove(self) -> None:
-        """Takes the hooks off the model, where there are any; the method is then without effect on it."""
+        """Takes the hooks off the model, if there are any; the mixing is then without effect on it."""
         for handle in self._handles:
             handle.remove()
 
-    def _remembered(self) -> Callable[[], None]:
-        """Brings back what steps change of the method itself."""
-        state = self.generator.get_state()
+    def remember(self) -> Callable[[], None]:
+        """Saves what steps change of this object; the function that is returned brings it back."""
+        state, mixing_state = self.generator.get_state(), self._mixing_state()
 
         def back() -> None:
             self.generator.set_state(state)
+            self._load_mixing_state(mixing_state)
 
         return back
 
-    def _write_rows(self, table: ModulationTable) -> None:
-        WRITERS[self.mixing](self, table)
+    def _mixing_state(self) -> dict[str, Any]:
+        return {
+            name: value.get_state() if isinstance(value, torch.Generator) else copy.deepcopy(value)
+            for name, value in self.mixing_state.items()
+        }
+
+    def _load_mixing_state(self, state: Mapping[str, Any]) -> None:
+        for name, value in self.mixing_state.items():
+            if isinstance(value, torch.Generator):
+                value.set_state(state[name].cpu())
+            else:
+                self.mixing_state[name] = copy.deepcopy(state[name])
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
     def backward(self, closure: Callable[[], Tensor], backward: Callable[[Tensor], Any] | None = None) -> Tensor:
         """Takes the place of ``loss.backward()``, once for each batch before ``optimizer.step()``.
 
-        Under ``mixing="split"`` and where somebody is dominant, two passes: with the auxiliary weights, then with the
+        Under :class:`Split`, while somebody is dominant, two passes: with the auxiliary weights, then with the
         true ones. Gradients are added to ``grad`` as ever, so batches can be accumulated; dropout draws anew in each
         pass. Elsewhere it is one plain pass.
 
@@ -357,7 +306,7 @@ class AIM(Scoring):
             RuntimeError: the module holds weights that were put there for something else (``optimizer.eval()``), or
                 the optimizer steps inside backward (``step_in_backward``).
         """
-        return _backward(self, closure, torch.Tensor.backward if backward is None else backward)
+        return self.mixing.backward(self, closure, torch.Tensor.backward if backward is None else backward)
 
     # -- state ------------------------------------------------------------------------------------------------------
 
@@ -369,6 +318,7 @@ class AIM(Scoring):
             "history": [table.to_dict() for table in self.history],
             "guard": None if self.guard is None else vars(self.guard).copy(),
             "held_back": sorted(self.held_back),
+            **self._mixing_state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -379,3 +329,16 @@ class AIM(Scoring):
         if self.guard is not None and state.get("guard") is not None:
             vars(self.guard).update(state["guard"])
         self.held_back = frozenset(state["held_back"])
+        self._load_mixing_state(state)
+
+
+def _pools(pool: str | Pool | Mapping[str, str | Pool], modalities: Sequence[str]) -> dict[str, Pool]:
+    """Modality to what makes ``[B, C]`` of its blocks' outputs. Raises ValueError for other modalities than there are,
+    and for unknown names."""
+    pools = dict(pool) if isinstance(pool, Mapping) else dict.fromkeys(modalities, pool)
+    if set(pools) != set(modalities):
+        raise ValueError(f"pool is given for {sorted(pools)}, the modalities are {sorted(modalities)}")
+    for way in pools.values():
+        if not callable(way):
+            check_choice("pool", way, tuple(POOLS), " or a callable")
+    return {name: way if callable(way) else POOLS[way] for name, way in pools.items()}

@@ -74,3 +74,52 @@ def block_param_groups(
         group = {"params": plain, "modality": None, "depth": None, "module": None, "modulated": False}
         groups.append(group if weight_decay is None else {**group, "weight_decay": weight_decay})
     return groups
+
+
+def block_depths(optimizer: Any) -> dict[str, int]:
+    """Modality to number of blocks, in the order of the optimizer's groups.
+
+    Raises ValueError for fewer than two modalities and for depths that are not 0, 1, 2, ...
+    """
+    found: dict[str, set[int]] = {}
+    for group in optimizer.param_groups:
+        if group.get("modality") is not None:
+            found.setdefault(group["modality"], set()).add(group["depth"])
+    if len(found) < 2:
+        raise ValueError(
+            f"AIM needs at least two modalities, the optimizer's groups name {sorted(found) or 'none'}; "
+            "make them with block_param_groups"
+        )
+    for modality, depths in found.items():
+        if depths != set(range(len(depths))):
+            raise ValueError(f"modality {modality!r} has blocks of depths {sorted(depths)}; they must be 0, 1, 2, ...")
+    return {modality: len(depths) for modality, depths in found.items()}
+
+
+def block_modules(model: nn.Module, optimizer: Any) -> dict[str, list[nn.Module]]:
+    """Modality to its blocks, shallow to deep: the modules that the optimizer's groups name.
+
+    Raises ValueError for a block without a name, and for a name that is not in the model.
+    """
+    depths = block_depths(optimizer)
+    modules: dict[str, list[nn.Module | None]] = {m: [None] * n for m, n in depths.items()}
+    for group in optimizer.param_groups:
+        if group.get("modality") is None:
+            continue
+        name = group.get("module")
+        if name is None:
+            raise ValueError(
+                f"block ({group['modality']!r}, {group['depth']}) has no 'module' name to probe; "
+                "make the groups with block_param_groups, or give a callable probe"
+            )
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            try:
+                module = model.get_submodule(name.removeprefix("module."))
+            except AttributeError:
+                raise ValueError(
+                    f"the model has no module {name!r}; give AIM the model that block_param_groups got"
+                ) from None
+        modules[group["modality"]][group["depth"]] = module
+    return {m: [module for module in row if module is not None] for m, row in modules.items()}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from aim_kernels.aim.blocks import block_modules
 from aim_kernels.backends.reference import classes_of
 from aim_kernels.step.states import is_frozen
 
@@ -56,7 +57,7 @@ class FeatureMixing:
     def __init__(self, aim: AIM) -> None:
         self.aim = aim
         self._inside = False
-        modules = aim._modules or aim._find_modules()
+        modules = aim.scoring.modules or block_modules(aim.model, aim.optimizer)
         self.handles = [
             block.register_forward_hook(self._hook_of(modality, depth), with_kwargs=True)
             for modality, blocks in modules.items()

@@ -30,6 +30,8 @@ def channels_last(features: Tensor) -> Tensor:
     return features.flatten(1, -2).mean(1) if features.dim() > 2 else features
 
 
+#: How prototypes may start.
+INITS = ("noise", "mean")
 POOLS: dict[str, Pool] = {"channels_first": channels_first, "channels_last": channels_last}
 
 

@@ -17,6 +17,20 @@ class Measured(NamedTuple):
     scores: Scores
     errors: Scores
 
+    @classmethod
+    def exactly(cls, scores: Scores) -> Measured:
+        """Scores of which no errors are known."""
+        return cls(scores, {m: [0.0] * len(row) for m, row in scores.items()})
+
+
+class Excess(NamedTuple):
+    """What becomes strengths: above 1 where a modality leads. ``inverse``: the same for those that are behind."""
+
+    values: Scores
+    errors: Scores
+    inverse: Scores
+    inverse_errors: Scores
+
 
 #: Largest strength: below 1 also when stored as float32.
 KAPPA_MAX = 1.0 - 1e-6
@@ -221,66 +235,44 @@ def roles(kappa: Scores) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return dominant, tuple(m for m in means if dominant and m not in dominant)
 
 
-def assess(
-    update: int,
-    measured: Measured,
-    held_out: Measured | None,
-    under_fraction: Scores,
-    *,
-    rule: str,
-    alpha: float,
-    dead_zone: float,
-    confidence: float = 0.0,
-    factor: float = 1.0,
-) -> ModulationTable:
-    """Strengths and roles from scores.
-
-    ``rule="ratio"``: excess = rho. ``rule="gap"``: excess = rho_train / rho_heldout, large where a lead in training is
-    not confirmed by the held-out samples. ``rule="margin"``: :func:`margins`. ``kappa = factor * strength(excess -
-    confidence * e)``, ``e`` the standard error of the excess: a lead counts as far as it is not chance. Roles:
-    :func:`roles`.
-    """
-    scores, rho = measured.scores, ratios(measured.scores)
-    rho_out = ratios(held_out.scores) if held_out is not None else None
+def ratio_excess(measured: Measured) -> Excess:
+    """The ratio ``rho``; inverse ``1 / rho``."""
     relative = relative_errors(measured)
-    excess, errors = rho, {m: [x * e for x, e in zip(row, relative[m], strict=True)] for m, row in rho.items()}
-    if rule == "gap":
-        assert rho_out is not None and held_out is not None
-        excess = {m: [a / max(b, 1e-12) for a, b in zip(rho[m], rho_out[m], strict=True)] for m in rho}
-        outside = relative_errors(held_out)
-        errors = {
-            m: [x * math.hypot(a, b) for x, a, b in zip(excess[m], relative[m], outside[m], strict=True)] for m in rho
-        }
-    elif rule == "margin":
-        assert held_out is not None
-        excess, errors = margins(scores, held_out.scores), margin_errors(measured, held_out)
-    if rule == "margin":
-        inverse, inverse_errors = {m: [2.0 - x for x in row] for m, row in excess.items()}, errors
-    else:
-        inverse = {m: [1.0 / max(x, 1e-12) for x in row] for m, row in excess.items()}
-        inverse_errors = {m: [e * y * y for e, y in zip(errors[m], inverse[m], strict=True)] for m in errors}
+    rho = ratios(measured.scores)
+    return _with_inverse(rho, {m: [x * e for x, e in zip(row, relative[m], strict=True)] for m, row in rho.items()})
 
-    def strengths(excess: Scores, errors: Scores) -> Scores:
-        return {
-            m: [factor * strength(x - confidence * e, alpha, dead_zone) for x, e in zip(row, errors[m], strict=True)]
-            for m, row in excess.items()
-        }
 
-    kappa, weak_kappa = strengths(excess, errors), strengths(inverse, inverse_errors)
-    return ModulationTable(
-        update,
-        rule,
-        tuple(scores),
-        scores,
-        rho,
-        held_out.scores if held_out is not None else None,
-        rho_out,
-        excess,
-        kappa,
-        weak_kappa,
-        under_fraction,
-        *roles(kappa),
-        measured.errors,
-        held_out.errors if held_out is not None else {},
-        errors,
+def gap_excess(measured: Measured, held_out: Measured) -> Excess:
+    """``rho_train / rho_heldout``, large where a lead in training is not confirmed by the held-out samples; inverse: 1
+    over it."""
+    rho, outside = ratios(measured.scores), ratios(held_out.scores)
+    excess = {m: [a / max(b, 1e-12) for a, b in zip(rho[m], outside[m], strict=True)] for m in rho}
+    relative, relative_outside = relative_errors(measured), relative_errors(held_out)
+    errors = {
+        m: [x * math.hypot(a, b) for x, a, b in zip(excess[m], relative[m], relative_outside[m], strict=True)]
+        for m in rho
+    }
+    return _with_inverse(excess, errors)
+
+
+def margin_excess(measured: Measured, held_out: Measured) -> Excess:
+    """:func:`margins`; inverse ``2 - excess``."""
+    excess, errors = margins(measured.scores, held_out.scores), margin_errors(measured, held_out)
+    return Excess(excess, errors, {m: [2.0 - x for x in row] for m, row in excess.items()}, errors)
+
+
+def _with_inverse(excess: Scores, errors: Scores) -> Excess:
+    inverse = {m: [1.0 / max(x, 1e-12) for x in row] for m, row in excess.items()}
+    return Excess(
+        excess, errors, inverse, {m: [e * y * y for e, y in zip(errors[m], inverse[m], strict=True)] for m in errors}
     )
+
+
+def strengths(
+    excess: Scores, errors: Scores, *, alpha: float, dead_zone: float, confidence: float, factor: float = 1.0
+) -> Scores:
+    """``factor * strength(excess - confidence * error)``: a lead counts as far as it is not chance."""
+    return {
+        m: [factor * strength(x - confidence * e, alpha, dead_zone) for x, e in zip(row, errors[m], strict=True)]
+        for m, row in excess.items()
+    }

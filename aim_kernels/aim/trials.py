@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from aim_kernels.aim.prototypes import probing
+from aim_kernels.aim.samples import Samples, part_of
 from aim_kernels.aim.snapshot import Snapshot
 from aim_kernels.aim.strengths import KAPPA_MAX, Measured, ModulationTable, Scores, roles
 
 if TYPE_CHECKING:
     from aim_kernels.aim.aim import AIM
-    from aim_kernels.aim.scoring import Samples
 
-#: One training step of the user's: ``train(inputs, labels)``.
-Train = Callable[[list[Tensor | None], Tensor], Any]
+#: One training step of the user's: ``train(inputs, labels)``, a list of one input per modality, and labels.
+Train = Callable[[Any, Any], Any]
 #: The arm in which everything goes on as it is; every other arm is the modality that changes.
 AS_IT_IS = ""
 #: Pieces of the held-out samples whose mean losses are compared: enough for a standard error good to a sixth.
@@ -41,9 +40,9 @@ def checked(samples: Samples, held_out: Samples | None, train: Train | None) -> 
 
 
 def measure(
-    aim: AIM, samples: Samples, held_out: Samples, train: Train, restore: Sequence[Any]
+    aim: AIM, samples: Samples, held_out: Samples, train: Train, restore: Sequence[Any], steps: int
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """The held-out loss in the latter half of ``trial_steps`` steps of ``train``, and the standard error of its
+    """The held-out loss in the latter half of ``steps`` steps of ``train``, and the standard error of its
     difference to going on as it is, of every arm: as it is, and with each modality held back that is not, or let go
     that is. All modalities are never held back at once.
 
@@ -54,7 +53,7 @@ def measure(
     """
     inputs, labels = samples
     assert labels is not None
-    snapshot, remembered = Snapshot(aim.model, aim.optimizer), aim._remembered()
+    snapshot, remembered = Snapshot(aim.model, aim.optimizer), aim.remember()
     others = [(each, copy.deepcopy(each.state_dict())) for each in restore]
     history = len(aim.history)
 
@@ -65,7 +64,7 @@ def measure(
         remembered()
         del aim.history[history:]
 
-    pieces = _pieces(len(labels), aim.trial_steps)
+    pieces = _pieces(len(labels), steps)
     ahead = {look * max(len(pieces) // (2 * LOOKS), 1) for look in range(LOOKS)}  # steps to the end
     losses: dict[str, Tensor] = {}  # [looks, pieces of the held-out samples]
     try:
@@ -79,17 +78,17 @@ def measure(
                 aim.model.train()
             table = _table(aim, {m: KAPPA_MAX * (m in held_back) for m in aim.modalities})
             aim.history.append(table)  # two passes and hooks look there for who is held back
-            aim._write_rows(table)
+            aim.mixing.write(aim, table)
             seen = []
             for number, piece in enumerate(pieces, 1):
-                train([None if x is None else x[piece] for x in inputs], labels[piece])
+                train(part_of(inputs, piece), labels[piece])
                 if len(pieces) - number in ahead:
                     seen.append(_held_out_losses(aim, held_out))
             losses[arm] = torch.stack(seen)
     finally:
         back(gradients=True)
     # Processes have samples of their own, which make the mean surer, and one path through the weights, which does not.
-    looks, sampled = aim._averaged(
+    looks, sampled = aim.scoring.averaged(
         Measured(
             {arm: loss.mean(1).tolist() for arm, loss in losses.items()},
             {arm: [_over_samples(losses[AS_IT_IS] - loss)] * len(loss) for arm, loss in losses.items()},
@@ -140,15 +139,23 @@ def judge(
 
 
 def table_of(
-    aim: AIM, before: frozenset[str], losses: Mapping[str, float], errors: Mapping[str, float], factor: float
+    aim: AIM,
+    before: frozenset[str],
+    held_back: frozenset[str],
+    losses: Mapping[str, float],
+    errors: Mapping[str, float],
+    factor: float,
 ) -> ModulationTable:
-    """The table of an update. ``excess`` is 1 + (loss with a modality free - loss with it held back) / loss as it is,
-    the others being as they were; not a number of one that was not tried."""
+    """The table of an update that found these losses while ``before`` were held back.
+
+    ``excess`` is 1 + (loss with a modality free - loss with it held back) / loss as it is, the others being as they
+    were; not a number of one that was not tried.
+    """
     unit = max(abs(losses[AS_IT_IS]), 1e-12)
     gain = {m: (losses[AS_IT_IS] - losses.get(m, math.nan)) / unit for m in aim.modalities}
     excess = {m: 1.0 + (-gain[m] if m in before else gain[m]) for m in aim.modalities}
     error = {m: errors.get(m, 0.0) / unit for m in aim.modalities}
-    kappa = {m: factor * KAPPA_MAX * (m in aim.held_back) for m in aim.modalities}
+    kappa = {m: factor * KAPPA_MAX * (m in held_back) for m in aim.modalities}
     return _table(aim, kappa, excess, error, dict(losses))
 
 
@@ -166,19 +173,21 @@ def _table(
     errors = rows(error or dict.fromkeys(aim.modalities, 0.0))
     # A weak modality is one that is not held back: all the stimulus there is goes to it.
     weak_kappa = rows({m: max(kappa.values()) * (not kappa[m]) for m in aim.modalities})
+    dominant, weak = roles(rows(kappa))
     return ModulationTable(
-        aim.updates,
-        "trial",
-        aim.modalities,
-        ratios,
-        ratios,
-        None,
-        None,
-        ratios,
-        rows(kappa),
-        weak_kappa,
-        aim._under_fraction(),
-        *roles(rows(kappa)),
+        update=aim.updates,
+        rule="trial",
+        modalities=aim.modalities,
+        scores=ratios,
+        ratios=ratios,
+        held_out_scores=None,
+        held_out_ratios=None,
+        excess=ratios,
+        kappa=rows(kappa),
+        weak_kappa=weak_kappa,
+        under_fraction=aim.scoring.under_fraction(),
+        dominant=dominant,
+        weak=weak,
         errors=errors,
         excess_errors=errors,
         trial_losses=losses or {},
@@ -190,13 +199,13 @@ def _held_out_losses(aim: AIM, held_out: Samples) -> Tensor:
     """Mean losses (float64) of pieces of the held-out samples, with the true weights."""
     inputs, labels = held_out
     assert labels is not None
-    with aim.optimizer.true_parameters(), probing(aim.model):
+    with aim.measuring():
         found = []
         for piece in _pieces(len(labels), PIECES):
             total = torch.zeros((), dtype=torch.float64, device="cpu")
-            for start in range(piece.start, piece.stop, aim.batch_size):
-                part = slice(start, min(start + aim.batch_size, piece.stop))
-                loss = aim.loss(aim.model(*(None if x is None else x[part] for x in inputs)), labels[part])
+            for start in range(piece.start, piece.stop, aim.scoring.batch_size):
+                part = slice(start, min(start + aim.scoring.batch_size, piece.stop))
+                loss = aim.scoring.loss(aim.model(*part_of(inputs, part)), labels[part])
                 total = total.to(loss.device) + loss.double() * (part.stop - part.start)
             found.append(total / (piece.stop - piece.start))
         return torch.stack(found).cpu()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from aim_kernels.experiments import measures
+from aim_kernels.experiments.arguments import arguments_of
 from aim_kernels.experiments.data import DATA_SETS, MultimodalData, Split
 from aim_kernels.experiments.networks import MultimodalNetwork, network_for
 from aim_kernels.methods import Method, make_method
@@ -127,7 +128,7 @@ def build(entry: Contestant, choice: int, network: MultimodalNetwork, seed: int)
     blocks = network.as_blocks()
     settings = {**HYPERPARAMETERS, **entry.optimizer}
     optimizer = AIMFusedOptimizer(blocks.param_groups(settings.pop("weight_decay")), seed=seed, **settings)
-    return make_method(entry.method, blocks, optimizer, seed=seed, **entry.grid[choice])
+    return make_method(entry.method, blocks, optimizer, seed=seed, **arguments_of(entry.grid[choice]))
 
 
 class Alone:

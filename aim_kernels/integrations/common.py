@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from aim_kernels.aim.aim import AIM
 from aim_kernels.optim.modulation import unwrapped
 from aim_kernels.optim.optimizer import AIMFusedOptimizer
-from aim_kernels.step.arguments import numbers_checked
+from aim_kernels.step.arguments import check_at_least, numbers_checked
 
 #: What :meth:`AIM.update` takes: inputs, labels and, or None, held-out inputs and labels.
 Batch = tuple[Sequence[Tensor], Tensor | None]
@@ -57,8 +57,7 @@ class Updates:
 
     @numbers_checked
     def __init__(self, samples: Samples | None, every_n_epochs: int) -> None:
-        if every_n_epochs < 1:
-            raise ValueError(f"every_n_epochs must be at least 1, got {every_n_epochs}")
+        check_at_least("every_n_epochs", every_n_epochs, 1)
         self.samples, self.every_n_epochs = samples, every_n_epochs
         self.latest = -1  # epoch of the latest update
 

@@ -24,7 +24,8 @@ class AIMCallback(Callback):
     Args:
         make_aim: ``make_aim(module, optimizer)`` returns the :class:`AIM`; None where strengths are set by hand.
         samples: ``samples()`` returns ``(inputs, labels, held_out)`` as ``aim.update`` takes them, ``held_out`` being
-            ``(inputs, labels)`` or None; tensors are moved to the module's device.
+            ``(inputs, labels)`` or None; tensors are moved to the module's device. No steps are tried: AIM decides by
+            the gap, or by the rule that it was given.
         every_n_epochs: ``aim.update`` runs at the start of the epochs 0, n, 2n, ...
         log: sends statistics and AIM's tables (``statistics_scalars``, ``update_scalars``) to the trainer's loggers,
             every ``log_every_n_steps`` of the trainer, which waits for the device that often.

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aim_kernels.methods.base import Blocks, Method, Outputs, check_choice, check_window, check_within
+from aim_kernels.methods.base import Blocks, Method, Outputs, check_window
 from aim_kernels.methods.scores import wide
+from aim_kernels.step.arguments import check_choice, check_within
 from aim_kernels.step.sharding import averaged
 
 #: Smallest weight of a filter in a draw: filters without a gradient come last, and never make a logarithm infinite.

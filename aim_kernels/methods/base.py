@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from aim_kernels.aim.blocks import block_param_groups
 from aim_kernels.optim.modulation import unwrapped
-from aim_kernels.step.arguments import numbers_checked
+from aim_kernels.step.arguments import check_at_least, check_choice, numbers_checked
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Blocks:
             return. ``model(*inputs)`` must equal ``fuse`` of the encoders' outputs.
         unimodal: ``unimodal(features) -> [logits of each modality alone]``. None: ``fuse`` with the features of all
             other modalities at zero. A linear head on concatenated features has a sharper answer:
-            ``lambda z: late_fusion_logits(head, z)``, whose parts add up to the joint logits.
+            ``lambda z: late_fusion_logits(head, z)`` (methods.scores), whose parts add up to the joint logits.
         encode: ``encode(*inputs) -> features`` for networks that do more than call block after block, such as putting
             something in the place of a missing input (None). ``fuse`` must then be a module of ``model``: what it is
             called with are the features.
@@ -253,23 +253,7 @@ def gradients_of(parameters: Sequence[Tensor]) -> list[Tensor]:
 def check_apply_to(apply_to: str) -> None:
     """``apply_to``: "grad" scales gradients as published (a constant factor nearly cancels under Adam-like rules),
     "step" the updates."""
-    if apply_to not in ("grad", "step"):
-        raise ValueError(f"unknown apply_to {apply_to!r}; it is 'grad' or 'step'")
-
-
-def check_at_least(name: str, value: float, least: float) -> None:
-    if not value >= least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-
-
-def check_within(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise ValueError(f"{name} must lie in [{low}, {high}], got {value}")
-
-
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"unknown {name} {value!r}; it is one of {', '.join(map(repr, choices))}")
+    check_choice("apply_to", apply_to, ("grad", "step"))
 
 
 def check_window(starts: int, ends: int | None) -> None:

@@ -2,64 +2,149 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aim_kernels.aim.aim import AIM
+from aim_kernels.aim.blocks import block_modules
+from aim_kernels.aim.mixing import Alternate, Mixing, as_mixing
 from aim_kernels.aim.strengths import ModulationTable
 from aim_kernels.methods.aim import AIMMethod
-from aim_kernels.methods.base import Blocks, Method, Outputs, check_apply_to, check_at_least
-from aim_kernels.methods.drop import FeatureDrop
+from aim_kernels.methods.base import Blocks, Method, Outputs, check_apply_to
 from aim_kernels.methods.scores import unimodal_losses
+from aim_kernels.step.arguments import check_at_least
 from aim_kernels.step.layout import PHASE_COLUMNS, PHASES, ROW
 
 
-class Drop(AIMMethod):
-    """AIM's strengths, but the dominant modality's features are dropped: see :class:`FeatureDrop`."""
+@dataclass(frozen=True, kw_only=True)
+class DropFeatures(Mixing):
+    """Zeroes the last block's output of a dominant modality, sample by sample; probability: the mean of its kappa.
 
-    make = FeatureDrop
+    No auxiliary blocks: every row of the optimizer stays at one. Cheap and strong against a shortcut, so it belongs in
+    every table beside AIM. Only in training mode, without rescaling. Draws come from a generator of its own, on the
+    CPU, so that a seed gives the same masks on every device. Call :meth:`AIM.remove` to take the hooks off the model
+    again.
+
+    Raises ValueError where the groups name no modules. Source: this library's control, not the paper's.
+    """
+
+    name: ClassVar[str] = "drop-features"
+
+    @property
+    def writes_rows(self) -> bool:
+        return False
+
+    def install(self, aim: AIM) -> Sequence[Any]:
+        modules = aim.scoring.modules or block_modules(aim.model, aim.optimizer)
+        return [modules[m][-1].register_forward_hook(self._hook_of(m, aim.mixing_state)) for m in aim.modalities]
+
+    def initial_state(self, modalities: Sequence[str], seed: int) -> dict[str, Any]:
+        """``drop``: modality to probability; ``drop_generator``: of the draws."""
+        return {"drop": dict.fromkeys(modalities, 0.0), "drop_generator": torch.Generator().manual_seed(seed + 1)}
+
+    def _hook_of(self, modality: str, state: dict[str, Any]) -> Callable[..., Tensor | None]:
+        def hook(module: nn.Module, _args: Any, output: Any) -> Tensor | None:
+            probability = state["drop"][modality]
+            if not module.training or probability == 0.0:
+                return None
+            if not isinstance(output, Tensor):
+                raise TypeError(
+                    f"the last block of {modality!r} returns a {type(output).__name__}; {type(self).__name__} needs a "
+                    "tensor"
+                )
+            return self.treat(output, probability, state["drop_generator"])
+
+        return hook
+
+    def treat(self, output: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+        """What becomes of the output of a dominant modality's last block, ``[B, ...]``."""
+        drawn = torch.rand(len(output), generator=generator, dtype=torch.float32, device=generator.device)
+        keep = drawn >= probability
+        return output * keep.to(output).view(-1, *[1] * (output.dim() - 1))
+
+    def write(self, aim: AIM, table: ModulationTable) -> None:
+        aim.mixing_state["drop"] = {
+            m: sum(row) / len(row) if m in table.dominant else 0.0 for m, row in table.kappa.items()
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleFeatures(DropFeatures):
+    """Multiplies the last block's output of a dominant modality by ``1 - kappa`` (the mean over depths), in training
+    mode. Otherwise :class:`DropFeatures`; source: this library's control."""
+
+    name: ClassVar[str] = "scale-features"
+
+    def treat(self, output: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+        return output * (1.0 - probability)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithoutMask(Mixing):
+    """Another mixing whose rows do not tell classes apart: under-optimized weights of a dominant block get what
+    well-optimized ones get."""
+
+    name: ClassVar[str] = "without-mask"
+    inner: Mixing = field(default_factory=Alternate)
+
+    @property
+    def two_passes(self) -> bool:
+        return self.inner.two_passes
+
+    @property
+    def needs_whole_parameters(self) -> bool:
+        return self.inner.needs_whole_parameters
+
+    def install(self, aim: AIM) -> Sequence[Any]:
+        return self.inner.install(aim)
+
+    def backward(self, aim: AIM, closure: Callable[[], Tensor], run: Callable[[Tensor], Any]) -> Tensor:
+        return self.inner.backward(aim, closure, run)
+
+    def write(self, aim: AIM, table: ModulationTable) -> None:
+        self.inner.write(aim, table)
+        for index, group in enumerate(aim.optimizer.param_groups):
+            if group.get("modulated") and group.get("modality") in table.dominant:
+                row = aim.optimizer.tables.rows[index].tolist()
+                columns = {
+                    phase: {c: row[ROW[f"{phase}_{c.replace('under', 'well')}"]] for c in PHASE_COLUMNS}
+                    for phase in PHASES
+                }
+                aim.optimizer.set_phase_rows(index, **columns)
+
+
+class Drop(AIMMethod):
+    """AIM's strengths, but the dominant modality's features are dropped: see :class:`DropFeatures`. Takes the options
+    of AIM but ``mixing`` and ``decouple``, which are about rows."""
+
+    features: ClassVar[Mixing] = DropFeatures()
+
+    def options_of_aim(self, options: dict[str, Any]) -> dict[str, Any]:
+        if "mixing" in options:
+            raise ValueError(f"mixing means nothing to {type(self).__name__}, which writes no rows; leave it out")
+        return {**options, "mixing": self.features}
 
     def remove(self) -> None:
         """Takes the hooks off the model."""
         self.aim.remove()
 
 
-class FeatureScaling(FeatureDrop):
-    """Multiplies the last block's output of a dominant modality by ``1 - kappa`` (the mean over depths), in training
-    mode. Otherwise :class:`FeatureDrop`; source: this library's control."""
-
-    def _treat(self, output: Tensor, probability: float) -> Tensor:
-        return output * (1.0 - probability)
-
-
 class FeatureScale(Drop):
     """AIM's strengths, but the dominant modality's features are multiplied by ``1 - kappa``."""
 
-    make = FeatureScaling
-
-
-class AIMWithoutMask(AIM):
-    """AIM whose rows do not tell classes apart: under-optimized weights get what well-optimized ones get."""
-
-    def _write_rows(self, table: ModulationTable) -> None:
-        super()._write_rows(table)
-        for index, group in enumerate(self.optimizer.param_groups):
-            if group.get("modulated") and group.get("modality") in table.dominant:
-                row = self.optimizer.tables.rows[index].tolist()
-                columns = {
-                    phase: {c: row[ROW[f"{phase}_{c.replace('under', 'well')}"]] for c in PHASE_COLUMNS}
-                    for phase in PHASES
-                }
-                self.optimizer.set_phase_rows(index, **columns)
+    features = ScaleFeatures()
 
 
 class NoMask(AIMMethod):
     """AIM where every weight of a dominant block counts as well optimized: all of them are degraded, and learn as those
     do. In the auxiliary phase ``live_under = live_well = 1 - kappa``. Source: this library's control."""
 
-    make = AIMWithoutMask
+    def options_of_aim(self, options: dict[str, Any]) -> dict[str, Any]:
+        return {**options, "mixing": WithoutMask(inner=as_mixing(options.get("mixing", "alternate")))}
 
 
 class SumOfLosses(Method):

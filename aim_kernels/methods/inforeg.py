@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aim_kernels.methods.base import Blocks, Method, Outputs, check_at_least, check_choice, gradients_of
+from aim_kernels.methods.base import Blocks, Method, Outputs, gradients_of
 from aim_kernels.methods.scores import mean_of_others, true_class_scores, unimodal_losses
+from aim_kernels.step.arguments import check_at_least, check_choice
 
 
 class InfoReg(Method):

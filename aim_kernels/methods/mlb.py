@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aim_kernels.methods.base import Blocks, Outputs, check_at_least
+from aim_kernels.methods.base import Blocks, Outputs
 from aim_kernels.methods.coefficients import Coefficients
 from aim_kernels.methods.scores import mean_of_others, true_class_scores, unimodal_losses
+from aim_kernels.step.arguments import check_at_least
 
 
 class MLB(Coefficients):

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aim_kernels.methods.base import Blocks, Method, check_at_least
+from aim_kernels.methods.base import Blocks, Method
 from aim_kernels.methods.scores import unimodal_losses
+from aim_kernels.step.arguments import check_at_least
 
 
 class MMPareto(Method):

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aim_kernels.methods.base import Blocks, Method, Outputs, check_at_least, check_window, check_within
+from aim_kernels.methods.base import Blocks, Method, Outputs, check_window
 from aim_kernels.methods.scores import mean_of_others, true_class_scores
+from aim_kernels.step.arguments import check_at_least, check_within
 
 
 class OPM(Method):

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aim_kernels.methods.base import Blocks, Method, Outputs, check_at_least, check_choice, check_window, check_within
+from aim_kernels.methods.base import Blocks, Method, Outputs, check_window
 from aim_kernels.methods.scores import evaluation_mode, mean_of_others, wide
+from aim_kernels.step.arguments import check_at_least, check_choice, check_within
 from aim_kernels.step.sharding import averaged
 
 

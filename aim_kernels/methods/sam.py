@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aim_kernels.methods.base import Blocks, Method, Outputs, check_at_least, check_choice, gradients_of
+from aim_kernels.methods.base import Blocks, Method, Outputs, gradients_of
 from aim_kernels.methods.coalitions import shapley_values
+from aim_kernels.step.arguments import check_at_least, check_choice
 
 
 class SAM(Method):

@@ -41,6 +41,20 @@ def unimodal_losses(outputs: Outputs) -> Tensor:
     return torch.stack([nn.functional.cross_entropy(x, outputs.labels) for x in outputs.unimodal()])
 
 
+def late_fusion_logits(head: nn.Linear, features: Sequence[Tensor]) -> list[Tensor]:
+    """Each modality's share ``z_m W_m^T + b / M`` of ``head(concat(z_1, ..., z_M))``; they sum to the joint logits.
+
+    ``features``: ``[B, C_m]`` a modality, in the order in which they are concatenated. Raises ValueError where the
+    widths do not add up to the head's.
+    """
+    widths = [z.shape[1] for z in features]
+    if sum(widths) != head.in_features:
+        raise ValueError(f"features of widths {widths} do not fill a head of {head.in_features} inputs")
+    slices = head.weight.split(widths, 1)
+    bias = 0.0 if head.bias is None else head.bias / len(features)
+    return [z @ w.T + bias for z, w in zip(features, slices, strict=True)]
+
+
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; every module's own flag after. ``model.train()`` would undo blocks that are frozen."""

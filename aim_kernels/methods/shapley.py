@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aim_kernels.methods.base import Blocks, Outputs, check_at_least, check_choice
+from aim_kernels.methods.base import Blocks, Outputs
 from aim_kernels.methods.coalitions import shapley_values
 from aim_kernels.methods.coefficients import Coefficients
 from aim_kernels.methods.scores import evaluation_mode
+from aim_kernels.step.arguments import check_at_least, check_choice
 
 
 class ShapleyAlternation(Coefficients):

@@ -1,10 +1,15 @@
-"""Arguments that are numbers, of functions that say so in their annotations: strings among them are refused by name."""
+"""Checks of arguments: numbers, of functions that say so in their annotations, and the few checks that options share.
+
+Every error names the argument. ``check_real``, ``check_whole``, ``check_flag`` and ``check_number``: validation.py.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 from aim_kernels.step.validation import check_flag, check_real, check_whole
@@ -57,3 +62,35 @@ def _of_several(type_name: str) -> bool:
 def _annotation(parameter: inspect.Parameter) -> str:
     found = parameter.annotation
     return found if isinstance(found, str) else getattr(found, "__name__", str(found))
+
+
+def check_fields(options: Any) -> None:
+    """:func:`numbers_checked`, of a dataclass's fields: for its ``__post_init__``."""
+    for field in dataclasses.fields(options):
+        types = [type_name.strip() for type_name in str(field.type).split("|")]
+        if any(k in _CHECKS or _of_several(k) for k in types):
+            _check(field.name, getattr(options, field.name), types)
+
+
+def check_choice(name: str, value: object, choices: Sequence[str], or_else: str = "") -> None:
+    """Raises ValueError unless ``value`` is one of ``choices``; ``or_else``: what else the option takes."""
+    if value not in choices:
+        raise ValueError(f"unknown {name} {value!r}; it is one of {', '.join(map(repr, choices))}{or_else}")
+
+
+def check_at_least(name: str, value: float, least: float) -> None:
+    """Raises ValueError on a number below ``least``, and on NaN."""
+    if not value >= least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_within(name: str, value: float, low: float, high: float) -> None:
+    """Raises ValueError on a number outside of ``[low, high]``, and on NaN."""
+    if not low <= value <= high:
+        raise ValueError(f"{name} must lie in [{low}, {high}], got {value}")
+
+
+def check_finite(name: str, value: float) -> None:
+    """Raises ValueError on a number that is negative, infinite or NaN."""
+    if not (math.isfinite(value) and value >= 0.0):
+        raise ValueError(f"{name} must be a finite number >= 0, got {value}")

@@ -12,9 +12,9 @@ import torch
 from aim_helpers import CLASSES, DOMINANT_A, Net, batch, build, fixed, phase_rows, probability, train
 from torch import Tensor, nn
 
-from aim_kernels.aim import AIM, block_param_groups
+from aim_kernels.aim import AIM, Alternate, DecoupleAll, Gap, Prototypes, Weights, block_param_groups
 from aim_kernels.aim.prototypes import fit_prototypes, probing, prototype_score
-from aim_kernels.methods.drop import FeatureDrop
+from aim_kernels.methods.controls import DropFeatures
 from aim_kernels.optim.optimizer import AIMFusedOptimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -24,7 +24,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_alternate_rows() -> None:
     model, optimizer = build()
-    aim = AIM(model, optimizer, CLASSES, probe=DOMINANT_A, probability=0.25, learn_weak_in_true_phase=False)
+    aim = AIM(
+        model, optimizer, CLASSES, probe=DOMINANT_A, mixing=Alternate(probability=0.25, learn_weak_in_true_phase=False)
+    )
     table = aim.update(*batch())
     assert table.dominant == ("a",)
     held = {"grad_under": 0.0, "grad_well": 0.0}
@@ -40,7 +42,7 @@ def test_alternate_rows() -> None:
 
 def test_alternate_options() -> None:
     model, optimizer = build()
-    aim = AIM(model, optimizer, CLASSES, probe=DOMINANT_A, learn_dominant_in_aux="under")
+    aim = AIM(model, optimizer, CLASSES, probe=DOMINANT_A, mixing=Alternate(learn_dominant_in_aux="under"))
     kappa = aim.update(*batch()).kappa["a"][0]
     expected = {"grad_well": 0.0, "live_well": pytest.approx(1.0 - kappa)}
     assert phase_rows(optimizer, "a", 0, True) == ({}, expected)
@@ -51,7 +53,12 @@ def test_alternate_options() -> None:
 def test_freezing_holds_updates_too() -> None:
     model, optimizer = build()
     AIM(
-        model, optimizer, CLASSES, probe=DOMINANT_A, hold="freeze", learn_weak_in_true_phase=False, decouple="all"
+        model,
+        optimizer,
+        CLASSES,
+        probe=DOMINANT_A,
+        mixing=Alternate(hold="freeze", learn_weak_in_true_phase=False),
+        decouple="all",
     ).update(*batch())
     held = dict.fromkeys(("grad_under", "grad_well", "step_under", "step_well"), 0.0)
     for depth in range(2):
@@ -61,7 +68,9 @@ def test_freezing_holds_updates_too() -> None:
     assert true == held
     assert aux.keys() == {"step_under"}
     model, optimizer = build()
-    AIM(model, optimizer, CLASSES, probe=DOMINANT_A, hold="freeze", learn_dominant_in_aux="under").update(*batch())
+    AIM(
+        model, optimizer, CLASSES, probe=DOMINANT_A, mixing=Alternate(hold="freeze", learn_dominant_in_aux="under")
+    ).update(*batch())
     aux = phase_rows(optimizer, "a", 0, True)[1]
     assert aux.keys() == {"grad_well", "step_well", "live_well"} and aux["grad_well"] == aux["step_well"] == 0.0
 
@@ -69,7 +78,7 @@ def test_freezing_holds_updates_too() -> None:
 @pytest.mark.parametrize("mixing", ["alternate", "weights"])
 def test_decouple_all_stimulates_the_weak_modality(mixing: str) -> None:
     model, optimizer = build()
-    aim = AIM(model, optimizer, CLASSES, probe=DOMINANT_A, decouple="all", beta=0.5, alpha=1.0, mixing=mixing)
+    aim = AIM(model, optimizer, CLASSES, probe=DOMINANT_A, decouple=DecoupleAll(beta=0.5), alpha=1.0, mixing=mixing)
     table = aim.update(*batch())
     assert min(table.weak_kappa["b"]) > 0.0
     for depth in range(3):
@@ -96,14 +105,14 @@ def test_the_auxiliary_phase_is_as_frequent_as_it_is_told_or_as_blocks_are_domin
     greatest = max(table.kappa["a"])
     assert 0.0 < min(table.kappa["a"]) < greatest < 1.0
     assert probability(optimizer) == pytest.approx(greatest, abs=2**-31)
-    AIM(model, optimizer, CLASSES, probe=DOMINANT_A, probability=0.25).update(*batch())
+    AIM(model, optimizer, CLASSES, probe=DOMINANT_A, mixing=Alternate(probability=0.25)).update(*batch())
     assert probability(optimizer) == 0.25
 
 
 @pytest.mark.parametrize("phase", ["average", "true", "auxiliary"])
 def test_the_head_learns_in_the_phases_it_is_told(phase: str) -> None:
     model, optimizer = build()
-    AIM(model, optimizer, CLASSES, probe=DOMINANT_A, head_from=phase).update(*batch())
+    AIM(model, optimizer, CLASSES, probe=DOMINANT_A, mixing=Alternate(head_from=phase)).update(*batch())
     true, aux = phase_rows(optimizer, None, None, False)
     held = {"grad_under": 0.0, "grad_well": 0.0}
     assert true == (held if phase == "auxiliary" else {})
@@ -113,7 +122,7 @@ def test_the_head_learns_in_the_phases_it_is_told(phase: str) -> None:
 def test_weights_rows_are_those_of_set_strength() -> None:
     model, optimizer = build()
     optimizer.set_phases(0.5)  # as after alternation
-    aim = AIM(model, optimizer, CLASSES, probe=DOMINANT_A, mixing="weights", coefficients="step")
+    aim = AIM(model, optimizer, CLASSES, probe=DOMINANT_A, mixing=Weights(coefficients="step"))
     kappa = aim.update(*batch()).kappa["a"]
     _, by_hand = build()
     for depth in range(2):
@@ -176,7 +185,7 @@ def test_scores_are_those_of_hooked_features() -> None:
 
 def test_probing_sees_the_true_weights_in_evaluation_mode_and_touches_nothing() -> None:
     model, optimizer = build()
-    AIM(model, optimizer, CLASSES, probe=DOMINANT_A, probability=1.0).update(*batch())
+    AIM(model, optimizer, CLASSES, probe=DOMINANT_A, mixing=Alternate(probability=1.0)).update(*batch())
     train(model, optimizer, 60)
     weight = model.a[0][0].weight
     live, true = weight.detach().clone(), optimizer.state[weight]["master"].clone()
@@ -210,7 +219,7 @@ def test_without_dominance_training_is_joint_training_bit_for_bit() -> None:
     results = []
     for use in (False, True):
         model, optimizer = build()
-        aim = AIM(model, optimizer, CLASSES, dead_zone=1e9)
+        aim = AIM(model, optimizer, CLASSES, rule=Gap(dead_zone=1e9))
         for epoch in range(3):
             if use:
                 aim.update(*batch(), held_out=batch(seed=1))
@@ -219,15 +228,15 @@ def test_without_dominance_training_is_joint_training_bit_for_bit() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("cls", [AIM, FeatureDrop])
-def test_a_resumed_run_continues_bit_for_bit(cls: type[AIM]) -> None:
+@pytest.mark.parametrize("mixing", ["alternate", DropFeatures()])
+def test_a_resumed_run_continues_bit_for_bit(mixing: Any) -> None:
     def epoch(model: Net, optimizer: AIMFusedOptimizer, aim: AIM, number: int) -> None:
         aim.update(*batch(), held_out=batch(seed=1, shortcut=False))
         torch.manual_seed(number)  # dropout
         train(model, optimizer, 15, seed=number)
 
     model, optimizer = build()
-    aim = cls(model, optimizer, CLASSES, seed=4, confidence=0.0)
+    aim = AIM(model, optimizer, CLASSES, rule=Gap(confidence=0.0), mixing=mixing, seed=4)
     for number in range(3):
         epoch(model, optimizer, aim, number)
     assert any(table.dominant for table in aim.history)
@@ -238,10 +247,10 @@ def test_a_resumed_run_continues_bit_for_bit(cls: type[AIM]) -> None:
     again, resumed = build(seed=9)
     again.load_state_dict(saved[0])
     resumed.load_state_dict(saved[1])
-    aim_again = cls(again, resumed, CLASSES, seed=4, confidence=0.0)
+    aim_again = AIM(again, resumed, CLASSES, rule=Gap(confidence=0.0), mixing=mixing, seed=4)
     aim_again.load_state_dict(saved[2])
     assert aim_again.updates == 3
-    assert getattr(aim_again, "drop", None) == saved[2].get("drop")
+    assert aim_again.mixing_state.get("drop") == saved[2].get("drop")
     epoch(again, resumed, aim_again, 3)
     assert repr(aim_again.history) == repr(aim.history)
     assert aim_again.history[-1].scores == aim.history[-1].scores
@@ -276,7 +285,7 @@ def test_linear_probe_scores_what_it_was_not_fitted_on() -> None:
 
 def test_gradient_probe_needs_neither_labels_nor_steps() -> None:
     model, optimizer = build()
-    aim = AIM(model, optimizer, CLASSES, probe="gradients")
+    aim = AIM(model, optimizer, CLASSES, probe="gradient-norm")
     inputs, _ = batch()
     assert aim.update(inputs).scores == {"a": [1.0, 1.0], "b": [1.0, 1.0, 1.0]}
     train(model, optimizer, 1)
@@ -341,7 +350,7 @@ def test_pooling_may_differ_by_modality() -> None:
     optimizer = AIMFusedOptimizer(block_param_groups(model, {"a": [model.conv], "b": [model.recurrent]}))
     inputs, labels = [torch.randn(6, 2, 9), torch.randn(6, 7, 3)], torch.arange(6) % CLASSES
     pool = {"a": "channels_first", "b": "channels_last"}
-    table = AIM(model, optimizer, CLASSES, pool=pool, prototype_steps=2).update(inputs, labels)
+    table = AIM(model, optimizer, CLASSES, pool=pool, probe=Prototypes(steps=2)).update(inputs, labels)
     assert all(0.0 < row[0] < 1.0 for row in table.scores.values())
     with pytest.raises(RuntimeError, match=r"block \('b', 0\) have shape \(3, 7, 6\) after pooling"):
         AIM(model, optimizer, CLASSES, pool={**pool, "b": lambda x: x}, probe="linear").update(inputs, labels)
@@ -357,14 +366,10 @@ def test_pooling_may_differ_by_modality() -> None:
         ({"decouple": "weak"}, "unknown decouple"),
         ({"probe": "knn"}, "unknown probe 'knn'; it is one of .* or a callable"),
         ({"rule": "difference"}, "unknown rule"),
-        ({"init": "zeros"}, "unknown init"),
         ({"pool": "mean"}, "unknown pool"),
-        ({"learn_dominant_in_aux": "all"}, "unknown learn_dominant_in_aux"),
         ({"pool": {"a": "channels_last"}}, "pool is given for"),
         ({"alpha": -1.0}, "alpha must be"),
         ({"alpha": math.inf}, "alpha must be"),
-        ({"dead_zone": -0.1}, "dead_zone must be"),
-        ({"probability": 1.5}, "probability must be 'strength' or lie"),
         ({"num_classes": 1}, "num_classes must be at least 2"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
     ],
@@ -416,7 +421,7 @@ def test_update_errors_change_nothing() -> None:
     with pytest.raises(ValueError, match="rule='gap' compares"):
         AIM(model, optimizer, CLASSES, rule="gap").update(inputs, labels)
     with pytest.raises(ValueError, match="has no held-out scores"):
-        AIM(model, optimizer, CLASSES, probe="gradients").update(inputs, labels, held_out=(inputs, labels))
+        AIM(model, optimizer, CLASSES, probe="gradient-norm").update(inputs, labels, held_out=(inputs, labels))
 
 
 def test_probe_table_errors() -> None:

@@ -11,34 +11,48 @@ import torch
 from aim_helpers import CLASSES, DOMINANT_A, batch, build, fixed, phase_rows, train
 from torch import Tensor, nn
 
-from aim_kernels.aim import AIM, block_param_groups
-from aim_kernels.aim.options import schedule_of
-from aim_kernels.aim.strengths import Guard, Measured, assess, margin_errors, margins
+from aim_kernels.aim import (
+    AIM,
+    Constant,
+    CosineOut,
+    CustomProbe,
+    CustomSchedule,
+    Gap,
+    LinearOut,
+    Margin,
+    Ratio,
+    Schedule,
+    block_param_groups,
+)
+from aim_kernels.aim.samples import binned
+from aim_kernels.aim.strengths import Guard, Measured, margin_errors, margins
 from aim_kernels.optim.optimizer import AIMFusedOptimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize(
-    ("schedule", "total", "warmup", "factors"),
+    ("schedule", "factors"),
     [
-        ("constant", None, 0, [1.0] * 8),
-        ("constant", None, 2, [0.0, 0.5] + [1.0] * 6),
-        ("linear-out", 5, 0, [1.0, 0.75, 0.5, 0.25, 0.0, 0.0, 0.0, 0.0]),
-        ("linear-out", 7, 2, [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]),
-        ("cosine-out", 5, 0, [1.0, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5, 0.0, 0.0, 0.0, 0.0]),
-        (lambda update: 1 / (1 + update), None, 4, [0.0, 0.125, 1 / 6, 3 / 16, 1 / 5, 1 / 6, 1 / 7, 1 / 8]),
+        (Constant(), [1.0] * 8),
+        (Constant(warmup_updates=2), [0.0, 0.5] + [1.0] * 6),
+        (LinearOut(total_updates=5), [1.0, 0.75, 0.5, 0.25, 0.0, 0.0, 0.0, 0.0]),
+        (LinearOut(total_updates=7, warmup_updates=2), [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]),
+        (CosineOut(total_updates=5), [1.0, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5, 0.0, 0.0, 0.0, 0.0]),
+        (
+            CustomSchedule(function=lambda update: 1 / (1 + update), warmup_updates=4),
+            [0.0, 0.125, 1 / 6, 3 / 16, 1 / 5, 1 / 6, 1 / 7, 1 / 8],
+        ),
     ],
 )
-def test_schedules(schedule: Any, total: int | None, warmup: int, factors: list[float]) -> None:
-    made = schedule_of(schedule, total, warmup)
-    assert [made(update) for update in range(8)] == pytest.approx(factors, abs=1e-12)
+def test_schedules(schedule: Schedule, factors: list[float]) -> None:
+    assert [schedule(update) for update in range(8)] == pytest.approx(factors, abs=1e-12)
 
 
 def test_a_schedule_scales_what_is_written() -> None:
     model, optimizer = build()
-    options = {"schedule": "linear-out", "total_updates": 4, "warmup_updates": 1}
-    aim = AIM(model, optimizer, CLASSES, probe=DOMINANT_A, alpha=1.0, **options)
+    schedule = LinearOut(total_updates=4, warmup_updates=1)
+    aim = AIM(model, optimizer, CLASSES, probe=DOMINANT_A, alpha=1.0, schedule=schedule)
     kappas = [aim.update(*batch()).kappa["a"][0] for _ in range(4)]
     assert kappas == pytest.approx([0.0, kappas[1], kappas[1] / 2, 0.0])
     assert kappas[1] > 0.3
@@ -54,7 +68,7 @@ def test_margins_by_hand() -> None:
     assert found["b"] == pytest.approx([1 + 0.1 - 0.5, 1 + 0.0 - 0.25, 1 + 1 / 3])
     exact = {m: [0.0] * len(row) for m, row in scores.items()}
     measured, held_out = Measured(scores, exact), Measured(outside, exact)
-    table = assess(0, measured, held_out, scores, rule="margin", alpha=1.0, dead_zone=0.1)
+    table = Margin(confidence=0.0, dead_zone=0.1).assess(0, measured, held_out, scores, alpha=1.0)
     assert table.kappa["a"] == pytest.approx([math.tanh(0.3), 0.0])
     assert table.weak_kappa["a"] == pytest.approx([0.0, math.tanh(1 / 3 - 0.1)])
     assert (table.dominant, table.weak) == (("a",), ("b",))
@@ -152,30 +166,26 @@ def test_regression_goes_by_quantiles(probe: str) -> None:
         "targets": "quantiles",
         "loss": nn.functional.mse_loss,
         "probe": probe,
-        "dead_zone": 0.05,
-        "confidence": 0.0,
     }
-    aim = AIM(model, optimizer, 3, guard=True, **options)
+    aim = AIM(model, optimizer, 3, rule=Gap(confidence=0.0, dead_zone=0.05), guard=True, **options)
     confirmed = aim.update(inputs, y, held_out=samples(1, shortcut=True))
     assert "b" not in confirmed.dominant
     table = aim.update(inputs, y, held_out=samples(1, shortcut=False))
     assert table.excess["b"][0] > 1.05 > confirmed.excess["b"][0]
     assert table.dominant == ("b",)
-    flat = AIM(model, optimizer, 3, **options)
+    flat = AIM(model, optimizer, 3, rule=Ratio(), **options)
     model.head.register_forward_hook(lambda _module, _args, out: out.flatten())
     assert flat.update(inputs, y.flatten()).scores["b"] == pytest.approx(confirmed.scores["b"], rel=1e-3)
 
 
 def test_bins_hold_equally_many_and_their_means() -> None:
-    model, optimizer = build()
-    aim = AIM(model, optimizer, 4, targets="quantiles", loss=nn.functional.mse_loss)
     y = torch.arange(12.0)[torch.randperm(12)]
-    classes, means, edges = aim._binned(y)
+    classes, means, edges = binned(y, 4)
     assert classes.tolist() == (y // 3).long().tolist()
-    assert means is not None and means.tolist() == [1.0, 4.0, 7.0, 10.0]
-    assert edges is not None and edges.tolist() == [2.75, 5.5, 8.25]
-    classes, means, _ = aim._binned(torch.tensor([[0.0], [5.0], [5.0], [5.0]]))  # some bins are empty
-    assert means is not None and means.shape == (4, 1)
+    assert means.tolist() == [1.0, 4.0, 7.0, 10.0]
+    assert edges.tolist() == [2.75, 5.5, 8.25]
+    classes, means, _ = binned(torch.tensor([[0.0], [5.0], [5.0], [5.0]]), 4)  # some bins are empty
+    assert means.shape == (4, 1)
     assert classes.unique().numel() == 2
     assert bool(torch.isfinite(means).all())
 
@@ -232,7 +242,7 @@ def test_a_callable_probe_sees_what_is_missing() -> None:
     inputs, labels = batch()
     aim.update(inputs, labels)
     seen: list[Any] = []
-    aim.probe = lambda _net, x, y: (seen.append((x, y)), [[0.9, 0.9], [0.5, 0.5, 0.5]])[1]
+    aim.probe = CustomProbe(function=lambda _net, x, y: (seen.append((x, y)), [[0.9, 0.9], [0.5, 0.5, 0.5]])[1])
     real = torch.randn(24, 2)
     table = aim.update([None, inputs[1]], real)
     assert table.scores == {"a": [0.2, 0.3], "b": [0.5, 0.5, 0.5]}
@@ -240,20 +250,12 @@ def test_a_callable_probe_sees_what_is_missing() -> None:
     assert torch.equal(seen[0][1], real)
 
 
-def test_names_of_the_gradient_probe() -> None:
-    model, optimizer = build()
-    train(model, optimizer, 2)
-    tables = [AIM(model, optimizer, CLASSES, probe=name).update(batch()[0]) for name in ("gradients", "gradient-norm")]
-    assert tables[0].scores == tables[1].scores
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"schedule": "step"}, "unknown schedule 'step'; it is one of 'constant', .* or a callable"),
-        ({"schedule": "linear-out"}, "ends with training; give total_updates"),
-        ({"schedule": "cosine-out", "total_updates": 3, "warmup_updates": 2}, "at least warmup_updates \\+ 2, got 3"),
-        ({"warmup_updates": -1}, "warmup_updates must be at least 0"),
+        ({"schedule": "linear-out"}, r"ends with training; give LinearOut\(total_updates=...\), the number"),
+        ({"schedule": "cosine-out"}, r"ends with training; give CosineOut\(total_updates=...\), the number"),
         ({"targets": "real"}, "unknown targets"),
         ({"targets": "quantiles"}, "targets='quantiles' needs a loss"),
     ],

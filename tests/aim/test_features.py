@@ -11,7 +11,7 @@ from aim_helpers import CLASSES, DOMINANT_A, batch, build, fixed, train
 from helpers import same_bits
 from torch import Tensor, nn
 
-from aim_kernels.aim import AIM, block_param_groups
+from aim_kernels.aim import AIM, CustomProbe, block_param_groups
 from aim_kernels.aim.features import auxiliary_parameters
 from aim_kernels.optim.optimizer import AIMFusedOptimizer
 
@@ -117,7 +117,7 @@ def test_it_mixes_in_training_only_and_only_where_it_is_to() -> None:
     again = AIM(model, optimizer, CLASSES, probe=DOMINANT_A, mixing="features")
     again.load_state_dict(state)
     same_bits([z.detach() for z in model.features(*inputs)], mixed)
-    again.probe = fixed((0.5, 0.5), (0.5, 0.5, 0.5))
+    again.probe = CustomProbe(function=fixed((0.5, 0.5), (0.5, 0.5, 0.5)))
     again.update(*batch())
     same_bits([z.detach() for z in model.features(*inputs)], plain)
 

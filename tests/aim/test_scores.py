@@ -14,9 +14,9 @@ import torch
 from aim_helpers import CLASSES, batch, build, train
 from torch import Tensor, nn
 
-from aim_kernels.aim import ModulationTable
+from aim_kernels.aim import Gap, ModulationTable, Ratio
 from aim_kernels.aim.prototypes import channels_first, channels_last, fit_prototypes, probing, prototype_score
-from aim_kernels.aim.strengths import Measured, assess, ratios, strength
+from aim_kernels.aim.strengths import Measured, ratios, strength
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -115,10 +115,11 @@ def test_strength() -> None:
     assert top > 0.999
 
 
-def assessed(train_scores: Any, held_out: Any = None, **options: Any) -> ModulationTable:
-    defaults: dict[str, Any] = {"rule": "ratio" if held_out is None else "gap", "alpha": 2.0, "dead_zone": 0.0}
+def assessed(train_scores: Any, held_out: Any = None, alpha: float = 2.0, **options: Any) -> ModulationTable:
+    rule = (Ratio if held_out is None else Gap)(**{"confidence": 0.0, **options})
     measured = [None if x is None else x if isinstance(x, Measured) else exact(x) for x in (train_scores, held_out)]
-    return assess(0, measured[0], measured[1], {m: [math.nan] for m in measured[0].scores}, **defaults | options)  # type: ignore[union-attr,arg-type]
+    assert measured[0] is not None
+    return rule.assess(0, measured[0], measured[1], {m: [math.nan] for m in measured[0].scores}, alpha=alpha)
 
 
 def exact(scores: dict[str, list[float]]) -> Measured:

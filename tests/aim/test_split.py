@@ -14,8 +14,8 @@ from helpers import RULES, same_bits
 from torch import Tensor, nn
 
 import aim_kernels as ak
-from aim_kernels.aim import AIM, block_param_groups
-from aim_kernels.methods.drop import FeatureDrop
+from aim_kernels.aim import AIM, CustomProbe, Split, block_param_groups
+from aim_kernels.methods.controls import DropFeatures
 from aim_kernels.optim.optimizer import AIMFusedOptimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -24,10 +24,10 @@ NOBODY = fixed((0.5, 0.5), (0.5, 0.5, 0.5))
 cross_entropy = nn.functional.cross_entropy
 
 
-def started(aim_options: dict[str, Any] | None = None, **options: Any) -> tuple[Net, AIMFusedOptimizer, AIM]:
+def started(split: Split | None = None, **options: Any) -> tuple[Net, AIMFusedOptimizer, AIM]:
     """Without dropout, so that both passes see the same network."""
     model, optimizer = build(normalization=nn.LayerNorm(8), **options)
-    return model, optimizer, AIM(model, optimizer, CLASSES, probe=DOMINANT_A, mixing="split", **(aim_options or {}))
+    return model, optimizer, AIM(model, optimizer, CLASSES, probe=DOMINANT_A, mixing=split or Split())
 
 
 def loss_of(model: nn.Module, seed: int = 0) -> Tensor:
@@ -118,7 +118,7 @@ def test_gradients_are_routed_under_every_rule(rule: str, head_from: str) -> Non
     model = Net(nn.LayerNorm(8))
     groups = block_param_groups(model, {"a": list(model.a), "b": list(model.b)})
     optimizer = AIMFusedOptimizer(groups, **RULES[rule])
-    aim = AIM(model, optimizer, CLASSES, probe=DOMINANT_A, mixing="split", head_from=head_from, auxiliary_weight=0.5)
+    aim = AIM(model, optimizer, CLASSES, probe=DOMINANT_A, mixing=Split(head_from=head_from, auxiliary_weight=0.5))
     aim.update(*batch())
     run(model, optimizer, aim, 6)
     degraded = torch.autograd.grad(loss_of(model), list(model.parameters()))
@@ -181,7 +181,7 @@ def test_a_skipped_step_of_a_scaler_leaves_the_next_one_right() -> None:
 
 def test_what_overflows_in_a_pass_that_does_not_count() -> None:
     """The weak encoder overflows in the true pass only; its gradient is that of the auxiliary one."""
-    model, optimizer, aim = started({"head_from": "auxiliary"})
+    model, optimizer, aim = started(Split(head_from="auxiliary"))
     aim.update(*batch())
     run(model, optimizer, aim, 5)
     expected = torch.autograd.grad(loss_of(model), list(model.b.parameters()))
@@ -205,7 +205,7 @@ def test_one_plain_pass_where_nobody_is_dominant() -> None:
     optimizer.step()
     aim.update(*batch())
     run(model, optimizer, aim, 30)
-    aim.probe = NOBODY
+    aim.probe = CustomProbe(function=NOBODY)
     aim.update(*batch())
     assert any(not torch.equal(p, optimizer.state[p]["master"]) for p in model.a.parameters() if p.dim() > 1)
     calls.clear()
@@ -275,9 +275,9 @@ def test_what_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"call release\.remove\(\)"):
         aim.backward(lambda: loss_of(model))
     with pytest.raises(ValueError, match="unknown head_from 'both'; it is one of 'average', 'true', 'auxiliary'"):
-        started({"head_from": "both"})
+        Split(head_from="both")
     with pytest.raises(ValueError, match="auxiliary_weight must be"):
-        started({"auxiliary_weight": -1.0})
+        Split(auxiliary_weight=-1.0)
 
 
 def test_a_failing_closure_leaves_no_hook() -> None:
@@ -289,10 +289,10 @@ def test_a_failing_closure_leaves_no_hook() -> None:
     run(model, optimizer, aim, 1)
 
 
-@pytest.mark.parametrize(("cls", "mixing"), [(AIM, "alternate"), (AIM, "weights"), (FeatureDrop, "split")])
-def test_backward_is_one_pass_of_all_others(cls: type[AIM], mixing: str) -> None:
+@pytest.mark.parametrize("mixing", ["alternate", "weights", "features", DropFeatures()])
+def test_backward_is_one_pass_of_all_others(mixing: Any) -> None:
     model, optimizer = build(normalization=nn.LayerNorm(8))
-    aim = cls(model, optimizer, CLASSES, probe=DOMINANT_A, mixing=mixing)
+    aim = AIM(model, optimizer, CLASSES, probe=DOMINANT_A, mixing=mixing)
     aim.update(*batch())
     seen = []
     aim.backward(lambda: loss_of(model), backward=lambda loss: (seen.append(loss), loss.backward()))

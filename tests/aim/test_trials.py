@@ -14,10 +14,10 @@ from aim_helpers import CLASSES, Net, batch, build, fixed, phase_rows, train
 from torch import nn
 
 import aim_kernels as ak
-from aim_kernels.aim import AIM
+from aim_kernels.aim import AIM, Ratio, Trial
 from aim_kernels.aim.strengths import KAPPA_MAX, ModulationTable
 from aim_kernels.aim.trials import judge
-from aim_kernels.methods.drop import FeatureDrop
+from aim_kernels.methods.controls import DropFeatures
 from aim_kernels.optim.optimizer import AIMFusedOptimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -88,7 +88,7 @@ def test_losses_are_those_of_training_by_hand() -> None:
     held_out = batch(64, seed=1, shortcut=False)
     model, optimizer = build()
     train(model, optimizer, 30)
-    aim = AIM(model, optimizer, CLASSES, rule="trial", trial_steps=4, confidence=0.0)
+    aim = AIM(model, optimizer, CLASSES, rule=Trial(steps=4, confidence=0.0))
     start = copy.deepcopy((model.state_dict(), optimizer.state_dict(), torch.get_rng_state()))
     seen: list[list[int]] = []
 
@@ -177,7 +177,7 @@ def test_trials_are_undone_to_the_bit(mixing: str, held: bool, backend: str) -> 
     runs = []
     for tries in (False, True):
         model, optimizer = build(backend=backend, anchor="ema", ema_decay=0.9, max_grad_norm=1.0)
-        aim = AIM(model, optimizer, CLASSES, rule="trial", mixing=mixing, confidence=1e9)
+        aim = AIM(model, optimizer, CLASSES, rule=Trial(confidence=1e9), mixing=mixing)
         step = stepper(model, optimizer, aim)
         if held:
             aim.held_back = frozenset({"b"})
@@ -196,7 +196,7 @@ def test_everything_is_as_it_was(where: str) -> None:
     model, optimizer = build(normalization=nn.BatchNorm1d(8), state_dtype="bfloat16", ema_decay=0.9)
     inputs, labels = batch(32)
     with pytest.warns(UserWarning, match="running statistics"):
-        aim = AIM(model, optimizer, CLASSES, rule="trial", confidence=1e9)
+        aim = AIM(model, optimizer, CLASSES, rule=Trial(confidence=1e9))
     if where != "before the first step":
         train(model, optimizer, 3)
     if where in ("held back", "in eval mode"):
@@ -233,10 +233,10 @@ def test_everything_is_as_it_was(where: str) -> None:
     ]
 
 
-@pytest.mark.parametrize("cls", [AIM, FeatureDrop])
-def test_a_trial_that_fails_leaves_nothing(cls: Any) -> None:
+@pytest.mark.parametrize("mixing", ["alternate", DropFeatures()])
+def test_a_trial_that_fails_leaves_nothing(mixing: Any) -> None:
     model, optimizer = build()
-    aim = cls(model, optimizer, CLASSES, rule="trial", confidence=1e9)
+    aim = AIM(model, optimizer, CLASSES, rule=Trial(confidence=1e9), mixing=mixing)
     train(model, optimizer, 3)
     aim.update(*batch(), held_out=batch(seed=1), train=stepper(model, optimizer))
     before = everything(model, optimizer, aim.state_dict())
@@ -252,7 +252,7 @@ def test_a_trial_that_fails_leaves_nothing(cls: Any) -> None:
     with pytest.raises(RuntimeError, match="out of memory"):
         aim.update(*batch(), held_out=batch(seed=1), train=step)
     assert same(before, everything(model, optimizer, aim.state_dict()))
-    assert not getattr(aim, "drop", {}) or set(aim.drop.values()) == {0.0}
+    assert set(aim.mixing_state.get("drop", {"a": 0.0}).values()) == {0.0}
 
 
 def test_what_else_a_step_changes_is_restored() -> None:
@@ -265,7 +265,7 @@ def test_what_else_a_step_changes_is_restored() -> None:
         scaler.step(optimizer)
         scaler.update()
 
-    aim = AIM(model, optimizer, CLASSES, rule="trial", trial_steps=2)
+    aim = AIM(model, optimizer, CLASSES, rule=Trial(steps=2))
     step(*batch())
     state = scaler.state_dict()
     aim.update(*batch(), held_out=batch(seed=1), train=step, restore=[scaler])
@@ -292,7 +292,7 @@ def test_buffers_options_and_random_numbers_are_restored() -> None:
     model, optimizer = build(normalization=Replacing())
     optimizer.param_groups[1]["lr"] = torch.tensor(0.01)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
-    aim = AIM(model, optimizer, CLASSES, rule="trial", confidence=1e9)
+    aim = AIM(model, optimizer, CLASSES, rule=Trial(confidence=1e9))
     train(model, optimizer, 2)
     draws: list[Any] = []
 
@@ -320,7 +320,7 @@ def test_steps_inside_backward() -> None:
     """Undone to the bit; a backward that fails half way leaves no step open."""
     model, optimizer = build()
     release = ak.step_in_backward(optimizer, model)
-    aim = AIM(model, optimizer, CLASSES, rule="trial", confidence=1e9)
+    aim = AIM(model, optimizer, CLASSES, rule=Trial(confidence=1e9))
     train(model, optimizer, 3)
     before = everything(model, optimizer)
     aim.update(*batch(), held_out=batch(seed=1), train=stepper(model, optimizer))
@@ -351,7 +351,7 @@ def test_labels_are_whatever_the_loss_takes_and_pieces_no_larger_than_batch_size
 
     tables = []
     for batch_size in (3, 512):
-        aim = AIM(model, optimizer, CLASSES, rule="trial", loss=loss, confidence=1e9, batch_size=batch_size)
+        aim = AIM(model, optimizer, CLASSES, rule=Trial(confidence=1e9), loss=loss, batch_size=batch_size)
         (inputs, labels), (others, classes) = batch(32), batch(80, seed=1)
         targets = [nn.functional.one_hot(y, CLASSES).float() for y in (labels, classes)]
         sizes.clear()
@@ -377,9 +377,11 @@ def test_after_another_rule_what_it_set_is_as_it_is() -> None:
     aim.held_back = frozenset({"b"})
     aim.update(*batch())
     assert aim.held_back == {"a"}
+    aim.rule = Trial()
     table = aim.update(*batch(), held_out=batch(seed=1), train=stepper(model, optimizer))
     assert table.rule == "trial" and "b" not in table.trial_losses
     inputs, labels = batch()
+    aim.rule = Ratio()
     assert aim.update([None, inputs[1]], labels).scores["a"] == [0.9, 0.9], "not what trials made of it"
 
 
@@ -437,13 +439,9 @@ def test_what_is_missing() -> None:
     with pytest.raises(ValueError, match=r"pass train=, one step as train\(inputs, labels\)"):
         aim.update(*batch(), held_out=batch(seed=1))
     with pytest.raises(ValueError, match="pass labels and held_out"):
-        AIM(model, optimizer, CLASSES, rule="trial", probe=lambda *_: 1 / 0).update(
-            batch()[0], held_out=batch(seed=1), train=step
-        )
+        aim.update(batch()[0], held_out=batch(seed=1), train=step)
     with pytest.raises(ValueError, match="at least two held-out samples"):
         aim.update(*batch(), held_out=batch(1), train=step)
-    with pytest.raises(ValueError, match="trial_steps must be at least 1, got 0"):
-        AIM(model, optimizer, CLASSES, trial_steps=0)
     with optimizer.ema_parameters(), pytest.raises(RuntimeError, match="averages"):
         aim.update(*batch(), held_out=batch(seed=1), train=step)
     assert same(before, everything(model, optimizer, aim.state_dict()))

@@ -16,7 +16,7 @@ from torch import nn
 import aim_kernels as ak
 from aim_kernels.methods import METHODS, Outputs, make_method
 from aim_kernels.methods.coalitions import shapley_values
-from aim_kernels.methods.ogm_ge import OGMGE
+from aim_kernels.methods.ogm import OGM
 from aim_kernels.methods.scores import accuracies, true_class_scores
 from aim_kernels.step import validation
 
@@ -254,7 +254,7 @@ def test_ranks_decide_alike(monkeypatch: pytest.MonkeyPatch) -> None:
             true_class_scores(own, outputs.labels),
             accuracies(own, outputs.labels),
             shapley_values(blocks.fuse, outputs.features, outputs.labels),
-            OGMGE(optimizer).ratios(own, outputs.labels),
+            OGM.ratios(own, outputs.labels),
             make_method("amss", blocks, optimizer).shares(outputs),
             make_method("agm", blocks, optimizer, sign="published").coefficients(outputs),
         ]

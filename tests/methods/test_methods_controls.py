@@ -24,6 +24,7 @@ from method_helpers import (
 from torch import Tensor
 
 from aim_kernels import AIM, make_method
+from aim_kernels.aim import Alternate, Split, Trial
 from aim_kernels.methods.aim import AIMMethod
 from aim_kernels.step.layout import PHASES, ROW
 
@@ -87,8 +88,13 @@ def test_by_its_defaults_aim_tries_and_adds_losses() -> None:
     defaults = {name: p.default for name, p in inspect.signature(AIMMethod).parameters.items()}
     assert defaults["unimodal_weight"] == 0.3
     inputs, labels = batch(2)
-    for options, rule in (({}, "trial"), ({"probe": LED_BY_A}, "gap"), ({"probe": LED_BY_A, "rule": "trial"}, "trial")):
-        _, method = made("aim", trial_steps=4, **options)
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
+        ({}, "trial"),
+        ({"probe": LED_BY_A}, "gap"),
+        ({"rule": Trial(steps=4)}, "trial"),
+    )
+    for options, rule in cases:
+        _, method = made("aim", **options)
         steps: list[int] = []
         method.step = lambda inputs, labels, steps=steps: steps.append(len(labels))
         if "rule" not in options:
@@ -114,14 +120,14 @@ def test_two_passes_are_asked_of_aim() -> None:
             asked.append(loss.item())
         return loss
 
-    method.aim.mixing, method.aim.backward = "split", backward
+    method.aim.mixing, method.aim.backward = Split(), backward
     assert not method.writes_rows_only
     assert method.step(inputs, labels).item() == asked[0] == asked[1]
 
 
-@pytest.mark.parametrize("mixing", ["alternate", "weights"])
-def test_no_mask_degrades_every_weight_of_a_dominant_block(mixing: str) -> None:
-    net, method = made("no-mask", probe=LED_BY_A, mixing=mixing, alpha=0.5, probability=1.0)
+@pytest.mark.parametrize("mixing", [Alternate(probability=1.0), "weights"])
+def test_no_mask_degrades_every_weight_of_a_dominant_block(mixing: Any) -> None:
+    net, method = made("no-mask", probe=LED_BY_A, mixing=mixing, alpha=0.5)
     table = method.update(*batch(2))
     assert table.dominant == ("a",)
     for group, row in zip(method.optimizer.param_groups, method.optimizer.tables.rows, strict=True):
@@ -147,11 +153,10 @@ def test_no_mask_degrades_every_weight_of_a_dominant_block(mixing: str) -> None:
 
 def test_no_mask_tries_rows_without_a_mask() -> None:
     """What is tried as it is is what is in force."""
-    _, method = made("no-mask", rule="trial", trial_steps=2)
+    _, method = made("no-mask", rule=Trial(steps=2, confidence=1e9))
     method.aim.held_back = frozenset({"a"})
     seen = []
     method.step = lambda *_: seen.append(method.optimizer.tables.rows.clone())
-    method.aim.confidence = 1e9
     method.update(*batch(2), held_out=batch(2, seed=1))
     rows = method.optimizer.tables.rows
     assert torch.equal(seen[0], rows) and not torch.equal(seen[-1], rows)

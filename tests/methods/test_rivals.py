@@ -1,8 +1,9 @@
-"""The control that drops features, and OGM-GE."""
+"""The control that drops features, and OGM-GE by hand."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +11,11 @@ import torch
 from aim_helpers import CLASSES, DOMINANT_A, batch, build
 from torch import nn
 
-from aim_kernels.methods.drop import FeatureDrop
-from aim_kernels.methods.ogm_ge import OGMGE, late_fusion_logits
+from aim_kernels.aim import AIM
+from aim_kernels.methods import Blocks, Outputs
+from aim_kernels.methods.controls import DropFeatures
+from aim_kernels.methods.ogm import OGM
+from aim_kernels.methods.scores import late_fusion_logits
 from aim_kernels.optim.optimizer import AIMFusedOptimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -19,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_feature_drop_drops_the_dominant_modality_only_in_training() -> None:
     model, optimizer = build()
-    drop = FeatureDrop(model, optimizer, CLASSES, probe=DOMINANT_A, alpha=0.5)
+    drop = AIM(model, optimizer, CLASSES, probe=DOMINANT_A, mixing=DropFeatures(), alpha=0.5)
     neutral = optimizer.tables.rows.clone()
     kappa = drop.update(*batch()).kappa["a"]
     x = [torch.randn(4000, 4), torch.randn(4000, CLASSES)]
@@ -52,15 +56,26 @@ def test_unimodal_logits_add_up_to_the_joint_ones() -> None:
         late_fusion_logits(model.head, [torch.ones(2, 8)])
 
 
+def ogm(**options: Any) -> tuple[AIMFusedOptimizer, OGM]:
+    model, optimizer = build()
+    blocks = Blocks(model, {"a": list(model.a), "b": list(model.b)}, lambda z: model.head(torch.cat(z, 1)))
+    return optimizer, OGM(blocks, optimizer, **options)
+
+
+def outputs_of(method: OGM, logits: list[torch.Tensor], labels: torch.Tensor) -> Outputs:
+    """A batch whose unimodal logits are these."""
+    method.blocks._unimodal = lambda _features: logits
+    return Outputs(method.blocks, [], logits[0], labels)
+
+
 @pytest.mark.parametrize("apply_to", ["grad", "step"])
 def test_ogm_ge_writes_its_coefficient_and_noise(apply_to: str) -> None:
-    _, optimizer = build()
+    optimizer, method = ogm(alpha=0.7, apply_to=apply_to, noise=0.5)
     random = np.random.default_rng(0)
     logits = [random.normal(size=(6, CLASSES)) for _ in range(2)]
     labels = random.integers(0, CLASSES, 6)
     logits[1][np.arange(6), labels] += 2.0
-    ogm = OGMGE(optimizer, alpha=0.7, apply_to=apply_to, noise=0.5)
-    ogm.update([torch.tensor(x) for x in logits], torch.tensor(labels))
+    method.after_backward(outputs_of(method, [torch.tensor(x) for x in logits], torch.tensor(labels)))
     score = [(np.exp(x) / np.exp(x).sum(1, keepdims=True))[np.arange(6), labels].sum() for x in logits]
     k = {"a": 1.0, "b": 1.0 - math.tanh(0.7 * score[1] / score[0])}
     assert score[1] > score[0]
@@ -73,37 +88,25 @@ def test_ogm_ge_writes_its_coefficient_and_noise(apply_to: str) -> None:
 
 
 def test_ogm_ge_keeps_the_jump_at_equal_scores() -> None:
-    _, optimizer = build()
-    ogm = OGMGE(optimizer, alpha=0.8)
+    _, method = ogm(alpha=0.8)
     equal = torch.zeros(4, CLASSES)
     labels = torch.zeros(4, dtype=torch.long)
-    assert ogm.coefficients([equal, equal], labels).tolist() == [1.0, 1.0]
+    assert method.coefficients(outputs_of(method, [equal, equal], labels)).tolist() == [1.0, 1.0]
     barely = equal.clone()
     barely[:, 0] += 1e-4
-    assert ogm.coefficients([equal, barely], labels).tolist() == pytest.approx([1.0, 1.0 - math.tanh(0.8)], abs=1e-3)
+    found = method.coefficients(outputs_of(method, [equal, barely], labels)).tolist()
+    assert found == pytest.approx([1.0, 1.0 - math.tanh(0.8)], abs=1e-3)
 
 
 def test_ogm_ge_of_three_modalities_compares_with_the_mean_of_the_others() -> None:
-    blocks = [nn.Linear(2, 2) for _ in range(3)]
-    groups = [
-        {"params": [b.weight], "modality": n, "depth": 0, "modulated": True} for n, b in zip("abc", blocks, strict=True)
-    ]
-    scores = (0.6, 0.45, 0.3)
-    logits = [torch.tensor([[s, 1.0 - s]]).log() for s in scores]
-    k = OGMGE(AIMFusedOptimizer(groups), alpha=0.5).coefficients(logits, torch.zeros(1, dtype=torch.long))
+    _, method = ogm(alpha=0.5)
+    logits = [torch.tensor([[s, 1.0 - s]]).log() for s in (0.6, 0.45, 0.3)]
+    k = method.coefficients(outputs_of(method, logits, torch.zeros(1, dtype=torch.long)))
     assert k[0].item() == pytest.approx(1.0 - math.tanh(0.5 * 0.6 / 0.375), rel=1e-5)
     assert k[2].item() == 1.0
 
 
-def test_ogm_ge_errors() -> None:
-    model, optimizer = build()
-    with pytest.raises(ValueError, match="unknown apply_to"):
-        OGMGE(optimizer, apply_to="weights")
-    with pytest.raises(ValueError, match="alpha must be"):
-        OGMGE(optimizer, alpha=-1.0)
-    with pytest.raises(ValueError, match="noise must be"):
-        OGMGE(optimizer, noise=math.nan)
-    with pytest.raises(ValueError, match="at least two modalities"):
-        OGMGE(AIMFusedOptimizer(model.parameters()))
-    with pytest.raises(ValueError, match="logits of 1 modalities, expected 2: a, b"):
-        OGMGE(optimizer).update([torch.zeros(2, CLASSES)], torch.zeros(2, dtype=torch.long))
+@pytest.mark.parametrize(("option", "value"), [("apply_to", "weights"), ("alpha", -1.0), ("noise", math.nan)])
+def test_ogm_ge_errors(option: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=option):
+        ogm(**{option: value})

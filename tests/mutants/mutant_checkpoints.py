@@ -290,7 +290,7 @@ CHECKPOINT_BUGS = (
     ),
     Mutant(
         "features are dropped by draws of the default type",
-        "aim_kernels/methods/drop.py",
+        "aim_kernels/methods/controls.py",
         "generator=generator, dtype=torch.float32, device=generator.device)",
         "generator=generator, device=generator.device)",
         "the same for the samples that a batch loses",

@@ -12,9 +12,9 @@ METHOD_BUGS = (
     # -- trials
     Mutant(
         "trials are judged by live weights",
-        TRIALS,
-        "with aim.optimizer.true_parameters(), probing(aim.model):",
-        "with probing(aim.model):",
+        "aim_kernels/aim/aim.py",
+        "with self.optimizer.true_parameters(), probing(self.model):",
+        "with probing(self.model):",
         "the arm that is held back would be judged by its degraded network",
         (BY_HAND,),
     ),
@@ -76,11 +76,44 @@ METHOD_BUGS = (
     ),
     Mutant(
         "a failed trial leaves its features dropped",
-        "aim_kernels/methods/drop.py",
-        "            self.drop = drop\n",
+        "aim_kernels/aim/aim.py",
+        "            self._load_mixing_state(mixing_state)\n",
         "",
         "where the last arm was held back, training would go on as in it",
         ("test_trials.py::test_a_trial_that_fails_leaves_nothing",),
+    ),
+    # -- choices
+    Mutant(
+        "a probe that no trial asks is accepted",
+        "aim_kernels/aim/aim.py",
+        "if given[name] is not None and rule is not None and not rule.scores_blocks:",
+        "if False:",
+        "options that mean nothing were ignored in silence",
+        ("test_choices.py::test_what_means_nothing_is_refused",),
+    ),
+    Mutant(
+        "a named probe does not ask for scores",
+        "aim_kernels/aim/aim.py",
+        "labels is None or self.probe_is_named else",
+        "labels is None else",
+        "the probe would be ignored where train= is given",
+        ("test_choices.py::test_what_is_given_decides_the_rule",),
+    ),
+    Mutant(
+        "strings in option objects",
+        "aim_kernels/step/arguments.py",
+        "            _check(field.name, getattr(options, field.name), types)\n",
+        "            pass\n",
+        "Trial(steps='16') fails in a comparison, without its name",
+        ("test_numbers.py::test_numbers_of_option_objects",),
+    ),
+    Mutant(
+        "a recorded confidence is that of the rule's default",
+        "aim_kernels/experiments/arguments.py",
+        '(confidence=arguments.pop("confidence"))',
+        '(confidence=arguments.pop("confidence") * 0.0 + 3.0)',
+        "the tuned configurations of a comparison would all be one",
+        ("test_arguments_of_aim.py::test_recorded_options_become_objects",),
     ),
     # -- rivals
     Mutant(

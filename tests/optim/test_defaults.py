@@ -18,7 +18,8 @@ from helpers import Gradients, assign, build, frozen, parameters_of, same_bits, 
 from torch import Tensor, nn
 
 import aim_kernels as ak
-from aim_kernels.methods.drop import FeatureDrop
+from aim_kernels.aim import Prototypes, Trial
+from aim_kernels.methods.controls import DropFeatures
 
 
 @contextlib.contextmanager
@@ -176,10 +177,10 @@ def test_steps_in_backward(default: str) -> None:
 
 
 PARTS: dict[str, dict[str, Any]] = {
-    "prototypes": {"prototype_steps": 4},
+    "prototypes": {"probe": Prototypes(steps=4)},
     "linear": {"probe": "linear"},
-    "trial": {"rule": "trial", "trial_steps": 3, "confidence": 0.0},
-    "drop": {"probe": aim_helpers.DOMINANT_A, "alpha": 0.5},
+    "trial": {"rule": Trial(steps=3, confidence=0.0)},
+    "drop": {"probe": aim_helpers.DOMINANT_A, "alpha": 0.5, "mixing": DropFeatures()},
 }
 
 
@@ -192,7 +193,7 @@ def test_the_method(part: str, default: str) -> None:
         held_out = None if part == "drop" else aim_helpers.batch(48, seed=1)
         found: list[Any] = []
         with under():
-            aim: Any = (FeatureDrop if part == "drop" else ak.AIM)(model, optimizer, aim_helpers.CLASSES, **PARTS[part])
+            aim = ak.AIM(model, optimizer, aim_helpers.CLASSES, **PARTS[part])
 
             def train(xs: Any, ys: Tensor) -> None:
                 optimizer.zero_grad()
@@ -204,7 +205,9 @@ def test_the_method(part: str, default: str) -> None:
                 found.append(repr(table))
                 train(inputs, labels)
                 found.append(frozen(optimizer))
-        assert part != "drop" or max(aim.drop.values()) > 0.1, "nothing is dropped: this test tells little"
+        assert part != "drop" or max(aim.mixing_state["drop"].values()) > 0.1, (
+            "nothing is dropped: this test tells little"
+        )
         return found
 
     same_bits(trained(contextlib.nullcontext), trained(DEFAULTS[default]))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import aim_kernels as ak
 from aim_kernels import AIM
+from aim_kernels.aim import Alternate, Prototypes
 from aim_kernels.backends.reference import classes_of
 from aim_kernels.step.layout import STATISTIC
 
@@ -350,9 +351,8 @@ def held_back(mixing: str, freeze: str | None) -> tuple[Any, ...]:
         model,
         optimizer,
         aim_helpers.CLASSES,
-        mixing=mixing,
-        probability=1.0,
-        prototype_steps=3,
+        mixing=Alternate(probability=1.0) if mixing == "alternate" else mixing,
+        probe=Prototypes(steps=3),
         alpha=100.0,
         rule="ratio",
     )

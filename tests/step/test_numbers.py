@@ -20,8 +20,20 @@ from backends_under_test import DEVICE_BACKENDS, enter
 from helpers import frozen, parameter, same_bits
 
 import aim_kernels as ak
+from aim_kernels.aim import (
+    Alternate,
+    Constant,
+    CosineOut,
+    DecoupleAll,
+    Gap,
+    LinearOut,
+    Margin,
+    Prototypes,
+    Ratio,
+    Split,
+    Trial,
+)
 from aim_kernels.methods import METHODS, make_method
-from aim_kernels.methods.ogm_ge import OGMGE
 from aim_kernels.step.layout import PUBLIC_COLUMNS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -316,8 +328,12 @@ def test_numbers_of_methods(method: str) -> None:
             make_method(method, blocks, None, **{argument: "1"})
 
 
-def test_numbers_of_ogm_ge() -> None:
-    _, optimizer = aim_helpers.build()
-    for argument in ("alpha", "noise"):
-        with pytest.raises(ValueError, match=rf"{argument}.*'1'"):
-            OGMGE(optimizer, **{argument: "1"})
+OPTION_CLASSES = (Gap, Ratio, Margin, Trial, Prototypes, Alternate, Split, DecoupleAll, Constant, LinearOut, CosineOut)
+
+
+@pytest.mark.parametrize(
+    ("made", "option"), [(made, option) for made in OPTION_CLASSES for option in numeric(made.__init__)]
+)
+def test_numbers_of_option_objects(made: Any, option: str) -> None:
+    with pytest.raises(ValueError, match=rf"{option}.*'1'"):
+        made(**{"total_updates": 9, option: "1"} if made in (LinearOut, CosineOut) else {option: "1"})

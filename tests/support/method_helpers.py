@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from aim_kernels.methods import Blocks, Method, make_method
-from aim_kernels.methods.ogm_ge import late_fusion_logits
+from aim_kernels.methods.scores import late_fusion_logits
 from aim_kernels.optim.optimizer import AIMFusedOptimizer
 
 CLASSES = 3
@@ -25,8 +25,7 @@ FROM_FLOAT32 = {"rtol": 1e-6, "atol": 1e-7}
 
 #: Options without which a method cannot be made, and which leave the loss as it is.
 NEEDED: dict[str, dict[str, Any]] = {
-    name: {"num_classes": CLASSES, "prototype_steps": 2, "unimodal_weight": 0.0}
-    for name in ("aim", "drop", "feature-scale", "no-mask")
+    name: {"num_classes": CLASSES, "unimodal_weight": 0.0} for name in ("aim", "drop", "feature-scale", "no-mask")
 }
 
 Step = Callable[["Net", torch.optim.Optimizer, list[Tensor], Tensor, dict[str, Any]], None]

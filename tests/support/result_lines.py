@@ -6,7 +6,8 @@ import json
 import math
 from typing import Any
 
-from aim_kernels.aim.strengths import Measured, assess
+from aim_kernels.aim.rules import Ratio
+from aim_kernels.aim.strengths import Measured
 from aim_kernels.experiments.compare.lines import Line as CompareLine
 from aim_kernels.experiments.demo.results import Line as DemoLine
 from aim_kernels.experiments.precision.configurations import Line as PrecisionLine
@@ -38,5 +39,5 @@ def demo_history() -> list[dict[str, Any]]:
         nan = {"grey": [math.nan] * 2, "colour": [math.nan] * 3}
         scores = {"grey": [0.1, 0.2], "colour": [0.3, 0.4, 0.5]}
         measured = Measured(scores, {m: [0.0] * len(row) for m, row in scores.items()})
-        tables.append(assess(update, measured, None, nan, rule="ratio", alpha=1.0, dead_zone=0.0).to_dict())
+        tables.append(Ratio().assess(update, measured, None, nan, alpha=1.0).to_dict())
     return tables

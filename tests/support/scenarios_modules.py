@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import aim_kernels as ak
+from aim_kernels.aim import Prototypes, Trial
 
 CLASSES = 3
 
@@ -118,7 +119,7 @@ def modules_with_aim(_: Path, wrapper: str) -> None:
     scores and gradients."""
     model, single = MODELS[wrapper](), plain()
     together, alone = optimizer_of(model), optimizer_of(single)
-    aims = [ak.AIM(m, o, CLASSES, prototype_steps=3) for m, o in ((model, together), (single, alone))]
+    aims = [ak.AIM(m, o, CLASSES, probe=Prototypes(steps=3)) for m, o in ((model, together), (single, alone))]
     strengths = []
     for number in range(6):
         if number % 2 == 0:
@@ -143,7 +144,7 @@ def trials_agree_and_leave_nothing(_: Path, wrapper: str) -> None:
 
 def tries_leave_nothing(model: nn.Module, optimizer: Any) -> None:
     own = getattr(optimizer, "optim", optimizer)  # ZeRO keeps states in another one
-    aim = ak.AIM(model, optimizer, CLASSES, trial_steps=4, confidence=0.0)
+    aim = ak.AIM(model, optimizer, CLASSES, rule=Trial(steps=4, confidence=0.0))
     for number in range(15):
         backward(model, number)
         optimizer.step()
@@ -202,7 +203,7 @@ def gathered_weights_are_not_used_again(_: Path) -> None:
 def training_flags_and_gradients_stay(_: Path) -> None:
     model = fsdp2()
     optimizer = optimizer_of(model)
-    aim = ak.AIM(model, optimizer, CLASSES, prototype_steps=2)
+    aim = ak.AIM(model, optimizer, CLASSES, probe=Prototypes(steps=2))
     backward(model, 0)
     before = [whole(p.grad).clone() for p in parameters_of(optimizer)]
     *inputs, labels = batch(7)

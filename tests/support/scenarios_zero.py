@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import aim_kernels as ak
+from aim_kernels.aim import Prototypes
 from aim_kernels.optim.zero_redundancy import AIMZeroRedundancyOptimizer
 
 
@@ -50,7 +51,7 @@ def zero_redundancy(folder: Path, buckets: bool) -> None:
     for group in (*zero.param_groups, *alone.param_groups):
         group["lr"] = 7e-3  # as a scheduler does; a loaded checkpoint has it
     pairs: Any = ((model, zero), (single, alone))
-    aims = [ak.AIM(m, o, CLASSES, prototype_steps=2, mixing="weights") for m, o in pairs]
+    aims = [ak.AIM(m, o, CLASSES, probe=Prototypes(steps=2), mixing="weights") for m, o in pairs]
 
     def step(number: int) -> None:
         backward(model, number)

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from aim_kernels.aim.probes import CustomProbe
+from aim_kernels.aim.rules import Ratio
 from aim_kernels.bench.report import Circumstances, append_csv, check_columns, circumstances
 from aim_kernels.command_line import make_folder
 from aim_kernels.experiments.compare.contestants import contestant
@@ -93,7 +95,7 @@ def _hold_the_first(method: Any) -> None:
         return
     lead = 1.0 + math.atanh(0.5) / aim.alpha
     rows = [[lead if not number else 1.0] * depths for number, depths in enumerate(aim.depths.values())]
-    aim.rule, aim.confidence, aim.dead_zone, aim.probe = "ratio", 0.0, 0.0, lambda *_: rows
+    aim.rule, aim.probe = Ratio(), CustomProbe(function=lambda *_: rows)
 
 
 def cost_of(name: str, contestant_name: str, backbone: str = "auto", width: int = 64) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from aim_kernels.methods.ogm_ge import late_fusion_logits
+from aim_kernels.methods.scores import late_fusion_logits
 
 
 class Fusion(nn.Module):

@@ -32,7 +32,7 @@ def multimodal(name: str, configuration: Configuration, seed: int, watched: bool
     groups = model.as_blocks().param_groups(HYPERPARAMETERS["weight_decay"])
     optimizer = AIMFusedOptimizer(groups, seed=seed, **HYPERPARAMETERS, **configuration.options)
     batches, draws = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
-    aim = None if watched else AIM(model, optimizer, data.num_classes, seed=seed)
+    aim = None if watched else AIM(model, optimizer, data.num_classes, rule="gap", seed=seed)
     watcher, losses, number = Watcher(optimizer, watched), [], 0
 
     def cast(split: Split) -> Split:

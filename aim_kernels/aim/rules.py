@@ -1,0 +1,198 @@
+"""Rules: who is held back, and how far."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+
+from aim_kernels.aim import trials
+from aim_kernels.aim.samples import Samples, check_inputs
+from aim_kernels.aim.strengths import (
+    Excess,
+    Measured,
+    ModulationTable,
+    Scores,
+    gap_excess,
+    margin_excess,
+    ratio_excess,
+    ratios,
+    roles,
+    strengths,
+)
+from aim_kernels.step.arguments import check_at_least, check_fields, check_finite
+
+if TYPE_CHECKING:
+    from aim_kernels.aim.aim import AIM
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule(abc.ABC):
+    """Decides who is held back, from what it measures.
+
+    Attributes:
+        confidence: standard errors of an excess (of a trial: of a difference) that count as chance.
+        dead_zone: an excess (of a trial: a share of the loss) that sets no strength however certain it is.
+
+    Raises ValueError for a negative number and one that is not finite.
+    """
+
+    name: ClassVar[str]
+    #: Whether it scores blocks by a probe, so that ``probe``, ``alpha``, ``pool`` and ``targets`` mean something.
+    scores_blocks: ClassVar[bool] = True
+    needs_held_out: ClassVar[bool] = True
+    confidence: float = 3.0
+    dead_zone: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_finite("confidence", self.confidence)
+        check_finite("dead_zone", self.dead_zone)
+
+    @abc.abstractmethod
+    def check(self, aim: AIM, what: str, inputs: Sequence[Tensor | None], labels: Tensor | None) -> Samples:
+        """One batch as this rule needs it; ValueError that says what is wrong with it."""
+
+    @abc.abstractmethod
+    def measure(
+        self, aim: AIM, samples: Samples, held_out: Samples | None, train: trials.Train | None, restore: Sequence[Any]
+    ) -> Any:
+        """What :meth:`decide` needs. Afterwards model, optimizer and random states are as they were."""
+
+    @abc.abstractmethod
+    def decide(self, aim: AIM, measured: Any, factor: float) -> tuple[ModulationTable, frozenset[str]]:
+        """The table of this update, its strengths multiplied by ``factor``, and who is held back by it."""
+
+
+class ScoreRule(Rule, abc.ABC):
+    """A rule on scores of blocks. At every depth ``kappa = factor * tanh(alpha * max(excess - confidence * error - 1 -
+    dead_zone, 0))``."""
+
+    @abc.abstractmethod
+    def excess(self, measured: Measured, held_out: Measured | None) -> Excess:
+        """What becomes strengths."""
+
+    def check(self, aim: AIM, what: str, inputs: Sequence[Tensor | None], labels: Tensor | None) -> Samples:
+        return aim.probe.check(aim.scoring, what, check_inputs(what, inputs, labels, aim.modalities))
+
+    def measure(
+        self, aim: AIM, samples: Samples, held_out: Samples | None, train: trials.Train | None, restore: Sequence[Any]
+    ) -> tuple[Measured, Measured | None]:
+        with aim.measuring():
+            return aim.probe.measure(aim.scoring, samples, held_out, aim.history)
+
+    def decide(
+        self, aim: AIM, measured: tuple[Measured, Measured | None], factor: float
+    ) -> tuple[ModulationTable, frozenset[str]]:
+        table = self.assess(aim.updates, *measured, aim.scoring.under_fraction(), alpha=aim.alpha, factor=factor)
+        return table, frozenset(table.dominant)
+
+    def assess(
+        self,
+        update: int,
+        measured: Measured,
+        held_out: Measured | None,
+        under_fraction: Scores,
+        *,
+        alpha: float,
+        factor: float = 1.0,
+    ) -> ModulationTable:
+        """Strengths and roles (:func:`~aim_kernels.aim.strengths.roles`) from scores."""
+        excess = self.excess(measured, held_out)
+        options = {"alpha": alpha, "dead_zone": self.dead_zone, "confidence": self.confidence, "factor": factor}
+        kappa = strengths(excess.values, excess.errors, **options)
+        dominant, weak = roles(kappa)
+        return ModulationTable(
+            update=update,
+            rule=self.name,
+            modalities=tuple(measured.scores),
+            scores=measured.scores,
+            ratios=ratios(measured.scores),
+            held_out_scores=None if held_out is None else held_out.scores,
+            held_out_ratios=None if held_out is None else ratios(held_out.scores),
+            excess=excess.values,
+            kappa=kappa,
+            weak_kappa=strengths(excess.inverse, excess.inverse_errors, **options),
+            under_fraction=under_fraction,
+            dominant=dominant,
+            weak=weak,
+            errors=measured.errors,
+            held_out_errors={} if held_out is None else held_out.errors,
+            excess_errors=excess.errors,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gap(ScoreRule):
+    """The lead in training over the held-out one: :func:`~aim_kernels.aim.strengths.gap_excess`."""
+
+    name: ClassVar[str] = "gap"
+
+    def excess(self, measured: Measured, held_out: Measured | None) -> Excess:
+        assert held_out is not None
+        return gap_excess(measured, held_out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ratio(ScoreRule):
+    """The lead over the other modalities, confirmed or not: :func:`~aim_kernels.aim.strengths.ratios`. Chance counts
+    like any other lead, unless ``confidence`` is given."""
+
+    name: ClassVar[str] = "ratio"
+    needs_held_out: ClassVar[bool] = False
+    confidence: float = 0.0
+
+    def excess(self, measured: Measured, held_out: Measured | None) -> Excess:
+        return ratio_excess(measured)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Margin(ScoreRule):
+    """What a modality's own training score loses outside of it: :func:`~aim_kernels.aim.strengths.margins`."""
+
+    name: ClassVar[str] = "margin"
+
+    def excess(self, measured: Measured, held_out: Measured | None) -> Excess:
+        assert held_out is not None
+        return margin_excess(measured, held_out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial(Rule):
+    """A few training steps with each modality held back, undone and judged by the held-out loss:
+    :mod:`~aim_kernels.aim.trials`. ``kappa`` is 1 (1 - 1e-6) at every depth, or 0.
+
+    Attributes:
+        steps: of each trial; as many batches are cut from the samples.
+
+    Raises ValueError for fewer than one step.
+    """
+
+    name: ClassVar[str] = "trial"
+    scores_blocks: ClassVar[bool] = False
+    steps: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least("steps", self.steps, 1)
+
+    def check(self, aim: AIM, what: str, inputs: Sequence[Tensor | None], labels: Tensor | None) -> Samples:
+        return check_inputs(what, inputs, labels, aim.modalities)
+
+    def measure(
+        self, aim: AIM, samples: Samples, held_out: Samples | None, train: trials.Train | None, restore: Sequence[Any]
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        return trials.measure(aim, *trials.checked(samples, held_out, train), restore, self.steps)
+
+    def decide(
+        self, aim: AIM, measured: tuple[dict[str, float], dict[str, float]], factor: float
+    ) -> tuple[ModulationTable, frozenset[str]]:
+        held_back = trials.judge(aim.held_back, *measured, self.dead_zone, self.confidence)
+        return trials.table_of(aim, aim.held_back, held_back, *measured, factor), held_back
+
+
+#: Rules by their names.
+RULES: dict[str, type[Rule]] = {cls.name: cls for cls in (Gap, Ratio, Margin, Trial)}
