@@ -16,7 +16,7 @@ from aim_kernels.backends.reference import classes_of
 from aim_kernels.step.states import is_frozen
 
 if TYPE_CHECKING:
-    from aim_kernels.aim.aim import AIM
+    from aim_kernels.aim.interface import Modulator
 
 
 def auxiliary_parameters(optimizer: Any, module: nn.Module, kappa: float) -> dict[str, Tensor]:
@@ -54,7 +54,7 @@ def auxiliary_parameters(optimizer: Any, module: nn.Module, kappa: float) -> dic
 class FeatureMixing:
     """Hooks on all blocks that mix while their modality is dominant; in training mode only."""
 
-    def __init__(self, aim: AIM) -> None:
+    def __init__(self, aim: Modulator) -> None:
         self.aim = aim
         self._inside = False
         modules = aim.scoring.modules or block_modules(aim.model, aim.optimizer)

@@ -17,7 +17,7 @@ from aim_kernels.aim.strengths import ModulationTable
 from aim_kernels.step.arguments import check_choice, check_fields, check_finite, check_within
 
 if TYPE_CHECKING:
-    from aim_kernels.aim.aim import AIM
+    from aim_kernels.aim.interface import Modulator
 
 #: Columns of a block that does not learn, by ``hold``: its gradient counts as zero, or it stays as it is.
 _HELD = {
@@ -48,7 +48,7 @@ class Mixing(abc.ABC):
         """Whether weak modalities have rows, so that ``decouple`` means something."""
         return True
 
-    def install(self, aim: AIM) -> Sequence[Any]:
+    def install(self, aim: Modulator) -> Sequence[Any]:
         """Handles of the hooks that it needs on the model."""
         return ()
 
@@ -57,10 +57,10 @@ class Mixing(abc.ABC):
         return {}
 
     @abc.abstractmethod
-    def write(self, aim: AIM, table: ModulationTable) -> None:
+    def write(self, aim: Modulator, table: ModulationTable) -> None:
         """Sets rows and phases by a table."""
 
-    def backward(self, aim: AIM, closure: Callable[[], Tensor], run: Callable[[Tensor], Any]) -> Tensor:
+    def backward(self, aim: Modulator, closure: Callable[[], Tensor], run: Callable[[Tensor], Any]) -> Tensor:
         """Takes the loss that ``closure`` returns backward by ``run``; returns it, detached."""
         with torch.enable_grad():
             loss = closure()
@@ -108,7 +108,7 @@ class Alternate(Mixing):
         check_choice("hold", self.hold, tuple(_HELD))
         check_choice("head_from", self.head_from, tuple(_HEAD))
 
-    def write(self, aim: AIM, table: ModulationTable) -> None:
+    def write(self, aim: Modulator, table: ModulationTable) -> None:
         held = _HELD[self.hold]
         for index, group in enumerate(aim.optimizer.param_groups):
             modality = group.get("modality")
@@ -165,7 +165,7 @@ class Split(Mixing):
     def needs_whole_parameters(self) -> bool:
         return True
 
-    def write(self, aim: AIM, table: ModulationTable) -> None:
+    def write(self, aim: Modulator, table: ModulationTable) -> None:
         for index, group in enumerate(aim.optimizer.param_groups):
             row = aim.decouple.stimulus(table, group)
             if group.get("modality") in table.dominant and group.get("modulated"):
@@ -174,7 +174,7 @@ class Split(Mixing):
         # With equal rows the phase only tells what the module holds.
         aim.optimizer.set_phases(1.0 if table.dominant else 0.0)
 
-    def backward(self, aim: AIM, closure: Callable[[], Tensor], run: Callable[[Tensor], Any]) -> Tensor:
+    def backward(self, aim: Modulator, closure: Callable[[], Tensor], run: Callable[[Tensor], Any]) -> Tensor:
         optimizer = aim.optimizer
         table = aim.history[-1] if aim.history else None
         optimizer.refuse_passes()
@@ -193,7 +193,7 @@ class Split(Mixing):
         return super().backward(aim, closure, run)
 
     @contextlib.contextmanager
-    def _routed(self, aim: AIM, table: ModulationTable, auxiliary: bool) -> Iterator[None]:
+    def _routed(self, aim: Modulator, table: ModulationTable, auxiliary: bool) -> Iterator[None]:
         """Inside, each parameter's gradient is multiplied by its share of this pass as it comes, before it is added to
         ``grad``: so gradients accumulate, are scaled and are exchanged between processes as ever."""
         handles = []
@@ -229,7 +229,7 @@ class Weights(Mixing):
     def __post_init__(self) -> None:
         check_choice("coefficients", self.coefficients, ("chain", "straight-through", "step"))
 
-    def write(self, aim: AIM, table: ModulationTable) -> None:
+    def write(self, aim: Modulator, table: ModulationTable) -> None:
         aim.optimizer.set_phases(0.0)
         for index, group in enumerate(aim.optimizer.param_groups):
             modality, depth = group.get("modality"), group.get("depth")
@@ -256,10 +256,10 @@ class Features(Mixing):
     def needs_whole_parameters(self) -> bool:
         return True
 
-    def install(self, aim: AIM) -> Sequence[Any]:
+    def install(self, aim: Modulator) -> Sequence[Any]:
         return FeatureMixing(aim).handles
 
-    def write(self, aim: AIM, table: ModulationTable) -> None:
+    def write(self, aim: Modulator, table: ModulationTable) -> None:
         aim.optimizer.set_phases(0.0)
         for index, group in enumerate(aim.optimizer.param_groups):
             row = aim.decouple.stimulus(table, group)

@@ -26,7 +26,7 @@ from aim_kernels.aim.strengths import (
 from aim_kernels.step.arguments import check_at_least, check_fields, check_finite
 
 if TYPE_CHECKING:
-    from aim_kernels.aim.aim import AIM
+    from aim_kernels.aim.interface import Modulator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,17 +53,22 @@ class Rule(abc.ABC):
         check_finite("dead_zone", self.dead_zone)
 
     @abc.abstractmethod
-    def check(self, aim: AIM, what: str, inputs: Sequence[Tensor | None], labels: Tensor | None) -> Samples:
+    def check(self, aim: Modulator, what: str, inputs: Sequence[Tensor | None], labels: Tensor | None) -> Samples:
         """One batch as this rule needs it; ValueError that says what is wrong with it."""
 
     @abc.abstractmethod
     def measure(
-        self, aim: AIM, samples: Samples, held_out: Samples | None, train: trials.Train | None, restore: Sequence[Any]
+        self,
+        aim: Modulator,
+        samples: Samples,
+        held_out: Samples | None,
+        train: trials.Train | None,
+        restore: Sequence[Any],
     ) -> Any:
         """What :meth:`decide` needs. Afterwards model, optimizer and random states are as they were."""
 
     @abc.abstractmethod
-    def decide(self, aim: AIM, measured: Any, factor: float) -> tuple[ModulationTable, frozenset[str]]:
+    def decide(self, aim: Modulator, measured: Any, factor: float) -> tuple[ModulationTable, frozenset[str]]:
         """The table of this update, its strengths multiplied by ``factor``, and who is held back by it."""
 
 
@@ -75,17 +80,22 @@ class ScoreRule(Rule, abc.ABC):
     def excess(self, measured: Measured, held_out: Measured | None) -> Excess:
         """What becomes strengths."""
 
-    def check(self, aim: AIM, what: str, inputs: Sequence[Tensor | None], labels: Tensor | None) -> Samples:
+    def check(self, aim: Modulator, what: str, inputs: Sequence[Tensor | None], labels: Tensor | None) -> Samples:
         return aim.probe.check(aim.scoring, what, check_inputs(what, inputs, labels, aim.modalities))
 
     def measure(
-        self, aim: AIM, samples: Samples, held_out: Samples | None, train: trials.Train | None, restore: Sequence[Any]
+        self,
+        aim: Modulator,
+        samples: Samples,
+        held_out: Samples | None,
+        train: trials.Train | None,
+        restore: Sequence[Any],
     ) -> tuple[Measured, Measured | None]:
         with aim.measuring():
             return aim.probe.measure(aim.scoring, samples, held_out, aim.history)
 
     def decide(
-        self, aim: AIM, measured: tuple[Measured, Measured | None], factor: float
+        self, aim: Modulator, measured: tuple[Measured, Measured | None], factor: float
     ) -> tuple[ModulationTable, frozenset[str]]:
         table = self.assess(aim.updates, *measured, aim.scoring.under_fraction(), alpha=aim.alpha, factor=factor)
         return table, frozenset(table.dominant)
@@ -179,16 +189,21 @@ class Trial(Rule):
         super().__post_init__()
         check_at_least("steps", self.steps, 1)
 
-    def check(self, aim: AIM, what: str, inputs: Sequence[Tensor | None], labels: Tensor | None) -> Samples:
+    def check(self, aim: Modulator, what: str, inputs: Sequence[Tensor | None], labels: Tensor | None) -> Samples:
         return check_inputs(what, inputs, labels, aim.modalities)
 
     def measure(
-        self, aim: AIM, samples: Samples, held_out: Samples | None, train: trials.Train | None, restore: Sequence[Any]
+        self,
+        aim: Modulator,
+        samples: Samples,
+        held_out: Samples | None,
+        train: trials.Train | None,
+        restore: Sequence[Any],
     ) -> tuple[dict[str, float], dict[str, float]]:
         return trials.measure(aim, *trials.checked(samples, held_out, train), restore, self.steps)
 
     def decide(
-        self, aim: AIM, measured: tuple[dict[str, float], dict[str, float]], factor: float
+        self, aim: Modulator, measured: tuple[dict[str, float], dict[str, float]], factor: float
     ) -> tuple[ModulationTable, frozenset[str]]:
         held_back = trials.judge(aim.held_back, *measured, self.dead_zone, self.confidence)
         return trials.table_of(aim, aim.held_back, held_back, *measured, factor), held_back

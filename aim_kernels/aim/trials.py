@@ -16,7 +16,7 @@ from aim_kernels.aim.snapshot import Snapshot
 from aim_kernels.aim.strengths import KAPPA_MAX, Measured, ModulationTable, Scores, roles
 
 if TYPE_CHECKING:
-    from aim_kernels.aim.aim import AIM
+    from aim_kernels.aim.interface import Modulator
 
 #: One training step of the user's: ``train(inputs, labels)``, a list of one input per modality, and labels.
 Train = Callable[[Any, Any], Any]
@@ -40,7 +40,7 @@ def checked(samples: Samples, held_out: Samples | None, train: Train | None) -> 
 
 
 def measure(
-    aim: AIM, samples: Samples, held_out: Samples, train: Train, restore: Sequence[Any], steps: int
+    aim: Modulator, samples: Samples, held_out: Samples, train: Train, restore: Sequence[Any], steps: int
 ) -> tuple[dict[str, float], dict[str, float]]:
     """The held-out loss in the latter half of ``steps`` steps of ``train``, and the standard error of its
     difference to going on as it is, of every arm: as it is, and with each modality held back that is not, or let go
@@ -139,7 +139,7 @@ def judge(
 
 
 def table_of(
-    aim: AIM,
+    aim: Modulator,
     before: frozenset[str],
     held_back: frozenset[str],
     losses: Mapping[str, float],
@@ -160,7 +160,7 @@ def table_of(
 
 
 def _table(
-    aim: AIM,
+    aim: Modulator,
     kappa: Mapping[str, float],
     excess: Mapping[str, float] | None = None,
     error: Mapping[str, float] | None = None,
@@ -195,7 +195,7 @@ def _table(
 
 
 @torch.no_grad()
-def _held_out_losses(aim: AIM, held_out: Samples) -> Tensor:
+def _held_out_losses(aim: Modulator, held_out: Samples) -> Tensor:
     """Mean losses (float64) of pieces of the held-out samples, with the true weights."""
     inputs, labels = held_out
     assert labels is not None

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from aim_kernels.aim.aim import AIM
 from aim_kernels.aim.blocks import block_modules
+from aim_kernels.aim.interface import Modulator
 from aim_kernels.aim.mixing import Alternate, Mixing, as_mixing
 from aim_kernels.aim.strengths import ModulationTable
 from aim_kernels.methods.aim import AIMMethod
@@ -38,7 +38,7 @@ class DropFeatures(Mixing):
     def writes_rows(self) -> bool:
         return False
 
-    def install(self, aim: AIM) -> Sequence[Any]:
+    def install(self, aim: Modulator) -> Sequence[Any]:
         modules = aim.scoring.modules or block_modules(aim.model, aim.optimizer)
         return [modules[m][-1].register_forward_hook(self._hook_of(m, aim.mixing_state)) for m in aim.modalities]
 
@@ -66,7 +66,7 @@ class DropFeatures(Mixing):
         keep = drawn >= probability
         return output * keep.to(output).view(-1, *[1] * (output.dim() - 1))
 
-    def write(self, aim: AIM, table: ModulationTable) -> None:
+    def write(self, aim: Modulator, table: ModulationTable) -> None:
         aim.mixing_state["drop"] = {
             m: sum(row) / len(row) if m in table.dominant else 0.0 for m, row in table.kappa.items()
         }
@@ -99,13 +99,13 @@ class WithoutMask(Mixing):
     def needs_whole_parameters(self) -> bool:
         return self.inner.needs_whole_parameters
 
-    def install(self, aim: AIM) -> Sequence[Any]:
+    def install(self, aim: Modulator) -> Sequence[Any]:
         return self.inner.install(aim)
 
-    def backward(self, aim: AIM, closure: Callable[[], Tensor], run: Callable[[Tensor], Any]) -> Tensor:
+    def backward(self, aim: Modulator, closure: Callable[[], Tensor], run: Callable[[Tensor], Any]) -> Tensor:
         return self.inner.backward(aim, closure, run)
 
-    def write(self, aim: AIM, table: ModulationTable) -> None:
+    def write(self, aim: Modulator, table: ModulationTable) -> None:
         self.inner.write(aim, table)
         for index, group in enumerate(aim.optimizer.param_groups):
             if group.get("modulated") and group.get("modality") in table.dominant:

@@ -11,7 +11,7 @@ from aim_kernels.experiments.compare.contestants import is_control
 from aim_kernels.experiments.runs import ALONE
 
 if TYPE_CHECKING:
-    from aim_kernels.experiments.compare.report import Standing
+    from aim_kernels.experiments.compare.standings import Standing
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import html
-import json
 import math
 import statistics
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from aim_kernels.bench.report import read
@@ -17,8 +15,9 @@ from aim_kernels.experiments.compare.contestants import BUDGET, TUNING_SEEDS, is
 from aim_kernels.experiments.compare.cost import CostLine
 from aim_kernels.experiments.compare.lines import Line
 from aim_kernels.experiments.compare.results import Folder
+from aim_kernels.experiments.compare.standings import Standing, reported, standings
 from aim_kernels.experiments.data import DATA_SETS
-from aim_kernels.experiments.measures import mean_and_error, paired
+from aim_kernels.experiments.measures import paired
 from aim_kernels.experiments.report import html_table, markdown_table, number, with_error
 from aim_kernels.experiments.runs import ALONE, HYPERPARAMETERS, Run
 
@@ -28,95 +27,6 @@ OURS = {
     "aim (joint loss)": "AIM without losses of the modalities' own",
     "aim (gap)": "AIM by the gap rule, without such losses",
 }
-
-
-@dataclass(frozen=True)
-class Standing:
-    """One contestant on one data set, over its seeds; errors are standard errors, ``half`` is the half width of the
-    95 % interval of the paired difference to joint training."""
-
-    data: str
-    contestant: str
-    seeds: int
-    test: float
-    error: float
-    difference: float
-    half: float
-    f1: float
-    calibration: float
-    probes: dict[str, float]
-    probe_differences: dict[str, tuple[float, float]]
-    kappa: float
-    options: str
-    by_seed: dict[int, float]
-    test_share: float
-
-    @property
-    def lower(self) -> float:
-        return self.difference - self.half
-
-    @property
-    def upper(self) -> float:
-        return self.difference + self.half
-
-
-def _setting(line: Line) -> tuple[int, str, int]:
-    """What lines have in common that stand beside each other."""
-    return line.epochs, line.backbone, line.width
-
-
-def reported(lines: Sequence[Line], wanted: Collection[Run] | None = None) -> list[Line]:
-    """What was trained on seeds that nothing was chosen by, once a run: the lines of ``wanted``; without it those of
-    the latest configuration of each contestant, with network and epochs of the latest joint training on that data
-    set."""
-    lines = [line for line in lines if line.seed not in TUNING_SEEDS]
-    if wanted is None:
-        latest = {line.data: _setting(line) for line in lines if line.contestant == "joint"}
-        alike = [line for line in lines if _setting(line) == latest.get(line.data)]
-        choice = {(line.data, line.contestant): line.choice for line in alike}
-        wanted = {line.run for line in alike if line.choice == choice[line.data, line.contestant]}
-    return list({line.run: line for line in lines if line.run in wanted}.values())
-
-
-def standings(lines: Sequence[Line]) -> dict[str, list[Standing]]:
-    """Of reported lines, by data set: joint training first, then by test accuracy; encoders trained alone last."""
-    found: dict[str, list[Standing]] = {}
-    for data in DATA_SETS:
-        here = [line for line in lines if line.data == data]
-        joint = {line.seed: line for line in here if line.contestant == "joint"}
-        for name in dict.fromkeys(line.contestant for line in here):
-            own = [line for line in here if line.contestant == name]
-            both = [(line, joint[line.seed]) for line in own if line.seed in joint]
-            share = statistics.fmean(line.test_samples / line.train_samples for line in own)
-            difference, half = math.nan, math.nan
-            if both:
-                difference, half = paired([a.test for a, _ in both], [b.test for _, b in both], share)
-            ours = [(json.loads(a.probes), json.loads(b.probes)) for a, b in both]
-            probes = [json.loads(line.probes) for line in own]
-            modalities = list(probes[0])
-            test, error = mean_and_error([line.test for line in own])
-            found.setdefault(data, []).append(
-                Standing(
-                    data,
-                    name,
-                    len(own),
-                    test,
-                    error,
-                    difference,
-                    half,
-                    statistics.fmean(line.f1 for line in own),
-                    statistics.fmean(line.calibration for line in own),
-                    {m: statistics.fmean(p[m] for p in probes) for m in modalities},
-                    {m: paired([a[m] for a, _ in ours], [b[m] for _, b in ours], share) for m in modalities if ours},
-                    statistics.fmean(line.kappa_mean for line in own),
-                    own[0].options,
-                    {line.seed: line.test for line in own},
-                    share,
-                )
-            )
-        if data in found:
-            found[data].sort(key=lambda s: (s.contestant.startswith(ALONE), s.contestant != "joint", -s.test))
-    return found
 
 
 def table(rows: Sequence[Standing]) -> list[list[str]]:
