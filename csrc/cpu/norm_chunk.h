@@ -2,7 +2,7 @@
 // unit. Summed in 16 lanes, as the statistics are: every instruction set gives the same bits.
 #pragma once
 
-#include "cpu/chunk.h"
+#include "cpu/update.h"
 
 namespace aim {
 namespace AIM_ISA {
