@@ -39,7 +39,8 @@ class AIM:
     rule
         A :class:`Rule`, or its name: "trial" (:class:`Trial`), "gap" (:class:`Gap`), "ratio" (:class:`Ratio`),
         "margin" (:class:`Margin`). None, the default, takes what an update is given: trials with labels, ``held_out``
-        and ``train``, unless a probe is named; else the gap with ``held_out``, or the ratio.
+        and ``train``, unless ``probe``, ``alpha``, ``targets`` or ``pool`` is given; else the gap with ``held_out``, or
+        the ratio.
     probe
         Of rules on scores: a :class:`Probe`, or its name: "prototypes" (:class:`Prototypes`, the default), "linear"
         (:class:`LinearReadout`), "gradient-norm" (:class:`GradientNorm`); or a callable, ``probe(model, inputs,
@@ -105,7 +106,7 @@ class AIM:
         self.probe: Probe = Prototypes() if probe is None else as_probe(probe)
         self.mixing, self.decouple = as_mixing(mixing), chosen("decouple", decouple, DECOUPLES, Decouple)
         self.schedule = as_schedule(schedule)
-        self.probe_is_named = probe is not None
+        self.asks_for_scores = any(given is not None for given in (probe, alpha, targets, pool))
         self._refuse_without_meaning(
             probe=probe, alpha=alpha, targets=targets, pool=pool, decouple=None if decouple == "dominant" else decouple
         )
@@ -246,10 +247,10 @@ class AIM:
         return table
 
     def _automatic(self, labels: Any, held_out: Any, train: Any) -> Rule:
-        """The rule that an update's arguments allow. A named probe asks for scores."""
+        """The rule that an update's arguments allow. Options of scores ask for them."""
         if held_out is None:
             return Ratio()
-        return Gap() if train is None or labels is None or self.probe_is_named else Trial()
+        return Gap() if train is None or labels is None or self.asks_for_scores else Trial()
 
     @contextlib.contextmanager
     def measuring(self) -> Iterator[None]:
@@ -261,6 +262,15 @@ class AIM:
         """Takes the hooks off the model, if there are any; the mixing is then without effect on it."""
         for handle in self._handles:
             handle.remove()
+        self._handles = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the hooks, which stay on this object's model."""
+        return {**self.__dict__, "_handles": bool(self._handles)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._handles = self.mixing.install(self) if state["_handles"] else ()
 
     def remember(self) -> Callable[[], None]:
         """Saves what steps change of this object; the function that is returned brings it back."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from aim_kernels.aim.blocks import block_modules
+from aim_kernels.aim.hooks import BlockHook
 from aim_kernels.backends.reference import classes_of
 from aim_kernels.step.states import is_frozen
 
@@ -59,7 +60,7 @@ class FeatureMixing:
         self._inside = False
         modules = aim.scoring.modules or block_modules(aim.model, aim.optimizer)
         self.handles = [
-            block.register_forward_hook(self._hook_of(modality, depth), with_kwargs=True)
+            block.register_forward_hook(BlockHook(self._hook_of(modality, depth)), with_kwargs=True)
             for modality, blocks in modules.items()
             for depth, block in enumerate(blocks)
         ]

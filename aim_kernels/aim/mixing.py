@@ -48,6 +48,11 @@ class Mixing(abc.ABC):
         """Whether weak modalities have rows, so that ``decouple`` means something."""
         return True
 
+    @property
+    def tells_classes_by_rows(self) -> bool:
+        """Whether rows say what becomes of under- and of well-optimized elements."""
+        return self.writes_rows
+
     def install(self, aim: Modulator) -> Sequence[Any]:
         """Handles of the hooks that it needs on the model."""
         return ()
@@ -255,6 +260,10 @@ class Features(Mixing):
     @property
     def needs_whole_parameters(self) -> bool:
         return True
+
+    @property
+    def tells_classes_by_rows(self) -> bool:
+        return False
 
     def install(self, aim: Modulator) -> Sequence[Any]:
         return FeatureMixing(aim).handles

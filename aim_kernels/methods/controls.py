@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from aim_kernels.aim.blocks import block_modules
+from aim_kernels.aim.hooks import BlockHook
 from aim_kernels.aim.interface import Modulator
 from aim_kernels.aim.mixing import Alternate, Mixing, as_mixing
 from aim_kernels.aim.strengths import ModulationTable
@@ -40,7 +41,8 @@ class DropFeatures(Mixing):
 
     def install(self, aim: Modulator) -> Sequence[Any]:
         modules = aim.scoring.modules or block_modules(aim.model, aim.optimizer)
-        return [modules[m][-1].register_forward_hook(self._hook_of(m, aim.mixing_state)) for m in aim.modalities]
+        hooks = {m: BlockHook(self._hook_of(m, aim.mixing_state)) for m in aim.modalities}
+        return [modules[m][-1].register_forward_hook(hook) for m, hook in hooks.items()]
 
     def initial_state(self, modalities: Sequence[str], seed: int) -> dict[str, Any]:
         """``drop``: modality to probability; ``drop_generator``: of the draws."""
@@ -90,6 +92,13 @@ class WithoutMask(Mixing):
 
     name: ClassVar[str] = "without-mask"
     inner: Mixing = field(default_factory=Alternate)
+
+    def __post_init__(self) -> None:
+        if not self.inner.tells_classes_by_rows:
+            raise ValueError(
+                f"mixing={self.inner.name!r} tells classes apart by itself, and not by rows; without a mask use "
+                "'alternate', 'split' or 'weights'"
+            )
 
     @property
     def two_passes(self) -> bool:

@@ -69,8 +69,8 @@ def _known(made: type, options: Any, known: Any) -> dict[str, Any]:
     for option in options:
         if option not in known.__optional_keys__:
             raise TypeError(
-                f"{option}: {made.__name__} has no such option; leave it out (help(aim_kernels.{made.__name__}) says "
-                "which there are), or use AIMFusedOptimizer, which has those of all rules"
+                f"{option}: {made.__name__} has no such option; leave it out. Beside its arguments it has "
+                f"{', '.join(sorted(known.__optional_keys__))}"
             )
     return dict(options)
 
@@ -101,6 +101,12 @@ class _AdamLike(_OneRule):
                 "groups may choose"
             )
         return super()._rule_of(param_group, number, "adamw" if decoupled else "adam")
+
+    def _completed(self, param_group: dict[str, Any], number: int) -> dict[str, Any]:
+        complete = super()._completed(param_group, number)
+        if complete["rule"] == "adamw":  # for torch.optim.Adam, which reads it in a checkpoint
+            complete["decoupled_weight_decay"] = True
+        return complete
 
 
 class AdamW(_AdamLike):
@@ -198,12 +204,6 @@ class Adam(_AdamLike):
             fused=fused,
             **_known(Adam, options, DecoupledOptions),
         )
-
-    def _completed(self, param_group: dict[str, Any], number: int) -> dict[str, Any]:
-        complete = super()._completed(param_group, number)
-        if complete["rule"] == "adamw":  # for torch.optim.Adam, which reads it in a checkpoint
-            complete["decoupled_weight_decay"] = True
-        return complete
 
 
 class SGD(_OneRule):

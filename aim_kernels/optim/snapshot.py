@@ -12,7 +12,6 @@ from torch import Tensor
 
 from aim_kernels.step import sharding
 from aim_kernels.step.ownership import parts_of
-from aim_kernels.step.tables import Tables
 
 #: Goes back to what was kept.
 Restore = Callable[[], None]
@@ -68,13 +67,18 @@ def states_of(states: dict[Any, Any]) -> Restore:
     return restore
 
 
-def tables_of(tables: Tables) -> Restore:
-    """Keeps rows, statistics, control and the count of steps."""
-    values = values_of([tables.rows, tables.statistics, tables.control])
+def tables_of(optimizer: Any) -> Restore:
+    """Keeps the list of groups, and rows, statistics, control and the count of steps."""
+    groups, tables = list(optimizer.param_groups), optimizer.tables
+    values = [(name, getattr(tables, name).clone()) for name in ("rows", "statistics", "control")]
     live, steps = tables.live_columns(), tables.steps
 
+    @torch.no_grad()
     def restore() -> None:
-        values()
+        optimizer.param_groups[:] = groups
+        tables = optimizer.tables  # whose rows have followed their groups
+        for name, kept in values:
+            getattr(tables, name).copy_(kept)
         tables.set_live_columns(live)
         tables.steps = steps
 
@@ -89,21 +93,21 @@ def snapshot_of(optimizer: Any) -> Restore:
     held, grad_norm = optimizer._weights, optimizer.grad_norm
     flags = held.holds_true, held.in_true_pass
     parts = [
+        tables_of(optimizer),
         values_of(list(anchors.values())),
         states_of(optimizer.state),
         options_of(optimizer.param_groups),
-        tables_of(optimizer.tables),
     ]
 
     def restore() -> None:
+        if optimizer._release is not None:
+            optimizer._release.forget()
         for part in parts:
             part()
         optimizer._anchors.clear()
         optimizer._anchors.update(anchors)
         held.holds_true, held.in_true_pass = flags
         optimizer.grad_norm = grad_norm
-        if optimizer._release is not None:
-            optimizer._release.forget()
         optimizer._reset()
 
     return restore

@@ -313,7 +313,18 @@ def check_hyperparameters(group: Group, number: int) -> None:
         value = group[option.name]
         if value is not option.default and not option.is_default(value):
             raise _unknown(option, option.name + where, [group["rule"]])
+    decoupled = group.get("decoupled_weight_decay")
+    if decoupled is not None and bool(decoupled) != (group["rule"] == "adamw"):
+        raise ValueError(
+            f"decoupled_weight_decay{where}: says {decoupled!r}, and the group's rule is {group['rule']!r}; rule "
+            "'adamw' decouples the decay, 'adam' does not: make both say the same, or make a new optimizer"
+        )
     if group["decouple_lr"]:
+        if group["reference_lr"] is None:
+            raise ValueError(
+                f"decouple_lr{where}: was set after the group was made; set its reference_lr too, the learning rate "
+                "at which the decay is weight_decay"
+            )
         check_number(f"reference_lr{where}", group["reference_lr"], 0.0)
         if not group["reference_lr"]:
             raise ValueError(

@@ -479,6 +479,6 @@ def adopts_edits(tables: Tables, number: int, group: dict[str, Any], p: Tensor) 
 
 
 def _decisive(group: dict[str, Any]) -> tuple[Any, ...]:
-    """The options that decide which moments a group keeps (``states.moments_of``), cheaper to compare than those; and
-    the measure, of which a backend may not have all."""
-    return (_VALUES(group), not group[_TRUTH], group[_PRESENCE] is None)
+    """The options that decide which moments a group keeps (``states.moments_of``), cheaper to compare than those; the
+    measure, of which a backend may not have all; and torch's name for two of the rules, which may contradict them."""
+    return (_VALUES(group), not group[_TRUTH], group[_PRESENCE] is None, group.get("decoupled_weight_decay"))

@@ -101,7 +101,7 @@ def test_the_method_has_the_defaults_of_aim() -> None:
     blocks = Blocks(model, {"a": list(model.a), "b": list(model.b)}, fuse=model.head, num_classes=CLASSES)
     method: Any = make_method("aim", blocks, optimizer)
     aim = made()
-    for name in ("rule", "probe", "probe_is_named", "mixing", "decouple", "schedule", "alpha"):
+    for name in ("rule", "probe", "asks_for_scores", "mixing", "decouple", "schedule", "alpha"):
         assert getattr(method.aim, name) == getattr(aim, name)
     for name in ("targets", "loss", "batch_size", "num_classes"):
         assert getattr(method.aim.scoring, name) == getattr(aim.scoring, name)
@@ -123,6 +123,9 @@ def test_what_is_given_decides_the_rule() -> None:
     assert aim.update(inputs, labels, held_out=held_out, train=train).rule == "trial"
     named = AIM(model, optimizer, CLASSES, probe=DOMINANT_A)
     assert named.update(inputs, labels, held_out=held_out, train=train).rule == "gap", "a named probe asks for scores"
+    for given in ({"alpha": 2.0}, {"pool": "channels_last"}, {"targets": "classes"}):
+        aim = AIM(model, optimizer, CLASSES, **given)  # type: ignore[arg-type]
+        assert aim.asks_for_scores, f"{given} would mean nothing under trials"
 
 
 # -- what means nothing is refused -----------------------------------------------------------------------------------

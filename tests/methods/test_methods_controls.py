@@ -239,3 +239,5 @@ def test_no_mask_takes_aims_options() -> None:
     _, blocks = network(2)
     with pytest.raises(ValueError, match="unknown mixing"):
         make_method("no-mask", blocks, sgd(blocks), num_classes=CLASSES, mixing="nothing")
+    with pytest.raises(ValueError, match="mixing='features' tells classes apart by itself"):
+        make_method("no-mask", blocks, sgd(blocks), num_classes=CLASSES, mixing="features")

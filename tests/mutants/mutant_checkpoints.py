@@ -296,4 +296,12 @@ CHECKPOINT_BUGS = (
         "the same for the samples that a batch loses",
         ("test_defaults.py::test_the_method[drop-float64]",),
     ),
+    Mutant(
+        "a snapshot forgets the order of groups",
+        "aim_kernels/optim/snapshot.py",
+        "        optimizer.param_groups[:] = groups\n",
+        "",
+        "strengths of one block would be another's",
+        ("test_snapshot.py::test_rows_return_to_their_groups",),
+    ),
 )

@@ -400,4 +400,12 @@ MUTANTS = (
         "it was said that auto is no backend, choose one of auto",
         ("test_backends.py::test_a_device_that_no_backend_runs_on",),
     ),
+    Mutant(
+        "a group that says two things of its decay",
+        "aim_kernels/step/options.py",
+        '    if decoupled is not None and bool(decoupled) != (group["rule"] == "adamw"):',
+        "    if False:",
+        "decay by gradient or by weights, whichever the user did not ask for",
+        ("test_rules.py::test_a_group_that_says_two_things_of_its_decay_is_refused",),
+    ),
 )

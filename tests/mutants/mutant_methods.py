@@ -94,7 +94,7 @@ METHOD_BUGS = (
     Mutant(
         "a named probe does not ask for scores",
         "aim_kernels/aim/aim.py",
-        "labels is None or self.probe_is_named else",
+        "labels is None or self.asks_for_scores else",
         "labels is None else",
         "the probe would be ignored where train= is given",
         ("test_choices.py::test_what_is_given_decides_the_rule",),
@@ -147,5 +147,29 @@ METHOD_BUGS = (
         "v = self.share.min()",
         "M-SAM flattens the dominant modality's part of the loss",
         ("test_methods_gradients.py::test_m_sam",),
+    ),
+    Mutant(
+        "options of scores are ignored by trials",
+        "aim_kernels/aim/aim.py",
+        "for given in (probe, alpha, targets, pool))",
+        "for given in (probe,))",
+        "alpha= in the quickstart's loop would change nothing",
+        ("test_choices.py::test_what_is_given_decides_the_rule",),
+    ),
+    Mutant(
+        "copies of AIM have no hooks",
+        "aim_kernels/aim/aim.py",
+        'self._handles = self.mixing.install(self) if state["_handles"] else ()',
+        "self._handles = ()",
+        "a deep copy would train jointly, and say that it modulates",
+        ("test_copies.py::test_a_copy_mixes_by_itself",),
+    ),
+    Mutant(
+        "features are mixed without a mask that is there",
+        "aim_kernels/methods/controls.py",
+        "        if not self.inner.tells_classes_by_rows:",
+        "        if False:",
+        "the control would be the treatment",
+        ("test_methods_controls.py",),
     ),
 )

@@ -237,6 +237,37 @@ def test_a_checkpoint_of_decoupled_adam_goes_to_torch_s_and_back() -> None:
     close(ours, theirs)
 
 
+@pytest.mark.parametrize(
+    ("made", "group", "changed"),
+    [
+        (ak.Adam, {}, {"decoupled_weight_decay": True}),
+        (ak.Adam, {"decoupled_weight_decay": True}, {"decoupled_weight_decay": False}),
+        (ak.AdamW, {}, {"decoupled_weight_decay": False}),
+        (ak.AdamW, {}, {"rule": "adam"}),
+    ],
+)
+def test_a_group_that_says_two_things_of_its_decay_is_refused(made: Any, group: Any, changed: Any) -> None:
+    optimizer = stepped(made, [{"params": parameters("float64"), **group}])
+    before = frozen(optimizer)
+    optimizer.param_groups[0].update(changed)
+    with pytest.raises(ValueError, match=r"decoupled_weight_decay \(group 0\): says"):
+        drive(optimizer, batches(optimizer, 1))
+    same_bits(before["state"], frozen(optimizer)["state"])
+
+
+def test_a_group_of_any_rule_cannot_contradict_it() -> None:
+    with pytest.raises(ValueError, match=r"decoupled_weight_decay \(group 0\): says True"):
+        ak.AIMFusedOptimizer([{"params": parameters(), "decoupled_weight_decay": True}], rule="adam")
+
+
+@pytest.mark.skipif(not TORCH_HAS_IT, reason="torch < 2.7 has no such Adam")
+def test_a_checkpoint_of_adamw_stays_decoupled_in_torch_s_adam() -> None:
+    ours = stepped(ak.AdamW, lr=0.1, weight_decay=0.3)
+    theirs = stepped(torch.optim.Adam, lr=0.1, weight_decay=0.3, decoupled_weight_decay=True)
+    theirs.load_state_dict(through_a_file(ours.state_dict()))
+    assert theirs.param_groups[0]["decoupled_weight_decay"] is True
+
+
 # -- what becomes of an optimizer --------------------------------------------------------------------------------------
 
 
@@ -256,8 +287,10 @@ def test_a_class_is_its_rule(peer: str) -> None:
     for optimizer in (ours, mixed):
         drive(optimizer, grads[:3])
     same_bits(frozen(ours), frozen(mixed))
+    # What torch.optim.Adam asks for in a checkpoint of AdamW.
+    more = {"decoupled_weight_decay": True} if ours.param_groups[0]["rule"] == "adamw" else {}
     assert [{**group, "params": None} for group in ours.param_groups] == [
-        {**group, "params": None} for group in mixed.param_groups
+        {**group, **more, "params": None} for group in mixed.param_groups
     ]
     for source in (ours, mixed):
         for of_class in (True, False):
