@@ -30,7 +30,7 @@ test: build  ## install, build and run the tests of a few minutes: what to run a
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not gpu and not slow and not nightly" $(PYTEST_ARGS)
 
 test-all: test  ## ... and the others that need no GPU: sanitizers, emulated devices, processes, compilers, trainings
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "slow and not gpu and not nightly" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --durations=20 -m "slow and not gpu and not nightly" $(PYTEST_ARGS)
 
 nightly: huge fuzz mutants check-install check-wheel  ## hours: the next three, and the source archive and wheel in empty environments
 
