@@ -18,7 +18,9 @@ import torch
 from helpers import DTYPES, RULES, Gradients, assign, build, frozen, parameters_of, same_bits, same_numbers, set_row
 
 import aim_kernels as ak
+from aim_kernels.backends import device
 from aim_kernels.backends import triton as backend
+from aim_kernels.step.inputs import StepInputs
 from aim_kernels.step.layout import DTYPES as STORED
 from aim_kernels.step.layout import STATISTIC
 
@@ -178,7 +180,7 @@ def test_emission_rounds_as_the_cpu_does(monkeypatch: pytest.MonkeyPatch, dtype:
 def test_tables_read_scales_and_learning_rates(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """A learning rate, a gradient scale and found_inf in memory, as plain numbers on the CPU; then a step skipped."""
     both = pair(monkeypatch, "adamw")
-    monkeypatch.setattr(backend.device.Launch, "send", send_with_rates(both[1], torch.tensor(0.0625, dtype=dtype)))
+    monkeypatch.setattr(device.Launch, "send", send_with_rates(both[1], torch.tensor(0.0625, dtype=dtype)))
     for optimizer in both:
         set_row(optimizer, 0, "alternate")
         optimizer.grad_scale, optimizer.found_inf = torch.tensor(3.0), torch.tensor(0.0)
@@ -196,13 +198,13 @@ def test_tables_read_scales_and_learning_rates(monkeypatch: pytest.MonkeyPatch, 
 
 def send_with_rates(optimizer: ak.AIMFusedOptimizer, rate: torch.Tensor) -> Any:
     """``Launch.send`` for learning rates in a device's memory, which on a CPU are none."""
-    send = backend.device.Launch.send
+    send = device.Launch.send
 
-    def wrapped(self: Any) -> None:
+    def wrapped(self: Any, inputs: StepInputs) -> None:
         if self.plan.param_groups is optimizer.param_groups:
             self.plan.lr_tensors = dict.fromkeys(range(len(self.plan.groups)), rate)
             self.plan.groups["lr"] = np.nan
-        send(self)
+        send(self, inputs)
 
     return wrapped
 
