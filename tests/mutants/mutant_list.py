@@ -171,8 +171,8 @@ MUTANTS = (
     Mutant(
         "masters outlive their rows",
         "aim_kernels/optim/weights.py",
-        "self.leaving.add(number)",
-        "pass",
+        'return any("master" in state and not keeps_master(group, p, state) for p, state in states)',
+        "return False",
         "memory that grows with every block that was degraded once",
         ("test_live.py::test_masters_go_when_the_rows_are_one_again[float32]",),
     ),

@@ -14,14 +14,6 @@ CONVERTED = "test_packed_checkpoint.py::test_true_weights_are_converted"
 
 PACKED = (
     Mutant(
-        "compiled steps forget to clear",
-        COMPILED,
-        "optimizer._sources()._replace(param_groups=groups, state=states, tables=tables)",
-        "type(optimizer._sources())(groups, states, tables)",
-        "an option that only the eager optimizer knows: a graph that hands over copies cannot be stepped",
-        ("test_packed_use.py::test_compiled_and_eager_agree",),
-    ),
-    Mutant(
         "copies of a graph keep their masters' weights",
         LIVE,
         'master = plan.state[stepped]["master"]',
