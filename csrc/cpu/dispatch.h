@@ -45,7 +45,7 @@ Update fast_of(const Tensor& tensor) {
   return nullptr;
 }
 
-// A kind without moments does not care how they are stored.
+// A variant without moments does not care how they are stored.
 template <RuleVariant kVariant>
 Update packed_of(const Tensor& tensor) {
   if constexpr (has_first(kVariant)) {
