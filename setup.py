@@ -205,7 +205,7 @@ class NinjaBuild(build_ext):
         ]
         units = {ROOT / "python" / "bindings_cuda.cpp": ("compile", macros)}
         extra = [*NVCCFLAGS, *archs, *os.environ.get("AIM_KERNELS_NVCCFLAGS", "").split()]
-        # From update_mixed on, which takes longest: the last one would be compiled alone.
+        # The longest first: the last one would be compiled alone.
         units |= dict.fromkeys(sorted((ROOT / "csrc").glob("cuda/*.cu"), reverse=True), ("nvcc", extra))
         return Linked(CUDA_EXTENSION, units, f"{escaped(self.cudart())} -ldl -lrt")
 

@@ -69,31 +69,19 @@ constexpr Update kUpdates[4][4] = {{device::update_adam_float32, device::update_
                                    {device::update_adam_float16, device::update_sgd_float16,
                                     device::update_other_float16, device::update_packed_float16}};
 
-// The kernel that knows all families of Adam and SGD, and all storage types, among the tensors.
-Update update_of(const Work& work, int32_t families) {
-  for (int32_t dtype = 0; dtype < 4; ++dtype) {
-    for (int32_t family : {kAdamFamily, kSgdFamily}) {
-      if (work.dtypes == 1 << dtype && families == 1 << family) return kUpdates[dtype][family];
-    }
-  }
-  return device::update_mixed;
-}
-
 }  // namespace
 
-// One launch; of the other and the packed family one more for each storage type.
+// One launch for each storage type and family that there is, each leaving the chunks of others alone.
 Result update(const Work& work, int32_t device, void* stream) {
   constexpr const char* kCall = "launch of update";
   if (!valid(work)) return failed(cudaErrorInvalidValue, kCall);
-  const int64_t blocks = work.chunk_count ? work.chunk_count : 1;  // somebody has to draw the phase
-  const int32_t families = work.families & (1 << kAdamFamily | 1 << kSgdFamily);
-  if (families || !work.families) {
-    const Update kernel = update_of(work, families);
-    const Result result = launch(kernel, kCall, blocks, work.threads, work, device, stream);
-    if (result.error) return result;
+  const int64_t blocks = work.chunk_count ? work.chunk_count : 1;
+  // Somebody has to draw the phase.
+  if (!work.families || !work.dtypes) {
+    return launch(kUpdates[0][kAdamFamily], kCall, blocks, work.threads, work, device, stream);
   }
   for (int32_t dtype = 0; dtype < 4; ++dtype) {
-    for (const Family family : {kOtherFamily, kPackedFamily}) {
+    for (const Family family : {kAdamFamily, kSgdFamily, kOtherFamily, kPackedFamily}) {
       if (!has(work, family) || !(work.dtypes >> dtype & 1)) continue;
       const Update kernel = kUpdates[dtype][family];
       const Result result = launch(kernel, kCall, blocks, work.threads, work, device, stream);

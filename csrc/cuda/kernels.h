@@ -36,8 +36,6 @@ __global__ void update_packed_float32(const __grid_constant__ cuda::Work work);
 __global__ void update_packed_float64(const __grid_constant__ cuda::Work work);
 __global__ void update_packed_bfloat16(const __grid_constant__ cuda::Work work);
 __global__ void update_packed_float16(const __grid_constant__ cuda::Work work);
-// For any mixture of Adam and SGD.
-__global__ void update_mixed(const __grid_constant__ cuda::Work work);
 
 // One block a group. Few blocks with much to add up: as many threads as shared memory allows.
 inline constexpr int kFinishThreads = 768;

@@ -262,22 +262,22 @@ __device__ __forceinline__ void update_chunk(const Tensor& all, const Shared& sh
   report<kVariant>(all, sums, squares, nonfinite, end, partial);
 }
 
-// kFamilies: bit i for each cuda::Family i whose variants the kernel knows.
-template <class S, class T, int kFamilies>
+// The variants of a family.
+template <class S, class T, cuda::Family kFamily>
 __device__ __forceinline__ void update_variants(const Tensor& tensor, const Shared& shared,
                                                 RuleVariant variant, int64_t begin, int64_t end,
                                                 Statistics* partial) {
 #define AIM_UPDATE(name)  \
   case RuleVariant::name: \
     return update_chunk<RuleVariant::name, S, T>(tensor, shared, begin, end, partial)
-  if constexpr ((kFamilies >> cuda::kAdamFamily & 1) != 0) {
+  if constexpr (kFamily == cuda::kAdamFamily) {
     switch (variant) {
       AIM_UPDATE(kAdam);
       default:
         break;
     }
   }
-  if constexpr ((kFamilies >> cuda::kSgdFamily & 1) != 0) {
+  if constexpr (kFamily == cuda::kSgdFamily) {
     switch (variant) {
       AIM_UPDATE(kSgd);
       AIM_UPDATE(kSgdMomentum);
@@ -287,7 +287,7 @@ __device__ __forceinline__ void update_variants(const Tensor& tensor, const Shar
         break;
     }
   }
-  if constexpr ((kFamilies >> cuda::kOtherFamily & 1) != 0) {
+  if constexpr (kFamily == cuda::kOtherFamily) {
     switch (variant) {
       AIM_UPDATE(kAmsgrad);
       AIM_UPDATE(kRms);

@@ -23,8 +23,8 @@ struct Dispatch {
   static __device__ __forceinline__ void run(const Tensor& tensor, const Shared& shared,
                                              RuleVariant variant, int64_t begin, int64_t end,
                                              Statistics* partial) {
-    update_variants<AIM_STORAGE, AIM_ARITHMETIC, 1 << kFamily>(tensor, shared, variant, begin, end,
-                                                               partial);
+    update_variants<AIM_STORAGE, AIM_ARITHMETIC, kFamily>(tensor, shared, variant, begin, end,
+                                                          partial);
   }
 };
 

@@ -28,8 +28,8 @@ ARCHITECTURES = ("sm_80", "sm_90")
 STORAGE = ("float32", "float64", "bfloat16", "float16")
 #: The family "general" has another name in C++.
 FAMILIES = ["packed" if family == "general" else family for family in layout.FAMILIES]
-UPDATES = [*(f"update_{family}_{storage}" for family in FAMILIES for storage in STORAGE), "update_mixed"]
-UNITS = [*(f"{unit}_{storage}" for unit in ("update", "packed") for storage in STORAGE), "update_mixed", "finish"]
+UPDATES = [f"update_{family}_{storage}" for family in FAMILIES for storage in STORAGE]
+UNITS = [*(f"{unit}_{storage}" for unit in ("update", "packed") for storage in STORAGE), "finish"]
 KERNELS = [*UPDATES, "finish", "emit", "copy_bytes"]
 
 
