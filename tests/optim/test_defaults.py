@@ -132,7 +132,13 @@ def undisturbed(number: int) -> list[Any]:
 
 
 @pytest.mark.parametrize("default", DEFAULTS)
-@pytest.mark.parametrize("number", range(len(LIVES)), ids=lambda number: "-".join(map(str, LIVES[number])))
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(number, id="-".join(map(str, each)), marks=[pytest.mark.slow] if "cuda" in each else [])
+        for number, each in enumerate(LIVES)
+    ],
+)
 def test_a_whole_life(number: int, default: str) -> None:
     expected = undisturbed(number)
     with DEFAULTS[default]():
