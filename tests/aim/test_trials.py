@@ -168,7 +168,7 @@ def test_a_schedule_scales_what_is_set_and_not_what_is_tried() -> None:
 # -- nothing is left of a trial --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("reference", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("held", [False, True])
 @pytest.mark.parametrize("mixing", MIXINGS)
 def test_trials_are_undone_to_the_bit(mixing: str, held: bool, backend: str) -> None:
