@@ -71,7 +71,8 @@ constexpr Update kUpdates[4][4] = {{device::update_adam_float32, device::update_
 
 }  // namespace
 
-// One launch for each storage type and family that there is, each leaving the chunks of others alone.
+// One launch for each storage type and family that there is, each leaving the chunks of others
+// alone.
 Result update(const Work& work, int32_t device, void* stream) {
   constexpr const char* kCall = "launch of update";
   if (!valid(work)) return failed(cudaErrorInvalidValue, kCall);

@@ -41,7 +41,9 @@ def test_lock_step(rule: str, row: str, dtype: str) -> None:
     twin(rule, row, dtype, free=False)
 
 
-@pytest.mark.parametrize("row", [row if row in EVERY_DAY else pytest.param(row, marks=pytest.mark.slow) for row in ROWS])
+@pytest.mark.parametrize(
+    "row", [pytest.param(row, marks=[] if row in EVERY_DAY else [pytest.mark.slow]) for row in ROWS]
+)
 @pytest.mark.parametrize("rule", RULES)
 def test_free_running(rule: str, row: str) -> None:
     twin(rule, row, "float32", free=True)

@@ -84,6 +84,7 @@ def test_layouts_types_and_anchors(dtype: str, backend: str) -> None:
             pair.step()
 
 
+@pytest.mark.slow
 def test_inductor_copies_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     forbid_copies(monkeypatch)
     pair = Pair(lambda: build("adamw", SHAPES), "inductor")
@@ -103,6 +104,7 @@ def test_masters_come_and_go_in_one_graph() -> None:
     assert not any("master" in state for state in pair.optimizers[1].state.values())
 
 
+@pytest.mark.slow
 def test_gradients_come_and_go() -> None:
     pair = Pair(lambda: build("adamw", SHAPES), "aot_eager")
     pair.step(without=(0, 4))

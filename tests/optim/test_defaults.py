@@ -131,7 +131,9 @@ def undisturbed(number: int) -> list[Any]:
     return life(*LIVES[number])
 
 
-@pytest.mark.parametrize("default", DEFAULTS)
+@pytest.mark.parametrize(
+    "default", ["with meta", "float64", *(pytest.param(each, marks=pytest.mark.slow) for each in ("meta", "bfloat16"))]
+)
 @pytest.mark.parametrize(
     "number",
     [

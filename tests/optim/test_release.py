@@ -128,7 +128,7 @@ def train(pair: Pair, *, noise: bool = True, steps: int = 3, sums: bool = True) 
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("reference", marks=pytest.mark.slow)])
 def test_has_the_bits_of_the_plain_step(backend: str, model: str, options: str) -> None:
     train(Pair(model, backend, **OPTIONS[options]))
 
