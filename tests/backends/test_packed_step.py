@@ -99,7 +99,13 @@ def test_averages_and_cleared_gradients_with_wide_moments(dtype: str, extras: di
     [{"state_dtype": "bfloat16"}, {"state_dtype": "int8", "ema_decay": 0.9}],
     ids=str,
 )
-@pytest.mark.parametrize(("rule", "row"), [("adamw", "noise"), ("amsgrad", "all"), ("rmsprop-momentum", "ones")])
+@pytest.mark.parametrize(
+    ("rule", "row"),
+    [
+        ("adamw", "noise"),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (("amsgrad", "all"), ("rmsprop-momentum", "ones"))),
+    ],
+)
 def test_reference_backend(rule: str, row: str, options: dict[str, Any]) -> None:
     twin(rule, row, backend="reference", **options)
     for master in ("stochastic", "split", "kahan", "float32"):

@@ -460,6 +460,7 @@ def test_an_optimizer_that_was_compiled_can_be_collected() -> None:
     assert [reference() for reference in dead] == [None] * 3
 
 
+@pytest.mark.slow
 def test_nothing_accumulates() -> None:
     pair = Pair(lambda: build("adamw", SHAPES), "aot_eager")
     counts = []
