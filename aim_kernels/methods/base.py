@@ -9,7 +9,7 @@ the whole step where it needs more than one pass.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +96,29 @@ class Blocks:
         if missing:
             raise RuntimeError(f"the last block of {missing} was not called in the model's forward")
         return Outputs(self, [caught[number] for number in range(len(self.modalities))], logits, labels)
+
+    @contextlib.contextmanager
+    def treated(self, treat: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
+        """Inside, ``treat(number, features)`` takes the place of each modality's features in passes of the model.
+
+        By hooks, so that a step still is one pass of the model, which a wrapper such as DistributedDataParallel sees.
+        """
+        if self._encode is not None and isinstance(self.fuse, nn.Module):
+            handles = [
+                self.fuse.register_forward_pre_hook(
+                    lambda _module, args: ([treat(number, z) for number, z in enumerate(args[0])], *args[1:])
+                )
+            ]
+        else:
+            handles = [
+                blocks[-1].register_forward_hook(lambda _module, _args, z, m=number: treat(m, z))
+                for number, blocks in enumerate(self.encoders.values())
+            ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def encode(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The encoders' features, block by block, without the rest of the model."""

@@ -73,7 +73,9 @@ def test_a_saved_run_goes_on_bit_for_bit(name: str) -> None:
 
 
 #: Methods of which a step is more than ``loss``, ``backward`` and ``after_backward`` on the module's own forward pass.
-NEED_STEP = {"opm", "mlb", "sum-of-losses", "inforeg", "pmr", "mmpareto", "mla", "sam", "m-sam"}
+NEED_STEP = {"opm", "mlb", "sum-of-losses", "inforeg", "pmr", "mmpareto", "mla", "sam", "m-sam"} | {
+    "train-on-held", "best-subset", "modality-dropout"
+}  # fmt: skip
 
 
 @EVERY
@@ -318,6 +320,9 @@ REFUSED = [
     ("shapley-alternation", {"period": "week"}, "unknown period"),
     ("shapley-alternation", {"margin": -1.0}, "margin must be"),
     ("weight-averaging", {"decay": -0.1}, "decay must lie"),
+    ("train-on-held", {"share": -0.1}, "share must be a finite number >= 0"),
+    ("train-on-held", {"share": float("inf")}, "share must be a finite number >= 0"),
+    ("modality-dropout", {"probability": 1.1}, r"probability must lie in \[0.0, 1.0\]"),
 ]
 
 
