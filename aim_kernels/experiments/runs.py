@@ -37,6 +37,8 @@ class Contestant:
         optimizer: options of the optimizer that differ from the common ones.
         control: what every method has to beat, rather than a method.
         held_out: also reads labelled validation samples while it trains.
+        trains_on_held_out: gets the whole validation split in every update, and as its option ``share`` what that is
+            of the training split.
     """
 
     method: str
@@ -44,6 +46,7 @@ class Contestant:
     optimizer: dict[str, Any] = field(default_factory=dict)
     control: bool = False
     held_out: bool = False
+    trains_on_held_out: bool = False
 
     def options(self, choice: int) -> str:
         """One configuration as results.csv records it; empty for a choice that there is not."""
@@ -123,12 +126,20 @@ def network_of(data: MultimodalData, seed: int, backbone: str = "auto", width: i
         return network_for(data, backbone, width=width)
 
 
-def build(entry: Contestant, choice: int, network: MultimodalNetwork, seed: int) -> Method:
-    """A contestant, ready to train."""
+def held_out_of(entry: Contestant, data: MultimodalData, generator: torch.Generator) -> Split:
+    """The validation samples that a contestant gets in one update."""
+    return data.validation if entry.trains_on_held_out else draw(data.validation, PROBE_SAMPLES, generator)
+
+
+def build(entry: Contestant, choice: int, network: MultimodalNetwork, seed: int, data: MultimodalData) -> Method:
+    """A contestant, ready to train on ``data``."""
     blocks = network.as_blocks()
     settings = {**HYPERPARAMETERS, **entry.optimizer}
     optimizer = AIMFusedOptimizer(blocks.param_groups(settings.pop("weight_decay")), seed=seed, **settings)
-    return make_method(entry.method, blocks, optimizer, seed=seed, **arguments_of(entry.grid[choice]))
+    arguments = arguments_of(entry.grid[choice])
+    if entry.trains_on_held_out:
+        arguments["share"] = len(data.validation) / len(data.train)
+    return make_method(entry.method, blocks, optimizer, seed=seed, **arguments)
 
 
 class Alone:
@@ -168,7 +179,8 @@ def train(
     The network of the last epoch is judged, with its true weights. The test split is read once, after training. Initial
     weights, batches, scored samples (``draw_seed``; None: one of its own) and modulation have random generators of
     their own, so all contestants of a seed begin with the same weights and see the same batches. The validation split
-    is read by methods that take held-out samples, and for tuning.
+    is read by methods that take held-out samples, and for tuning; accuracy on it is that of training samples for those
+    that train on it.
     """
     began = time.perf_counter()
     data = DATA_SETS[run.data].make(run.seed).to(run.device)
@@ -178,15 +190,16 @@ def train(
         torch.manual_seed(run.seed)  # for what a method draws without a generator of its own
         if run.contestant.startswith(ALONE):
             alone = Alone(network, data, run.contestant.removeprefix(ALONE), run.seed)
-            times = _epochs(run, alone, alone.model, alone.data, draws, on_epoch)
+            times = _epochs(run, entry, alone, alone.model, alone.data, draws, on_epoch)
             return _outcome(alone, alone.model, alone.data, times, began)
-        method = build(entry, run.choice, network, run.seed)
-        times = _epochs(run, method, network, data, draws, on_epoch)
+        method = build(entry, run.choice, network, run.seed, data)
+        times = _epochs(run, entry, method, network, data, draws, on_epoch)
         return _outcome(method, network, data, times, began)
 
 
 def _epochs(
     run: Run,
+    entry: Contestant,
     method: Method | Alone,
     model: nn.Module,
     data: MultimodalData,
@@ -201,7 +214,7 @@ def _epochs(
         method.optimizer.train()
         if isinstance(method, Method):
             start = time.perf_counter()
-            seen, held_out = draw(data.train, PROBE_SAMPLES, draws), draw(data.validation, PROBE_SAMPLES, draws)
+            seen, held_out = draw(data.train, PROBE_SAMPLES, draws), held_out_of(entry, data, draws)
             method.update(seen.inputs, seen.labels, held_out=(held_out.inputs, held_out.labels))
             update_ms.append(1e3 * (time.perf_counter() - start))
         index = torch.randperm(len(data.train), generator=batches).to(run.device)

@@ -19,8 +19,8 @@ from aim_kernels.experiments.compare.contestants import BUDGET, CONTESTANTS, TUN
 from aim_kernels.experiments.compare.lines import Line, train
 from aim_kernels.experiments.compare.results import Folder, alone, seed_runs, tuned, tuning_runs
 from aim_kernels.experiments.data import DATA_SETS
-from aim_kernels.experiments.runs import Contestant, Run
-from aim_kernels.methods import METHODS
+from aim_kernels.experiments.runs import PROBE_SAMPLES, Contestant, Run, held_out_of
+from aim_kernels.methods import METHODS, Blocks
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]  # as the comparison itself does
 
@@ -139,7 +139,8 @@ def test_report_says_where_aim_stands(tmp_path: Path) -> None:
     for seed in range(3):
         folder.add(compare_line("joint", seed, 50.0 + seed), [])
         better = json.dumps({"grey": 70.0 + seed / 10, "colour": 10.0 + seed / 10})
-        folder.add(compare_line("aim", seed, 60.0 + seed, probes=better), [])
+        seconds = 1.5 * (2.0, 4.0, 9.0)[seed]
+        folder.add(compare_line("aim", seed, 60.0 + seed, probes=better, seconds=seconds), [])
         folder.add(compare_line("aim", seed, 0.0, epochs=1), [])
         folder.add(compare_line("aim", seed, 1.0, options='{"alpha": 3}'), [])
         folder.add(compare_line("ogm", seed, 59.5 + seed), [])
@@ -149,6 +150,7 @@ def test_report_says_where_aim_stands(tmp_path: Path) -> None:
     assert [s.contestant for s in rows] == ["joint", "aim", "ogm", "alone:grey"]
     aim = rows[1]
     assert (aim.seeds, aim.test, aim.difference, aim.half) == (3, 61.0, 10.0, 0.0)
+    assert aim.time == 4.0, "the median of a run's seconds over joint training's"
     assert aim.error == pytest.approx(1.0 / math.sqrt(3.0))
     said = report.findings({"digits": rows})
     assert "on 1 of 1 data sets (digits)" in said[0]
@@ -166,7 +168,7 @@ def test_report_says_where_aim_stands(tmp_path: Path) -> None:
     written = report.write(folder)
     assert {path.name for path in written} == {"digits.png", "differences.png", "report.md", "report.html"}
     text = (tmp_path / "report.md").read_text()
-    assert "| aim † | 3 | 61.0 ± 0.6 | +10.0 ± 0.0 | 1.5 | 1.5 | 70.1 | 10.1 |  |" in text
+    assert "| aim † | 3 | 61.0 ± 0.6 | +10.0 ± 0.0 | 1.5 | 1.5 | 4.00 | 70.1 | 10.1 |  |" in text
     assert "abc, torch 2" in text
     assert "<td>+10.0 ± 0.0</td>" in (tmp_path / "report.html").read_text()
     report.write(folder, [Run("digits", "aim", 0, seed, 1) for seed in range(3)])
@@ -247,3 +249,41 @@ def test_cost_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["step_ms"] > 0.0
     assert found["update_ms"] >= 0.0
     assert found["peak_mib"] >= 0.0 or math.isnan(found["peak_mib"])
+
+
+def test_training_on_held_out_samples_takes_the_union(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An epoch has every training and every validation sample once; the training batches are those of all others."""
+    data = DATA_SETS["digits"].make(0)
+    batches: dict[str, list[torch.Tensor]] = {}
+    for name in ("joint", "train-on-held"):
+        forward = Blocks.forward
+        seen: list[torch.Tensor] = batches.setdefault(name, [])
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                Blocks, "forward", lambda s, x, y, forward=forward, seen=seen: (seen.append(x[1]), forward(s, x, y))[1]
+            )
+            train(Run("digits", name, 0, 0, 1))
+    assert len(batches["joint"]) == len(batches["train-on-held"])
+    extra = []
+    for plain, both in zip(batches["joint"], batches["train-on-held"], strict=True):
+        assert torch.equal(both[: len(plain)], plain)
+        extra.append(both[len(plain) :])
+
+    def rows(x: torch.Tensor) -> list[list[float]]:
+        return sorted(x.flatten(1).tolist())
+
+    assert rows(torch.cat(extra)) == rows(data.validation.inputs[1])
+    assert max(map(len, extra)) - min(map(len, extra[:-1])) <= 1, "spread evenly"
+    draws = torch.Generator().manual_seed(0)
+    assert held_out_of(contestant("train-on-held"), data, draws) is data.validation
+    for name in ("best-subset", "aim"):
+        assert len(held_out_of(contestant(name), data, draws)) == min(PROBE_SAMPLES, len(data.validation))
+
+
+@pytest.mark.parametrize("name", ["train-on-held", "best-subset", "modality-dropout"])
+def test_baselines_are_trained_and_timed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    line, history = train(Run("digits", name, 0, 0, 1))
+    assert 0.0 < line.test <= 100.0 and not history and line.seconds > 0.0
+    assert set(json.loads(line.probes)) == {"grey", "colour"}
+    monkeypatch.setattr(cost, "STEPS", 1)
+    assert cost.cost_of("digits", name)["step_ms"] > 0.0

@@ -73,6 +73,10 @@ CONTESTANTS: dict[str, Contestant] = {
     ),
     "no-mask": Contestant("no-mask", control=True, held_out=True),
     "no-mask (gap)": Contestant("no-mask", (GAP,), control=True, held_out=True),
+    # one configuration: its validation split is no measure of anything
+    "train-on-held": Contestant("train-on-held", control=True, held_out=True, trains_on_held_out=True),
+    "best-subset": Contestant("best-subset", control=True, held_out=True),
+    "modality-dropout": Contestant("modality-dropout", _of("probability", (0.3, 0.1, 0.5)), control=True),
     "sum-of-losses": Contestant("sum-of-losses", _of("encoder_factor", (1.0, 3.0), apply_to="step"), control=True),
     "own-losses": Contestant("sum-of-losses", ({"unimodal_weight": 0.3},), control=True),
 }

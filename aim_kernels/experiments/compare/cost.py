@@ -100,7 +100,7 @@ def _hold_the_first(method: Any) -> None:
 
 def cost_of(name: str, contestant_name: str, backbone: str = "auto", width: int = 64) -> dict[str, Any]:
     """One data set and contestant, in this process."""
-    from aim_kernels.experiments.runs import PROBE_SAMPLES, build, draw, network_of
+    from aim_kernels.experiments.runs import PROBE_SAMPLES, build, draw, held_out_of, network_of
 
     torch.set_num_threads(1)
     task = DATA_SETS[name]
@@ -110,9 +110,10 @@ def cost_of(name: str, contestant_name: str, backbone: str = "auto", width: int 
     _forget_peak()
     before = _resident_mib(peak=False)
     network = network_of(data, 0, backbone, width)
-    method = build(contestant(contestant_name), 0, network, 0)
+    entry = contestant(contestant_name)
+    method = build(entry, 0, network, 0, data)
     draws = torch.Generator().manual_seed(0)
-    seen, held_out = draw(data.train, PROBE_SAMPLES, draws), draw(data.validation, PROBE_SAMPLES, draws)
+    seen, held_out = draw(data.train, PROBE_SAMPLES, draws), held_out_of(entry, data, draws)
 
     def steps(count: int) -> float:
         start = time.perf_counter()

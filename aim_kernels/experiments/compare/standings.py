@@ -18,7 +18,8 @@ from aim_kernels.experiments.runs import ALONE, Run
 @dataclass(frozen=True)
 class Standing:
     """One contestant on one data set, over its seeds; errors are standard errors, ``half`` is the half width of the
-    95 % interval of the paired difference to joint training."""
+    95 % interval of the paired difference to joint training, ``time`` the median over seeds of a run's seconds over
+    those of joint training on the same seed (not a number without joint training)."""
 
     data: str
     contestant: str
@@ -29,6 +30,7 @@ class Standing:
     half: float
     f1: float
     calibration: float
+    time: float
     probes: dict[str, float]
     probe_differences: dict[str, tuple[float, float]]
     kappa: float
@@ -79,6 +81,7 @@ def standings(lines: Sequence[Line]) -> dict[str, list[Standing]]:
             ours = [(json.loads(a.probes), json.loads(b.probes)) for a, b in both]
             probes = [json.loads(line.probes) for line in own]
             modalities = list(probes[0])
+            times = [a.seconds / b.seconds for a, b in both]
             versus = {m: paired([a[m] for a, _ in ours], [b[m] for _, b in ours], share) for m in modalities if ours}
             test, error = mean_and_error([line.test for line in own])
             found.setdefault(data, []).append(
@@ -92,6 +95,7 @@ def standings(lines: Sequence[Line]) -> dict[str, list[Standing]]:
                     half=half,
                     f1=statistics.fmean(line.f1 for line in own),
                     calibration=statistics.fmean(line.calibration for line in own),
+                    time=statistics.median(times) if times else math.nan,
                     probes={m: statistics.fmean(p[m] for p in probes) for m in modalities},
                     probe_differences=versus,
                     kappa=statistics.fmean(line.kappa_mean for line in own),
