@@ -13,8 +13,8 @@ METHOD_BUGS = (
     Mutant(
         "trials are judged by live weights",
         "aim_kernels/aim/aim.py",
-        "with self.optimizer.true_parameters(), probing(self.model):",
-        "with probing(self.model):",
+        "with self.optimizer.true_parameters(), probing(self.model), refreshed(",
+        "with probing(self.model), refreshed(",
         "the arm that is held back would be judged by its degraded network",
         (BY_HAND,),
     ),
