@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from aim_kernels.aim.aim import AIM
     from aim_kernels.aim.blocks import block_param_groups
     from aim_kernels.aim.plots import plot_modulation
+    from aim_kernels.aim.statistics import refresh_statistics
     from aim_kernels.methods import make_method
     from aim_kernels.methods.base import Blocks
     from aim_kernels.optim.gradient_release import step_in_backward
@@ -40,6 +41,7 @@ __all__ = [
     "block_param_groups",
     "make_method",
     "plot_modulation",
+    "refresh_statistics",
     "save",
     "step_in_backward",
 ]
@@ -52,6 +54,7 @@ _LAZY = {
     "block_param_groups": "aim_kernels.aim.blocks",
     "make_method": "aim_kernels.methods",
     "plot_modulation": "aim_kernels.aim.plots",
+    "refresh_statistics": "aim_kernels.aim.statistics",
     "step_in_backward": "aim_kernels.optim.gradient_release",
 }
 

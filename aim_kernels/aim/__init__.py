@@ -17,6 +17,7 @@ from aim_kernels.aim.mixing import (
 from aim_kernels.aim.probes import CustomProbe, GradientNorm, LinearReadout, Probe, Prototypes
 from aim_kernels.aim.rules import Gap, Margin, Ratio, Rule, Trial
 from aim_kernels.aim.schedules import Constant, CosineOut, CustomSchedule, LinearOut, Schedule
+from aim_kernels.aim.statistics import refresh_statistics
 from aim_kernels.aim.strengths import ModulationTable
 
 __all__ = [
@@ -46,4 +47,5 @@ __all__ = [
     "Trial",
     "Weights",
     "block_param_groups",
+    "refresh_statistics",
 ]

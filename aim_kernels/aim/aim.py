@@ -19,6 +19,7 @@ from aim_kernels.aim.prototypes import POOLS, Pool, probing
 from aim_kernels.aim.rules import RULES, Gap, Ratio, Rule, Trial
 from aim_kernels.aim.schedules import Schedule, as_schedule
 from aim_kernels.aim.scoring import Scoring
+from aim_kernels.aim.statistics import batches_of, layers_with_statistics, refreshed, trained_layers
 from aim_kernels.aim.strengths import Guard, ModulationTable
 from aim_kernels.aim.trials import Train
 from aim_kernels.optim.modulation import unwrapped
@@ -153,12 +154,12 @@ class AIM:
         )
         self.mixing_state = self.mixing.initial_state(self.modalities, seed)
         self._handles = self.mixing.install(self)
-        running = [name for name, module in model.named_modules() if getattr(module, "running_mean", None) is not None]
+        running = list(layers_with_statistics(model))
         if running:
             warnings.warn(
                 f"{running[0]} and {len(running) - 1} other layers keep running statistics, collected under the live "
-                "weights; before validating with the true weights refresh them with torch.optim.swa_utils.update_bn, "
-                "or use GroupNorm",
+                "weights. AIM's own measurements, Method.evaluating() and the callbacks refresh them; after your own "
+                "optimizer.eval() call aim_kernels.refresh_statistics(model, batches), or use GroupNorm",
                 stacklevel=2,
             )
 
@@ -200,7 +201,8 @@ class AIM:
         not trained on. The held-out samples must look like the
         deployment: a share of the training set shows memorization, but no shift. Synchronizes with the device. Model
         flags, gradients and the global random state stay as they were; where it raises, no row and no state has
-        changed.
+        changed. Degraded weights spoil running statistics (BatchNorm): they are estimated anew, from up to 512 of the
+        training samples, for the weights that are judged, and put back.
 
         Under the :class:`Trial` rule the samples are cut into ``steps`` batches (so pass that many times your batch
         size; fewer samples than that are as many batches of one), on which steps are tried and undone: as it is, then
@@ -232,7 +234,7 @@ class AIM:
         try:
             measured = rule.measure(self, samples, outside, train, restore)
             if self.guard is not None and outside is not None:
-                with self.measuring():
+                with self.measuring(samples[0]):
                     joint_loss = self.scoring.joint_loss(outside)
         except BaseException:
             self.generator.set_state(generator_state)
@@ -253,10 +255,22 @@ class AIM:
         return Gap() if train is None or labels is None or self.asks_for_scores else Trial()
 
     @contextlib.contextmanager
-    def measuring(self) -> Iterator[None]:
-        """Inside, the module holds the true weights in evaluation mode; the global random state is restored after."""
-        with self.optimizer.true_parameters(), probing(self.model):
+    def measuring(self, inputs: Sequence[Tensor | None], *, refresh: bool = False) -> Iterator[None]:
+        """Inside, the module holds the true weights in evaluation mode; the global random state is restored after.
+
+        Running statistics are those of ``inputs``, training samples, and the true weights where ``refresh`` says so or
+        training degrades something; what was there before is put back after. Elsewhere they stay as they are.
+        """
+        layers = trained_layers(self.model) if refresh or self.degrades else {}
+        batches = batches_of(inputs, self.scoring.batch_size) if layers else []
+        with self.optimizer.true_parameters(), probing(self.model), refreshed(self.model, layers, batches):
             yield
+
+    @property
+    def degrades(self) -> bool:
+        """Whether training sees degraded weights or features."""
+        rows = any(map(self.optimizer.tables.degrades, range(len(self.optimizer.param_groups))))
+        return rows or bool(self.history and self.history[-1].dominant)
 
     def remove(self) -> None:
         """Takes the hooks off the model, if there are any; the mixing is then without effect on it."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-from torch import Generator, nn
+from torch import Generator, Tensor, nn
 
 from aim_kernels.aim.strengths import ModulationTable
 
@@ -30,5 +30,5 @@ class Modulator(Protocol):
     updates: int
     generator: Generator
 
-    def measuring(self) -> AbstractContextManager[None]: ...
+    def measuring(self, inputs: Sequence[Tensor | None], *, refresh: bool = False) -> AbstractContextManager[None]: ...
     def remember(self) -> Callable[[], None]: ...

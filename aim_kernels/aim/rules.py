@@ -91,7 +91,7 @@ class ScoreRule(Rule, abc.ABC):
         train: trials.Train | None,
         restore: Sequence[Any],
     ) -> tuple[Measured, Measured | None]:
-        with aim.measuring():
+        with aim.measuring(samples[0]):
             return aim.probe.measure(aim.scoring, samples, held_out, aim.history)
 
     def decide(

@@ -83,7 +83,7 @@ def measure(
             for number, piece in enumerate(pieces, 1):
                 train(part_of(inputs, piece), labels[piece])
                 if len(pieces) - number in ahead:
-                    seen.append(_held_out_losses(aim, held_out))
+                    seen.append(_held_out_losses(aim, inputs, held_out))
             losses[arm] = torch.stack(seen)
     finally:
         back(gradients=True)
@@ -195,11 +195,12 @@ def _table(
 
 
 @torch.no_grad()
-def _held_out_losses(aim: Modulator, held_out: Samples) -> Tensor:
-    """Mean losses (float64) of pieces of the held-out samples, with the true weights."""
+def _held_out_losses(aim: Modulator, trained_on: Sequence[Tensor | None], held_out: Samples) -> Tensor:
+    """Mean losses (float64) of pieces of the held-out samples, with the true weights and their running statistics:
+    those that the steps of an arm have collected lag, and are of degraded weights where it holds somebody back."""
     inputs, labels = held_out
     assert labels is not None
-    with aim.measuring():
+    with aim.measuring(trained_on, refresh=True):
         found = []
         for piece in _pieces(len(labels), PIECES):
             total = torch.zeros((), dtype=torch.float64, device="cpu")

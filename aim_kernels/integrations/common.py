@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from aim_kernels.aim.aim import AIM
+from aim_kernels.aim.prototypes import probing
+from aim_kernels.aim.statistics import Kept, batches_of, refresh_statistics, trained_layers
 from aim_kernels.optim.modulation import unwrapped
 from aim_kernels.optim.optimizer import AIMFusedOptimizer
 from aim_kernels.step.arguments import check_at_least, numbers_checked
@@ -60,6 +62,9 @@ class Updates:
         check_at_least("every_n_epochs", every_n_epochs, 1)
         self.samples, self.every_n_epochs = samples, every_n_epochs
         self.latest = -1  # epoch of the latest update
+        self.inputs: Sequence[Tensor] | None = None  # of the latest update
+        self.layers: list[str] = []  # those with running statistics that train; an evaluation's flags do not tell
+        self._kept: Kept | None = None
 
     def at(self, epoch: int, aim: AIM | None) -> bool:
         """Whether this epoch's start brought an update."""
@@ -67,11 +72,42 @@ class Updates:
             return False
         inputs, labels, held_out = self.samples()
         device = next(aim.model.parameters()).device
+        inputs, self.layers = _moved(inputs, device), list(trained_layers(aim.model))
+        self.inputs = inputs if self.layers else None
         if held_out is not None:
             held_out = _moved(held_out[0], device), None if held_out[1] is None else held_out[1].to(device)
-        aim.update(_moved(inputs, device), None if labels is None else labels.to(device), held_out=held_out)
+        aim.update(inputs, None if labels is None else labels.to(device), held_out=held_out)
         self.latest = epoch
         return True
+
+    def refresh(self, aim: AIM | None, *, for_good: bool = False) -> None:
+        """Gives layers that keep running statistics those of the weights in the module, if training has degraded any.
+
+        Estimated from the inputs of the latest update; in a resumed run before its first, from those of ``samples()``.
+        ``for_good``: they stay, also where only earlier epochs saw degraded weights; else until :meth:`put_back`.
+        """
+        if aim is None or self.samples is None or self._kept is not None:
+            return
+        if not (aim.degrades or (for_good and any(table.dominant for table in aim.history))):
+            return
+        layers = self.layers or list(trained_layers(aim.model))
+        if not layers:
+            return
+        if self.inputs is None:
+            with probing(aim.model):  # for the random state
+                self.inputs = _moved(self.samples()[0], next(aim.model.parameters()).device)
+        batches = batches_of(self.inputs, aim.scoring.batch_size)
+        if not batches:
+            return
+        kept = None if for_good else Kept(aim.model.get_submodule(name) for name in layers)
+        refresh_statistics(aim.model, batches, layers=layers)
+        self._kept = kept
+
+    def put_back(self) -> None:
+        """Gives layers the running statistics of training again."""
+        if self._kept is not None:
+            self._kept.restore()
+            self._kept = None
 
     def state_dict(self, aim: AIM | None) -> dict[str, Any]:
         return {"latest": self.latest, "aim": None if aim is None else aim.state_dict()}

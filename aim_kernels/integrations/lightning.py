@@ -21,6 +21,10 @@ class AIMCallback(Callback):
     checkpoints and the end of training then see the true weights, training the live ones; a run resumed with
     ``fit(ckpt_path=...)`` goes on bit for bit, AIM's own state included.
 
+    Running statistics (BatchNorm) are refreshed from the inputs of the latest update for validation, and at the end of
+    training for good. Checkpoints keep those of training, which a run that goes on needs: refresh them in a model that
+    is loaded for anything else (``aim_kernels.refresh_statistics``). Without ``samples`` nothing is refreshed.
+
     Args:
         make_aim: ``make_aim(module, optimizer)`` returns the :class:`AIM`; None where strengths are set by hand.
         samples: ``samples()`` returns ``(inputs, labels, held_out)`` as ``aim.update`` takes them, ``held_out`` being
@@ -77,6 +81,9 @@ class AIMCallback(Callback):
             self._send(trainer, statistics_scalars(self._optimizer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._optimizer is not None:
+            self._optimizer.eval()
+            self._updates.refresh(self.aim, for_good=True)
         self._finish()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -88,6 +95,7 @@ class AIMCallback(Callback):
 
     def _finish(self) -> None:
         """The true weights are what training leaves in the module."""
+        self._updates.put_back()
         if self._optimizer is not None:
             self._optimizer.eval()
         if self._hook is not None:
@@ -104,10 +112,12 @@ class AIMCallback(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._optimizer is not None and not self._optimizer.holds_true_weights:
             self._optimizer.eval()
+            self._updates.refresh(self.aim)
             self._visiting = True
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._optimizer is not None and self._visiting:
+            self._updates.put_back()
             self._optimizer.train()
         self._visiting = False
 

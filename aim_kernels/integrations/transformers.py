@@ -25,6 +25,11 @@ class AIMCallback(TrainerCallback):
     ``load_best_model_at_end`` too), holds the true weights. ``train(resume_from_checkpoint=...)`` goes on bit for bit,
     AIM's own state included.
 
+    Running statistics (BatchNorm) are refreshed from the inputs of the latest update for evaluations that the Trainer
+    schedules, and at the end of training for good. Checkpoints keep those of training, which a run that goes on needs:
+    refresh them in a model that is loaded for anything else (``aim_kernels.refresh_statistics``). Without ``samples``
+    nothing is refreshed.
+
     Args:
         aim: an :class:`AIM` of the model and the optimizer; None where strengths are set by hand. A model that returns
             a ``ModelOutput`` needs ``AIM(loss=lambda output, labels: cross_entropy(output.logits, labels))``, and takes
@@ -51,14 +56,16 @@ class AIMCallback(TrainerCallback):
             raise ValueError("give both aim and samples, or neither")
         self.aim, self.writer = aim, writer
         self._updates = Updates(samples, every_n_epochs)
-        self._hook: RemovableHandle | None = None
+        self._hooks: list[RemovableHandle] = []
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._hook is not None:  # of a training that was interrupted
-            self._hook.remove()
-        self._hook = true_state_dict(kwargs["model"], aim_optimizer(kwargs["optimizer"]))
+        self._remove_hooks()  # of a training that was interrupted
+        model = kwargs["model"]
+        # A checkpoint that follows an evaluation has the running statistics of training.
+        put_back = model.register_state_dict_pre_hook(lambda *_: self._updates.put_back())
+        self._hooks = [true_state_dict(model, aim_optimizer(kwargs["optimizer"])), put_back]
         self._updates.latest = -1
         saved = state.stateful_callbacks.get(STATE_KEY)
         if saved is not None:
@@ -71,6 +78,7 @@ class AIMCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._updates.put_back()
         # A resumed run begins the epoch that it was stopped in once more.
         if not self._updates.at(int((state.epoch or 0.0) + 1e-6), self.aim):
             return
@@ -81,7 +89,14 @@ class AIMCallback(TrainerCallback):
         if self.writer is not None:
             write_update(self.writer, self.aim.history[-1], state.global_step)
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._updates.put_back()
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if control.should_evaluate:
+            self._evaluate(kwargs["optimizer"])
         if self.writer is not None and control.should_log:
             write_statistics(self.writer, kwargs["optimizer"], state.global_step)
 
@@ -90,11 +105,23 @@ class AIMCallback(TrainerCallback):
     ) -> None:
         # Before the best model is loaded, which eval() would overwrite afterwards. The next batch undoes it.
         aim_optimizer(kwargs["optimizer"]).eval()
+        if control.should_evaluate:
+            self._evaluate(kwargs["optimizer"])
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         aim_optimizer(kwargs["optimizer"]).eval()
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        self._updates.put_back()
+        self._updates.refresh(self.aim, for_good=True)
+        self._remove_hooks()
+
+    def _evaluate(self, optimizer: Any) -> None:
+        """The evaluation that follows; the Trainer does not say when it begins, nor which of several is the last."""
+        aim_optimizer(optimizer).eval()
+        self._updates.refresh(self.aim)
+
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []

@@ -60,9 +60,18 @@ class AIMMethod(Method):
         held_out: tuple[Sequence[Tensor], Tensor | None] | None = None,
     ) -> Any:
         """Returns AIM's table."""
-        table = self.aim.update(inputs, labels, held_out=held_out, train=self.step)
+        recent = self._recent.copy()
+        try:
+            table = self.aim.update(inputs, labels, held_out=held_out, train=self.step)
+        finally:
+            self._recent = recent  # without the steps that were tried
         super().update(inputs, labels, held_out)
         return table
+
+    @property
+    def degrades(self) -> bool:
+        """Whether training sees degraded weights or features."""
+        return self.aim.degrades
 
     def loss(self, outputs: Outputs) -> Tensor:
         loss = super().loss(outputs)
@@ -71,6 +80,7 @@ class AIMMethod(Method):
     def step(self, inputs: Sequence[Tensor], labels: Tensor) -> Tensor:
         if not self.aim.mixing.two_passes:
             return super().step(inputs, labels)
+        self.note_batch(inputs)
         self.optimizer.zero_grad()
         loss: Tensor = self.aim.backward(lambda: self.loss(self.blocks.forward(inputs, labels)))
         self.optimizer.step()

@@ -9,6 +9,7 @@ the whole step where it needs more than one pass.
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from aim_kernels.aim.blocks import block_param_groups
+from aim_kernels.aim.statistics import SAMPLES, batches_of, layers_with_statistics, refreshed, trained_layers
 from aim_kernels.optim.modulation import unwrapped
 from aim_kernels.step.arguments import check_at_least, check_choice, numbers_checked
 
@@ -187,6 +189,10 @@ class Method:
         self.blocks, self.optimizer, self.seed = blocks, optimizer, seed
         self.updates = 0  # calls of update()
         self.generator = torch.Generator().manual_seed(seed)
+        # What running statistics are refreshed from; nothing is kept of a model without any.
+        self._keeps_batches = bool(layers_with_statistics(blocks.model))
+        self._recent: deque[list[Tensor | None]] = deque()
+        self._updated_on: list[list[Tensor | None]] = []
 
     # -- what methods override ----------------------------------------------------------------------------------------
 
@@ -198,6 +204,8 @@ class Method:
     ) -> Any:
         """Once an epoch, before it: a batch of training samples, and one that the network is not trained on."""
         self.updates += 1
+        if self._keeps_batches:
+            self._updated_on = batches_of(inputs, 128)
         return None
 
     def loss(self, outputs: Outputs) -> Tensor:
@@ -210,6 +218,7 @@ class Method:
 
     def step(self, inputs: Sequence[Tensor], labels: Tensor) -> Tensor:
         """One training step on one batch; returns the loss, detached."""
+        self.note_batch(inputs)
         self.optimizer.zero_grad()
         outputs = self.blocks.forward(inputs, labels)
         loss = self.loss(outputs)
@@ -219,8 +228,21 @@ class Method:
         return loss.detach()
 
     def evaluating(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, the module holds the weights to be judged; after, those to be trained on."""
-        return self.optimizer.true_parameters()
+        """Inside, the module holds the weights to be judged; after, those to be trained on, to the bit.
+
+        Where live weights are degraded (:attr:`degrades`), running statistics (BatchNorm) are inside those of the
+        weights to be judged (:func:`aim_kernels.refresh_statistics`), from the latest batches of :meth:`step`, up to
+        512 samples; before the first step, from samples of the latest :meth:`update`; without either, those of
+        training. With SyncBatchNorm all processes must enter.
+        """
+        return self._evaluating()
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        batches = list(self._recent) or self._updated_on
+        layers = trained_layers(self.blocks.model) if batches and self.degrades else {}
+        with self.optimizer.true_parameters(), refreshed(self.blocks.model, layers, batches):
+            yield
 
     def state_dict(self) -> dict[str, Any]:
         """What the method itself needs to go on bit for bit; rows are in the optimizer's state."""
@@ -231,6 +253,21 @@ class Method:
         self.generator.set_state(state["generator"].cpu())
 
     # -- what methods use ---------------------------------------------------------------------------------------------
+
+    def note_batch(self, inputs: Sequence[Tensor | None]) -> None:
+        """Keeps the inputs of the latest steps, 512 samples or one batch, for :meth:`evaluating`. A step of one's own
+        calls it; without running statistics it does nothing."""
+        if not self._keeps_batches or _length(inputs) < 2:
+            return
+        self._recent.append(list(inputs))
+        kept = sum(map(_length, self._recent))
+        while len(self._recent) > 1 and kept > SAMPLES:
+            kept -= _length(self._recent.popleft())
+
+    @property
+    def degrades(self) -> bool:
+        """Whether training sees degraded weights."""
+        return any(map(self.optimizer.tables.degrades, range(len(self.optimizer.param_groups))))
 
     @property
     def epoch(self) -> int:
@@ -263,6 +300,10 @@ class Method:
             factor = coefficients[self.blocks.modalities.index(group["modality"])]
             columns: dict[str, Any] = {f"{apply_to}_under": factor, f"{apply_to}_well": factor}
             self.optimizer.set_modulation(index, **columns, noise=noise if modulated else 0.0)
+
+
+def _length(inputs: Sequence[Tensor | None]) -> int:
+    return min((len(x) for x in inputs if x is not None), default=0)
 
 
 def gradients_of(parameters: Sequence[Tensor]) -> list[Tensor]:

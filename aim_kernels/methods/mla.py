@@ -77,6 +77,7 @@ class MLA(Method):
 
     def step(self, inputs: Sequence[Tensor], labels: Tensor) -> Tensor:
         """As many optimizer steps as modalities that have an input; returns the sum of their losses."""
+        self.note_batch(inputs)
         losses = []
         for m in range(len(self.blocks.modalities)):
             if inputs[m] is None:

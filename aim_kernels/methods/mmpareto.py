@@ -37,6 +37,7 @@ class MMPareto(Method):
 
     def step(self, inputs: Sequence[Tensor], labels: Tensor) -> Tensor:
         """Two backward passes and one step; returns the sum of all losses."""
+        self.note_batch(inputs)
         self.optimizer.zero_grad()
         outputs = self.blocks.forward(inputs, labels)
         joint, own = self.loss(outputs), unimodal_losses(outputs).sum()

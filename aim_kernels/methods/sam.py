@@ -30,6 +30,7 @@ class SAM(Method):
 
     def step(self, inputs: Sequence[Tensor], labels: Tensor) -> Tensor:
         """Returns the loss of the unperturbed weights."""
+        self.note_batch(inputs)
         self.optimizer.zero_grad()
         outputs = self.blocks.forward(inputs, labels)
         loss = self.loss(outputs)

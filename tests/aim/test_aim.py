@@ -322,7 +322,7 @@ def test_a_wrapped_model_is_probed_unwrapped() -> None:
 
 def test_running_statistics_warn_once() -> None:
     model, optimizer = build(normalization=nn.BatchNorm1d(8))
-    with pytest.warns(UserWarning, match=r"a\.1\.1 .*update_bn"):
+    with pytest.warns(UserWarning, match=r"a\.1\.1 .*refresh_statistics"):
         aim = AIM(model, optimizer, CLASSES)
     before = copy.deepcopy(model.a[1][1].state_dict())
     with warnings.catch_warnings():

@@ -249,3 +249,36 @@ def test_overflow_is_a_skipped_step_that_accelerate_sees() -> None:
         direct.step()
         same_bits(parameters(network), parameters(plain))  # scales are powers of two
     assert float(optimizer.state[held_back(network)]["step"]) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*running statistics")
+def test_evaluation_has_running_statistics_of_the_true_weights(tmp_path: Path) -> None:
+    """Training goes on with its own, to the bit; checkpoints have those; at the end they are refreshed for good."""
+    seen: dict[bool, list[dict[bool, list[Tensor]]]] = {False: [], True: []}
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 3}
+    for evaluated in (False, True):
+        more = {"eval_strategy": "steps", "eval_steps": 1} if evaluated else {}
+        trainer, model, _ = made(tmp_path / str(evaluated), balanced=True, **options, **more)
+        norm = torch.nn.BatchNorm1d(12)
+        model.head = torch.nn.Sequential(norm, model.head)
+        noted: dict[bool, list[Tensor]] = {True: [], False: []}
+
+        def note(module: Any, _args: Any, noted: dict[bool, list[Tensor]] = noted) -> None:
+            if module.training == torch.is_grad_enabled():  # not where they are estimated
+                noted[module.training].append(module.running_mean.clone())
+
+        norm.register_forward_pre_hook(note)
+        if evaluated:
+            trainer.eval_dataset = {"one": trainer.eval_dataset, "other": trainer.eval_dataset}
+        trainer.train()
+        seen[evaluated].append(noted)
+        end = norm.running_mean.clone()
+        ak.refresh_statistics(model, [samples()[0]])
+        assert torch.allclose(end, norm.running_mean, atol=1e-6)
+        last = load_file(tmp_path / str(evaluated) / "checkpoint-9" / "model.safetensors")["head.0.running_mean"]
+        noted[True].append(last)
+        assert not torch.allclose(last, end, atol=1e-4)
+    (plain,), (judged,) = seen[False], seen[True]
+    live = [mean for mean in judged[True] if mean.abs().sum() > 0]
+    assert len(judged[False]) >= 54 and not any(torch.equal(a, b) for a in live for b in judged[False])
+    same_bits(plain[True], judged[True])

@@ -254,3 +254,44 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(TypeError, match=r"exactly one AIMFusedOptimizer.*SGD"):
         trainer(tmp_path, AIMCallback()).fit(Plain(), loader())
+
+
+@pytest.mark.filterwarnings("ignore:.*running statistics")
+def test_validation_has_running_statistics_of_the_true_weights(tmp_path: Path) -> None:
+    """Training goes on with its own, to the bit; checkpoints have those; at the end they are refreshed for good."""
+
+    class Normalized(Balanced):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = torch.nn.Sequential(torch.nn.BatchNorm1d(12), self.head)
+            self.means: dict[str, list[Tensor]] = {"train": [], "validate": []}
+
+        def note(self, what: str) -> None:
+            super().note(what)
+            self.means[what].append(self.head[0].running_mean.clone())
+
+        def validation_step(self, batch: list[Tensor], index: int) -> None:
+            super().validation_step(batch, index)
+            features = torch.cat(
+                [self.audio[1](self.audio[0](columns()[0])), self.video[1](self.video[0](columns()[1]))], 1
+            )
+            assert not self.seen["train"] or torch.allclose(self.head[0].running_mean, features.mean(0), atol=1e-6)
+
+    runs = []
+    for validated in (False, True):
+        torch.manual_seed(5)
+        module = Normalized()
+        save = pl.callbacks.ModelCheckpoint(tmp_path, f"kept{validated}", save_on_train_epoch_end=True)
+        made = trainer(tmp_path, balancing(log=False), save, epochs=3, enable_checkpointing=True)
+        made.fit(module, loader(), *([loader()] if validated else []))
+        runs.append(module)
+    assert runs[1].seen["validate"] and len(runs[1].means["validate"]) > 6
+    assert all(torch.equal(*pair) for pair in zip(*(run.means["train"] for run in runs), strict=True))
+    saved = torch.load(tmp_path / "keptTrue.ckpt", weights_only=False)["state_dict"]["head.0.running_mean"]
+    assert torch.equal(
+        saved, torch.load(tmp_path / "keptFalse.ckpt", weights_only=False)["state_dict"]["head.0.running_mean"]
+    )
+    assert not torch.allclose(saved, runs[1].head[0].running_mean, atol=1e-4)
+    reference = runs[1].head[0].running_mean.clone()
+    ak.refresh_statistics(runs[1], [samples()[0]])
+    assert torch.allclose(reference, runs[1].head[0].running_mean, atol=1e-6)

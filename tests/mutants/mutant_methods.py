@@ -13,8 +13,8 @@ METHOD_BUGS = (
     Mutant(
         "trials are judged by live weights",
         "aim_kernels/aim/aim.py",
-        "with self.optimizer.true_parameters(), probing(self.model):",
-        "with probing(self.model):",
+        "with self.optimizer.true_parameters(), probing(self.model), refreshed(",
+        "with probing(self.model), refreshed(",
         "the arm that is held back would be judged by its degraded network",
         (BY_HAND,),
     ),
@@ -81,6 +81,39 @@ METHOD_BUGS = (
         "",
         "where the last arm was held back, training would go on as in it",
         ("test_trials.py::test_a_trial_that_fails_leaves_nothing",),
+    ),
+    # -- running statistics
+    Mutant(
+        "trials are judged with the statistics that they collected",
+        TRIALS,
+        "with aim.measuring(trained_on, refresh=True):",
+        "with aim.measuring([]):",
+        "batch normalization made trials hold back the honest modality",
+        ("test_statistics.py::test_trials_hold_back_the_shortcut",),
+    ),
+    Mutant(
+        "refreshed statistics stay in the model",
+        "aim_kernels/aim/statistics.py",
+        "        yield\n    finally:\n        kept.restore()\n",
+        "        yield\n    finally:\n        pass\n",
+        "training would go on with the statistics of a measurement",
+        ("test_statistics.py::test_methods_are_judged_with_statistics_of_the_true_weights",),
+    ),
+    Mutant(
+        "a small batch counts like a large one",
+        "aim_kernels/aim/statistics.py",
+        "share = values / self.values",
+        "share = 1 / self.calls",
+        "the last batch of a loader",
+        ("test_statistics.py::test_statistics_are_those_of_the_batches_and_nothing_else_changes",),
+    ),
+    Mutant(
+        "methods are judged with the statistics of live weights",
+        f"{METHODS}base.py",
+        "layers = trained_layers(self.blocks.model) if batches and self.degrades else {}",
+        "layers: dict[str, Any] = {}",
+        "a network of 92.8 % was reported as one of 21.4 %",
+        ("test_statistics.py::test_methods_are_judged_with_statistics_of_the_true_weights",),
     ),
     # -- choices
     Mutant(
