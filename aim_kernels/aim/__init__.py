@@ -15,7 +15,7 @@ from aim_kernels.aim.mixing import (
     Weights,
 )
 from aim_kernels.aim.probes import CustomProbe, GradientNorm, LinearReadout, Probe, Prototypes
-from aim_kernels.aim.rules import Gap, Margin, Ratio, Rule, Trial
+from aim_kernels.aim.rules import Gap, Margin, Ratio, Reliance, Rule, Trial
 from aim_kernels.aim.schedules import Constant, CosineOut, CustomSchedule, LinearOut, Schedule
 from aim_kernels.aim.statistics import refresh_statistics
 from aim_kernels.aim.strengths import ModulationTable
@@ -41,6 +41,7 @@ __all__ = [
     "Probe",
     "Prototypes",
     "Ratio",
+    "Reliance",
     "Rule",
     "Schedule",
     "Split",

@@ -16,7 +16,7 @@ from aim_kernels.aim.mixing import DECOUPLES, Decouple, Mixing, as_mixing
 from aim_kernels.aim.options import chosen
 from aim_kernels.aim.probes import Probe, ProbeFunction, Prototypes, as_probe
 from aim_kernels.aim.prototypes import POOLS, Pool, probing
-from aim_kernels.aim.rules import RULES, Gap, Ratio, Rule, Trial
+from aim_kernels.aim.rules import RULES, Gap, Ratio, Reliance, Rule
 from aim_kernels.aim.schedules import Schedule, as_schedule
 from aim_kernels.aim.scoring import Scoring
 from aim_kernels.aim.statistics import batches_of, layers_with_statistics, refreshed, trained_layers
@@ -38,10 +38,10 @@ class AIM:
     Options
     -------
     rule
-        A :class:`Rule`, or its name: "trial" (:class:`Trial`), "gap" (:class:`Gap`), "ratio" (:class:`Ratio`),
-        "margin" (:class:`Margin`). None, the default, takes what an update is given: trials with labels, ``held_out``
-        and ``train``, unless ``probe``, ``alpha``, ``targets`` or ``pool`` is given; else the gap with ``held_out``, or
-        the ratio.
+        A :class:`Rule`, or its name: "reliance" (:class:`Reliance`), "trial" (:class:`Trial`), "gap" (:class:`Gap`),
+        "ratio" (:class:`Ratio`), "margin" (:class:`Margin`). None, the default, takes what an update is given: reliance
+        with labels and ``held_out``, unless ``probe``, ``alpha``, ``targets`` or ``pool`` is given; else the gap with
+        ``held_out``, or the ratio.
     probe
         Of rules on scores: a :class:`Probe`, or its name: "prototypes" (:class:`Prototypes`, the default), "linear"
         (:class:`LinearReadout`), "gradient-norm" (:class:`GradientNorm`); or a callable, ``probe(model, inputs,
@@ -204,6 +204,9 @@ class AIM:
         changed. Degraded weights spoil running statistics (BatchNorm): they are estimated anew, from up to 512 of the
         training samples, for the weights that are judged, and put back.
 
+        Under the :class:`Reliance` rule the network runs over the samples and the held-out samples 2 x modalities + 2
+        times (five times with two modalities), without gradients. Labels may be whatever ``loss`` takes.
+
         Under the :class:`Trial` rule the samples are cut into ``steps`` batches (so pass that many times your batch
         size; fewer samples than that are as many batches of one), on which steps are tried and undone: as it is, then
         with each modality wholly held back that is not, or let go that is. The move whose held-out loss is the lowest
@@ -218,7 +221,7 @@ class AIM:
         range, a rule or a guard that needs ``held_out`` without it, no input and no earlier score, a probe's table of
         another shape or with negative scores, trials without ``train``.
         """
-        rule = self.rule or self._automatic(labels, held_out, train)
+        rule = self.rule or self._automatic(labels, held_out)
         samples = rule.check(self, "", inputs, labels)
         if rule.needs_held_out and held_out is None:
             raise ValueError(
@@ -248,11 +251,11 @@ class AIM:
         self.history.append(table)
         return table
 
-    def _automatic(self, labels: Any, held_out: Any, train: Any) -> Rule:
+    def _automatic(self, labels: Any, held_out: Any) -> Rule:
         """The rule that an update's arguments allow. Options of scores ask for them."""
         if held_out is None:
             return Ratio()
-        return Gap() if train is None or labels is None or self.asks_for_scores else Trial()
+        return Gap() if labels is None or self.asks_for_scores else Reliance()
 
     @contextlib.contextmanager
     def measuring(self, inputs: Sequence[Tensor | None], *, refresh: bool = False) -> Iterator[None]:

@@ -231,7 +231,7 @@ def _prototype_judge(prototypes: Tensor) -> Judge:
 
 def _previous(history: Sequence[ModulationTable], missing: Sequence[str], both: bool) -> tuple[Measured, Measured]:
     """The latest scores in training and outside of it, for modalities that now have no input."""
-    scored = (table for table in reversed(history) if table.rule != "trial")
+    scored = (table for table in reversed(history) if table.rule not in ("trial", "reliance"))
     latest = next(scored, None) if missing else None
     if missing and (latest is None or (both and latest.held_out_scores is None)):
         raise ValueError(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from aim_kernels.aim import trials
+from aim_kernels.aim import reliance, trials
 from aim_kernels.aim.samples import Samples, check_inputs
 from aim_kernels.aim.strengths import (
+    KAPPA_MAX,
     Excess,
     Measured,
     ModulationTable,
@@ -23,7 +25,8 @@ from aim_kernels.aim.strengths import (
     roles,
     strengths,
 )
-from aim_kernels.step.arguments import check_at_least, check_fields, check_finite
+from aim_kernels.aim.tables import whole_table
+from aim_kernels.step.arguments import check_at_least, check_fields, check_finite, check_within
 
 if TYPE_CHECKING:
     from aim_kernels.aim.interface import Modulator
@@ -209,5 +212,75 @@ class Trial(Rule):
         return trials.table_of(aim, aim.held_back, held_back, *measured, factor), held_back
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reliance(Rule):
+    """What the loss rests on, and held-out samples do not confirm: :mod:`~aim_kernels.aim.reliance`. ``kappa`` is one
+    number at every depth, 0, ``partial`` or 1 (1 - 1e-6); ``excess`` is 1 + the unconfirmed share of all reliance. A
+    modality without an input keeps its strength.
+
+    Attributes:
+        confidence: standard errors of the unconfirmed share that count as chance.
+        dead_zone: an unconfirmed share that is left alone.
+        whole_above: an unconfirmed share above which a modality is held back wholly; below it ``partial`` is its
+            strength. Training settles near it: the smaller, the more is gained where the cue fails, and the more is
+            lost where it holds.
+        partial: that strength, in [0, 1].
+
+    Raises ValueError for ``partial`` outside of [0, 1] and ``whole_above`` below ``dead_zone``.
+    """
+
+    name: ClassVar[str] = "reliance"
+    scores_blocks: ClassVar[bool] = False
+    dead_zone: float = 0.05
+    whole_above: float = 0.2
+    partial: float = 0.9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_within("partial", self.partial, 0.0, 1.0)
+        if self.whole_above < self.dead_zone:
+            raise ValueError(f"whole_above={self.whole_above} lies below dead_zone={self.dead_zone}")
+
+    def check(self, aim: Modulator, what: str, inputs: Sequence[Tensor | None], labels: Tensor | None) -> Samples:
+        samples = check_inputs(what, inputs, labels, aim.modalities)
+        if samples[1] is None:
+            raise ValueError(f"rule={self.name!r} compares losses; pass {what}labels")
+        if len(samples[1]) < 2:
+            raise ValueError(f"rule={self.name!r} needs at least two {what}samples for a standard error")
+        return samples
+
+    def measure(
+        self,
+        aim: Modulator,
+        samples: Samples,
+        held_out: Samples | None,
+        train: trials.Train | None,
+        restore: Sequence[Any],
+    ) -> tuple[Measured, Measured]:
+        assert held_out is not None
+        return reliance.measure(aim, samples, held_out)
+
+    def decide(
+        self, aim: Modulator, measured: tuple[Measured, Measured], factor: float
+    ) -> tuple[ModulationTable, frozenset[str]]:
+        found = reliance.unconfirmed(*measured, self.confidence)
+        strengths = reliance.judge(found, self.confidence, self.dead_zone, self.whole_above, self.partial)
+        kappa = {m: factor * min(strength, KAPPA_MAX) for m, strength in strengths.items()}
+        latest = aim.history[-1].kappa if aim.history else {}
+        train, held_out = (reliance.rows(each, aim.depths) for each in measured)
+        table = whole_table(
+            aim,
+            self.name,
+            {m: kappa[m] if m in kappa else latest.get(m, [0.0])[0] for m in aim.modalities},
+            {m: 1.0 + found.shares.get(m, math.nan) for m in aim.modalities},
+            {m: found.errors.get(m, 0.0) for m in aim.modalities},
+            scores=train.scores,
+            held_out_scores=held_out.scores,
+            errors=train.errors,
+            held_out_errors=held_out.errors,
+        )
+        return table, frozenset(table.dominant)
+
+
 #: Rules by their names.
-RULES: dict[str, type[Rule]] = {cls.name: cls for cls in (Gap, Ratio, Margin, Trial)}
+RULES: dict[str, type[Rule]] = {cls.name: cls for cls in (Reliance, Gap, Ratio, Margin, Trial)}

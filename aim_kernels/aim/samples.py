@@ -66,6 +66,12 @@ def part_of(inputs: Sequence[Tensor | None], part: slice) -> list[Tensor | None]
     return [None if x is None else x[part] for x in inputs]
 
 
+def pieces_of(count: int, most: int) -> list[slice]:
+    """``count`` samples in at most so many parts, as equal as can be."""
+    parts = torch.arange(count, device="cpu").tensor_split(min(most, count))
+    return [slice(int(part[0]), int(part[-1]) + 1) for part in parts]
+
+
 def without(samples: Samples, modalities: Sequence[str], missing: Sequence[str]) -> Samples:
     """The samples with None for the inputs of ``missing``."""
     inputs, labels = samples

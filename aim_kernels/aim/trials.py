@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from aim_kernels.aim.samples import Samples, part_of
+from aim_kernels.aim.reliance import PIECES, piece_losses
+from aim_kernels.aim.samples import Samples, part_of, pieces_of
 from aim_kernels.aim.snapshot import Snapshot
-from aim_kernels.aim.strengths import KAPPA_MAX, Measured, ModulationTable, Scores, roles
+from aim_kernels.aim.strengths import KAPPA_MAX, Measured, ModulationTable
+from aim_kernels.aim.tables import whole_table
 
 if TYPE_CHECKING:
     from aim_kernels.aim.interface import Modulator
@@ -22,8 +24,6 @@ if TYPE_CHECKING:
 Train = Callable[[Any, Any], Any]
 #: The arm in which everything goes on as it is; every other arm is the modality that changes.
 AS_IT_IS = ""
-#: Pieces of the held-out samples whose mean losses are compared: enough for a standard error good to a sixth.
-PIECES = 16
 #: How often a trial is looked at, in its latter half.
 LOOKS = 4
 
@@ -64,7 +64,7 @@ def measure(
         remembered()
         del aim.history[history:]
 
-    pieces = _pieces(len(labels), steps)
+    pieces = pieces_of(len(labels), steps)
     ahead = {look * max(len(pieces) // (2 * LOOKS), 1) for look in range(LOOKS)}  # steps to the end
     losses: dict[str, Tensor] = {}  # [looks, pieces of the held-out samples]
     try:
@@ -76,7 +76,7 @@ def measure(
             aim.optimizer.train()
             if not aim.model.training:  # after a validation
                 aim.model.train()
-            table = _table(aim, {m: KAPPA_MAX * (m in held_back) for m in aim.modalities})
+            table = whole_table(aim, "trial", {m: KAPPA_MAX * (m in held_back) for m in aim.modalities})
             aim.history.append(table)  # two passes and hooks look there for who is held back
             aim.mixing.write(aim, table)
             seen = []
@@ -100,12 +100,6 @@ def measure(
         for arm, row in looks.items()
     }
     return means, errors
-
-
-def _pieces(count: int, most: int) -> list[slice]:
-    """``count`` samples in at most so many parts."""
-    parts = torch.arange(count, device="cpu").tensor_split(min(most, count))
-    return [slice(int(part[0]), int(part[-1]) + 1) for part in parts]
 
 
 def _over_samples(difference: Tensor) -> float:
@@ -156,57 +150,12 @@ def table_of(
     excess = {m: 1.0 + (-gain[m] if m in before else gain[m]) for m in aim.modalities}
     error = {m: errors.get(m, 0.0) / unit for m in aim.modalities}
     kappa = {m: factor * KAPPA_MAX * (m in held_back) for m in aim.modalities}
-    return _table(aim, kappa, excess, error, dict(losses))
-
-
-def _table(
-    aim: Modulator,
-    kappa: Mapping[str, float],
-    excess: Mapping[str, float] | None = None,
-    error: Mapping[str, float] | None = None,
-    losses: dict[str, float] | None = None,
-) -> ModulationTable:
-    def rows(of: Mapping[str, float]) -> Scores:
-        return {m: [of[m]] * aim.depths[m] for m in aim.modalities}
-
-    ratios = rows(excess or dict.fromkeys(aim.modalities, 1.0))
-    errors = rows(error or dict.fromkeys(aim.modalities, 0.0))
-    # A weak modality is one that is not held back: all the stimulus there is goes to it.
-    weak_kappa = rows({m: max(kappa.values()) * (not kappa[m]) for m in aim.modalities})
-    dominant, weak = roles(rows(kappa))
-    return ModulationTable(
-        update=aim.updates,
-        rule="trial",
-        modalities=aim.modalities,
-        scores=ratios,
-        ratios=ratios,
-        held_out_scores=None,
-        held_out_ratios=None,
-        excess=ratios,
-        kappa=rows(kappa),
-        weak_kappa=weak_kappa,
-        under_fraction=aim.scoring.under_fraction(),
-        dominant=dominant,
-        weak=weak,
-        errors=errors,
-        excess_errors=errors,
-        trial_losses=losses or {},
-    )
+    return whole_table(aim, "trial", kappa, excess, error, losses=losses)
 
 
 @torch.no_grad()
 def _held_out_losses(aim: Modulator, trained_on: Sequence[Tensor | None], held_out: Samples) -> Tensor:
     """Mean losses (float64) of pieces of the held-out samples, with the true weights and their running statistics:
     those that the steps of an arm have collected lag, and are of degraded weights where it holds somebody back."""
-    inputs, labels = held_out
-    assert labels is not None
     with aim.measuring(trained_on, refresh=True):
-        found = []
-        for piece in _pieces(len(labels), PIECES):
-            total = torch.zeros((), dtype=torch.float64, device="cpu")
-            for start in range(piece.start, piece.stop, aim.scoring.batch_size):
-                part = slice(start, min(start + aim.scoring.batch_size, piece.stop))
-                loss = aim.scoring.loss(aim.model(*part_of(inputs, part)), labels[part])
-                total = total.to(loss.device) + loss.double() * (part.stop - part.start)
-            found.append(total / (piece.stop - piece.start))
-        return torch.stack(found).cpu()
+        return piece_losses(aim, held_out, PIECES)
