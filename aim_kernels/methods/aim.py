@@ -15,12 +15,13 @@ from aim_kernels.step.arguments import check_at_least
 
 class AIMMethod(Method):
     """:class:`aim_kernels.AIM` with all its options and defaults; :meth:`update` is its ``update``, with a step of this
-    method as ``train``, so that by default it tries steps.
+    method as ``train``.
 
     ``num_classes=None``: that of the blocks. ``unimodal_weight`` times the sum of the modalities' own cross entropies
-    is added to the loss (0: the joint loss alone), which makes every encoder better by itself, held back or not: not
-    the paper's, but what several rivals owe their encoders to (docs/comparison.md). ``options`` go to AIM. With a
-    mixing of two passes a step is ``AIM.backward(closure)`` and the optimizer's step.
+    is added to the loss (0, the default: the joint loss alone), which makes every encoder better by itself, held back
+    or not, and costs accuracy where classes are unbalanced: not the paper's, but what several rivals owe their encoders
+    to (docs/comparison.md). ``options`` go to AIM. With a mixing of two passes a step is ``AIM.backward(closure)`` and
+    the optimizer's step.
 
     Raises ValueError where neither tells the number of classes, for a negative ``unimodal_weight``, and what AIM
     raises.
