@@ -31,10 +31,10 @@ class AIM:
     """Adaptive intra-network modulation (arXiv 2508.19769) on top of an :class:`AIMFusedOptimizer`.
 
     ``model`` is called as ``model(*inputs)``; ``optimizer`` holds param groups with the keys of
-    :func:`block_param_groups`. ``num_classes`` counts where a probe reads features; elsewhere, under the rules
-    "reliance" and "trial" for one, 1 will do (regression). At every :meth:`update` a rule decides which modality is dominant and how strongly each
-    of its blocks is held back (``kappa``), and a mixing writes the rows of all groups accordingly. Where nobody is
-    dominant every mixing is joint training.
+    :func:`block_param_groups`. ``num_classes`` is read by probes of features alone; 1 will do where there is none:
+    ``rule="reliance"`` or "trial" (regression), and callable probes. At every :meth:`update` a rule decides which
+    modality is dominant and how strongly each of its blocks is held back (``kappa``), and a mixing writes the rows of
+    all groups accordingly. Where nobody is dominant every mixing is joint training.
 
     Options
     -------

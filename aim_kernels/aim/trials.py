@@ -128,9 +128,9 @@ def _warn_of_small_batches(samples: int, batches: int, steps: int) -> None:
     if batches == steps and samples // batches >= FEW:
         return
     warnings.warn(
-        f"rule='trial' cuts the {samples} samples into {batches} batches of about {samples / batches:.3g}: each arm has "
-        f"{batches} steps, which tell little. Pass {steps} times the batch size of training as samples ({steps} * 32 = "
-        f"{steps * 32}), or fewer steps, Trial(steps=...)",
+        f"rule='trial' cuts the {samples} samples into {batches} batches of about {samples / batches:.3g}: each arm "
+        f"has {batches} steps, which tell little. As samples pass {steps} times the batch size of training ({steps} * "
+        f"32 = {steps * 32}), or try fewer steps, Trial(steps=...)",
         stacklevel=5,  # whoever calls AIM.update
     )
 
