@@ -32,7 +32,7 @@ class AIMMethod(Method):
         optimizer: Any,
         *,
         num_classes: int | None = None,
-        unimodal_weight: float = 0.3,
+        unimodal_weight: float = 0.0,
         seed: int = 0,
         **options: Any,
     ) -> None:

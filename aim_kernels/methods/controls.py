@@ -158,7 +158,7 @@ class NoMask(AIMMethod):
 
 class SumOfLosses(Method):
     """Cross entropy of the joint logits plus ``unimodal_weight`` times that of each modality's own; encoders' gradients
-    (or updates) times ``encoder_factor``. With ``unimodal_weight=0.3`` it is AIM by its defaults, without AIM.
+    (or updates) times ``encoder_factor``. With ``unimodal_weight=0.3`` it is AIM's own losses without AIM.
 
     With ``encoder_factor=3`` it is what BalanceBenchmark's port of MMPareto (4c1482f) comes to: its gradients are
     cloned after all losses were summed, so no Pareto weight is ever found, and encoders get 3 times the sum's gradient.

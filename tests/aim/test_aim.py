@@ -151,8 +151,7 @@ def test_a_shortcut_is_found_and_a_true_lead_is_not() -> None:
         model, optimizer = build()
         train(model, optimizer, 150)
         held_out = batch(96, seed=1, shortcut=shortcut)
-        table = AIM(model, optimizer, CLASSES).update(inputs, labels, held_out=held_out)
-        assert table.rule == "gap"
+        table = AIM(model, optimizer, CLASSES, rule="gap").update(inputs, labels, held_out=held_out)
         assert table.dominant == found
         assert max(table.kappa["b"]) > 0.9 if found else not any(table.kappa["b"])
         assert table.held_out_scores is not None
@@ -403,7 +402,8 @@ def test_update_errors_change_nothing() -> None:
     rows, state = optimizer.tables.rows.clone(), aim.generator.get_state()
     cases: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
         ((inputs,), {}, ValueError, "probe='prototypes' needs labels"),
-        ((inputs, labels), {"held_out": (inputs, None)}, ValueError, "needs held-out labels"),
+        ((inputs, labels), {"held_out": (inputs, None)}, ValueError, "compares losses; pass held-out labels"),
+        ((inputs, labels), {"held_out": ([x[:1] for x in inputs], labels[:1])}, ValueError, "at least two held-out"),
         ((inputs[:1], labels), {}, ValueError, "inputs must be 2 tensors, one a modality in the order a, b; got 1"),
         ((inputs[0], labels), {}, ValueError, "got one tensor"),
         ((inputs, labels[:-1]), {}, ValueError, "input of 'a' has 24 samples, labels have 23"),

@@ -29,6 +29,7 @@ from aim_kernels.aim import (
     Margin,
     Prototypes,
     Ratio,
+    Reliance,
     Split,
     Trial,
     Weights,
@@ -43,7 +44,7 @@ from aim_kernels.methods.controls import DropFeatures, ScaleFeatures, WithoutMas
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 NAMES: dict[str, dict[str, Any]] = {
-    "rule": {"gap": Gap(), "ratio": Ratio(), "margin": Margin(), "trial": Trial()},
+    "rule": {"reliance": Reliance(), "gap": Gap(), "ratio": Ratio(), "margin": Margin(), "trial": Trial()},
     "probe": {"prototypes": Prototypes(), "linear": LinearReadout(), "gradient-norm": GradientNorm()},
     "mixing": {"alternate": Alternate(), "split": Split(), "weights": Weights(), "features": Features()},
     "decouple": {"dominant": DecoupleDominant(), "all": DecoupleAll()},
@@ -119,13 +120,13 @@ def test_what_is_given_decides_the_rule() -> None:
     aim = AIM(model, optimizer, CLASSES)
     assert aim.update(inputs, labels).rule == "ratio"
     assert aim.update(inputs, labels, train=train).rule == "ratio"
-    assert aim.update(inputs, labels, held_out=held_out).rule == "gap"
-    assert aim.update(inputs, labels, held_out=held_out, train=train).rule == "trial"
+    assert aim.update(inputs, labels, held_out=held_out).rule == "reliance"
+    assert aim.update(inputs, labels, held_out=held_out, train=train).rule == "reliance", "steps need not be tried"
     named = AIM(model, optimizer, CLASSES, probe=DOMINANT_A)
     assert named.update(inputs, labels, held_out=held_out, train=train).rule == "gap", "a named probe asks for scores"
     for given in ({"alpha": 2.0}, {"pool": "channels_last"}, {"targets": "classes"}):
         aim = AIM(model, optimizer, CLASSES, **given)  # type: ignore[arg-type]
-        assert aim.asks_for_scores, f"{given} would mean nothing under trials"
+        assert aim.asks_for_scores, f"{given} would mean nothing under reliance"
 
 
 # -- what means nothing is refused -----------------------------------------------------------------------------------
@@ -188,7 +189,7 @@ def test_every_choice_has_its_own_options_only(choice: Any) -> None:
         ({"mixing": Alternate}, r"mixing is a class; give an object of it: mixing=Alternate\(\)"),
         ({"probe": LinearReadout}, r"probe is a class; give an object of it: probe=LinearReadout\(\)"),
         ({"schedule": Constant}, r"schedule is a class; give an object of it: schedule=Constant\(\)"),
-        ({"rule": Alternate()}, "unknown rule Alternate.* one of 'gap', 'ratio', 'margin', 'trial', or a Rule object"),
+        ({"rule": Alternate()}, "unknown rule Alternate.* one of 'reliance', 'gap', .*, 'trial', or a Rule object"),
         ({"mixing": None}, "unknown mixing None"),
         ({"schedule": 3}, "unknown schedule 3; it is one of 'constant', or a Schedule object or a callable"),
     ],

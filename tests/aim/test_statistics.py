@@ -381,7 +381,7 @@ def test_methods_are_judged_with_statistics_of_the_true_weights(name: str) -> No
 
 
 def test_methods_without_steps_take_samples_of_the_update_and_trials_leave_no_batches() -> None:
-    model, method = method_of("aim")
+    model, method = method_of("aim", rule="trial")
     train = shortcut(64, 0, True)
     held_out = shortcut(64, 1, False)
     method.optimizer.set_modulation(("cue", 0), live_well=0.1, live_under=0.1)

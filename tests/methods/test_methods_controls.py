@@ -83,13 +83,12 @@ def test_aim_with_losses_of_the_modalities_own() -> None:
         assert method.step(inputs, labels).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_by_its_defaults_aim_tries_and_adds_losses() -> None:
-    """Without held-out samples there is nothing to try by; with them, steps with the modalities' own losses."""
+def test_by_its_defaults_aim_measures_reliance_and_adds_nothing_to_the_loss() -> None:
     defaults = {name: p.default for name, p in inspect.signature(AIMMethod).parameters.items()}
-    assert defaults["unimodal_weight"] == 0.3
+    assert defaults["unimodal_weight"] == 0.0
     inputs, labels = batch(2)
     cases: tuple[tuple[dict[str, Any], str], ...] = (
-        ({}, "trial"),
+        ({}, "reliance"),
         ({"probe": LED_BY_A}, "gap"),
         ({"rule": Trial(steps=4)}, "trial"),
     )

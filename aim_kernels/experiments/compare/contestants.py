@@ -25,7 +25,13 @@ def _of(name: str, values: Sequence[Any], **fixed: Any) -> tuple[dict[str, Any],
 #: Factors on gradients nearly cancel under AdamW; on updates they act.
 AS_PUBLISHED_OR_STEPS: tuple[dict[str, Any], ...] = ({}, {"apply_to": "step"}, {"apply_to": "step", "alpha": 0.3})
 
-#: AIM by prototypes, the joint loss alone: what needs no trials.
+#: AIM by its default rule, with the modalities' own losses added.
+OWN: dict[str, Any] = {"unimodal_weight": 0.3}
+
+#: AIM by trials with own losses.
+TRIAL: dict[str, Any] = {"rule": "trial", "unimodal_weight": 0.3}
+
+#: AIM by prototypes, the joint loss alone.
 GAP: dict[str, Any] = {"rule": "gap", "unimodal_weight": 0.0}
 
 #: The auxiliary blocks keep a random share of equal size.
@@ -34,7 +40,9 @@ RANDOM_MASK: dict[str, Any] = {"measure": "random", "backend": "reference"}
 CONTESTANTS: dict[str, Contestant] = {
     "joint": Contestant("joint", control=True),
     "aim": Contestant("aim", held_out=True),
-    "aim (joint loss)": Contestant("aim", ({"unimodal_weight": 0.0},), held_out=True),
+    "aim (own losses)": Contestant("aim", (OWN,), held_out=True),
+    "aim (trial)": Contestant("aim", ({"rule": "trial", "unimodal_weight": 0.0},), held_out=True),
+    "aim (trial, own losses)": Contestant("aim", (TRIAL,), held_out=True),
     "aim (gap)": Contestant("aim", (GAP,), held_out=True),
     "aim (gap, tuned)": Contestant("aim", _of("confidence", (3.0, 1.0, 0.0), **GAP), held_out=True),
     "aim (gap, own losses)": Contestant("aim", ({"rule": "gap", "unimodal_weight": 0.3},), held_out=True),
@@ -63,6 +71,7 @@ CONTESTANTS: dict[str, Contestant] = {
     "weight-averaging": Contestant("weight-averaging", _of("decay", (0.99, 0.95, 0.999))),
     "shapley-alternation": Contestant("shapley-alternation", _of("margin", (0.0, 0.1, 0.3))),
     "drop": Contestant("drop", control=True, held_out=True),
+    "drop (trial, own losses)": Contestant("drop", (TRIAL,), control=True, held_out=True),
     "drop (gap)": Contestant("drop", (GAP,), control=True, held_out=True),
     "feature-scale": Contestant("feature-scale", control=True, held_out=True),
     "feature-scale (gap)": Contestant("feature-scale", (GAP,), control=True, held_out=True),
@@ -72,6 +81,7 @@ CONTESTANTS: dict[str, Contestant] = {
         "aim", ({**GAP, "hold": "freeze"},), RANDOM_MASK, control=True, held_out=True
     ),
     "no-mask": Contestant("no-mask", control=True, held_out=True),
+    "no-mask (trial, own losses)": Contestant("no-mask", (TRIAL,), control=True, held_out=True),
     "no-mask (gap)": Contestant("no-mask", (GAP,), control=True, held_out=True),
     # one configuration: its validation split is no measure of anything
     "train-on-held": Contestant("train-on-held", control=True, held_out=True, trains_on_held_out=True),
