@@ -93,7 +93,7 @@ def measure(
                     seen.append(_held_out_losses(aim, inputs, held_out))
             if arm == AS_IT_IS and aim.optimizer.tables.steps == counted:
                 reached = _true_weights(aim)
-                back(gradients=False)
+                back(gradients=True)
                 # A graph that is replayed steps without being counted.
                 if all(map(torch.equal, reached, _true_weights(aim))):
                     raise RuntimeError(
