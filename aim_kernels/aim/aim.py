@@ -31,9 +31,10 @@ class AIM:
     """Adaptive intra-network modulation (arXiv 2508.19769) on top of an :class:`AIMFusedOptimizer`.
 
     ``model`` is called as ``model(*inputs)``; ``optimizer`` holds param groups with the keys of
-    :func:`block_param_groups`. At every :meth:`update` a rule decides which modality is dominant and how strongly each
-    of its blocks is held back (``kappa``), and a mixing writes the rows of all groups accordingly. Where nobody is
-    dominant every mixing is joint training.
+    :func:`block_param_groups`. ``num_classes`` is read by probes of features alone; 1 will do where there is none:
+    ``rule="reliance"`` or "trial" (regression), and callable probes. At every :meth:`update` a rule decides which
+    modality is dominant and how strongly each of its blocks is held back (``kappa``), and a mixing writes the rows of
+    all groups accordingly. Where nobody is dominant every mixing is joint training.
 
     Options
     -------
@@ -113,7 +114,8 @@ class AIM:
         )
         self.alpha = 10.0 if alpha is None else alpha
         check_finite("alpha", self.alpha)
-        check_at_least("num_classes", num_classes, 2)
+        reads_features = self.probe.reads_features and (self.rule is None or self.rule.scores_blocks)
+        check_at_least("num_classes", num_classes, 2 if reads_features else 1)
         check_at_least("batch_size", batch_size, 1)
         targets = "classes" if targets is None else targets
         check_choice("targets", targets, ("classes", "quantiles"))
@@ -139,7 +141,6 @@ class AIM:
 
         self.depths = block_depths(optimizer)
         self.modalities = tuple(self.depths)
-        reads_features = self.probe.reads_features and (self.rule is None or self.rule.scores_blocks)
         self.scoring = Scoring(
             model=model,
             optimizer=optimizer,
@@ -219,7 +220,7 @@ class AIM:
 
         Raises ValueError, saying what to do: missing labels, another number of inputs, unequal lengths, labels out of
         range, a rule or a guard that needs ``held_out`` without it, no input and no earlier score, a probe's table of
-        another shape or with negative scores, trials without ``train``.
+        another shape or with negative scores, trials without ``train``. RuntimeError: a ``train`` that never steps.
         """
         rule = self.rule or self._automatic(labels, held_out)
         samples = rule.check(self, "", inputs, labels)

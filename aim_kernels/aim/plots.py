@@ -14,6 +14,9 @@ from aim_kernels.command_line import writing
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+#: What is compared with the limit.
+ABOVE = "standard errors above 1 + dead zone"
+
 
 def _figure(width: float, height: float) -> Figure:
     require("matplotlib", "plotting")
@@ -51,7 +54,12 @@ def _rounded(numbers: Any) -> Any:
 
 
 def plot_modulation(aim: Any) -> Figure:
-    """Heat maps over update (x) and depth (y), one column a modality: score, strength, under-optimized share.
+    """What was decided, update by update (x), one column a modality.
+
+    Rules "reliance" and "trial", which hold whole modalities back: lines of the excess, in standard errors above ``1 +
+    dead_zone``, beside the limit ``confidence``, shaded where the modality was held back; under "reliance" below it
+    what the loss rests on it, in training and on held-out samples. Other rules, and histories of several: heat maps
+    with depth (y) of score, strength and under-optimized share.
 
     ``aim``: an :class:`AIM` that has been updated, or a list of its tables. Returns a matplotlib figure
     (``figure.savefig("modulation.png")``). Cells without a value, the under-optimized share before the first step, stay
@@ -62,6 +70,21 @@ def plot_modulation(aim: Any) -> Figure:
     history: Sequence[ModulationTable] = list(getattr(aim, "history", aim))
     if not history:
         raise ValueError("nothing to plot: aim.history is empty; call aim.update first")
+    return _decisions(history) if of_whole_modalities(history) else _heat_maps(history)
+
+
+def of_whole_modalities(history: Sequence[ModulationTable]) -> bool:
+    """Whether :func:`plot_modulation` shows lines (:func:`decision_panels`), not heat maps
+    (:func:`modulation_panels`)."""
+    return all(table.whole for table in history) and len({table.rule for table in history}) == 1
+
+
+def shown(history: Sequence[ModulationTable]) -> Mapping[str, Any]:
+    """The panels that :func:`plot_modulation` shows."""
+    return decision_panels(history) if of_whole_modalities(history) else modulation_panels(history)
+
+
+def _heat_maps(history: Sequence[ModulationTable]) -> Figure:
     modalities = history[0].modalities
     updates = [table.update for table in history]
     panels = modulation_panels(history)
@@ -90,8 +113,53 @@ def plot_modulation(aim: Any) -> Figure:
     return figure
 
 
+def _decisions(history: Sequence[ModulationTable]) -> Figure:
+    modalities, updates, panels = history[0].modalities, [table.update for table in history], decision_panels(history)
+    reliance = {name: panels[name] for name in panels if name.startswith("reliance")}
+    figure = _figure(1.0 + 4.0 * len(modalities), 6.5 if reliance else 3.5)
+    axes = figure.subplots(2 if reliance else 1, len(modalities), squeeze=False, sharex=True, sharey="row")
+    for column, modality in enumerate(modalities):
+        top = axes[0, column]
+        top.plot(updates, panels[ABOVE][modality], "o-", markersize=3, label="found")
+        top.step(updates, panels["limit"][modality], "k--", where="mid", linewidth=1.0, label="limit")
+        top.set_title(f"{modality} (shaded: held back)", fontsize=10)
+        if reliance:
+            for name, values in reliance.items():
+                axes[1, column].plot(updates, values[modality], "o-", markersize=3, label=name)
+            axes[1, column].axhline(0.0, color="0.7", linewidth=0.8)
+        for axis in axes[:, column]:
+            for update, kappa in zip(updates, panels["strength kappa"][modality], strict=True):
+                if kappa > 0.0:  # the weaker, the paler
+                    axis.axvspan(update - 0.5, update + 0.5, color="tab:red", alpha=0.2 * kappa, lw=0)
+        axes[-1, column].set_xlabel("update")
+    for axis, name in zip(axes[:, 0], (ABOVE, "part of the loss"), strict=False):
+        axis.set_ylabel(name, fontsize=9)
+        axis.legend(fontsize=8)
+    return figure
+
+
+def decision_panels(history: Sequence[ModulationTable]) -> dict[str, dict[str, list[float]]]:
+    """What :func:`plot_modulation` shows of rules that hold whole modalities back: ``panels[name][modality][update]``.
+    All depths are alike."""
+
+    def lines(tables: Sequence[Scores]) -> dict[str, list[float]]:
+        return {m: [table[m][0] for table in tables] for m in history[0].modalities}
+
+    limits = [table.confidence for table in history]
+    panels = {
+        ABOVE: lines([table.above for table in history]),
+        "limit": dict.fromkeys(history[0].modalities, limits),
+        "strength kappa": lines([table.kappa for table in history]),
+    }
+    outside = [table.held_out_scores for table in history if table.held_out_scores is not None]
+    if history[0].rule == "reliance" and len(outside) == len(history):
+        panels["reliance in training"] = lines([table.scores for table in history])
+        panels["reliance held out"] = lines(outside)
+    return panels
+
+
 def modulation_panels(history: Sequence[ModulationTable]) -> dict[str, dict[str, list[list[float]]]]:
-    """What :func:`plot_modulation` shows: ``panels[name][modality][depth][update]``."""
+    """What the heat maps of :func:`plot_modulation` show: ``panels[name][modality][depth][update]``."""
 
     def grids(tables: list[Scores]) -> dict[str, list[list[float]]]:
         return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
@@ -135,6 +135,8 @@ class ScoreRule(Rule, abc.ABC):
             errors=measured.errors,
             held_out_errors={} if held_out is None else held_out.errors,
             excess_errors=excess.errors,
+            confidence=self.confidence,
+            dead_zone=self.dead_zone,
         )
 
 
@@ -209,7 +211,8 @@ class Trial(Rule):
         self, aim: Modulator, measured: tuple[dict[str, float], dict[str, float]], factor: float
     ) -> tuple[ModulationTable, frozenset[str]]:
         held_back = trials.judge(aim.held_back, *measured, self.dead_zone, self.confidence)
-        return trials.table_of(aim, aim.held_back, held_back, *measured, factor), held_back
+        table = trials.table_of(aim, aim.held_back, held_back, *measured, factor)
+        return replace(table, confidence=self.confidence, dead_zone=self.dead_zone), held_back
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,6 +282,7 @@ class Reliance(Rule):
             errors=train.errors,
             held_out_errors=held_out.errors,
         )
+        table = replace(table, confidence=self.confidence, dead_zone=self.dead_zone)
         return table, frozenset(table.dominant)
 
 

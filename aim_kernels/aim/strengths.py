@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
+from aim_kernels.aim.words import described
+
 #: One number a depth, for each modality.
 Scores = dict[str, list[float]]
 
@@ -164,7 +166,8 @@ class ModulationTable:
     ``kappa`` holds back a dominant modality; ``weak_kappa`` is the same on the inverse excess (of a margin: on ``2 -
     excess``; under trials it is that of whoever is held back), and acts where ``decouple="all"``.
     ``under_fraction`` is the optimizer's count at its latest step (NaN before the first). ``errors``,
-    ``held_out_errors``, ``excess_errors``: standard errors, 0 where the probe tells none.
+    ``held_out_errors``, ``excess_errors``: standard errors, 0 where the probe tells none. ``confidence`` and
+    ``dead_zone`` are the rule's, 0 in tables of earlier versions. ``print(table)`` says what was decided, and why.
     """
 
     update: int
@@ -184,6 +187,39 @@ class ModulationTable:
     held_out_errors: Scores = field(default_factory=dict)
     excess_errors: Scores = field(default_factory=dict)
     trial_losses: dict[str, float] = field(default_factory=dict)
+    confidence: float = 0.0
+    dead_zone: float = 0.0
+
+    @property
+    def whole(self) -> bool:
+        """Whether the rule holds whole modalities back: all depths are alike."""
+        return self.rule in ("reliance", "trial")
+
+    @property
+    def error_of_excess(self) -> Scores:
+        """``excess_errors``, 0 where none are known."""
+        return _with_errors(self.excess, self.excess_errors).errors
+
+    @property
+    def above(self) -> Scores:
+        """Standard errors by which ``excess`` lies above ``1 + dead_zone``; NaN where no error is known. The rule asks
+        for more than ``confidence`` of them."""
+        threshold = 1.0 + self.dead_zone
+        return {
+            m: [
+                (x - threshold) / error if error > 0.0 else math.nan
+                for x, error in zip(row, self.error_of_excess[m], strict=True)
+            ]
+            for m, row in self.excess.items()
+        }
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Each modality's share of all training scores, of the last block: under the reliance rule the share of the
+        loss on samples like the training ones that rests on it. NaN where it has none."""
+        last = {m: row[-1] for m, row in self.scores.items()}
+        total = sum(max(value, 0.0) for value in last.values() if not math.isnan(value))
+        return {m: max(value, 0.0) / total if total > 0.0 and value == value else math.nan for m, value in last.items()}
 
     @property
     def measured(self) -> Measured:
@@ -208,16 +244,7 @@ class ModulationTable:
         return cls(**fields)
 
     def __repr__(self) -> str:
-        columns = {"score": self.scores, "held-out": self.held_out_scores, self.rule: self.excess, "kappa": self.kappa}
-        shown = {name: values for name, values in columns.items() if values is not None}
-        width = max(8, *(len(name) for name in self.modalities))
-        lines = [f"AIM update {self.update}: dominant {', '.join(self.dominant) or 'none'}"]
-        lines.append(f"{'modality':{width}}  depth" + "".join(f"{name:>10}" for name in shown))
-        for modality in self.modalities:
-            for depth in range(len(self.kappa[modality])):
-                cells = "".join(f"{values[modality][depth]:10.3f}" for values in shown.values())
-                lines.append(f"{modality:{width}}  {depth:5d}{cells}")
-        return "\n".join(lines)
+        return described(self)
 
 
 def _with_errors(scores: Scores, errors: Scores) -> Measured:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from aim_kernels.aim.samples import Samples, part_of, pieces_of
 from aim_kernels.aim.snapshot import Snapshot
 from aim_kernels.aim.strengths import KAPPA_MAX, Measured, ModulationTable
 from aim_kernels.aim.tables import whole_table
+from aim_kernels.step.sharding import local_of
 
 if TYPE_CHECKING:
     from aim_kernels.aim.interface import Modulator
@@ -26,6 +28,8 @@ Train = Callable[[Any, Any], Any]
 AS_IT_IS = ""
 #: How often a trial is looked at, in its latter half.
 LOOKS = 4
+#: A batch of fewer samples is warned of.
+FEW = 8
 
 
 def checked(samples: Samples, held_out: Samples | None, train: Train | None) -> tuple[Samples, Samples, Train]:
@@ -49,7 +53,7 @@ def measure(
     The loss is a mean over four looks; the error joins that of the sample with how unsteadily the difference moves from
     look to look, since two runs from one state also differ by where they happen to stop. Every arm begins with the
     weights, states and random state of now, and sees the same batches. Afterwards everything is as it was, also where
-    ``train`` raises.
+    ``train`` raises. Raises RuntimeError where it never steps; warns at the first trial where batches are small.
     """
     inputs, labels = samples
     assert labels is not None
@@ -65,6 +69,8 @@ def measure(
         del aim.history[history:]
 
     pieces = pieces_of(len(labels), steps)
+    if not any(table.rule == "trial" for table in aim.history):  # once, also in a run that goes on
+        _warn_of_small_batches(len(labels), len(pieces), steps)
     ahead = {look * max(len(pieces) // (2 * LOOKS), 1) for look in range(LOOKS)}  # steps to the end
     losses: dict[str, Tensor] = {}  # [looks, pieces of the held-out samples]
     try:
@@ -80,10 +86,21 @@ def measure(
             aim.history.append(table)  # two passes and hooks look there for who is held back
             aim.mixing.write(aim, table)
             seen = []
+            counted = aim.optimizer.tables.steps
             for number, piece in enumerate(pieces, 1):
                 train(part_of(inputs, piece), labels[piece])
                 if len(pieces) - number in ahead:
                     seen.append(_held_out_losses(aim, inputs, held_out))
+            if arm == AS_IT_IS and aim.optimizer.tables.steps == counted:
+                reached = _true_weights(aim)
+                back(gradients=True)
+                # A graph that is replayed steps without being counted.
+                if all(map(torch.equal, reached, _true_weights(aim))):
+                    raise RuntimeError(
+                        f"train= was called {len(pieces)} times and never stepped the optimizer that AIM writes to; it "
+                        "is one whole step, zero_grad, backward and optimizer.step(), without accumulation (a "
+                        "GradScaler that skips all of them looks the same: pass more samples)"
+                    )
             losses[arm] = torch.stack(seen)
     finally:
         back(gradients=True)
@@ -100,6 +117,22 @@ def measure(
         for arm, row in looks.items()
     }
     return means, errors
+
+
+def _true_weights(aim: Modulator) -> list[Tensor]:
+    with aim.optimizer.true_parameters():
+        return [local_of(p).detach().clone() for p in aim.model.parameters()]
+
+
+def _warn_of_small_batches(samples: int, batches: int, steps: int) -> None:
+    if batches == steps and samples // batches >= FEW:
+        return
+    warnings.warn(
+        f"rule='trial' cuts the {samples} samples into {batches} batches of about {samples / batches:.3g}: each arm "
+        f"has {batches} steps, which tell little. As samples pass {steps} times the batch size of training ({steps} * "
+        f"32 = {steps * 32}), or try fewer steps, Trial(steps=...)",
+        stacklevel=5,  # whoever calls AIM.update
+    )
 
 
 def _over_samples(difference: Tensor) -> float:

@@ -188,6 +188,6 @@ def test_table_survives_json_and_prints() -> None:
     assert again.dominant == ("a",)
     assert isinstance(again.modalities, tuple)
     lines = repr(table).splitlines()
-    assert lines[0] == "AIM update 0: dominant a"
-    assert lines[1].split() == ["modality", "depth", "score", "held-out", "gap", "kappa"]
-    assert lines[2].split() == ["a", "0", "0.600", "0.400", "2.000", "0.964"]
+    assert lines[0].startswith("AIM update 0: holds back a (gap 2.00 at depth 0, above 1;")
+    assert lines[1].split()[:5] == ["modality", "depth", "score", "held-out", "gap"]
+    assert lines[2].split() == ["a", "0", "0.600", "0.400", "2.000", "-", "0.964"]

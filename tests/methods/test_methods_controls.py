@@ -95,7 +95,8 @@ def test_by_its_defaults_aim_measures_reliance_and_adds_nothing_to_the_loss() ->
     for options, rule in cases:
         _, method = made("aim", **options)
         steps: list[int] = []
-        method.step = lambda inputs, labels, steps=steps: steps.append(len(labels))
+        step = method.step
+        method.step = lambda inputs, labels, steps=steps, step=step: (steps.append(len(labels)), step(inputs, labels))
         if "rule" not in options:
             assert method.update(inputs, labels).rule == "ratio" and not steps
         table = method.update(inputs, labels, held_out=batch(2, seed=1))
@@ -155,7 +156,8 @@ def test_no_mask_tries_rows_without_a_mask() -> None:
     _, method = made("no-mask", rule=Trial(steps=2, confidence=1e9))
     method.aim.held_back = frozenset({"a"})
     seen = []
-    method.step = lambda *_: seen.append(method.optimizer.tables.rows.clone())
+    step = method.step
+    method.step = lambda *samples: (seen.append(method.optimizer.tables.rows.clone()), step(*samples))
     method.update(*batch(2), held_out=batch(2, seed=1))
     rows = method.optimizer.tables.rows
     assert torch.equal(seen[0], rows) and not torch.equal(seen[-1], rows)

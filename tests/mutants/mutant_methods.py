@@ -229,4 +229,20 @@ METHOD_BUGS = (
         "the control would be the treatment",
         ("test_methods_controls.py",),
     ),
+    Mutant(
+        "a train that never steps is judged",
+        "aim_kernels/aim/trials.py",
+        "if arm == AS_IT_IS and aim.optimizer.tables.steps == counted:",
+        "if False:",
+        "all arms would be alike, and nothing ever held back",
+        ("test_why.py::test_a_train_that_never_steps_is_refused",),
+    ),
+    Mutant(
+        "errors are counted from 1",
+        "aim_kernels/aim/strengths.py",
+        "threshold = 1.0 + self.dead_zone",
+        "threshold = 1.0",
+        "the number beside the limit would pass it where the rule holds nothing back",
+        ("test_why.py::test_standard_errors_above_the_dead_zone",),
+    ),
 )

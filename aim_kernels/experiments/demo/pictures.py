@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from aim_kernels.aim.plots import modulation_panels, plot_accuracy, plot_modulation, save
+from aim_kernels.aim.plots import of_whole_modalities, plot_accuracy, plot_modulation, save, shown
 from aim_kernels.aim.strengths import ModulationTable
 from aim_kernels.experiments.demo.report import summary
 from aim_kernels.experiments.demo.results import Line
@@ -32,6 +32,8 @@ def draw_accuracy(path: Path, lines: Sequence[Line]) -> None:
 def draw_modulation(path: Path, run: Run, history: Sequence[ModulationTable]) -> None:
     """What AIM saw and held back in one run, by depth and update."""
     figure = plot_modulation(history)
-    title = f"{run.data}, AIM, seed {run.seed}: one update an epoch, depth 0 is next to the input"
+    title = f"{run.data}, AIM, seed {run.seed}: one update an epoch"
+    if not of_whole_modalities(history):
+        title += ", depth 0 is next to the input"
     figure.suptitle(title, fontsize=10)
-    save(figure, path, {"title": title, **modulation_panels(history)})
+    save(figure, path, {"title": title, **shown(history)})
