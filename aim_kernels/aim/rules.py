@@ -235,7 +235,7 @@ class Reliance(Rule):
     name: ClassVar[str] = "reliance"
     scores_blocks: ClassVar[bool] = False
     dead_zone: float = 0.05
-    whole_above: float = 0.2
+    whole_above: float = 0.1
     partial: float = 0.9
 
     def __post_init__(self) -> None:
