@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from aim_kernels.aim.prototypes import probing
 from aim_kernels.aim.samples import Samples, part_of, pieces_of
 from aim_kernels.aim.strengths import Measured, Scores
 
@@ -20,22 +21,50 @@ if TYPE_CHECKING:
 PIECES = 16
 
 
+#: Names of the training losses that a table keeps: with the true weights, with the live ones, and the standard error of
+#: the difference.
+TRUE, LIVE, ERROR = "true weights", "live weights", "error of the difference"
+
+
 class Unconfirmed(NamedTuple):
     """The share of all reliance that rests on each modality and that held-out samples do not confirm, its standard
-    error, and the modalities that the network relies on for sure."""
+    error, the modalities that the network relies on for sure, and those that help outside for sure."""
 
     shares: dict[str, float]
     errors: dict[str, float]
     sure: frozenset[str]
+    helpful: frozenset[str]
 
 
-def measure(aim: Modulator, samples: Samples, held_out: Samples) -> tuple[Measured, Measured]:
-    """Reliance on training and on held-out samples, one number per modality with an input, means over ranks.
-
-    The module holds the true weights, with the running statistics of these.
-    """
+def measure(aim: Modulator, samples: Samples, held_out: Samples) -> tuple[Measured, Measured, dict[str, float]]:
+    """Reliance on training and on held-out samples, one number per modality with an input, means over ranks, with the
+    true weights and running statistics of these. While a modality is held back also the training losses with true and
+    with live weights."""
+    live = None
+    if aim.history and aim.history[-1].dominant:
+        with torch.no_grad(), probing(aim.model):
+            live = piece_losses(aim, samples, PIECES)
     with aim.measuring(samples[0]):
-        return tuple(aim.scoring.averaged(_reliance(aim, each)) for each in (samples, held_out))
+        train, outside = (aim.scoring.averaged(_reliance(aim, each)) for each in (samples, held_out))
+        if live is None:
+            return train, outside, {}
+        with torch.no_grad():
+            true = piece_losses(aim, samples, PIECES)
+    parts = {TRUE: true, LIVE: live, ERROR: true - live}
+    means, errors = aim.scoring.averaged(
+        Measured(
+            {name: [float(each.mean())] for name, each in parts.items()},
+            {name: [float(each.std()) / math.sqrt(len(each))] for name, each in parts.items()},
+        )
+    )
+    return train, outside, {TRUE: means[TRUE][0], LIVE: means[LIVE][0], ERROR: errors[ERROR][0]}
+
+
+def fits(losses: Mapping[str, float], confidence: float) -> bool:
+    """Whether the head fits the true weights: their training loss is not above that of the live ones by more than
+    chance. It does not where it never sees the true features of a modality and its outputs do not outgrow what they
+    say, as in regression."""
+    return TRUE not in losses or losses[TRUE] - losses[LIVE] <= confidence * losses[ERROR]
 
 
 def unconfirmed(train: Measured, held_out: Measured, confidence: float) -> Unconfirmed:
@@ -51,24 +80,30 @@ def unconfirmed(train: Measured, held_out: Measured, confidence: float) -> Uncon
     total = max(sum(max(value, 0.0) for value in a.values()), 1e-12)
     kept = max((b[m] / a[m] for m in sure), default=1.0)
     q = min(kept, 1.0) if kept > 0.0 else 1.0
+    helpful = frozenset(m for m in b if b[m] > confidence * b_error[m])
     return Unconfirmed(
         {m: min(q * a[m] - b[m], a[m]) / total if a[m] > 0.0 else 0.0 for m in a},
         {m: math.hypot(q * a_error[m], b_error[m]) / total for m in a},
         sure,
+        helpful,
     )
 
 
 def judge(
-    found: Unconfirmed, confidence: float, dead_zone: float, whole_above: float, partial: float
+    found: Unconfirmed, confidence: float, dead_zone: float, whole_above: float, partial: float, wholly: bool
 ) -> dict[str, float]:
     """Strength of each modality that was measured, by the share that is unconfirmed for sure, ``u - confidence *
-    error``: 1 above ``whole_above``, ``partial`` above ``dead_zone``, else 0, and 0 if the network does not rely on it
-    for sure. Where all would be held back, the one with the smallest share is not."""
+    error``: 0 up to ``dead_zone`` and if the network does not rely on it for sure, else ``partial``; 1 above
+    ``whole_above``, if the modality does not help outside and ``wholly`` allows it. Where all would be held back, the
+    one with the smallest share is not."""
     lower = {m: share - confidence * found.errors[m] for m, share in found.shares.items()}
-    strengths = {
-        m: 0.0 if m not in found.sure or share <= dead_zone else 1.0 if share > whole_above else partial
-        for m, share in lower.items()
-    }
+
+    def strength(modality: str) -> float:
+        if modality not in found.sure or lower[modality] <= dead_zone:
+            return 0.0
+        return 1.0 if wholly and lower[modality] > whole_above and modality not in found.helpful else partial
+
+    strengths = {m: strength(m) for m in lower}
     if all(strengths.values()):
         strengths[min(lower, key=lambda m: lower[m])] = 0.0
     return strengths

@@ -224,12 +224,12 @@ class Reliance(Rule):
     Attributes:
         confidence: standard errors of the unconfirmed share that count as chance.
         dead_zone: an unconfirmed share that is left alone.
-        whole_above: an unconfirmed share above which a modality is held back wholly; below it ``partial`` is its
-            strength. Training settles near it: the smaller, the more is gained where the cue fails, and the more is
-            lost where it holds.
-        partial: that strength, in [0, 1].
+        whole_above: an unconfirmed share above which a modality that helps nothing outside is held back wholly.
+            Training settles near it: the smaller, the more is gained where the cue fails, and the more is lost where it
+            holds.
+        partial: the strength of others that are held back, in [0, 1].
 
-    Raises ValueError for ``partial`` outside of [0, 1] and ``whole_above`` below ``dead_zone``.
+    Raises ValueError for ``partial`` outside of [0, 1] and a negative ``whole_above``.
     """
 
     name: ClassVar[str] = "reliance"
@@ -240,9 +240,8 @@ class Reliance(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_finite("whole_above", self.whole_above)
         check_within("partial", self.partial, 0.0, 1.0)
-        if self.whole_above < self.dead_zone:
-            raise ValueError(f"whole_above={self.whole_above} lies below dead_zone={self.dead_zone}")
 
     def check(self, aim: Modulator, what: str, inputs: Sequence[Tensor | None], labels: Tensor | None) -> Samples:
         samples = check_inputs(what, inputs, labels, aim.modalities)
@@ -259,18 +258,21 @@ class Reliance(Rule):
         held_out: Samples | None,
         train: trials.Train | None,
         restore: Sequence[Any],
-    ) -> tuple[Measured, Measured]:
+    ) -> tuple[Measured, Measured, dict[str, float]]:
         assert held_out is not None
         return reliance.measure(aim, samples, held_out)
 
     def decide(
-        self, aim: Modulator, measured: tuple[Measured, Measured], factor: float
+        self, aim: Modulator, measured: tuple[Measured, Measured, dict[str, float]], factor: float
     ) -> tuple[ModulationTable, frozenset[str]]:
-        found = reliance.unconfirmed(*measured, self.confidence)
-        strengths = reliance.judge(found, self.confidence, self.dead_zone, self.whole_above, self.partial)
+        both, losses = measured[:2], measured[2]
+        found = reliance.unconfirmed(*both, self.confidence)
+        # Once the head did not fit the true weights it would not again.
+        wholly = all(reliance.fits(each, self.confidence) for each in (losses, *(x.trial_losses for x in aim.history)))
+        strengths = reliance.judge(found, self.confidence, self.dead_zone, self.whole_above, self.partial, wholly)
         kappa = {m: factor * min(strength, KAPPA_MAX) for m, strength in strengths.items()}
         latest = aim.history[-1].kappa if aim.history else {}
-        train, held_out = (reliance.rows(each, aim.depths) for each in measured)
+        train, held_out = (reliance.rows(each, aim.depths) for each in both)
         table = whole_table(
             aim,
             self.name,
@@ -281,6 +283,7 @@ class Reliance(Rule):
             held_out_scores=held_out.scores,
             errors=train.errors,
             held_out_errors=held_out.errors,
+            losses=losses,
         )
         table = replace(table, confidence=self.confidence, dead_zone=self.dead_zone)
         return table, frozenset(table.dominant)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from aim_kernels.aim import AIM, Reliance, block_param_groups
 from aim_kernels.aim.reliance import Unconfirmed, judge, piece_losses, unconfirmed
-from aim_kernels.aim.strengths import Measured
+from aim_kernels.aim.strengths import KAPPA_MAX, Measured
 from aim_kernels.optim.optimizer import AIMFusedOptimizer
 
 cross_entropy = nn.functional.cross_entropy
@@ -147,16 +147,22 @@ def test_edges_of_shares(a: Any, b: Any, shares: tuple[float, float]) -> None:
 
 
 def test_strengths() -> None:
-    def strengths(*shares: float, error: float = 0.01, sure: str = "abc") -> list[float]:
+    def strengths(
+        *shares: float, error: float = 0.01, sure: str = "abc", helpful: str = "", wholly: bool = True
+    ) -> list[float]:
         names = "abc"[: len(shares)]
-        found = Unconfirmed(dict(zip(names, shares, strict=True)), dict.fromkeys(names, error), frozenset(sure))
-        return list(judge(found, 3.0, 0.05, 0.2, 0.9).values())
+        found = Unconfirmed(
+            dict(zip(names, shares, strict=True)), dict.fromkeys(names, error), frozenset(sure), frozenset(helpful)
+        )
+        return list(judge(found, 3.0, 0.05, 0.2, 0.9, wholly).values())
 
     assert strengths(0.07, 0.09, 0.24) == [0.0, 0.9, 1.0], "above a limit by three errors"
     assert strengths(0.4, 0.4, error=0.2) == [0.0, 0.0], "chance"
     assert strengths(0.9, 0.0, sure="b") == [0.0, 0.0], "not relied on for sure"
     assert strengths(0.3, 0.5) == [0.0, 1.0], "never all at once"
     assert strengths(0.3, 0.5, 0.4) == [0.0, 1.0, 1.0]
+    assert strengths(0.0, 0.5, helpful="b") == [0.0, 0.9], "it helps outside"
+    assert strengths(0.0, 0.5, wholly=False) == [0.0, 0.9], "the head would not fit"
 
 
 def test_the_honest_modality_stays_and_the_shortcut_goes_also_late() -> None:
@@ -240,11 +246,36 @@ def test_labels_of_regression() -> None:
     assert aim.update(inputs, targets, held_out=(others, outside)).dominant == ("b",)
 
 
+def test_a_head_that_does_not_fit_the_true_weights_is_not_kept_from_them() -> None:
+    """Held back wholly, the network never sees the true features of a modality."""
+    model, optimizer = build()
+    train(model, optimizer, 150)
+    arguments: Any = batch(600), {"held_out": batch(600, seed=1, shortcut=False)}
+    aim = AIM(model, optimizer, CLASSES, rule=Reliance(whole_above=0.0))
+    assert aim.update(*arguments[0], **arguments[1]).kappa["b"][0] == KAPPA_MAX
+    train(model, optimizer, 2)  # which writes live weights
+    table = aim.update(*arguments[0], **arguments[1])
+    assert table.trial_losses["true weights"] < table.trial_losses["live weights"], "b is missed"
+    assert table.kappa["b"][0] == KAPPA_MAX
+
+    def turned(factor: float) -> None:
+        """True weights whose features the head does not expect; 1 / factor turns them back."""
+        with torch.no_grad(), optimizer.true_parameters():
+            model.b[0][0].weight.mul_(factor)
+
+    turned(-4.0)
+    table = aim.update(*arguments[0], **arguments[1])
+    assert table.trial_losses["true weights"] > table.trial_losses["live weights"]
+    assert KAPPA_MAX not in table.kappa["b"]
+    turned(-0.25)
+    assert aim.update(*arguments[0], **arguments[1]).kappa["b"][0] == 0.9, "it may come again"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"partial": 1.5}, "partial must"),
-        ({"whole_above": 0.01}, "whole_above=0.01 lies below dead_zone=0.05"),
+        ({"whole_above": -0.1}, "whole_above must be"),
         ({"confidence": -1.0}, "confidence"),
     ],
 )

@@ -173,10 +173,10 @@ def test_seeds_are_told() -> None:
 
 def test_comparison_picture_agrees_with_the_table() -> None:
     drawn = plots.numbers_of(ROOT / "docs/images/comparison.png")
-    assert {"aim", "aim (joint loss)", "own-losses", "ogm-ge"} <= drawn.keys()
+    assert {"aim", "aim (trial)", "own-losses", "ogm-ge"} <= drawn.keys()
     for data in drawn["aim"]:
         (cells,) = table(COMPARISON, data)
-        for contestant, cell in zip(("aim", "aim (joint loss)", "own-losses"), cells[1:4], strict=True):
+        for contestant, cell in zip(("aim", "aim (trial)", "own-losses"), cells[1:4], strict=True):
             difference, half = drawn[contestant][data]
             told = f"{difference:+.1f} ± {half:.1f}".replace("+0.0", "0.0").replace("-0.0", "0.0")
             assert cell == ("0" if difference == 0.0 else told), (data, contestant)
