@@ -5,6 +5,7 @@ from __future__ import annotations
 from mutant_list import Mutant
 
 TRIALS, SNAPSHOT, METHODS = "aim_kernels/aim/trials.py", "aim_kernels/aim/snapshot.py", "aim_kernels/methods/"
+RELIANCE = "aim_kernels/aim/reliance.py"
 BY_HAND = "test_trials.py::test_losses_are_those_of_training_by_hand"
 UNDONE = "test_trials.py::test_everything_is_as_it_was"
 
@@ -244,5 +245,38 @@ METHOD_BUGS = (
         "threshold = 1.0",
         "the number beside the limit would pass it where the rule holds nothing back",
         ("test_why.py::test_standard_errors_above_the_dead_zone",),
+    ),
+    # -- reliance
+    Mutant(
+        "memorizing counts as unconfirmed",
+        RELIANCE,
+        "q = min(kept, 1.0) if kept > 0.0 else 1.0",
+        "q = 1.0",
+        "whatever a network learns by heart would be held back, deserved or not",
+        ("test_reliance.py::test_unconfirmed_shares",),
+    ),
+    Mutant(
+        "what nothing rests on is held back",
+        RELIANCE,
+        "if modality not in found.sure or lower[modality] <= dead_zone:",
+        "if lower[modality] <= dead_zone:",
+        "shares of next to nothing are large by chance",
+        ("test_reliance.py::test_strengths",),
+    ),
+    Mutant(
+        "reliance is what is lost without a modality alone",
+        RELIANCE,
+        "- losses(everything) + losses(frozenset()) - losses(frozenset({number}))",
+        "- losses(everything)",
+        "two cues that say the same would hide each other",
+        ("test_reliance.py::test_reliance_is_half_of_what_is_lost_without_it_and_half_of_what_it_gives_alone",),
+    ),
+    Mutant(
+        "a head that does not fit is left alone",
+        RELIANCE,
+        "return TRUE not in losses or losses[TRUE] - losses[LIVE] <= confidence * losses[ERROR]",
+        "return True",
+        "in regression R2 fell by 70 points",
+        ("test_reliance.py::test_a_head_that_does_not_fit_the_true_weights_is_not_kept_from_them",),
     ),
 )
