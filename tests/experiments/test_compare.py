@@ -71,13 +71,13 @@ def test_interruption_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.Mon
     assert [x.seed for x in Folder(tmp_path).lines()] == [0, 0, 0]
 
 
-@pytest.mark.parametrize("name", ["aim (gap)", "aim (joint loss)"])
+@pytest.mark.parametrize("name", ["aim (gap)", "aim (trial)"])
 def test_contestants_begin_alike_and_history_is_kept(name: str, tmp_path: Path) -> None:
     """A method that has nothing to balance is joint training, bit for bit, also where it tried steps."""
     joint, _ = train(Run("digits", "joint", 0, 0, 1))
     aim, history = train(Run("digits", name, 0, 0, 1))
     assert not any(kappa for table in history for row in table["kappa"].values() for kappa in row)
-    assert bool(history[0]["trial_losses"]) == (name == "aim (joint loss)")
+    assert bool(history[0]["trial_losses"]) == (name == "aim (trial)")
     differing = {name for name, value in trained(joint).items() if value != trained(aim)[name]}
     assert differing == {"contestant", "options"}
     folder = Folder(tmp_path)
