@@ -124,6 +124,11 @@ def _reliance(aim: Modulator, samples: Samples) -> Measured:
         if intact not in known:
             mixed = [x if number in intact else y for number, (x, y) in enumerate(zip(inputs, shuffled, strict=True))]
             known[intact] = piece_losses(aim, (mixed, labels), PIECES)
+            if not bool(known[intact].isfinite().all()):
+                raise ValueError(
+                    "rule='reliance' compares losses, and that of some samples is not finite: leave out samples with "
+                    "NaN or infinity, or stop, if the network has diverged"
+                )
         return known[intact]
 
     everything = frozenset(given)

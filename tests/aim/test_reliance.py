@@ -284,6 +284,19 @@ def test_options_out_of_range(options: dict[str, float], message: str) -> None:
         Reliance(**options)
 
 
+def test_a_loss_that_is_not_finite_is_an_error_and_changes_nothing() -> None:
+    model, optimizer = build()
+    aim = AIM(model, optimizer, CLASSES)
+    rows, state = optimizer.tables.rows.clone(), aim.generator.get_state()
+    for number in range(2):
+        samples, held_out = batch(), batch(seed=1)
+        (samples if number else held_out)[0][0][3, 1] = math.nan
+        with pytest.raises(ValueError, match="that of some samples is not finite"):
+            aim.update(*samples, held_out=held_out)
+    assert torch.equal(optimizer.tables.rows, rows) and torch.equal(aim.generator.get_state(), state)
+    assert aim.history == []
+
+
 def test_what_an_update_needs() -> None:
     _, aim = summed(2)
     samples = random_samples(8, 2, 0)
