@@ -385,3 +385,44 @@ def test_a_frozen_encoder_is_held_back_by_aim(mixing: str) -> None:
         model.eval()
         same_bits(model.b(inputs[1]).detach(), undegraded)
         same_bits([p.detach() for p in model.b.parameters()], before)
+
+
+# -- adapters ---------------------------------------------------------------------------------------------------------
+
+
+class Adapted(nn.Module):
+    """A frozen linear layer, and what a low-rank adapter adds to it (LoRA, arXiv 2106.09685)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(4, 8).requires_grad_(False)
+        self.down, self.up = nn.Linear(4, 2, bias=False), nn.Linear(2, 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.base(x) + self.up(self.down(x))
+        return out
+
+
+@pytest.mark.parametrize("everything", [True, False])
+def test_base_weights_beside_adapters(everything: bool) -> None:
+    """Given whole blocks, base weights are degraded, too; given what is trained only, they stay."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"a": Adapted(), "b": Adapted(), "head": nn.Linear(16, 3)})
+    groups = ak.block_param_groups(model, {"a": [model["a"]], "b": [model["b"]]})
+    for group in groups:
+        group["params"] = [p for p in group["params"] if everything or p.requires_grad]
+    optimizer = ak.AIMFusedOptimizer([group for group in groups if group["params"]], lr=1e-2)
+    base = model["b"].base.weight.clone()
+    inputs, labels = [values((16, 4), seed) for seed in range(2)], torch.arange(16) % 3
+    optimizer.set_strength("b", 0, 1.0 - KEEP)
+    for _ in range(40):  # until the threshold tells classes apart
+        optimizer.zero_grad()
+        features = torch.cat([model[m](x) for m, x in zip("ab", inputs, strict=True)], 1)
+        nn.functional.cross_entropy(model["head"](features), labels).backward()
+        optimizer.step()
+    same_bits([model["b"].base.weight], [base * KEEP if everything else base])
+    masters = optimizer.masters()
+    assert model["b"].up.weight in masters and (model["b"].base.weight in masters) == everything
+    assert not torch.equal(model["b"].up.weight, masters[model["b"].up.weight])
+    optimizer.eval()
+    same_bits([model["b"].base.weight], [base])
