@@ -60,7 +60,8 @@ class AIM:
         The factor on every kappa: a :class:`Schedule` (:class:`Constant`, the default, :class:`LinearOut`,
         :class:`CosineOut`), "constant", or ``schedule(update_index) -> factor`` in [0, 1].
     loss
-        ``loss(model(*inputs), targets)`` of trials, the guard, and the fit of prototypes; cross entropy by default.
+        ``loss(model(*inputs), targets)`` of reliance, trials, the guard, and the fit of prototypes; cross entropy by
+        default.
     targets
         Of probes of features: "classes" (the default), or "quantiles" for regression: labels are real numbers, which
         ``num_classes`` bins of equally many training samples make classes of; a bin's prototype is fitted to its mean
