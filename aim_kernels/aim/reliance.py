@@ -77,7 +77,7 @@ def unconfirmed(train: Measured, held_out: Measured, confidence: float) -> Uncon
     a, b = ({m: row[0] for m, row in each.scores.items()} for each in (train, held_out))
     a_error, b_error = ({m: row[0] for m, row in each.errors.items()} for each in (train, held_out))
     sure = frozenset(m for m in a if a[m] > confidence * a_error[m] and a[m] > 0.0)
-    total = max(sum(max(value, 0.0) for value in a.values()), 1e-12)
+    total = sum(max(value, 0.0) for value in a.values()) or math.inf
     kept = max((b[m] / a[m] for m in sure), default=1.0)
     q = min(kept, 1.0) if kept > 0.0 else 1.0
     helpful = frozenset(m for m in b if b[m] > confidence * b_error[m])
