@@ -163,6 +163,8 @@ class ModulationTable:
     ``excess`` is what became a strength: the ratio, under the gap rule the training ratio over the held-out ratio, or
     the margin. Under the trial rule it is by how much holding this modality back improves the held-out loss (see
     ``trials.table_of``), and ``trial_losses`` are those losses: as it is (""), and by the modality that changed.
+    Under reliance ``trial_losses`` are training losses by the weights they were measured with (``reliance.fits``),
+    while somebody is held back.
     ``kappa`` holds back a dominant modality; ``weak_kappa`` is the same on the inverse excess (of a margin: on ``2 -
     excess``; under trials it is that of whoever is held back), and acts where ``decouple="all"``.
     ``under_fraction`` is the optimizer's count at its latest step (NaN before the first). ``errors``,
