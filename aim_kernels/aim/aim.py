@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from aim_kernels.aim.blocks import block_depths, block_modules
+from aim_kernels.aim.inputs import Inputs, Layout
 from aim_kernels.aim.mixing import DECOUPLES, Decouple, Mixing, as_mixing
 from aim_kernels.aim.options import chosen
 from aim_kernels.aim.probes import Probe, ProbeFunction, Prototypes, as_probe
-from aim_kernels.aim.prototypes import POOLS, Pool, probing
+from aim_kernels.aim.prototypes import FRAMES, POOLS, WAYS, Pool, probing
 from aim_kernels.aim.rules import RULES, Gap, Ratio, Reliance, Rule
+from aim_kernels.aim.samples import read_held_out, read_samples
 from aim_kernels.aim.schedules import Schedule, as_schedule
 from aim_kernels.aim.scoring import Scoring
 from aim_kernels.aim.statistics import batches_of, layers_with_statistics, refreshed, trained_layers
@@ -30,9 +32,9 @@ from aim_kernels.step.sharding import any_dtensor
 class AIM:
     """Adaptive intra-network modulation (arXiv 2508.19769) on top of an :class:`AIMFusedOptimizer`.
 
-    ``model`` is called as ``model(*inputs)``; ``optimizer`` holds param groups with the keys of
-    :func:`block_param_groups`. ``num_classes`` is read by probes of features alone; 1 will do where there is none:
-    ``rule="reliance"`` or "trial" (regression), and callable probes. At every :meth:`update` a rule decides which
+    ``model`` is called as ``model(*inputs)``, or as ``arguments`` say; ``optimizer`` holds param groups with the keys
+    of :func:`block_param_groups`. ``num_classes`` is read by probes of features alone; leave it out under
+    ``rule="reliance"`` or "trial", and with callable probes. At every :meth:`update` a rule decides which
     modality is dominant and how strongly each of its blocks is held back (``kappa``), and a mixing writes the rows of
     all groups accordingly. Where nobody is dominant every mixing is joint training.
 
@@ -68,12 +70,17 @@ class AIM:
         by ``loss``, which must be given. Where neither fits, give a callable probe.
     pool
         Of probes of features: how a block's output becomes ``[B, C]``: "channels_first" (convolutions, the default),
-        "channels_last" (transformers, ``[B, T, C]``), a callable, or a dict from modality to one of these.
+        "channels_last" (transformers, ``[B, T, C]``), "sequence_first" (``[T, B, C]``), "frames" (``[B * T, C, ...]``,
+        frames of a sample one after the other), a callable, or a dict from modality to one of these.
     guard
         Halves all strengths when the held-out joint loss has risen while somebody was held back, and gives a tenth
         back in every other update (see ``strengths.Guard``). Needs ``held_out``.
     batch_size
         Measurements run in pieces of this many samples.
+    arguments
+        Modality to the model's arguments that belong to it, names of keywords or numbers of positions: ``{"text":
+        ("input_ids", "attention_mask"), "image": "pixel_values"}``. What no modality owns is passed as it is. None: one
+        positional argument per modality, or keywords with the modalities' names.
 
     An option that means nothing under the rule, probe or mixing that is chosen is refused.
 
@@ -90,7 +97,7 @@ class AIM:
         self,
         model: nn.Module,
         optimizer: Any,
-        num_classes: int,
+        num_classes: int | None = None,
         *,
         rule: str | Rule | None = None,
         probe: str | Probe | ProbeFunction | None = None,
@@ -103,6 +110,7 @@ class AIM:
         pool: str | Pool | Mapping[str, str | Pool] | None = None,
         guard: bool = False,
         batch_size: int = 512,
+        arguments: Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
         self.rule = None if rule is None else chosen("rule", rule, RULES, Rule)
@@ -116,7 +124,13 @@ class AIM:
         self.alpha = 10.0 if alpha is None else alpha
         check_finite("alpha", self.alpha)
         reads_features = self.probe.reads_features and (self.rule is None or self.rule.scores_blocks)
-        check_at_least("num_classes", num_classes, 2 if reads_features else 1)
+        if num_classes is not None:
+            check_at_least("num_classes", num_classes, 2 if reads_features else 1)
+        elif reads_features and self.rule is not None:
+            raise ValueError(
+                f"rule={self.rule.name!r} with probe={self.probe.name!r} scores classes; give num_classes, or another "
+                "probe"
+            )
         check_at_least("batch_size", batch_size, 1)
         targets = "classes" if targets is None else targets
         check_choice("targets", targets, ("classes", "quantiles"))
@@ -142,10 +156,11 @@ class AIM:
 
         self.depths = block_depths(optimizer)
         self.modalities = tuple(self.depths)
+        self.layout = Layout.of(self.modalities, arguments)
         self.scoring = Scoring(
             model=model,
             optimizer=optimizer,
-            num_classes=num_classes,
+            num_classes=0 if num_classes is None else num_classes,
             depths=self.depths,
             modules=block_modules(model, optimizer) if reads_features else {},
             pools=_pools("channels_first" if pool is None else pool, self.modalities),
@@ -189,11 +204,12 @@ class AIM:
 
     def update(
         self,
-        inputs: Sequence[Tensor | None],
-        labels: Tensor | None = None,
-        held_out: tuple[Sequence[Tensor | None], Tensor | None] | None = None,
+        inputs: Any,
+        labels: Any = None,
+        held_out: Any = None,
         train: Train | None = None,
         restore: Sequence[Any] = (),
+        present: Tensor | None = None,
     ) -> ModulationTable:
         """Decide who is held back, set the strengths, and return the table (also appended to ``history``).
 
@@ -223,8 +239,9 @@ class AIM:
         range, a rule or a guard that needs ``held_out`` without it, no input and no earlier score, a probe's table of
         another shape or with negative scores, trials without ``train``. RuntimeError: a ``train`` that never steps.
         """
-        rule = self.rule or self._automatic(labels, held_out)
-        samples = rule.check(self, "", inputs, labels)
+        found = read_samples("", self.layout, inputs, labels, present)
+        rule = self.rule or self._automatic(found.labels, held_out)
+        samples = rule.check(self, "", found)
         if rule.needs_held_out and held_out is None:
             raise ValueError(
                 f"rule={rule.name!r} compares training with held-out scores; pass held_out=(inputs, labels)"
@@ -233,13 +250,13 @@ class AIM:
             raise ValueError("guard=True watches the held-out loss; pass held_out=(inputs, labels)")
         if rule.scores_blocks and rule.needs_held_out and not self.probe.has_held_out:
             raise ValueError(f"probe={self.probe.name!r} has no held-out scores; use rule='ratio'")
-        outside = None if held_out is None else rule.check(self, "held-out ", *held_out)
+        outside = None if held_out is None else rule.check(self, "held-out ", read_held_out(self.layout, held_out))
         factor, joint_loss = self.schedule(self.updates), None
         generator_state = self.generator.get_state()
         try:
             measured = rule.measure(self, samples, outside, train, restore)
             if self.guard is not None and outside is not None:
-                with self.measuring(samples[0]):
+                with self.measuring(samples.inputs):
                     joint_loss = self.scoring.joint_loss(outside)
         except BaseException:
             self.generator.set_state(generator_state)
@@ -260,7 +277,7 @@ class AIM:
         return Gap() if labels is None or self.asks_for_scores else Reliance()
 
     @contextlib.contextmanager
-    def measuring(self, inputs: Sequence[Tensor | None], *, refresh: bool = False) -> Iterator[None]:
+    def measuring(self, inputs: Inputs, *, refresh: bool = False) -> Iterator[None]:
         """Inside, the module holds the true weights in evaluation mode; the global random state is restored after.
 
         Running statistics are those of ``inputs``, training samples, and the true weights where ``refresh`` says so or
@@ -361,7 +378,7 @@ class AIM:
         self._load_mixing_state(state)
 
 
-def _pools(pool: str | Pool | Mapping[str, str | Pool], modalities: Sequence[str]) -> dict[str, Pool]:
+def _pools(pool: str | Pool | Mapping[str, str | Pool], modalities: Sequence[str]) -> dict[str, Pool | None]:
     """Modality to what makes ``[B, C]`` of its blocks' outputs. Raises ValueError for other modalities than there are,
     and for unknown names."""
     pools = dict(pool) if isinstance(pool, Mapping) else dict.fromkeys(modalities, pool)
@@ -369,5 +386,5 @@ def _pools(pool: str | Pool | Mapping[str, str | Pool], modalities: Sequence[str
         raise ValueError(f"pool is given for {sorted(pools)}, the modalities are {sorted(modalities)}")
     for way in pools.values():
         if not callable(way):
-            check_choice("pool", way, tuple(POOLS), " or a callable")
-    return {name: way if callable(way) else POOLS[way] for name, way in pools.items()}
+            check_choice("pool", way, WAYS, " or a callable")
+    return {name: way if callable(way) else None if way == FRAMES else POOLS[way] for name, way in pools.items()}

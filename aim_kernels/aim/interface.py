@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-from torch import Generator, Tensor, nn
+from torch import Generator, nn
 
+from aim_kernels.aim.inputs import Inputs
 from aim_kernels.aim.strengths import ModulationTable
 
 
@@ -30,5 +31,5 @@ class Modulator(Protocol):
     updates: int
     generator: Generator
 
-    def measuring(self, inputs: Sequence[Tensor | None], *, refresh: bool = False) -> AbstractContextManager[None]: ...
+    def measuring(self, inputs: Inputs, *, refresh: bool = False) -> AbstractContextManager[None]: ...
     def remember(self) -> Callable[[], None]: ...

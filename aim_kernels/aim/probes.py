@@ -10,15 +10,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from aim_kernels.aim.inputs import Inputs
 from aim_kernels.aim.options import chosen
 from aim_kernels.aim.prototypes import INITS, RidgeReadout, fit_prototypes, prototype_score
-from aim_kernels.aim.samples import Samples, bins, part_of, without
+from aim_kernels.aim.samples import Samples, bins
 from aim_kernels.aim.scoring import Judge, Scoring
 from aim_kernels.aim.strengths import Measured, ModulationTable, Scores
 from aim_kernels.step.arguments import check_at_least, check_choice, check_fields, check_finite
 
 #: A probe of one's own: ``probe(model, inputs, labels)`` returns one row of non-negative scores per modality.
-ProbeFunction = Callable[[nn.Module, Sequence[Tensor | None], Tensor | None], Any]
+ProbeFunction = Callable[[nn.Module, Any, Any], Any]
 
 
 class Probe(abc.ABC):
@@ -51,7 +52,7 @@ class SampleProbe(Probe):
         missing = [
             modality
             for number, modality in enumerate(scoring.modalities)
-            if samples[0][number] is None or (held_out is not None and held_out[0][number] is None)
+            if samples.inputs[number] is None or (held_out is not None and held_out.inputs[number] is None)
         ]
         before, before_outside = _previous(history, missing, held_out is not None)
         found, outside = self.score(scoring, samples, held_out, missing)
@@ -78,30 +79,33 @@ class FeatureProbe(SampleProbe, abc.ABC):
     reads_features: ClassVar[bool] = True
 
     def check(self, scoring: Scoring, what: str, samples: Samples) -> Samples:
-        inputs, labels = samples
-        if labels is None:
+        if samples.labels is None:
             raise ValueError(
                 f"probe={self.name!r} needs {what}labels; pass them, or use probe='gradient-norm' or a callable"
             )
-        return inputs, scoring.check_labels(what, labels)
+        if scoring.num_classes < 2:
+            raise ValueError(
+                f"probe={self.name!r} scores classes; give AIM num_classes=, or a rule that needs none (labels and "
+                "held_out for 'reliance'), or a callable probe"
+            )
+        return Samples(samples.inputs, scoring.check_labels(what, samples.labels))
 
     def score(
         self, scoring: Scoring, samples: Samples, held_out: Samples | None, missing: Sequence[str]
     ) -> tuple[Measured, Measured | None]:
-        inputs, labels = without(samples, scoring.modalities, missing)
-        assert labels is not None
-        classes, means, edges = scoring.classes(labels)
+        gone = [number for number, modality in enumerate(scoring.modalities) if modality in missing]
+        inputs = samples.inputs.without(gone)
+        classes, means, edges = scoring.classes(samples.labels)
         judges, first = self.fit(scoring, inputs, classes, means)
-        found = scoring.mean_scores(judges, part_of(inputs, slice(first, None)), classes[first:])
+        found = scoring.mean_scores(judges, inputs.take(slice(first, None), len(classes)), classes[first:])
         if held_out is None:
             return found, None
-        inputs, labels = without(held_out, scoring.modalities, missing)
-        assert labels is not None
-        return found, scoring.mean_scores(judges, inputs, labels if edges is None else bins(labels, edges))
+        labels = held_out.labels if edges is None else bins(held_out.labels, edges)
+        return found, scoring.mean_scores(judges, held_out.inputs.without(gone), labels)
 
     @abc.abstractmethod
     def fit(
-        self, scoring: Scoring, inputs: Sequence[Tensor | None], classes: Tensor, means: Tensor | None
+        self, scoring: Scoring, inputs: Inputs, classes: Tensor, means: Tensor | None
     ) -> tuple[Mapping[str, Sequence[Judge]], int]:
         """A judge per block of each modality with an input, and the number of the first sample that is scored by them.
         ``means``: of the bins of real labels."""
@@ -132,7 +136,7 @@ class Prototypes(FeatureProbe):
         check_choice("init", self.init, INITS)
 
     def fit(
-        self, scoring: Scoring, inputs: Sequence[Tensor | None], classes: Tensor, means: Tensor | None
+        self, scoring: Scoring, inputs: Inputs, classes: Tensor, means: Tensor | None
     ) -> tuple[Mapping[str, Sequence[Judge]], int]:
         prototypes = fit_prototypes(
             scoring.model,
@@ -145,9 +149,10 @@ class Prototypes(FeatureProbe):
             loss=scoring.loss,
             generator=scoring.generator,
             targets=means,
+            batch_size=scoring.batch_size,
         )
         with torch.no_grad():
-            fitted = scoring.features(prototypes)
+            fitted = scoring.features_of_all(prototypes, scoring.num_classes)
         return {m: [_prototype_judge(p) for p in row] for m, row in fitted.items()}, 0
 
 
@@ -158,11 +163,11 @@ class LinearReadout(FeatureProbe):
     name: ClassVar[str] = "linear"
 
     def fit(
-        self, scoring: Scoring, inputs: Sequence[Tensor | None], classes: Tensor, means: Tensor | None
+        self, scoring: Scoring, inputs: Inputs, classes: Tensor, means: Tensor | None
     ) -> tuple[Mapping[str, Sequence[Judge]], int]:
         half = max(len(classes) // 2, 1)
         with torch.no_grad():
-            fitted = scoring.features(part_of(inputs, slice(half)))
+            fitted = scoring.features(inputs.take(slice(half), len(classes)))
         judges = {
             m: [RidgeReadout(z, classes[:half], scoring.num_classes).score for z in row] for m, row in fitted.items()
         }
@@ -198,7 +203,7 @@ class CustomProbe(SampleProbe):
 
     def scores(self, scoring: Scoring, samples: Samples) -> Scores:
         """The function's rows. Raises ValueError for rows of other lengths than the blocks, and negative scores."""
-        table = self.function(scoring.model, *samples)
+        table = self.function(scoring.model, samples.inputs.given(), samples.labels)
         rows = table.tolist() if hasattr(table, "tolist") else [list(row) for row in table]
         if [len(row) for row in rows] != [scoring.depths[m] for m in scoring.modalities]:
             raise ValueError(

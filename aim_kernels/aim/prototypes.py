@@ -13,7 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+from torch.utils import _pytree as pytree
 
+from aim_kernels.aim.inputs import Inputs, take
 from aim_kernels.step.sharding import reshard
 
 #: Makes ``[B, C]`` features of what a block returns.
@@ -30,9 +33,21 @@ def channels_last(features: Tensor) -> Tensor:
     return features.flatten(1, -2).mean(1) if features.dim() > 2 else features
 
 
+def sequence_first(features: Tensor) -> Tensor:
+    """``[T, B, C]`` (recurrent layers and transformers by torch's default) to ``[B, C]``: the mean over the first."""
+    return features.mean(0)
+
+
 #: How prototypes may start.
 INITS = ("noise", "mean")
-POOLS: dict[str, Pool] = {"channels_first": channels_first, "channels_last": channels_last}
+POOLS: dict[str, Pool] = {
+    "channels_first": channels_first,
+    "channels_last": channels_last,
+    "sequence_first": sequence_first,
+}
+#: Besides :data:`POOLS`: ``[B * T, C, ...]``, the T frames of a sample one after the other.
+FRAMES = "frames"
+WAYS = (*POOLS, FRAMES)
 
 
 @contextlib.contextmanager
@@ -48,12 +63,16 @@ def probing(model: nn.Module) -> Iterator[None]:
     # cuDNN's recurrent layers cannot go backward in evaluation mode
     recurrent = any(isinstance(module, nn.RNNBase) for module, _ in modes)
     cudnn = torch.backends.cudnn.flags(enabled=False) if recurrent else contextlib.nullcontext()
+    fast = torch.backends.mha.get_fastpath_enabled()
     try:
         for module, _ in modes:
             module.training = False
+        # The fast path of torch's transformers makes nested tensors of padded ones, past hooks and other operators.
+        torch.backends.mha.set_fastpath_enabled(False)
         with torch.random.fork_rng(devices=devices), cudnn:
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for module, training in modes:
             module.training = training
         reshard(module for module, _ in modes)
@@ -62,47 +81,104 @@ def probing(model: nn.Module) -> Iterator[None]:
 def block_features(
     model: nn.Module,
     modules: Mapping[str, Sequence[nn.Module]],
-    inputs: Sequence[Tensor | None],
-    pools: Mapping[str, Pool],
+    inputs: Inputs,
+    pools: Mapping[str, Pool | None],
 ) -> dict[str, list[Tensor]]:
-    """One forward of ``model(*inputs)``; the pooled output ``[B, C]`` (float32) of each block of each modality.
+    """One forward of ``model`` on ``inputs``; the pooled output ``[B, C]`` (float32) of each block of each modality. A
+    pool that is None is that of frames (:data:`FRAMES`).
 
-    A block that returns a tuple counts with its first tensor. Raises RuntimeError, naming the block, where a block was
-    not reached or pooling does not give two dimensions.
+    A block that returns a tuple, a list or a mapping counts with its first tensor, one that is called several times
+    with the mean over its calls. Raises RuntimeError, naming block and shape, where a block was not reached, returns no
+    tensor, or pooling does not give one row per sample.
     """
-    caught: dict[tuple[str, int], Tensor] = {}
-    handles = []
-    for modality, blocks in modules.items():
-        for depth, block in enumerate(blocks):
-
-            def hook(_module: nn.Module, _args: Any, output: Any, key: tuple[str, int] = (modality, depth)) -> None:
-                caught[key] = output[0] if isinstance(output, (tuple, list)) else output
-
-            handles.append(block.register_forward_hook(hook))
-    try:
-        model(*inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    count = inputs.size
+    caught = _outputs(model, modules, inputs)
+    halved: dict[tuple[str, int], list[Tensor]] | None = None
     features: dict[str, list[Tensor]] = {}
     for modality, blocks in modules.items():
         features[modality] = []
         for depth in range(len(blocks)):
-            if (modality, depth) not in caught:
-                raise RuntimeError(f"block ({modality!r}, {depth}) was not called in the model's forward")
-            pooled = pools[modality](caught[modality, depth]).float()
-            if pooled.dim() != 2:
-                raise RuntimeError(
-                    f"features of block ({modality!r}, {depth}) have shape {tuple(pooled.shape)} after pooling; "
-                    "give AIM a pool that returns [B, C]"
-                )
-            features[modality].append(pooled)
+            where = f"block ({modality!r}, {depth})"
+            outputs = caught[modality, depth]
+            if not outputs:
+                raise RuntimeError(f"{where} was not called in the model's forward")
+            pool = pools[modality]
+            first = outputs[0]
+            if pool is not None and first.dim() > 2 and first.shape[0] == first.shape[1] == count > 1:
+                # Which of two equal dimensions counts samples, one sample less tells.
+                if halved is None:
+                    halved = _outputs(model, modules, inputs.take(slice(count - 1), count))
+                samples = [d for d in (0, 1) if halved[modality, depth][0].shape[d] != count]
+                if samples != [1 if pool is sequence_first else 0] and pool in POOLS.values():
+                    raise _misfit(where, first, count)
+            pooled = [_frames(where, z, count) if pool is None else pool(z).float() for z in outputs]
+            for before, after in zip(outputs, pooled, strict=True):
+                if after.dim() != 2 or after.shape[0] != count:
+                    raise _misfit(where, before, count)
+            features[modality].append(pooled[0] if len(pooled) == 1 else torch.stack(pooled).mean(0))
     return features
+
+
+def _outputs(
+    model: nn.Module, modules: Mapping[str, Sequence[nn.Module]], inputs: Inputs
+) -> dict[tuple[str, int], list[Tensor]]:
+    """The outputs of every block, one per call."""
+    caught: dict[tuple[str, int], list[Tensor]] = {}
+    handles = []
+    for modality, blocks in modules.items():
+        for depth, block in enumerate(blocks):
+            caught[modality, depth] = []
+
+            def hook(_module: nn.Module, _args: Any, output: Any, key: tuple[str, int] = (modality, depth)) -> None:
+                found = first_tensor(output)
+                if found is None:
+                    raise RuntimeError(
+                        f"block {key} returns a {type(output).__name__} without a tensor; choose another module, or "
+                        "give AIM a callable probe"
+                    )
+                caught[key].append(found)
+
+            handles.append(block.register_forward_hook(hook))
+    try:
+        inputs.call(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return caught
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """The first tensor of floating point in what a module returns: a tensor, a tuple, a list or a mapping of them, a
+    packed sequence padded to ``[B, T, C]``."""
+    if isinstance(output, PackedSequence):
+        return pad_packed_sequence(output, batch_first=True)[0]
+    if isinstance(output, Tensor):
+        return output.to_padded_tensor(0.0) if output.is_nested else output
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    if isinstance(output, (tuple, list)):
+        return next((z for each in output if (z := first_tensor(each)) is not None and z.is_floating_point()), None)
+    return None
+
+
+def _frames(where: str, z: Tensor, count: int) -> Tensor:
+    """``[B * T, C, ...]`` to ``[B, C]``."""
+    if z.dim() < 2 or not len(z) or len(z) % count:
+        raise _misfit(where, z, count)
+    return channels_first(z).float().unflatten(0, (count, -1)).mean(1)
+
+
+def _misfit(where: str, z: Tensor, count: int) -> RuntimeError:
+    return RuntimeError(
+        f"{where} returns {list(z.shape)} for {count} samples; AIM must know which dimension counts samples: "
+        f"pool='sequence_first' for [T, B, C], 'channels_last' for [B, T, C], '{FRAMES}' for [B * T, C, ...] (the "
+        "frames of a sample one after the other), or a callable that returns [B, C]"
+    )
 
 
 def fit_prototypes(
     model: nn.Module,
-    inputs: Sequence[Tensor | None],
+    inputs: Inputs,
     labels: Tensor,
     num_classes: int,
     *,
@@ -112,26 +188,21 @@ def fit_prototypes(
     loss: Callable[[Any, Tensor], Tensor],
     generator: torch.Generator,
     targets: Tensor | None = None,
-) -> list[Tensor | None]:
+    batch_size: int = 512,
+) -> Inputs:
     """K inputs a modality (``[K, *shape of one input]``) that the frozen network classifies as 0..K-1.
 
-    Minimizes ``loss(model(P[1], ..., P[M]), targets)`` (``targets``: ``[0, ..., K-1]`` unless given) by ``steps`` Adam
-    steps of rate ``lr``, in units of each modality's standard deviation in ``inputs``, so one rate serves inputs of any
-    scale. ``init="noise"`` starts from Gaussian noise of the batch's mean and standard deviation, ``"mean"`` from the
-    class means of the batch (noise for classes it lacks). An input that is None has none, and the model is called with
-    None there. Only the prototypes are differentiated: no parameter gets a gradient.
+    Minimizes ``loss(model(P[1], ..., P[M]), targets)`` (``targets``: ``[0, ..., K-1]`` unless given), a mean over
+    samples, by ``steps`` Adam steps of rate ``lr``, in units of each modality's standard deviation in ``inputs``, so
+    one rate serves inputs of any scale; in pieces of ``batch_size`` classes. ``init="noise"`` starts from Gaussian
+    noise of the batch's mean and standard deviation, ``"mean"`` from the class means of the batch (noise for classes it
+    lacks). A modality without an input has none. Only the prototypes are differentiated: no parameter gets a gradient.
 
-    Raises TypeError for inputs that are not floating point (token ids cannot be learnt).
+    Raises TypeError for inputs that are not one tensor of floating point per modality (token ids cannot be learnt).
     """
-    for number, x in enumerate(inputs):
-        if x is not None and not x.is_floating_point():
-            raise TypeError(
-                f"input {number} has dtype {x.dtype}; prototypes are learnt and need floating-point inputs: "
-                "feed embeddings, or give probe='linear' or a callable"
-            )
     free: list[Tensor] = []
     scales: list[tuple[Tensor, Tensor]] = []
-    given = [x for x in inputs if x is not None]
+    given = [_learnable(number, x) for number, x in enumerate(inputs) if x is not None]
     for x in given:
         wide = x.detach().float()
         mean, std = wide.mean(), wide.std(correction=0).clamp_min(1e-6)
@@ -143,21 +214,47 @@ def fit_prototypes(
                 start[k] = (wide[labels == k].mean(0) - mean) / std
         free.append(start.requires_grad_())
         scales.append((mean, std))
+    shared = {name: take(x, slice(1), len(labels), whole=True) for name, x in inputs.shared.items()}
 
-    def inputs_of() -> list[Tensor | None]:
-        made = iter((mean + std * u).to(x.dtype) for u, (mean, std), x in zip(free, scales, given, strict=True))
-        return [None if x is None else next(made) for x in inputs]
+    def made(part: slice) -> Inputs:
+        tensors = iter(
+            (mean + std * u[part]).to(x.dtype) for u, (mean, std), x in zip(free, scales, given, strict=True)
+        )
+        entries = tuple(None if x is None else pytree.tree_map(lambda _: next(tensors), x) for x in inputs)
+        count = len(range(num_classes)[part])
+        repeated = {name: take(x, torch.zeros(count, dtype=torch.int64), 1, whole=True) for name, x in shared.items()}
+        return Inputs(entries, repeated, inputs.layout)
 
     targets = torch.arange(num_classes, device=labels.device) if targets is None else targets
     adam = torch.optim.Adam(free, lr=lr)
+    pieces = [slice(start, min(start + batch_size, num_classes)) for start in range(0, num_classes, batch_size)]
     with torch.enable_grad():
         for _ in range(steps):
-            gradients = torch.autograd.grad(loss(model(*inputs_of()), targets), free, allow_unused=True)
-            for u, gradient in zip(free, gradients, strict=True):
-                u.grad = gradient
+            for u in free:
+                u.grad = None
+            for piece in pieces:
+                value = loss(made(piece).call(model), targets[piece])
+                if len(pieces) > 1:
+                    value = value * ((piece.stop - piece.start) / num_classes)
+                for u, gradient in zip(free, torch.autograd.grad(value, free, allow_unused=True), strict=True):
+                    if gradient is not None:
+                        u.grad = gradient if u.grad is None else u.grad + gradient
             with torch.device("cpu"):  # where it begins to count, whatever the default device is
                 adam.step()
-    return [None if p is None else p.detach() for p in inputs_of()]
+    with torch.no_grad():
+        return made(slice(0, num_classes))
+
+
+def _learnable(number: int, entry: Any) -> Tensor:
+    """The one tensor of an entry that prototypes take the place of."""
+    leaves = pytree.tree_leaves(entry)
+    if len(leaves) == 1 and isinstance(leaves[0], Tensor) and leaves[0].is_floating_point():
+        return leaves[0]
+    what = f"dtype {leaves[0].dtype}" if len(leaves) == 1 and isinstance(leaves[0], Tensor) else f"{len(leaves)} parts"
+    raise TypeError(
+        f"input {number} has {what}; prototypes are learnt and need one floating-point tensor per modality: feed "
+        "embeddings, or give probe='linear' or a callable"
+    )
 
 
 def prototype_score(features: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:

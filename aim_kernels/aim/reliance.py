@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from aim_kernels.aim.prototypes import probing
-from aim_kernels.aim.samples import Samples, part_of, pieces_of
+from aim_kernels.aim.samples import Samples, pieces_of
 from aim_kernels.aim.strengths import Measured, Scores
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def measure(aim: Modulator, samples: Samples, held_out: Samples) -> tuple[Measur
     if aim.history and aim.history[-1].dominant:
         with torch.no_grad(), probing(aim.model):
             live = piece_losses(aim, samples, PIECES)
-    with aim.measuring(samples[0]):
+    with aim.measuring(samples.inputs):
         train, outside = (aim.scoring.averaged(_reliance(aim, each)) for each in (samples, held_out))
         if live is None:
             return train, outside, {}
@@ -113,17 +113,16 @@ def judge(
 def _reliance(aim: Modulator, samples: Samples) -> Measured:
     """The mean of what a modality takes off the loss beside all others, and by itself: with two modalities the Shapley
     value. Its input, or those of all others, trade places among the samples; errors are over pieces of the samples."""
-    inputs, labels = samples
-    assert labels is not None
-    order = torch.randperm(len(labels), generator=aim.generator, device=aim.generator.device)
-    shuffled = [None if x is None else x[order.to(x.device)] for x in inputs]
+    inputs, count = samples.inputs, samples.size
+    order = torch.randperm(count, generator=aim.generator, device=aim.generator.device)
+    shuffled = inputs.take(order, count)
     given = [number for number, x in enumerate(inputs) if x is not None]
     known: dict[frozenset[int], Tensor] = {}
 
     def losses(intact: frozenset[int]) -> Tensor:
         if intact not in known:
-            mixed = [x if number in intact else y for number, (x, y) in enumerate(zip(inputs, shuffled, strict=True))]
-            known[intact] = piece_losses(aim, (mixed, labels), PIECES)
+            mixed = inputs.exchanged([number for number in given if number not in intact], shuffled)
+            known[intact] = piece_losses(aim, Samples(mixed, samples.labels), PIECES)
             if not bool(known[intact].isfinite().all()):
                 raise ValueError(
                     "rule='reliance' compares losses, and that of some samples is not finite: leave out samples with "
@@ -145,14 +144,13 @@ def _reliance(aim: Modulator, samples: Samples) -> Measured:
 def piece_losses(aim: Modulator, samples: Samples, pieces: int) -> Tensor:
     """Mean losses (float64) of so many pieces of the samples. Outputs that are one tensor ``[B, ...]`` are computed in
     batches of ``batch_size`` and cut; any others piece by piece."""
-    inputs, labels = samples
-    assert labels is not None
-    parts = pieces_of(len(labels), pieces)
+    count = samples.size
+    parts = pieces_of(count, pieces)
     totals = torch.zeros(len(parts), dtype=torch.float64, device="cpu")
     batch = aim.scoring.batch_size
-    for start in range(0, len(labels), batch):
-        stop = min(start + batch, len(labels))
-        outputs = aim.model(*part_of(inputs, slice(start, stop)))
+    for start in range(0, count, batch):
+        stop = min(start + batch, count)
+        outputs = samples.inputs.take(slice(start, stop), count).call(aim.model)
         cut = isinstance(outputs, Tensor) and outputs.dim() > 0 and len(outputs) == stop - start
         terms: list[Tensor] = []
         numbers: list[int] = []
@@ -160,9 +158,9 @@ def piece_losses(aim: Modulator, samples: Samples, pieces: int) -> Tensor:
             low, high = max(part.start, start), min(part.stop, stop)
             if low >= high:
                 continue
-            here = slice(low, high)
-            output = outputs[low - start : high - start] if cut else aim.model(*part_of(inputs, here))
-            loss = aim.scoring.loss(output, labels[here])
+            here = samples.part(slice(low, high))
+            output = outputs[low - start : high - start] if cut else here.inputs.call(aim.model)
+            loss = aim.scoring.loss(output, here.labels)
             terms.append(loss.double() * ((high - low) / (part.stop - part.start)))
             numbers.append(number)
         totals[numbers] += torch.stack(terms).cpu()

@@ -8,10 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor
-
 from aim_kernels.aim import reliance, trials
-from aim_kernels.aim.samples import Samples, check_inputs
+from aim_kernels.aim.samples import Samples
 from aim_kernels.aim.strengths import (
     KAPPA_MAX,
     Excess,
@@ -56,7 +54,7 @@ class Rule(abc.ABC):
         check_finite("dead_zone", self.dead_zone)
 
     @abc.abstractmethod
-    def check(self, aim: Modulator, what: str, inputs: Sequence[Tensor | None], labels: Tensor | None) -> Samples:
+    def check(self, aim: Modulator, what: str, samples: Samples) -> Samples:
         """One batch as this rule needs it; ValueError that says what is wrong with it."""
 
     @abc.abstractmethod
@@ -83,8 +81,8 @@ class ScoreRule(Rule, abc.ABC):
     def excess(self, measured: Measured, held_out: Measured | None) -> Excess:
         """What becomes strengths."""
 
-    def check(self, aim: Modulator, what: str, inputs: Sequence[Tensor | None], labels: Tensor | None) -> Samples:
-        return aim.probe.check(aim.scoring, what, check_inputs(what, inputs, labels, aim.modalities))
+    def check(self, aim: Modulator, what: str, samples: Samples) -> Samples:
+        return aim.probe.check(aim.scoring, what, samples)
 
     def measure(
         self,
@@ -94,7 +92,7 @@ class ScoreRule(Rule, abc.ABC):
         train: trials.Train | None,
         restore: Sequence[Any],
     ) -> tuple[Measured, Measured | None]:
-        with aim.measuring(samples[0]):
+        with aim.measuring(samples.inputs):
             return aim.probe.measure(aim.scoring, samples, held_out, aim.history)
 
     def decide(
@@ -194,8 +192,8 @@ class Trial(Rule):
         super().__post_init__()
         check_at_least("steps", self.steps, 1)
 
-    def check(self, aim: Modulator, what: str, inputs: Sequence[Tensor | None], labels: Tensor | None) -> Samples:
-        return check_inputs(what, inputs, labels, aim.modalities)
+    def check(self, aim: Modulator, what: str, samples: Samples) -> Samples:
+        return samples
 
     def measure(
         self,
@@ -243,11 +241,10 @@ class Reliance(Rule):
         check_finite("whole_above", self.whole_above)
         check_within("partial", self.partial, 0.0, 1.0)
 
-    def check(self, aim: Modulator, what: str, inputs: Sequence[Tensor | None], labels: Tensor | None) -> Samples:
-        samples = check_inputs(what, inputs, labels, aim.modalities)
-        if samples[1] is None:
+    def check(self, aim: Modulator, what: str, samples: Samples) -> Samples:
+        if samples.labels is None:
             raise ValueError(f"rule={self.name!r} compares losses; pass {what}labels")
-        if len(samples[1]) < 2:
+        if samples.size < 2:
             raise ValueError(f"rule={self.name!r} needs at least two {what}samples for a standard error")
         return samples
 

@@ -2,36 +2,164 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-#: Inputs, one per modality (None: missing), and labels.
-Samples = tuple[list[Tensor | None], Tensor | None]
+from aim_kernels.aim.inputs import (
+    Inputs,
+    Layout,
+    count_of,
+    joined,
+    labels_of,
+    moved,
+    rows_with_nan,
+    shape_of,
+    take,
+)
+
+#: So many samples are taken from a loader, at most.
+FROM_LOADER = 1024
+#: Names of the labels in a batch that is a mapping.
+LABELS = ("labels", "label")
 
 
-def check_inputs(
-    what: str, inputs: Sequence[Tensor | None] | Tensor, labels: Tensor | None, modalities: Sequence[str]
-) -> Samples:
-    """One batch, its labels on the device of its inputs. ``what``: "" or "held-out ", for messages.
+@dataclass(frozen=True)
+class Samples:
+    """Inputs and labels (a tree of tensors; None: not given)."""
 
-    Raises ValueError for another number of inputs, none at all, and lengths that differ from that of the labels.
+    inputs: Inputs
+    labels: Any
+
+    @property
+    def size(self) -> int:
+        """The number of samples."""
+        told = None if self.labels is None else count_of(self.labels)
+        return self.inputs.size if told is None else told
+
+    def part(self, index: slice | Tensor) -> Samples:
+        """These of the samples."""
+        count = self.size
+        return Samples(self.inputs.take(index, count), take(self.labels, index, count))
+
+    @property
+    def missing(self) -> list[int]:
+        """Numbers of the modalities without an input."""
+        return [number for number, x in enumerate(self.inputs) if x is None]
+
+
+def read_samples(what: str, layout: Layout, inputs: Any, labels: Any = None, present: Tensor | None = None) -> Samples:
+    """One batch in any of the forms that :meth:`AIM.update` takes, its labels on the device of its inputs. ``what``: ""
+    or "held-out ", for messages.
+
+    Samples with NaN in inputs or labels are left out, with a warning. Raises ValueError for another number of inputs,
+    none at all, lengths that differ from that of the labels, and only samples with NaN.
     """
-    if isinstance(inputs, Tensor) or len(inputs) != len(modalities):
-        got = "one tensor" if isinstance(inputs, Tensor) else f"{len(inputs)}"
-        raise ValueError(
-            f"{what}inputs must be {len(modalities)} tensors, one a modality in the order "
-            f"{', '.join(modalities)}; got {got}"
-        )
-    if all(x is None for x in inputs):
-        raise ValueError(f"{what}inputs are all None; give at least one modality")
     if labels is None:
-        return list(inputs), None
-    for modality, x in zip(modalities, inputs, strict=True):
-        if x is not None and (len(x) != len(labels) or len(x) == 0):
-            raise ValueError(f"{what}input of {modality!r} has {len(x)} samples, {what}labels have {len(labels)}")
-    return list(inputs), labels.to(next(x.device for x in inputs if x is not None))
+        inputs, labels = _split(layout, inputs)
+    found = layout.read(what, inputs, present)
+    if all(x is None for x in found):
+        raise ValueError(f"{what}inputs are all None; give at least one modality")
+    samples = Samples(found, None if labels is None else moved(labels_of(labels), found.device))
+    _check_lengths(what, layout, samples)
+    return _without_nan(what, layout, samples)
+
+
+def read_held_out(layout: Layout, held_out: Any) -> Samples:
+    """The held-out samples: ``(inputs, labels)``, ``(inputs, labels, present)``, a loader or its batch."""
+    what = "held-out "
+    if isinstance(held_out, (tuple, list)) and 2 <= len(held_out) <= 3 and not isinstance(held_out[0], Tensor):
+        return read_samples(what, layout, *held_out)
+    return read_samples(what, layout, held_out)
+
+
+def _split(layout: Layout, given: Any) -> tuple[Any, Any]:
+    """Inputs and labels of a batch or a loader; labels None where there are none."""
+    if isinstance(given, Mapping):
+        name = next((each for each in LABELS if each in given and not _claimed(layout, each)), None)
+        return (given, None) if name is None else ({k: x for k, x in given.items() if k != name}, given[name])
+    count = len(layout.modalities)
+    if isinstance(given, (tuple, list)) and not isinstance(given, Inputs):
+        if layout.names[0] is None and len(given) == count + 1:
+            return given[:-1], given[-1]
+        return given, None
+    if isinstance(given, Iterable) and not isinstance(given, (Tensor, Inputs)):
+        return _of_loader(layout, given)
+    return given, None
+
+
+def _claimed(layout: Layout, name: str) -> bool:
+    return any(name in (row or ()) for row in layout.names)
+
+
+def _of_loader(layout: Layout, loader: Iterable[Any]) -> tuple[Any, Any]:
+    """The first batches of a loader, up to ``FROM_LOADER`` samples or its end; the random state is as before."""
+    parts: list[Samples] = []
+    total = 0
+    with torch.random.fork_rng(devices=[]):
+        for batch in loader:
+            pair = isinstance(batch, (tuple, list)) and len(batch) == 2 and not isinstance(batch[0], Tensor)
+            inputs, labels = (batch[0], batch[1]) if pair else _split(layout, batch)
+            if inputs is batch and not isinstance(batch, (tuple, list, Mapping)):
+                raise ValueError(
+                    f"the loader yields a {type(batch).__name__}; it must yield [*inputs, labels], (inputs, labels), "
+                    "or a mapping with 'labels'"
+                )
+            samples = Samples(layout.read("", inputs), labels_of(labels))
+            parts.append(samples)
+            total += samples.size
+            if total >= FROM_LOADER:
+                break
+    if not parts:
+        raise ValueError("the loader is empty; give one that yields samples")
+    counts = [each.size for each in parts]
+    inputs = [each.inputs.given() for each in parts]
+    labels = None if parts[0].labels is None else joined([each.labels for each in parts], counts)
+    return joined(inputs, counts), labels
+
+
+def _check_lengths(what: str, layout: Layout, samples: Samples) -> None:
+    """Raises ValueError where inputs and labels are not all of as many samples."""
+    count = samples.size
+    source = "" if samples.labels is None else f", {what}labels have {count}"
+    for modality, x in zip(layout.modalities, samples.inputs, strict=True):
+        wrong = [n for n in shape_of(take(x, slice(None), count)) if n not in (count, 1)] if count else [0]
+        if x is not None and wrong:
+            raise ValueError(
+                f"{what}input of {modality!r} has {wrong[0]} samples{source}; the first dimension of all its tensors "
+                "must count samples"
+            )
+    wrong = [n for n in shape_of(samples.labels) if n != count]
+    if wrong:
+        raise ValueError(f"{what}labels have tensors of {count} and of {wrong[0]} samples; all must count samples")
+
+
+def _without_nan(what: str, layout: Layout, samples: Samples) -> Samples:
+    count, bad = samples.size, None
+    names = [f"the input of {m!r}" for m in layout.modalities]
+    present = samples.inputs.shared.get("present")
+    for number, (name, tree) in enumerate(zip([*names, "the labels"], [*samples.inputs, samples.labels], strict=True)):
+        rows = rows_with_nan(tree, count)
+        if rows is not None and number < len(names) and isinstance(present, Tensor) and present.dim() == 2:
+            rows = rows & present[:, number].to(rows)  # what stands for an absent input is not looked at
+        if rows is None or not bool(rows.any()):
+            continue
+        warnings.warn(
+            f"{int(rows.sum())} of {count} {what}samples have NaN in {name} (the first is number "
+            f"{int(rows.nonzero()[0])}); they are left out of this update",
+            stacklevel=5,  # whoever calls AIM.update
+        )
+        bad = rows.cpu() if bad is None else bad | rows.cpu()
+    if bad is None:
+        return samples
+    kept = (~bad).nonzero().flatten()
+    if not len(kept):
+        raise ValueError(f"all {what}samples have NaN; give others")
+    return samples.part(kept)
 
 
 def check_class_labels(what: str, labels: Tensor, num_classes: int) -> Tensor:
@@ -61,21 +189,10 @@ def check_real_labels(what: str, labels: Tensor) -> Tensor:
     return labels
 
 
-def part_of(inputs: Sequence[Tensor | None], part: slice) -> list[Tensor | None]:
-    """The same samples of every input."""
-    return [None if x is None else x[part] for x in inputs]
-
-
 def pieces_of(count: int, most: int) -> list[slice]:
     """``count`` samples in at most so many parts, as equal as can be."""
     parts = torch.arange(count, device="cpu").tensor_split(min(most, count))
     return [slice(int(part[0]), int(part[-1]) + 1) for part in parts]
-
-
-def without(samples: Samples, modalities: Sequence[str], missing: Sequence[str]) -> Samples:
-    """The samples with None for the inputs of ``missing``."""
-    inputs, labels = samples
-    return [None if m in missing else x for m, x in zip(modalities, inputs, strict=True)], labels
 
 
 def bins(labels: Tensor, edges: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aim_kernels.aim.inputs import Inputs
 from aim_kernels.aim.prototypes import Pool, block_features
-from aim_kernels.aim.samples import Samples, binned, check_class_labels, check_real_labels, part_of
+from aim_kernels.aim.samples import Samples, binned, check_class_labels, check_real_labels
 from aim_kernels.aim.strengths import Measured, Scores
 
 #: Score of every sample, ``[B]``, of features ``[B, C]`` and labels ``[B]``.
@@ -32,7 +33,7 @@ class Scoring:
     num_classes: int
     depths: Mapping[str, int]
     modules: Mapping[str, list[nn.Module]]
-    pools: Mapping[str, Pool]
+    pools: Mapping[str, Pool | None]
     loss: Callable[[Any, Tensor], Tensor]
     targets: str
     batch_size: int
@@ -53,20 +54,26 @@ class Scoring:
         """Class numbers ``[B]``; of real labels also the means of their bins and the edges between them."""
         return (labels, None, None) if self.targets == "classes" else binned(labels, self.num_classes)
 
-    def features(self, inputs: Sequence[Tensor | None]) -> dict[str, list[Tensor]]:
+    def features(self, inputs: Inputs) -> dict[str, list[Tensor]]:
         """Pooled outputs ``[B, C]`` of the blocks of all modalities with an input."""
         modules = {m: self.modules[m] for m, x in zip(self.modalities, inputs, strict=True) if x is not None}
         return block_features(self.model, modules, inputs, self.pools)
 
+    def features_of_all(self, inputs: Inputs, count: int) -> dict[str, list[Tensor]]:
+        """:meth:`features` of ``count`` samples, in pieces of ``batch_size``."""
+        pieces = [
+            self.features(inputs.take(slice(start, start + self.batch_size), count))
+            for start in range(0, count, self.batch_size)
+        ]
+        return {m: [torch.cat(parts) for parts in zip(*(piece[m] for piece in pieces), strict=True)] for m in pieces[0]}
+
     @torch.no_grad()
-    def mean_scores(
-        self, judges: Mapping[str, Sequence[Judge]], inputs: Sequence[Tensor | None], labels: Tensor
-    ) -> Measured:
+    def mean_scores(self, judges: Mapping[str, Sequence[Judge]], inputs: Inputs, labels: Tensor) -> Measured:
         """Means over the samples, with their standard errors."""
         found: dict[str, list[list[Tensor]]] = {m: [[] for _ in row] for m, row in judges.items()}
         for start in range(0, len(labels), self.batch_size):
             part = slice(start, start + self.batch_size)
-            for modality, row in self.features(part_of(inputs, part)).items():
+            for modality, row in self.features(inputs.take(part, len(labels))).items():
                 for depth, z in enumerate(row):
                     found[modality][depth].append(judges[modality][depth](z, labels[part]).double())
         samples = torch.stack([torch.cat(pieces) for row in found.values() for pieces in row])  # [blocks, B]
@@ -81,15 +88,15 @@ class Scoring:
     @torch.no_grad()
     def joint_loss(self, samples: Samples) -> float:
         """Mean of ``loss(model(*inputs), labels)`` over all samples and ranks."""
-        inputs, labels = samples
-        if labels is None:
+        if samples.labels is None:
             raise ValueError("guard=True watches the held-out loss and needs held-out labels; pass them")
         total = 0.0
-        for start in range(0, len(labels), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            here = labels[part]
-            total += float(self.loss(self.model(*part_of(inputs, part)), here)) * len(here)
-        return self.averaged(Measured.exactly({"joint": [total / len(labels)]})).scores["joint"][0]
+        count = samples.size
+        for start in range(0, count, self.batch_size):
+            stop = min(start + self.batch_size, count)
+            here = samples.part(slice(start, stop))
+            total += float(self.loss(here.inputs.call(self.model), here.labels)) * (stop - start)
+        return self.averaged(Measured.exactly({"joint": [total / count]})).scores["joint"][0]
 
     def averaged(self, measured: Measured) -> Measured:
         """The mean over ranks, so that every rank sets the same rows."""

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from aim_kernels.aim.inputs import Inputs
 from aim_kernels.aim.prototypes import probing
-from aim_kernels.aim.samples import part_of
 
 #: So many training samples are enough for a mean and a variance per channel (an error of 1/16 of the variance).
 SAMPLES = 512
@@ -122,16 +122,16 @@ def refreshed(model: nn.Module, layers: Mapping[str, Any], batches: Sequence[Any
         kept.restore()
 
 
-def batches_of(inputs: Sequence[Tensor | None], batch_size: int) -> list[list[Tensor | None]]:
+def batches_of(inputs: Inputs, batch_size: int) -> list[Inputs]:
     """Batches for :func:`refreshed`: at most ``SAMPLES`` samples, evenly from all, since they may be sorted; none of
     fewer than two samples."""
-    count = min((len(x) for x in inputs if x is not None), default=0)
+    count = inputs.size
     stride = max(-(-count // SAMPLES), 1)
     taken = -(-count // stride)
     if taken < 2:
         return []
     pieces = min(-(-taken // batch_size), taken // 2)
-    return [part_of(inputs, slice(stride * number, count, stride * pieces)) for number in range(pieces)]
+    return [inputs.take(slice(stride * number, count, stride * pieces), count) for number in range(pieces)]
 
 
 class Kept:
@@ -223,6 +223,8 @@ def _write(layer: Any, average: _Average) -> None:
 
 
 def _call(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Inputs):
+        return batch.call(model)
     if isinstance(batch, Tensor):
         return model(batch)
     if isinstance(batch, (tuple, list)):

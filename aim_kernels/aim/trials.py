@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from aim_kernels.aim.inputs import Inputs
 from aim_kernels.aim.reliance import PIECES, piece_losses
-from aim_kernels.aim.samples import Samples, part_of, pieces_of
+from aim_kernels.aim.samples import Samples, pieces_of
 from aim_kernels.aim.snapshot import Snapshot
 from aim_kernels.aim.strengths import KAPPA_MAX, Measured, ModulationTable
 from aim_kernels.aim.tables import whole_table
@@ -22,8 +23,8 @@ from aim_kernels.step.sharding import local_of
 if TYPE_CHECKING:
     from aim_kernels.aim.interface import Modulator
 
-#: One training step of the user's: ``train(inputs, labels)``, a list of one input per modality, and labels.
-Train = Callable[[Any, Any], Any]
+#: One training step of the user's: ``train(inputs, labels)``, inputs in the form that :meth:`AIM.update` was given.
+Train = Callable[..., Any]
 #: The arm in which everything goes on as it is; every other arm is the modality that changes.
 AS_IT_IS = ""
 #: How often a trial is looked at, in its latter half.
@@ -36,9 +37,9 @@ def checked(samples: Samples, held_out: Samples | None, train: Train | None) -> 
     """What trials need. Raises ValueError where something is missing."""
     if train is None:
         raise ValueError("rule='trial' tries training steps; pass train=, one step as train(inputs, labels)")
-    if held_out is None or samples[1] is None or held_out[1] is None:
+    if held_out is None or samples.labels is None or held_out.labels is None:
         raise ValueError("rule='trial' compares held-out losses; pass labels and held_out=(inputs, labels)")
-    if len(held_out[1]) < 2:
+    if held_out.size < 2:
         raise ValueError("rule='trial' needs at least two held-out samples for a standard error")
     return samples, held_out, train
 
@@ -55,8 +56,6 @@ def measure(
     weights, states and random state of now, and sees the same batches. Afterwards everything is as it was, also where
     ``train`` raises. Raises RuntimeError where it never steps; warns at the first trial where batches are small.
     """
-    inputs, labels = samples
-    assert labels is not None
     snapshot, remembered = Snapshot(aim.model, aim.optimizer), aim.remember()
     others = [(each, copy.deepcopy(each.state_dict())) for each in restore]
     history = len(aim.history)
@@ -68,9 +67,9 @@ def measure(
         remembered()
         del aim.history[history:]
 
-    pieces = pieces_of(len(labels), steps)
+    pieces = pieces_of(samples.size, steps)
     if not any(table.rule == "trial" for table in aim.history):  # once, also in a run that goes on
-        _warn_of_small_batches(len(labels), len(pieces), steps)
+        _warn_of_small_batches(samples.size, len(pieces), steps)
     ahead = {look * max(len(pieces) // (2 * LOOKS), 1) for look in range(LOOKS)}  # steps to the end
     losses: dict[str, Tensor] = {}  # [looks, pieces of the held-out samples]
     try:
@@ -88,9 +87,9 @@ def measure(
             seen = []
             counted = aim.optimizer.tables.steps
             for number, piece in enumerate(pieces, 1):
-                train(part_of(inputs, piece), labels[piece])
+                _step(train, samples.part(piece))
                 if len(pieces) - number in ahead:
-                    seen.append(_held_out_losses(aim, inputs, held_out))
+                    seen.append(_held_out_losses(aim, samples.inputs, held_out))
             if arm == AS_IT_IS and aim.optimizer.tables.steps == counted:
                 reached = _true_weights(aim)
                 back(gradients=True)
@@ -117,6 +116,15 @@ def measure(
         for arm, row in looks.items()
     }
     return means, errors
+
+
+def _step(train: Train, batch: Samples) -> None:
+    """One step of the user's, on inputs in the form that the update was given; "present" is a keyword of it, too."""
+    positional, keywords = batch.inputs.arguments()
+    if positional and keywords:
+        train(positional, batch.labels, **keywords)
+    else:
+        train(batch.inputs.given(), batch.labels)
 
 
 def _true_weights(aim: Modulator) -> list[Tensor]:
@@ -187,7 +195,7 @@ def table_of(
 
 
 @torch.no_grad()
-def _held_out_losses(aim: Modulator, trained_on: Sequence[Tensor | None], held_out: Samples) -> Tensor:
+def _held_out_losses(aim: Modulator, trained_on: Inputs, held_out: Samples) -> Tensor:
     """Mean losses (float64) of pieces of the held-out samples, with the true weights and their running statistics:
     those that the steps of an arm have collected lag, and are of degraded weights where it holds somebody back."""
     with aim.measuring(trained_on, refresh=True):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from aim_kernels.aim.aim import AIM
+from aim_kernels.aim.inputs import moved
 from aim_kernels.aim.prototypes import probing
 from aim_kernels.aim.statistics import Kept, batches_of, refresh_statistics, trained_layers
 from aim_kernels.optim.modulation import unwrapped
@@ -17,8 +17,7 @@ from aim_kernels.optim.optimizer import AIMFusedOptimizer
 from aim_kernels.step.arguments import check_at_least, numbers_checked
 
 #: What :meth:`AIM.update` takes: inputs, labels and, or None, held-out inputs and labels.
-Batch = tuple[Sequence[Tensor], Tensor | None]
-Samples = Callable[[], tuple[Sequence[Tensor], Tensor | None, Batch | None]]
+Samples = Callable[[], tuple[Any, Any, Any]]
 
 
 def aim_optimizer(optimizers: Any) -> AIMFusedOptimizer:
@@ -62,7 +61,7 @@ class Updates:
         check_at_least("every_n_epochs", every_n_epochs, 1)
         self.samples, self.every_n_epochs = samples, every_n_epochs
         self.latest = -1  # epoch of the latest update
-        self.inputs: Sequence[Tensor] | None = None  # of the latest update
+        self.inputs: Any = None  # of the latest update
         self.layers: list[str] = []  # those with running statistics that train; an evaluation's flags do not tell
         self._kept: Kept | None = None
 
@@ -72,11 +71,9 @@ class Updates:
             return False
         inputs, labels, held_out = self.samples()
         device = next(aim.model.parameters()).device
-        inputs, self.layers = _moved(inputs, device), list(trained_layers(aim.model))
+        inputs, self.layers = moved(inputs, device), list(trained_layers(aim.model))
         self.inputs = inputs if self.layers else None
-        if held_out is not None:
-            held_out = _moved(held_out[0], device), None if held_out[1] is None else held_out[1].to(device)
-        aim.update(inputs, None if labels is None else labels.to(device), held_out=held_out)
+        aim.update(inputs, moved(labels, device), held_out=moved(held_out, device))
         self.latest = epoch
         return True
 
@@ -95,8 +92,8 @@ class Updates:
             return
         if self.inputs is None:
             with probing(aim.model):  # for the random state
-                self.inputs = _moved(self.samples()[0], next(aim.model.parameters()).device)
-        batches = batches_of(self.inputs, aim.scoring.batch_size)
+                self.inputs = moved(self.samples()[0], next(aim.model.parameters()).device)
+        batches = batches_of(aim.layout.read("", self.inputs), aim.scoring.batch_size)
         if not batches:
             return
         kept = None if for_good else Kept(aim.model.get_submodule(name) for name in layers)
@@ -116,7 +113,3 @@ class Updates:
         self.latest = int(state["latest"])
         if aim is not None and state["aim"] is not None:
             aim.load_state_dict(state["aim"])
-
-
-def _moved(inputs: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    return [x.to(device) for x in inputs]

@@ -17,14 +17,13 @@ class AIMMethod(Method):
     """:class:`aim_kernels.AIM` with all its options and defaults; :meth:`update` is its ``update``, with a step of this
     method as ``train``.
 
-    ``num_classes=None``: that of the blocks. ``unimodal_weight`` times the sum of the modalities' own cross entropies
-    is added to the loss (0, the default: the joint loss alone), which makes every encoder better by itself, held back
-    or not, and costs accuracy where classes are unbalanced: not the paper's, but what several rivals owe their encoders
-    to (docs/comparison.md). ``options`` go to AIM. With a mixing of two passes a step is ``AIM.backward(closure)`` and
-    the optimizer's step.
+    ``num_classes=None``: that of the blocks, which may be None, too. ``unimodal_weight`` times the sum of the
+    modalities' own cross entropies is added to the loss (0, the default: the joint loss alone), which makes every
+    encoder better by itself, held back or not, and costs accuracy where classes are unbalanced: not the paper's, but
+    what several rivals owe their encoders to (docs/comparison.md). ``options`` go to AIM. With a mixing of two passes a
+    step is ``AIM.backward(closure)`` and the optimizer's step.
 
-    Raises ValueError where neither tells the number of classes, for a negative ``unimodal_weight``, and what AIM
-    raises.
+    Raises ValueError for a negative ``unimodal_weight``, and what AIM raises.
     """
 
     def __init__(
@@ -41,9 +40,14 @@ class AIMMethod(Method):
         check_at_least("unimodal_weight", unimodal_weight, 0.0)
         self.unimodal_weight = unimodal_weight
         num_classes = blocks.num_classes if num_classes is None else num_classes
-        if num_classes is None:
-            raise ValueError("num_classes is given neither here nor in the blocks")
-        self.aim = AIM(blocks.model, self.optimizer, num_classes, seed=seed, **self.options_of_aim(options))
+        self.aim = AIM(
+            blocks.model,
+            self.optimizer,
+            num_classes,
+            arguments=blocks.arguments,
+            seed=seed,
+            **self.options_of_aim(options),
+        )
 
     def options_of_aim(self, options: dict[str, Any]) -> dict[str, Any]:
         """What AIM is made with, of the options that were given."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from aim_kernels.aim.blocks import block_param_groups
+from aim_kernels.aim.inputs import Inputs, Layout
 from aim_kernels.aim.statistics import SAMPLES, batches_of, layers_with_statistics, refreshed, trained_layers
 from aim_kernels.optim.modulation import unwrapped
 from aim_kernels.step.arguments import check_at_least, check_choice, numbers_checked
@@ -56,6 +57,8 @@ class Blocks:
             something in the place of a missing input (None). ``fuse`` must then be a module of ``model``: what it is
             called with are the features.
         num_classes: K, for methods that need it before they see labels.
+        arguments: modality to the model's arguments that belong to it, names of keywords or numbers of positions (see
+            :class:`AIM`); None: one positional argument per modality, or keywords with the modalities' names.
 
     Raises ValueError for fewer than two modalities and what :func:`block_param_groups` refuses.
     """
@@ -68,6 +71,7 @@ class Blocks:
         unimodal: Callable[[list[Tensor]], list[Tensor]] | None = None,
         encode: Callable[..., list[Tensor]] | None = None,
         num_classes: int | None = None,
+        arguments: Mapping[str, Any] | None = None,
     ) -> None:
         if len(encoders) < 2:
             raise ValueError(f"encoders must name at least two modalities, got {list(encoders)}")
@@ -78,9 +82,12 @@ class Blocks:
         self.num_classes = num_classes
         self.encoders = {modality: list(modules) for modality, modules in encoders.items()}
         self.modalities = tuple(self.encoders)
+        self.arguments = None if arguments is None else dict(arguments)
+        self.layout = Layout.of(self.modalities, arguments)
 
-    def forward(self, inputs: Sequence[Tensor], labels: Tensor) -> Outputs:
-        """One pass of ``model(*inputs)``; the features are caught on their way."""
+    def forward(self, inputs: Any, labels: Any, present: Tensor | None = None) -> Outputs:
+        """One pass of the model; the features are caught on their way."""
+        read = self.layout.read("", inputs, present)
         caught: dict[int, Tensor] = {}
         if self._encode is not None and isinstance(self.fuse, nn.Module):
             handles = [self.fuse.register_forward_pre_hook(lambda _module, args: caught.update(enumerate(args[0])))]
@@ -90,7 +97,7 @@ class Blocks:
                 for number, blocks in enumerate(self.encoders.values())
             ]
         try:
-            logits = self.model(*inputs)
+            logits = read.call(self.model)
         finally:
             for handle in handles:
                 handle.remove()
@@ -191,8 +198,8 @@ class Method:
         self.generator = torch.Generator().manual_seed(seed)
         # What running statistics are refreshed from; nothing is kept of a model without any.
         self._keeps_batches = bool(layers_with_statistics(blocks.model))
-        self._recent: deque[list[Tensor | None]] = deque()
-        self._updated_on: list[list[Tensor | None]] = []
+        self._recent: deque[Inputs] = deque()
+        self._updated_on: list[Inputs] = []
 
     # -- what methods override ----------------------------------------------------------------------------------------
 
@@ -205,7 +212,7 @@ class Method:
         """Once an epoch, before it: a batch of training samples, and one that the network is not trained on."""
         self.updates += 1
         if self._keeps_batches:
-            self._updated_on = batches_of(inputs, 128)
+            self._updated_on = batches_of(self.blocks.layout.read("", inputs), 128)
         return None
 
     def loss(self, outputs: Outputs) -> Tensor:
@@ -254,15 +261,18 @@ class Method:
 
     # -- what methods use ---------------------------------------------------------------------------------------------
 
-    def note_batch(self, inputs: Sequence[Tensor | None]) -> None:
+    def note_batch(self, inputs: Any) -> None:
         """Keeps the inputs of the latest steps, 512 samples or one batch, for :meth:`evaluating`. A step of one's own
         calls it; without running statistics it does nothing."""
-        if not self._keeps_batches or _length(inputs) < 2:
+        if not self._keeps_batches:
             return
-        self._recent.append(list(inputs))
-        kept = sum(map(_length, self._recent))
+        read = self.blocks.layout.read("", inputs)
+        if read.size < 2:
+            return
+        self._recent.append(read)
+        kept = sum(each.size for each in self._recent)
         while len(self._recent) > 1 and kept > SAMPLES:
-            kept -= _length(self._recent.popleft())
+            kept -= self._recent.popleft().size
 
     @property
     def degrades(self) -> bool:
@@ -300,10 +310,6 @@ class Method:
             factor = coefficients[self.blocks.modalities.index(group["modality"])]
             columns: dict[str, Any] = {f"{apply_to}_under": factor, f"{apply_to}_well": factor}
             self.optimizer.set_modulation(index, **columns, noise=noise if modulated else 0.0)
-
-
-def _length(inputs: Sequence[Tensor | None]) -> int:
-    return min((len(x) for x in inputs if x is not None), default=0)
 
 
 def gradients_of(parameters: Sequence[Tensor]) -> list[Tensor]:

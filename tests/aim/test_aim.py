@@ -13,6 +13,7 @@ from aim_helpers import CLASSES, DOMINANT_A, Net, batch, build, fixed, phase_row
 from torch import Tensor, nn
 
 from aim_kernels.aim import AIM, Alternate, DecoupleAll, Gap, Prototypes, Weights, block_param_groups
+from aim_kernels.aim.inputs import Inputs
 from aim_kernels.aim.prototypes import fit_prototypes, probing, prototype_score
 from aim_kernels.methods.controls import DropFeatures
 from aim_kernels.optim.optimizer import AIMFusedOptimizer
@@ -166,7 +167,7 @@ def test_scores_are_those_of_hooked_features() -> None:
     with probing(model):
         prototypes = fit_prototypes(
             model,
-            inputs,
+            Inputs(tuple(inputs)),
             labels,
             CLASSES,
             steps=30,
@@ -351,7 +352,7 @@ def test_pooling_may_differ_by_modality() -> None:
     pool = {"a": "channels_first", "b": "channels_last"}
     table = AIM(model, optimizer, CLASSES, pool=pool, probe=Prototypes(steps=2)).update(inputs, labels)
     assert all(0.0 < row[0] < 1.0 for row in table.scores.values())
-    with pytest.raises(RuntimeError, match=r"block \('b', 0\) have shape \(3, 7, 6\) after pooling"):
+    with pytest.raises(RuntimeError, match=r"block \('b', 0\) returns \[3, 7, 6\] for 3 samples; AIM must know"):
         AIM(model, optimizer, CLASSES, pool={**pool, "b": lambda x: x}, probe="linear").update(inputs, labels)
 
 

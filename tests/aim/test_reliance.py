@@ -13,7 +13,9 @@ from aim_helpers import CLASSES, batch, build, train
 from torch import Tensor, nn
 
 from aim_kernels.aim import AIM, Reliance, block_param_groups
+from aim_kernels.aim.inputs import Inputs
 from aim_kernels.aim.reliance import Unconfirmed, judge, piece_losses, unconfirmed
+from aim_kernels.aim.samples import Samples
 from aim_kernels.aim.strengths import KAPPA_MAX, Measured
 from aim_kernels.optim.optimizer import AIMFusedOptimizer
 
@@ -108,7 +110,7 @@ def test_batches_and_pieces_do_not_change_what_is_measured() -> None:
 
 def test_outputs_that_cannot_be_cut_are_computed_piece_by_piece() -> None:
     model, aim = summed(2)
-    samples = random_samples(40, 2, 0)
+    samples = Samples(Inputs(tuple(random_samples(40, 2, 0)[0])), random_samples(40, 2, 0)[1])
     plain = piece_losses(aim, samples, 16)
     outer = aim.scoring
     aim.scoring.__dict__["loss"] = lambda outputs, labels: cross_entropy(outputs["logits"], labels)
@@ -290,7 +292,7 @@ def test_a_loss_that_is_not_finite_is_an_error_and_changes_nothing() -> None:
     rows, state = optimizer.tables.rows.clone(), aim.generator.get_state()
     for number in range(2):
         samples, held_out = batch(), batch(seed=1)
-        (samples if number else held_out)[0][0][3, 1] = math.nan
+        (samples if number else held_out)[0][0][3, 1] = math.inf
         with pytest.raises(ValueError, match="that of some samples is not finite"):
             aim.update(*samples, held_out=held_out)
     assert torch.equal(optimizer.tables.rows, rows) and torch.equal(aim.generator.get_state(), state)

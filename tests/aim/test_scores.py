@@ -15,6 +15,7 @@ from aim_helpers import CLASSES, batch, build, train
 from torch import Tensor, nn
 
 from aim_kernels.aim import Gap, ModulationTable, Ratio
+from aim_kernels.aim.inputs import Inputs
 from aim_kernels.aim.prototypes import channels_first, channels_last, fit_prototypes, probing, prototype_score
 from aim_kernels.aim.strengths import Measured, ratios, strength
 
@@ -49,7 +50,7 @@ def test_fitted_prototypes_are_classified_as_their_classes() -> None:
         with probing(model):
             return fit_prototypes(
                 model,
-                [scale * x for x in inputs],
+                Inputs(tuple(scale * x for x in inputs)),
                 labels,
                 CLASSES,
                 steps=steps,

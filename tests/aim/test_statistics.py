@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import aim_kernels as ak
+from aim_kernels.aim.inputs import Inputs
 from aim_kernels.aim.statistics import SAMPLES, batches_of
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*running statistics")]
@@ -241,10 +242,10 @@ def test_models_without_such_layers_and_lazy_ones() -> None:
 
 def test_samples_are_taken_evenly_and_never_alone() -> None:
     x = torch.arange(2000)
-    (one,) = batches_of([x, None], 512)
+    (one,) = batches_of(Inputs((x, None)), 512)
     assert one[1] is None and len(one[0]) == SAMPLES - 12 and one[0][:3].tolist() == [0, 4, 8]
     for count, size, lengths in ((3, 2, [3]), (5, 2, [3, 2]), (9, 4, [3, 3, 3]), (1, 4, []), (8, 512, [8])):
-        batches = batches_of([torch.arange(count)], size)
+        batches = batches_of(Inputs((torch.arange(count),)), size)
         assert [len(b[0]) for b in batches] == lengths
         if batches:
             assert sorted(torch.cat([b[0] for b in batches]).tolist()) == list(range(count))
