@@ -6,6 +6,7 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from aim_kernels.aim.scoring import Scoring
 from aim_kernels.aim.statistics import batches_of, layers_with_statistics, refreshed, trained_layers
 from aim_kernels.aim.strengths import Guard, ModulationTable
 from aim_kernels.aim.trials import Train
+from aim_kernels.aim.watching import LiveWatch
 from aim_kernels.optim.modulation import unwrapped
 from aim_kernels.step.arguments import check_at_least, check_choice, check_finite, numbers_checked
 from aim_kernels.step.sharding import any_dtensor
@@ -170,7 +172,7 @@ class AIM:
             generator=self.generator,
         )
         self.mixing_state = self.mixing.initial_state(self.modalities, seed)
-        self._handles = self.mixing.install(self)
+        self._handles = self._install()
         running = list(layers_with_statistics(model))
         if running:
             warnings.warn(
@@ -240,6 +242,7 @@ class AIM:
         another shape or with negative scores, trials without ``train``. RuntimeError: a ``train`` that never steps.
         """
         found = read_samples("", self.layout, inputs, labels, present)
+        self._follow_blocks()
         rule = self.rule or self._automatic(found.labels, held_out)
         samples = rule.check(self, "", found)
         if rule.needs_held_out and held_out is None:
@@ -270,6 +273,23 @@ class AIM:
         self.history.append(table)
         return table
 
+    def _follow_blocks(self) -> None:
+        """Takes up blocks that ``add_param_group`` has added. Raises ValueError for other modalities than before."""
+        depths = block_depths(self.optimizer)
+        if depths == self.depths:
+            return
+        if tuple(depths) != self.modalities:
+            raise ValueError(
+                f"the optimizer's groups now name the modalities {list(depths)}, AIM was made for "
+                f"{list(self.modalities)}; make another AIM"
+            )
+        self.depths = depths
+        modules = block_modules(self.model, self.optimizer) if self.scoring.modules else {}
+        self.scoring = replace(self.scoring, depths=depths, modules=modules)
+        if self._handles:
+            self.remove()
+            self._handles = self._install()
+
     def _automatic(self, labels: Any, held_out: Any) -> Rule:
         """The rule that an update's arguments allow. Options of scores ask for them."""
         if held_out is None:
@@ -289,13 +309,18 @@ class AIM:
             yield
 
     @property
+    def degrades_weights(self) -> bool:
+        """Whether training sees degraded weights."""
+        return any(map(self.optimizer.tables.degrades, range(len(self.optimizer.param_groups))))
+
+    @property
     def degrades(self) -> bool:
         """Whether training sees degraded weights or features."""
-        rows = any(map(self.optimizer.tables.degrades, range(len(self.optimizer.param_groups))))
-        return rows or bool(self.history and self.history[-1].dominant)
+        return self.degrades_weights or bool(self.history and self.history[-1].dominant)
 
     def remove(self) -> None:
-        """Takes the hooks off the model, if there are any; the mixing is then without effect on it."""
+        """Takes the hooks off the model: a mixing of features is then without effect on it, and nothing warns of live
+        weights."""
         for handle in self._handles:
             handle.remove()
         self._handles = ()
@@ -306,7 +331,10 @@ class AIM:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._handles = self.mixing.install(self) if state["_handles"] else ()
+        self._handles = self._install() if state["_handles"] else ()
+
+    def _install(self) -> Sequence[Any]:
+        return [*self.mixing.install(self), *LiveWatch(self).handles]
 
     def remember(self) -> Callable[[], None]:
         """Saves what steps change of this object; the function that is returned brings it back."""

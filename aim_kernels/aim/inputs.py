@@ -149,8 +149,8 @@ class Layout:
         if not isinstance(inputs, Sequence) or (self.names[0] is None and len(inputs) != count):
             got = "one tensor" if isinstance(inputs, Tensor) else _words(inputs)
             raise ValueError(
-                f"{what}inputs must be {count} tensors, one a modality in the order {', '.join(self.modalities)}; got {got}. "
-                "If a modality has several, or the model takes keywords, say which belong to it: "
+                f"{what}inputs must be {count} tensors, one a modality in the order {', '.join(self.modalities)}; got "
+                f"{got}. If a modality has several, or the model takes keywords, say which belong to it: "
                 f"arguments={{{self.modalities[0]!r}: (...), ...}}"
             )
         values = [_tensors(x) for x in inputs]

@@ -87,7 +87,7 @@ def _split(layout: Layout, given: Any) -> tuple[Any, Any]:
         if layout.names[0] is None and len(given) == count + 1:
             return given[:-1], given[-1]
         return given, None
-    if isinstance(given, Iterable) and not isinstance(given, (Tensor, Inputs)):
+    if isinstance(given, Iterable) and not isinstance(given, (Tensor, Inputs, str)):
         return _of_loader(layout, given)
     return given, None
 
@@ -103,12 +103,12 @@ def _of_loader(layout: Layout, loader: Iterable[Any]) -> tuple[Any, Any]:
     with torch.random.fork_rng(devices=[]):
         for batch in loader:
             pair = isinstance(batch, (tuple, list)) and len(batch) == 2 and not isinstance(batch[0], Tensor)
-            inputs, labels = (batch[0], batch[1]) if pair else _split(layout, batch)
-            if inputs is batch and not isinstance(batch, (tuple, list, Mapping)):
+            if not isinstance(batch, (tuple, list, Mapping)):
                 raise ValueError(
                     f"the loader yields a {type(batch).__name__}; it must yield [*inputs, labels], (inputs, labels), "
                     "or a mapping with 'labels'"
                 )
+            inputs, labels = (batch[0], batch[1]) if pair else _split(layout, batch)
             samples = Samples(layout.read("", inputs), labels_of(labels))
             parts.append(samples)
             total += samples.size

@@ -41,6 +41,8 @@ def true_state_dict(model: nn.Module, optimizer: AIMFusedOptimizer) -> Removable
     holds after ``optimizer.eval()`` is left as it is. Remove the handle when training ends.
     """
 
+    optimizer.replaces_saved_weights = True
+
     def replace(module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
         if optimizer.holds_true_weights:
             return

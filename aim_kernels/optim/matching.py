@@ -203,6 +203,11 @@ def _joined(names: list[list[str]]) -> list[str]:
     return [name for group in names for name in group]
 
 
+def unwrapped_name(name: str) -> str:
+    """A name without what wrappers add: DDP, torch.compile, FSDP1, activation checkpointing."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
 def _positions(names: list[list[str]]) -> dict[str, tuple[int, int]]:
     """(group, index) by name."""
     return {name: (number, index) for number, group in enumerate(names) for index, name in enumerate(group)}
@@ -218,10 +223,7 @@ def _without_wrappers(here: list[list[str]], saved: list[list[str]]) -> tuple[li
     """Both without what wrappers add, if that makes the names equal and leaves them different from each other."""
     if set(_joined(here)) == set(_joined(saved)):
         return here, saved
-    bare_here, bare_saved = (
-        [[".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in group] for group in side]
-        for side in (here, saved)
-    )
+    bare_here, bare_saved = ([[unwrapped_name(name) for name in group] for group in side] for side in (here, saved))
     one, other = _joined(bare_here), _joined(bare_saved)
     same = set(one) == set(other) and len(set(one)) == len(one) and len(set(other)) == len(other)
     return (bare_here, bare_saved) if same else (here, saved)

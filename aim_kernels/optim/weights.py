@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,7 @@ class HeldWeights:
         in_true_pass: true weights are, until the next step, or may be.
         known: masters, known also after their states are gone.
         leaving: groups whose masters the next step makes superfluous.
+        replaces_saved: a callback puts the true weights into state dicts of the module.
     """
 
     def __init__(self, optimizer: FusedOptimizer, *, holds_true: bool = False, in_true_pass: bool = False) -> None:
@@ -41,6 +42,7 @@ class HeldWeights:
         self.holds_true, self.holds_averages, self.in_true_pass = holds_true, False, in_true_pass
         self.known = resets.Masters()
         self.leaving: set[int] = set()
+        self.replaces_saved = False
 
     @property
     def optimizer(self) -> FusedOptimizer:
@@ -179,6 +181,24 @@ class HeldWeights:
                 if undegraded is None or adopts_edits(tables, number, group, p):
                     adopt_edits(p, master, undegraded)
 
+    @torch.no_grad()
+    def adopt_loaded(self, loaded: Callable[[Tensor], bool]) -> None:
+        """Masters take what ``load_state_dict`` has written to their parameters, unless these are the live weights: a
+        checkpoint of live weights does not become the true ones."""
+        if self.holds_true or self.holds_averages:
+            return  # adopted by the next train()
+        masters = [(p, master) for p, master in self.present() if loaded(p) and not is_estimated(p)]
+        if not masters:
+            return
+        here = [sharding.local_of(p).detach().clone() for p, _ in masters]
+        self.emit()
+        for (p, master), values in zip(masters, here, strict=True):
+            local = sharding.local_of(p).detach()
+            if not torch.equal(local, values):
+                local.copy_(values)
+                adopt_edits(p, master)
+        sharding.reshard_all(p for p, _ in masters)
+
     def present(self) -> list[tuple[Tensor, Tensor]]:
         found = [
             (p, master)
@@ -311,6 +331,22 @@ class LiveWeights:
         """Puts the live weights back after a true pass that no step has followed: batches are accumulated, or the step
         was skipped."""
         self._weights.begin_live_pass()
+
+    @torch_compile.outside_graphs
+    def adopt_loaded(self, loaded: Callable[[Tensor], bool] = lambda _p: True) -> None:
+        """Takes weights that were written into the module (``load_state_dict``) for the true ones, of parameters that
+        ``loaded`` names. :class:`AIM` calls it; call it where something else degrades weights. Waits for the device.
+        """
+        self._weights.adopt_loaded(loaded)
+
+    @property
+    def replaces_saved_weights(self) -> bool:
+        """Whether a callback puts the true weights into state dicts of the module."""
+        return self._weights.replaces_saved
+
+    @replaces_saved_weights.setter
+    def replaces_saved_weights(self, value: bool) -> None:
+        self._weights.replaces_saved = value
 
     def masters(self) -> dict[Tensor, Tensor]:
         """The true weights of the parameters that have masters, what was written to the module since the last step

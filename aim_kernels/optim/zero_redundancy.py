@@ -7,7 +7,7 @@ nothing of is added: thresholds and statistics of whole groups, live and true we
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -175,6 +175,15 @@ class AIMZeroRedundancyOptimizer(ZeroRedundancyOptimizer):
         """Puts the live weights back, on all processes."""
         self.optim.train()
         self._sync_params()  # type: ignore[attr-defined]
+
+    def adopt_loaded(self, loaded: Callable[[Tensor], bool] = lambda _p: True) -> None:
+        """:meth:`AIMFusedOptimizer.adopt_loaded`; every process takes what is its own."""
+        self.optim.adopt_loaded(loaded)
+
+    @property
+    def replaces_saved_weights(self) -> bool:
+        """:attr:`AIMFusedOptimizer.replaces_saved_weights`."""
+        return self.optim.replaces_saved_weights
 
     @contextmanager
     def true_parameters(self) -> Iterator[None]:
