@@ -183,8 +183,12 @@ def train(
     that train on it.
     """
     began = time.perf_counter()
-    data = DATA_SETS[run.data].make(run.seed).to(run.device)
-    network = network_of(data, run.seed, run.backbone, run.width).to(run.device)
+    task = DATA_SETS[run.data]
+    data = task.make(run.seed).to(run.device)
+    backbone = task.backbone if run.backbone == "auto" else run.backbone
+    network = network_of(data, run.seed, backbone, run.width).to(run.device)
+    if task.frozen is not None:
+        _freeze(network, data, task.frozen, run)
     draws = torch.Generator().manual_seed(run.seed + 1_000_003 if draw_seed is None else draw_seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)  # for what a method draws without a generator of its own
@@ -195,6 +199,21 @@ def train(
         method = build(entry, run.choice, network, run.seed, data)
         times = _epochs(run, entry, method, network, data, draws, on_epoch)
         return _outcome(method, network, data, times, began)
+
+
+def _freeze(network: MultimodalNetwork, data: MultimodalData, modality: str, run: Run) -> None:
+    """Trains one encoder alone for a quarter of the epochs, the same for all contestants of a seed, and freezes it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.seed)
+        alone = Alone(network, data, modality, run.seed)
+        batches = torch.Generator().manual_seed(run.seed)
+        for _ in range(-(-run.epochs // 4)):
+            index = torch.randperm(len(data.train), generator=batches).to(run.device)
+            for part in index.split(DATA_SETS[run.data].batch_size):
+                batch = alone.data.train.take(part)
+                alone.step(batch.inputs, batch.labels)
+    for block in network.blocks()[modality]:
+        block.requires_grad_(False)
 
 
 def _epochs(

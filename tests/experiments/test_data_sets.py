@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import importlib.util
 import io
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from aim_kernels.experiments import runs
 from aim_kernels.experiments.data import (
     DATA_SETS,
     MissingPackageError,
@@ -25,6 +27,8 @@ from aim_kernels.experiments.data import (
 )
 from aim_kernels.experiments.data.files import Package
 from aim_kernels.experiments.data.views import MFEAT, of_views, stratified
+from aim_kernels.experiments.networks import BACKBONES
+from aim_kernels.experiments.runs import Run, network_of
 
 #: float32 against float64: a standardized value of up to 10 is off by a few units in its last place, 1e-6 each.
 CLOSE = {"rtol": 1e-5, "atol": 2e-5}
@@ -198,6 +202,8 @@ def test_the_registry_names_what_the_data_sets_have(folder: Path) -> None:
     assert list(DATA_SETS) == [
         *(
             "digits",
+            "digits-batchnorm",
+            "digits-frozen",
             "mnist-colour",
             "watch",
             "htad",
@@ -210,7 +216,8 @@ def test_the_registry_names_what_the_data_sets_have(folder: Path) -> None:
     ]
     for name, task in DATA_SETS.items():
         data = task.make(0)
-        assert (data.name, data.modalities) == (name, task.modalities)
+        assert data.name == name.removesuffix("-batchnorm").removesuffix("-frozen")
+        assert data.modalities == task.modalities
         assert task.epochs > 0 and 0 < task.batch_size < len(data.train)
         assert len(data.train.inputs) == len(data.test.inputs) == len(data.modalities)
         for split in (data.train, data.validation, data.test):
@@ -290,3 +297,20 @@ def test_a_file_of_ones_own_will_do(tmp_path: Path) -> None:
     path = tmp_path / "mnist_5k.csv.gz"
     path.write_bytes(gzip.compress("\n".join(",".join(map(str, row)) for row in rows).encode()))
     assert len(mnist_weak(0, path=path).train) == 120
+
+
+def test_a_frozen_encoder_is_trained_alone_first_and_stays() -> None:
+    run = Run("digits-frozen", "joint", 0, 0, 1)
+    data = DATA_SETS["digits-frozen"].make(0)
+    network = network_of(data, 0)
+    before = copy.deepcopy(network.state_dict())
+    runs._freeze(network, data, "colour", run)
+    moved = {name for name, x in network.state_dict().items() if not torch.equal(x, before[name])}
+    assert moved == {name for name in before if name.startswith("encoders.colour")}
+    assert all(p.requires_grad != name.startswith("encoders.colour") for name, p in network.named_parameters())
+
+
+def test_every_data_set_names_its_backbone_and_modalities() -> None:
+    for name, task in DATA_SETS.items():
+        assert task.backbone in BACKBONES and task.frozen in (None, *task.modalities), name
+    assert DATA_SETS["digits-batchnorm"].backbone == "auto-batchnorm"

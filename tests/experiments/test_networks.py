@@ -41,6 +41,8 @@ DEPTHS = {
     "conv": (0, 3, 3, 0),
     "resnet18": (0, 0, 5, 5),
     "transformer": (0, 3, 3, 3),
+    "auto-batchnorm": (3, 3, 3, 5),
+    "resnet18-batchnorm": (0, 0, 5, 5),
 }
 
 
@@ -67,7 +69,11 @@ def test_backbones_give_features_and_reach_every_parameter(backbone: str, sample
     F.cross_entropy(logits, torch.tensor([0, 1, 3])).backward()
     for name, p in model.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), name
-    # a sample's logits do not depend on its neighbours in the batch
+    # a sample's logits do not depend on its neighbours in the batch, but for batch normalization in training
+    if "batchnorm" in backbone:
+        assert any(isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) for module in model.modules())
+        model.eval()
+        logits = model(*inputs)
     torch.testing.assert_close(model(*(x[1:2] for x in inputs)), logits[1:2], rtol=1e-4, atol=1e-5)
 
 

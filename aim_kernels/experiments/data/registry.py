@@ -13,17 +13,28 @@ from aim_kernels.experiments.data.watch import smartwatch
 
 
 class Task(NamedTuple):
-    """A data set and how long it is trained on: ``make(seed)``, the names of its modalities, epochs, samples a
-    batch."""
+    """A data set and how it is trained on.
+
+    Attributes:
+        make: ``make(seed)``.
+        modalities: their names.
+        epochs, batch_size: of training.
+        backbone: that of "auto", by default.
+        frozen: the modality whose encoder is trained alone first, for a quarter of the epochs, and then frozen.
+    """
 
     make: Callable[[int], MultimodalData]
     modalities: tuple[str, ...]
     epochs: int
     batch_size: int
+    backbone: str = "auto"
+    frozen: str | None = None
 
 
 DATA_SETS: dict[str, Task] = {
     "digits": Task(coloured_digits, ("grey", "colour"), 40, 32),
+    "digits-batchnorm": Task(coloured_digits, ("grey", "colour"), 40, 32, backbone="auto-batchnorm"),
+    "digits-frozen": Task(coloured_digits, ("grey", "colour"), 40, 32, frozen="colour"),
     "mnist-colour": Task(coloured_mnist, ("grey", "colour"), 6, 64),
     "watch": Task(smartwatch, ("accelerometer", "gyroscope"), 8, 64),
     "htad": Task(htad, ("audio", "accelerometer"), 40, 32),

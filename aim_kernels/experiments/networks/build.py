@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from torch import nn
 
@@ -18,19 +20,16 @@ Shape = tuple[int, ...]
 SMALL = 12  # pixels: images with a side below are read as a table, by an MLP
 
 
-def _auto(shape: Shape, width: int) -> list[nn.Module]:
+def _auto(shape: Shape, width: int, norm: str = "group") -> list[nn.Module]:
     if len(shape) == 2:
-        return conv1d_blocks(shape[0], width)
+        return conv1d_blocks(shape[0], width, norm)
     if len(shape) == 3 and min(shape[1:]) >= SMALL:
-        return conv2d_blocks(shape[0], width)
-    return _resnet18(shape, width) if len(shape) == 4 else _mlp(shape, width)
+        return conv2d_blocks(shape[0], width, norm)
+    return _resnet18(shape, width, norm) if len(shape) == 4 else _mlp(shape, width, None if norm == "group" else norm)
 
 
-def _mlp(shape: Shape, width: int) -> list[nn.Module]:
-    inputs = 1
-    for size in shape:
-        inputs *= size
-    return mlp_blocks(inputs, width)
+def _mlp(shape: Shape, width: int, norm: str | None = None) -> list[nn.Module]:
+    return mlp_blocks(math.prod(shape), width, norm=norm)
 
 
 def _conv(shape: Shape, width: int) -> list[nn.Module]:
@@ -39,10 +38,10 @@ def _conv(shape: Shape, width: int) -> list[nn.Module]:
     return conv2d_blocks(shape[0], width) if len(shape) == 3 else []
 
 
-def _resnet18(shape: Shape, width: int) -> list[nn.Module]:
+def _resnet18(shape: Shape, width: int, norm: str = "group") -> list[nn.Module]:
     if len(shape) not in (3, 4):
         return []
-    return resnet18_blocks(shape[0], width, small=min(shape[-2:]) < 64)
+    return resnet18_blocks(shape[0], width, norm=norm, small=min(shape[-2:]) < 64)
 
 
 def _transformer(shape: Shape, width: int) -> list[nn.Module]:
@@ -60,6 +59,8 @@ BACKBONES: dict[str, Callable[[Shape, int], list[nn.Module]]] = {
     "conv": _conv,
     "resnet18": _resnet18,
     "transformer": _transformer,
+    "auto-batchnorm": partial(_auto, norm="batch"),
+    "resnet18-batchnorm": partial(_resnet18, norm="batch"),
 }
 
 
@@ -75,8 +76,9 @@ def network_of(
 
     ``backbone``: "mlp" (three blocks, everything); "conv" (three, signals ``[C, T]`` and images ``[C, H, W]``);
     "resnet18" (five, images and videos ``[C, T, H, W]``); "transformer" (three; signals, images, videos); "auto": "mlp"
-    for tables and images with a side below 12, "conv" for signals and other images, "resnet18" for videos. A mapping
-    gives one a modality. ``fusion``: a key of :data:`FUSIONS`. ``width``: features of every encoder. ``missing``: see
+    for tables and images with a side below 12, "conv" for signals and other images, "resnet18" for videos;
+    "auto-batchnorm" and "resnet18-batchnorm" with batch instead of group normalization (an MLP has none otherwise). A
+    mapping gives one a modality. ``fusion``: a key of :data:`FUSIONS`. ``width``: features of every encoder. ``missing``: see
     :class:`MultimodalNetwork`.
 
     Weights are drawn from torch's default generator, encoder by encoder, then the fusion.

@@ -1,30 +1,38 @@
 """Encoders as lists of blocks, shallow to deep, for tables, signals and small images; all end in ``[B, width]``.
 
-Group rather than batch normalization throughout: it has no running statistics that would depend on which weights were
-live.
+Group normalization by default: it has no running statistics that would depend on which weights were live. With
+``norm="batch"`` there are.
 """
 
 from __future__ import annotations
 
 from torch import nn
 
+#: Normalizations by name.
+NORMS = ("group", "batch")
 
-def mlp_blocks(inputs: int, width: int = 64, depth: int = 3) -> list[nn.Module]:
-    """``depth`` blocks of a linear layer and a ReLU for ``[B, ...]`` of ``inputs`` values; the first one flattens."""
+
+def mlp_blocks(inputs: int, width: int = 64, depth: int = 3, norm: str | None = None) -> list[nn.Module]:
+    """``depth`` blocks of a linear layer and a ReLU for ``[B, ...]`` of ``inputs`` values; the first one flattens.
+    ``norm``: "group" (four groups) or "batch" normalization between the two; None: neither."""
     check_depth(depth)
-    first = nn.Sequential(nn.Flatten(), nn.Linear(inputs, width), nn.ReLU())
-    return [first, *(nn.Sequential(nn.Linear(width, width), nn.ReLU()) for _ in range(depth - 1))]
+
+    def block(size: int, *before: nn.Module) -> nn.Module:
+        between = [] if norm is None else [_norm(norm, width, nn.BatchNorm1d)]
+        return nn.Sequential(*before, nn.Linear(size, width), *between, nn.ReLU())
+
+    return [block(inputs, nn.Flatten()), *(block(width) for _ in range(depth - 1))]
 
 
-def conv1d_blocks(channels: int, width: int = 64) -> list[nn.Module]:
-    """Three 1-D convolutions of stride 2 for ``[B, channels, T]``, group normalization and ReLU behind each; the last
-    block averages over time. ``width`` is a multiple of 8."""
+def conv1d_blocks(channels: int, width: int = 64, norm: str = "group") -> list[nn.Module]:
+    """Three 1-D convolutions of stride 2 for ``[B, channels, T]``, normalization (``norm``: "group", of four groups,
+    or "batch") and ReLU behind each; the last block averages over time. ``width`` is a multiple of 8."""
     check_multiple("width", width, 8)
 
     def block(inputs: int, outputs: int, kernel: int, *, last: bool = False) -> nn.Module:
         layers: list[nn.Module] = [
             nn.Conv1d(inputs, outputs, kernel, stride=2, padding=kernel // 2),
-            nn.GroupNorm(4, outputs),
+            _norm(norm, outputs, nn.BatchNorm1d),
             nn.ReLU(),
         ]
         return nn.Sequential(*layers, nn.AdaptiveAvgPool1d(1), nn.Flatten()) if last else nn.Sequential(*layers)
@@ -32,20 +40,30 @@ def conv1d_blocks(channels: int, width: int = 64) -> list[nn.Module]:
     return [block(channels, width // 2, 7), block(width // 2, width, 5), block(width, width, 5, last=True)]
 
 
-def conv2d_blocks(channels: int, width: int = 64) -> list[nn.Module]:
-    """Three 3x3 convolutions of stride 2 for ``[B, channels, H, W]``, group normalization and ReLU behind each; the
-    last block averages over places. ``width`` is a multiple of 8."""
+def conv2d_blocks(channels: int, width: int = 64, norm: str = "group") -> list[nn.Module]:
+    """Three 3x3 convolutions of stride 2 for ``[B, channels, H, W]``, normalization (``norm``: "group", of four
+    groups, or "batch") and ReLU behind each; the last block averages over places. ``width`` is a multiple of 8."""
     check_multiple("width", width, 8)
 
     def block(inputs: int, outputs: int, *, last: bool = False) -> nn.Module:
         layers: list[nn.Module] = [
             nn.Conv2d(inputs, outputs, 3, stride=2, padding=1),
-            nn.GroupNorm(4, outputs),
+            _norm(norm, outputs, nn.BatchNorm2d),
             nn.ReLU(),
         ]
         return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()) if last else nn.Sequential(*layers)
 
     return [block(channels, width // 2), block(width // 2, width), block(width, width, last=True)]
+
+
+def check_norm(norm: str) -> None:
+    if norm not in NORMS:
+        raise ValueError(f"unknown norm {norm!r}; it is one of {', '.join(NORMS)}")
+
+
+def _norm(norm: str, channels: int, batch: type[nn.Module]) -> nn.Module:
+    check_norm(norm)
+    return nn.GroupNorm(4, channels) if norm == "group" else batch(channels)
 
 
 def check_multiple(name: str, value: int, of: int) -> None:

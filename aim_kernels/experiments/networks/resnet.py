@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from aim_kernels.experiments.networks.encoders import check_multiple
-
-#: Normalizations by name; a group has eight channels.
-NORMS = ("group", "batch")
+from aim_kernels.experiments.networks.encoders import check_multiple, check_norm
 
 
 def normalization(norm: str, channels: int) -> nn.Module:
-    """The layer for ``norm``, "group" or "batch"."""
-    if norm not in NORMS:
-        raise ValueError(f"unknown norm {norm!r}; it is one of {', '.join(NORMS)}")
+    """The layer for ``norm``, "group" (eight channels each) or "batch"."""
+    check_norm(norm)
     return nn.GroupNorm(max(1, channels // 8), channels) if norm == "group" else nn.BatchNorm2d(channels)
 
 
