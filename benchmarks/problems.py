@@ -2,7 +2,10 @@
 and what networks of this field have (BatchNorm, convolutions, frozen encoders, SGD, late starts, few samples).
 
     python benchmarks/problems.py --methods joint aim --seeds 30-33 --out problems.csv
+    python benchmarks/problems.py --unshifted --seeds 60-65 --out unshifted.csv
     python benchmarks/problems.py --report problems.csv
+
+``--unshifted``: held-out samples are like the training ones, and the methods are those that need no shift.
 
 Modality 0 is honest. Of a shortcut problem the others carry the label in training, and held-out and test samples show
 them at random (or less often). Told are accuracies (of unbalanced classes: balanced; of regression: R2) on test samples
@@ -18,7 +21,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +44,19 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "modality-dropout": ("modality-dropout", {}),
     "best-subset": ("best-subset", {}),
 }
+#: AIM without held-out samples, as the paper reads, but gentle and in two passes.
+GENTLE: dict[str, Any] = {"rule": "ratio", "alpha": 1.0, "mixing": "split"}
+WITHOUT_SHIFT: dict[str, tuple[str, dict[str, Any]]] = {
+    "joint": ("joint", {}),
+    "aim": ("aim", {}),
+    "own losses": METHODS["own losses"],
+    "split, alpha 1": ("aim", GENTLE),
+    "split, alpha 3": ("aim", {**GENTLE, "alpha": 3.0}),
+    "split, own losses": ("aim", {**GENTLE, "unimodal_weight": 0.3}),
+    "alternate, alpha 1": ("aim", {**GENTLE, "mixing": "alternate"}),
+    "modality-dropout": METHODS["modality-dropout"],
+    "modality-dropout 0.15": ("modality-dropout", {"probability": 0.15}),
+}
 
 
 @dataclass(frozen=True)
@@ -56,6 +72,7 @@ class Problem:
         normalization: "none", "batch", "group" or "layer".
         frozen: number of the encoder that is trained alone beforehand and then frozen.
         starts: epoch of the first update.
+        shifted: whether held-out samples are like those of the test; else like those of training.
     """
 
     cue: float | None = None
@@ -73,6 +90,7 @@ class Problem:
     starts: int = 0
     epochs: int = 20
     rule: str = "adamw"
+    shifted: bool = True
 
 
 PROBLEMS: dict[str, Problem] = {
@@ -110,6 +128,32 @@ PROBLEMS: dict[str, Problem] = {
     "one only noise": Problem(noise=(1.1, 30.0)),
     "an honest encoder frozen": Problem(noise=(1.4, 1.1), frozen=1),
     "regression, both honest": Problem(regression=True, noise=(0.6, 0.8)),
+}
+
+
+UNSHIFTED: dict[str, Problem] = {
+    f"{name}, no shift": replace(problem, shifted=False)
+    for name, problem in {
+        "one under-used": Problem(noise=(1.0, 1.4)),
+        **{
+            name: PROBLEMS[name]
+            for name in (
+                "a strong and a weak one",
+                "two alike",
+                "three alike",
+                "two alike, batch normalization",
+                "a weak one, batch normalization",
+                "200 samples",
+                "ten classes",
+                "20% wrong labels, 40 epochs",
+                "classes 90/10",
+                "one only noise",
+                "cue 80%",
+                "cue 95%",
+            )
+        },
+        "classes 70/10/10/10": Problem(noise=(1.4, 1.4), prior=(0.7, 0.1, 0.1, 0.1)),
+    }.items()
 }
 
 
@@ -163,7 +207,7 @@ def make(problem: Problem, seed: int) -> dict[str, Samples]:
     train, held_out, test = problem.samples
     return {
         "train": samples(train, False),
-        "held_out": samples(held_out, True),
+        "held_out": samples(held_out, problem.shifted),
         "test": samples(test, True),
         "like": samples(test, False),
     }
@@ -257,7 +301,7 @@ class Regression:
 
 def run(problem: Problem, method_name: str, seed: int) -> dict[str, float]:
     """Trains one network; what came out of it."""
-    name, options = METHODS[method_name]
+    name, options = {**METHODS, **WITHOUT_SHIFT}[method_name]
     loss = nn.functional.mse_loss if problem.regression else nn.functional.cross_entropy
     data = make(problem, seed)
     torch.manual_seed(seed)
@@ -340,12 +384,16 @@ def report(path: Path) -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS), metavar="NAME")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=["joint", "aim"], metavar="NAME")
+    every, methods = {**PROBLEMS, **UNSHIFTED}, {**METHODS, **WITHOUT_SHIFT}
+    parser.add_argument("--problems", nargs="+", choices=list(every), metavar="NAME")
+    parser.add_argument("--methods", nargs="+", choices=list(methods), metavar="NAME")
+    parser.add_argument("--unshifted", action="store_true", help="other problems and methods, unless they are named")
     parser.add_argument("--seeds", type=seeds_of, default=[0, 1, 2, 3], help="such as 30-33")
     parser.add_argument("--out", type=Path, default=Path("problems.csv"), help="lines are appended")
     parser.add_argument("--report", type=Path, help="print the table of a file, and train nothing")
     arguments = parser.parse_args()
+    names = arguments.problems or list(UNSHIFTED if arguments.unshifted else PROBLEMS)
+    chosen = arguments.methods or (list(WITHOUT_SHIFT) if arguments.unshifted else ["joint", "aim"])
     if arguments.report:
         report(arguments.report)
         return
@@ -356,12 +404,12 @@ def main() -> None:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         if new:
             writer.writeheader()
-        for name in arguments.problems:
+        for name in names:
             for seed in arguments.seeds:
-                for method in arguments.methods:
-                    if PROBLEMS[name].regression and method not in ("joint", "aim"):
+                for method in chosen:
+                    if every[name].regression and method not in ("joint", "aim"):
                         continue
-                    found = run(PROBLEMS[name], method, seed)
+                    found = run(every[name], method, seed)
                     shown = {key: f"{value:.6g}" for key, value in found.items()}
                     line = {"commit": commit(), "torch": torch.__version__, "problem": name, "method": method}
                     writer.writerow({**line, "seed": seed, **shown})
