@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Generator, nn
 
-from aim_kernels.aim.inputs import Inputs
+from aim_kernels.aim.inputs import Inputs, Layout
 from aim_kernels.aim.strengths import ModulationTable
 
 
@@ -19,6 +19,7 @@ class Modulator(Protocol):
     wrapped: nn.Module
     optimizer: Any
     scoring: Any
+    layout: Layout
     probe: Any
     mixing: Any
     mixing_state: Any

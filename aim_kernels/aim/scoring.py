@@ -115,6 +115,10 @@ class Scoring:
             {m: [(next(variances) / world) ** 0.5 for _ in row] for m, row in scores.items()},
         )
 
+    def averaged_numbers(self, numbers: Sequence[float]) -> list[float]:
+        """Their means over ranks."""
+        return self.averaged(Measured.exactly({"": list(numbers)})).scores[""]
+
     def gradient_scores(self) -> Scores:
         """Root mean square gradient of each block in the latest step; all ones before the first."""
         squares = {m: [0.0] * n for m, n in self.depths.items()}

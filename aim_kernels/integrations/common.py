@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from aim_kernels.aim.accuracies import unimodal_accuracies
 from aim_kernels.aim.aim import AIM
 from aim_kernels.aim.inputs import moved
 from aim_kernels.aim.prototypes import probing
 from aim_kernels.aim.statistics import Kept, batches_of, refresh_statistics, trained_layers
+from aim_kernels.aim.trials import Train
 from aim_kernels.optim.modulation import unwrapped
 from aim_kernels.optim.optimizer import AIMFusedOptimizer
 from aim_kernels.step.arguments import check_at_least, numbers_checked
@@ -55,27 +58,53 @@ def true_state_dict(model: nn.Module, optimizer: AIMFusedOptimizer) -> Removable
     return model.register_state_dict_post_hook(replace)
 
 
+def step_of(aim: AIM, context: Callable[[], AbstractContextManager[Any]]) -> Train:
+    """A training step as trials take it: AIM's ``loss`` of its model, backward, and the optimizer's step."""
+
+    def step(inputs: Any, labels: Any, **keywords: Any) -> None:
+        aim.optimizer.zero_grad()
+        with context():
+            loss = aim.scoring.loss(aim.layout.read("", inputs, **keywords).call(aim.wrapped), labels)
+        loss.backward()
+        aim.optimizer.step()
+
+    return step
+
+
+def refuse_two_passes(aim: AIM | None, where: str) -> None:
+    """Raises ValueError for a mixing of two passes a step, which ``where`` does not take."""
+    if aim is not None and aim.mixing.two_passes:
+        raise ValueError(
+            f"mixing={aim.mixing.name!r} takes two passes a step by aim.backward(closure), and {where} takes its own "
+            "steps; use mixing='alternate'"
+        )
+
+
 class Updates:
     """Calls ``aim.update(*samples())`` every so many epochs, also in a run that is resumed in mid-epoch."""
 
     @numbers_checked
-    def __init__(self, samples: Samples | None, every_n_epochs: int) -> None:
+    def __init__(self, samples: Samples | None, every_n_epochs: int, train: Train | None = None) -> None:
         check_at_least("every_n_epochs", every_n_epochs, 1)
-        self.samples, self.every_n_epochs = samples, every_n_epochs
+        self.samples, self.every_n_epochs, self.train = samples, every_n_epochs, train
+        self.accuracies: dict[str, float] = {}  # of the latest update's held-out samples, or of its others
         self.latest = -1  # epoch of the latest update
         self.inputs: Any = None  # of the latest update
         self.layers: list[str] = []  # those with running statistics that train; an evaluation's flags do not tell
         self._kept: Kept | None = None
 
-    def at(self, epoch: int, aim: AIM | None) -> bool:
-        """Whether this epoch's start brought an update."""
+    def at(self, epoch: int, aim: AIM | None, context: Callable[[], AbstractContextManager[Any]] = nullcontext) -> bool:
+        """Whether this epoch's start brought an update. ``context``: around forward passes of steps that are tried."""
         if aim is None or self.samples is None or epoch % self.every_n_epochs or epoch == self.latest:
             return False
         inputs, labels, held_out = self.samples()
         device = next(aim.model.parameters()).device
         inputs, self.layers = moved(inputs, device), list(trained_layers(aim.model))
         self.inputs = inputs if self.layers else None
-        aim.update(inputs, moved(labels, device), held_out=moved(held_out, device))
+        labels, held_out = moved(labels, device), moved(held_out, device)
+        aim.update(inputs, labels, held_out=held_out, train=self.train or step_of(aim, context))
+        judged = held_out if held_out is not None else (inputs, labels)
+        self.accuracies = {} if held_out is None and labels is None else unimodal_accuracies(aim, judged)
         self.latest = epoch
         return True
 

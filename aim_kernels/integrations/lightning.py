@@ -9,8 +9,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.hooks import RemovableHandle
 
 from aim_kernels.aim.aim import AIM
-from aim_kernels.integrations.common import Samples, Updates, aim_optimizer, true_state_dict
-from aim_kernels.integrations.tensorboard import statistics_scalars, update_scalars
+from aim_kernels.aim.trials import Train
+from aim_kernels.integrations.common import Samples, Updates, aim_optimizer, refuse_two_passes, true_state_dict
+from aim_kernels.integrations.tensorboard import accuracy_scalars, statistics_scalars, update_scalars
 from aim_kernels.optim.optimizer import AIMFusedOptimizer
 
 
@@ -28,14 +29,17 @@ class AIMCallback(Callback):
     Args:
         make_aim: ``make_aim(module, optimizer)`` returns the :class:`AIM`; None where strengths are set by hand.
         samples: ``samples()`` returns ``(inputs, labels, held_out)`` as ``aim.update`` takes them, ``held_out`` being
-            ``(inputs, labels)`` or None; tensors are moved to the module's device. No steps are tried: AIM decides by
-            the gap, or by the rule that it was given.
+            ``(inputs, labels)`` or None; tensors are moved to the module's device.
+        train: a step that trials try (``rule="trial"``), ``train(inputs, labels)``, on a model that is restored after;
+            None: AIM's ``loss`` of its model under the trainer's precision, backward and the optimizer's step.
         every_n_epochs: ``aim.update`` runs at the start of the epochs 0, n, 2n, ...
-        log: sends statistics and AIM's tables (``statistics_scalars``, ``update_scalars``) to the trainer's loggers,
-            every ``log_every_n_steps`` of the trainer, which waits for the device that often.
+        log: sends statistics, AIM's tables and the accuracies of each modality alone (``statistics_scalars``,
+            ``update_scalars``, ``accuracy_scalars``) to the trainer's loggers (TensorBoard, Weights & Biases), every
+            ``log_every_n_steps`` of the trainer, which waits for the device that often.
 
     Raises:
-        ValueError: ``every_n_epochs`` below 1, or only one of ``make_aim`` and ``samples``.
+        ValueError: ``every_n_epochs`` below 1, or only one of ``make_aim`` and ``samples``; at the start of training,
+            a mixing of two passes under automatic optimization.
         TypeError: at the start of training, where not exactly one of the module's optimizers is an AIMFusedOptimizer.
     """
 
@@ -44,6 +48,7 @@ class AIMCallback(Callback):
         make_aim: Callable[[Any, AIMFusedOptimizer], AIM] | None = None,
         samples: Samples | None = None,
         *,
+        train: Train | None = None,
         every_n_epochs: int = 1,
         log: bool = True,
     ) -> None:
@@ -51,7 +56,7 @@ class AIMCallback(Callback):
             raise ValueError("give both make_aim and samples, or neither")
         self.make_aim, self.log = make_aim, log
         self.aim: AIM | None = None
-        self._updates = Updates(samples, every_n_epochs)
+        self._updates = Updates(samples, every_n_epochs, train)
         self._loaded: dict[str, Any] | None = None
         self._optimizer: AIMFusedOptimizer | None = None
         self._hook: RemovableHandle | None = None
@@ -64,14 +69,18 @@ class AIMCallback(Callback):
         self._optimizer = aim_optimizer(trainer.optimizers)
         self._hook = true_state_dict(pl_module, self._optimizer)
         self.aim = None if self.make_aim is None else self.make_aim(pl_module, self._optimizer)
+        if pl_module.automatic_optimization:
+            refuse_two_passes(self.aim, "Lightning's automatic optimization")
         self._updates.latest = -1
         if self._loaded is not None:
             self._updates.load_state_dict(self._loaded, self.aim)
             self._loaded = None
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._updates.at(trainer.current_epoch, self.aim) and self.log and self.aim is not None:
-            self._send(trainer, update_scalars(self.aim.history[-1]))
+        context = trainer.precision_plugin.forward_context
+        if self._updates.at(trainer.current_epoch, self.aim, context) and self.log and self.aim is not None:
+            accuracies = accuracy_scalars(self._updates.accuracies)
+            self._send(trainer, {**update_scalars(self.aim.history[-1]), **accuracies})
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Protocol
 
+from aim_kernels.aim.accuracies import ALL
 from aim_kernels.aim.strengths import ModulationTable
 from aim_kernels.optim.modulation import unwrapped
 from aim_kernels.step.layout import ROW
@@ -56,6 +58,11 @@ def update_scalars(table: ModulationTable) -> dict[str, float]:
         for depth, value in enumerate(row)
         if not math.isnan(value)
     }
+
+
+def accuracy_scalars(accuracies: Mapping[str, float]) -> dict[str, float]:
+    """Tag to number: ``aim/<modality>/accuracy_alone`` and ``aim/accuracy`` of :func:`unimodal_accuracies`."""
+    return {"aim/accuracy" if m == ALL else f"aim/{m}/accuracy_alone": value for m, value in accuracies.items()}
 
 
 def write_statistics(writer: Writer, optimizer: Any, step: int) -> None:

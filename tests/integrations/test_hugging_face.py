@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from helpers import same_bits
-from integration_helpers import CLASSES, Network, Recorder, columns, held_back, samples
+from integration_helpers import CLASSES, Network, Recorder, columns, held_back, samples, with_held_out
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import aim_kernels as ak
+from aim_kernels.aim import Trial
 from aim_kernels.integrations.common import true_state_dict
 from aim_kernels.integrations.tensorboard import statistics_scalars
 
@@ -282,3 +283,21 @@ def test_evaluation_has_running_statistics_of_the_true_weights(tmp_path: Path) -
     live = [mean for mean in judged[True] if mean.abs().sum() > 0]
     assert len(judged[False]) >= 54 and not any(torch.equal(a, b) for a in live for b in judged[False])
     same_bits(plain[True], judged[True])
+
+
+def test_trials_and_two_passes(tmp_path: Path) -> None:
+    trainer, model, callback = made(tmp_path, balanced=True, num_train_epochs=1)
+    callback.aim.rule, callback._updates.samples = Trial(steps=2), with_held_out
+    trainer.train()
+    assert [table.rule for table in callback.aim.history] == ["trial"]
+    split = ak.AIM(model, model.optimizer[0], CLASSES, mixing="split")
+    with pytest.raises(ValueError, match=r"mixing='split' takes two passes a step .* the Trainer takes its own"):
+        AIMCallback(split, samples)
+
+
+def test_logs_go_where_the_trainer_logs_to(tmp_path: Path) -> None:
+    trainer, _model, callback = made(tmp_path, balanced=True, logging_strategy="steps", logging_steps=1)
+    callback.log = trainer.log
+    trainer.train()
+    tags = {tag for row in trainer.state.log_history for tag in row}
+    assert {"aim/accuracy", "aim/audio/accuracy_alone", "aim/video/0/kappa", "aim/video/0/strength"} <= tags

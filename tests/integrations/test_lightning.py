@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from helpers import same_bits
-from integration_helpers import CLASSES, Network, columns, held_back, samples
+from integration_helpers import CLASSES, Network, columns, held_back, samples, with_held_out
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import aim_kernels as ak
+from aim_kernels.aim import Trial
 
 pl = pytest.importorskip("lightning.pytorch")
 
@@ -295,3 +296,51 @@ def test_validation_has_running_statistics_of_the_true_weights(tmp_path: Path) -
     reference = runs[1].head[0].running_mean.clone()
     ak.refresh_statistics(runs[1], [samples()[0]])
     assert torch.allclose(reference, runs[1].head[0].running_mean, atol=1e-6)
+
+
+def test_trials_run_and_are_undone(tmp_path: Path) -> None:
+    made = {}
+    for kind in ("own", "given"):
+        torch.manual_seed(5)
+        module, steps = Balanced(), []
+
+        def step(inputs: Any, labels: Tensor, module: Any = module, steps: list[int] = steps) -> None:
+            (optimizer,) = module.trainer.optimizers
+            steps.append(len(labels))
+            optimizer.zero_grad()
+            cross_entropy(module(*inputs), labels).backward()
+            optimizer.step()
+
+        callback = AIMCallback(
+            lambda module, optimizer: ak.AIM(module, optimizer, rule=Trial(steps=2)),
+            with_held_out,
+            train=step if kind == "given" else None,
+        )
+        trainer(tmp_path, callback, epochs=1).fit(module, loader())
+        assert callback.aim is not None and callback.aim.history[0].rule == "trial"
+        assert bool(steps) == (kind == "given")
+        made[kind] = module, callback.aim.history[0].trial_losses
+    assert made["own"][1] == made["given"][1]
+    for p, q in zip(made["own"][0].parameters(), made["given"][0].parameters(), strict=True):
+        same_bits(p.detach(), q.detach())
+
+
+def test_two_passes_are_refused_under_automatic_optimization(tmp_path: Path) -> None:
+    def split(automatic: bool) -> None:
+        module = Balanced()
+        module.automatic_optimization = automatic
+        callback = AIMCallback(lambda module, optimizer: ak.AIM(module, optimizer, CLASSES, mixing="split"), samples)
+        trainer(tmp_path, callback, epochs=1).fit(module, loader())
+
+    with pytest.raises(ValueError, match=r"mixing='split' takes two passes a step .* Lightning's automatic"):
+        split(True)
+    split(False)
+
+
+def test_accuracies_of_each_modality_alone_reach_the_loggers(tmp_path: Path) -> None:
+    logger = Logger()
+    callback = balancing()
+    trainer(tmp_path, callback, epochs=1, logger=logger, log_every_n_steps=1).fit(Balanced(), loader())
+    found = [row for row, _ in logger.rows if "aim/accuracy" in row]
+    assert len(found) == 1 and {"aim/audio/accuracy_alone", "aim/video/accuracy_alone"} <= set(found[0])
+    assert all(0.0 <= found[0][tag] <= 1.0 for tag in found[0] if "accuracy" in tag)

@@ -55,6 +55,13 @@ def samples() -> tuple[list[Tensor], Tensor, None]:
     return inputs, labels, None
 
 
+def with_held_out() -> tuple[list[Tensor], Tensor, tuple[list[Tensor], Tensor]]:
+    """The same, with held-out samples."""
+    *inputs, labels = columns()
+    *outside, answers = columns(seed=1)
+    return inputs, labels, (outside, answers)
+
+
 class Recorder:
     """A writer that keeps what it is given."""
 

@@ -78,8 +78,8 @@ def network_of(
     "resnet18" (five, images and videos ``[C, T, H, W]``); "transformer" (three; signals, images, videos); "auto": "mlp"
     for tables and images with a side below 12, "conv" for signals and other images, "resnet18" for videos;
     "auto-batchnorm" and "resnet18-batchnorm" with batch instead of group normalization (an MLP has none otherwise). A
-    mapping gives one a modality. ``fusion``: a key of :data:`FUSIONS`. ``width``: features of every encoder. ``missing``: see
-    :class:`MultimodalNetwork`.
+    mapping gives one a modality. ``fusion``: a key of :data:`FUSIONS`. ``width``: features of every encoder.
+    ``missing``: see :class:`MultimodalNetwork`.
 
     Weights are drawn from torch's default generator, encoder by encoder, then the fusion.
 
