@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from aim_kernels.aim.accuracies import unimodal_accuracies
 from aim_kernels.aim.aim import AIM
 from aim_kernels.aim.blocks import block_param_groups
 from aim_kernels.aim.mixing import (
@@ -49,4 +50,5 @@ __all__ = [
     "Weights",
     "block_param_groups",
     "refresh_statistics",
+    "unimodal_accuracies",
 ]
