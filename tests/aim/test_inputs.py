@@ -409,7 +409,10 @@ def test_a_transformer_with_a_padding_mask() -> None:
     padding = torch.arange(6)[None] >= torch.arange(24)[:, None] % 5 + 1
     inputs = torch.randn(24, 6, 8), padding, torch.randn(24, 4)
     enabled = torch.backends.mha.get_fastpath_enabled()
+    nested: list[bool] = []
+    model.text.layers[0].register_forward_hook(lambda _module, _args, z: nested.append(z.is_nested))
     aim.update(inputs, torch.arange(24) % CLASSES, held_out=(inputs, torch.arange(24) % CLASSES))
+    assert nested and not any(nested)
     assert torch.backends.mha.get_fastpath_enabled() == enabled
 
 
