@@ -58,16 +58,23 @@ def end_with_parent() -> None:
 
 @contextlib.contextmanager
 def _not_interrupted() -> Iterator[None]:
-    """Processes that begin within never see an interruption, which a terminal sends to all; this one sees it later.
-    Windows has no such mask."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Processes that begin within never see an interruption, which a terminal sends to all; this one sees it at the
+    end. Windows has no mask that processes inherit."""
+    seen: list[int] = []
+    main = threading.current_thread() is threading.main_thread()
+    # The mask is of this thread alone: the system may give the signal to another, and Python then interrupts this one.
+    handler = signal.signal(signal.SIGINT, lambda number, _frame: seen.append(number)) if main else None
+    masked = hasattr(signal, "pthread_sigmask")
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if masked else None
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if before is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if main:
+            signal.signal(signal.SIGINT, handler)
+    if seen:
+        raise KeyboardInterrupt
 
 
 def trained(runs: Iterable[Run | None], jobs: int, train: Callable[[Run], Trained]) -> Iterator[Trained]:
