@@ -17,10 +17,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
+from io import FileIO
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+
+from aim_kernels._locks import held
 
 #: Bounds of what can be meant: beyond them lies a slip of the finger, and a run that ends in no lifetime.
 MOST_ROUNDS, MOST_THREADS, MOST_EPOCHS = 10_000, 1024, 10_000
@@ -212,21 +215,60 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """As ``path.write_text``, in UTF-8."""
+    """As ``path.write_text``, in UTF-8, but whole or not at all: a reader never sees a part of it."""
     with writing(path):
-        path.write_text(text, encoding="utf-8")
+        if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
+            path.write_text(text, encoding="utf-8")  # a device, or the error of what is in the way
+            return
+        target = Path(os.path.realpath(path))
+        part = target.with_name(f".{target.name}.{os.getpid()}.part")
+        try:
+            part.write_text(text, encoding="utf-8")
+            part.replace(target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                part.unlink()
+            raise
 
 
 def append_lines(path: Path, header: str, lines: str) -> None:
-    """Appends whole lines to a table; the header before the first, an end behind a line that was cut short."""
+    """Appends whole lines to a table, the header before the first: all of them or, if that fails, none.
+
+    Processes that append to one file take turns. A last line that has no end was cut short; it is removed, with a
+    warning on stderr, so that no part of it is ever taken for a whole one.
+    """
     with writing(path):
-        size = path.stat().st_size if path.exists() else 0
-        if size:
-            with path.open("rb") as file:
-                file.seek(-1, os.SEEK_END)
-                header = "" if file.read(1) == b"\n" else "\n"
-        with path.open("ab") as file:
-            file.write((header + lines).encode())
+        if path.exists() and not path.is_file():
+            path.write_text(header + lines, encoding="utf-8")  # a device, or the error of what is in the way
+            return
+        with open(path, "ab+", buffering=0) as file, held(file.fileno(), str(path)):
+            size = _whole(file, path)
+            data = memoryview(((header if not size else "") + lines).encode())
+            try:
+                while data:
+                    data = data[file.write(data) :]
+                os.fsync(file.fileno())
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    file.truncate(size)
+                raise
+
+
+def _whole(file: FileIO, path: Path) -> int:
+    """Bytes of a file's whole lines; what follows them is removed."""
+    size = end = file.seek(0, os.SEEK_END)
+    while end:
+        begin = max(0, end - 65536)
+        file.seek(begin)
+        last = (file.read(end - begin) or b"").rfind(b"\n")
+        if last >= 0:
+            end = begin + last + 1
+            break
+        end = begin
+    if end < size:
+        sys.stderr.write(f"{path}: its last line was cut short ({size - end} bytes); it is removed\n")
+        file.truncate(end)
+    return end
 
 
 def make_folder(path: Path) -> Path:
@@ -249,8 +291,18 @@ def run(prog: str, work: Callable[[], int], kept: str = "") -> int:
     except BrokenPipeError:  # whoever read this has enough
         return 1
     except (OSError, OtherVersionError, subprocess.CalledProcessError) as error:
-        sys.stderr.write(f"{prog}: error: {_said(error)}\n" + (f"{kept}\n" if kept else ""))
+        sys.stderr.write(f"{prog}: error: {_said(error)}\n" + _advice(error) + (f"{kept}\n" if kept else ""))
         return 1
+
+
+def _advice(error: Exception) -> str:
+    """What helps against a file that cannot be written."""
+    if not isinstance(error, CannotWriteError):
+        return ""
+    folder = os.path.dirname(error.filename) or "."
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"Make room on the disk of {folder}, or give another folder by --out.\n"
+    return f"Let {folder} be written to, or give another folder by --out.\n"
 
 
 def _said(error: Exception) -> str:

@@ -113,8 +113,8 @@ def append_csv(
     columns_of: type[DataclassInstance] = Result,
     spec: str = ".6g",
 ) -> None:
-    """Append results of one type, floats written by ``spec``; a file of other columns is not touched. What follows a
-    line that was cut short begins a new one."""
+    """Append results of one type, floats written by ``spec``; a file of other columns is not touched, and a
+    line that was cut short is removed (:func:`~aim_kernels.command_line.append_lines`)."""
     check_columns(path, columns_of)
     names = [f.name for f in fields(columns_of)]
     text = io.StringIO()
@@ -145,8 +145,10 @@ def read(path: Path, line_type: type[L]) -> list[L]:
         return []
     types = {f.name: {"int": int, "float": float}.get(str(f.type), str) for f in fields(line_type)}
     found = []
+    # What follows the last end of a line was cut short, even if it can be read: the last digits may be missing.
+    whole = path.read_text(encoding="utf-8", errors="replace").rpartition("\n")[0]
     # One by one: a quote that was cut off would swallow the next line.
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines()[1:]:
+    for text in whole.splitlines()[1:]:
         try:
             (row,) = csv.reader([text], strict=True)
             found.append(line_type(**{n: of(value) for (n, of), value in zip(types.items(), row, strict=True)}))

@@ -45,7 +45,7 @@ class Results(Generic[L]):
         make_folder(self.path)
 
     def lines(self) -> list[L]:
-        """The finished runs. A line that an interruption cut short is left out, and its run done again.
+        """The finished runs. A line that was cut short is left out, and its run done again.
 
         Raises :class:`OtherVersionError` where the file has other columns.
         """
@@ -77,8 +77,16 @@ class RunResults(Results[RL]):
 
     def history_file(self, run: Run) -> Path:
         """Where the history of a run is kept."""
-        name = self.history_name(run).replace(" ", "").replace(":", "")
-        return self.path / "history" / f"{name}.json"
+        return self.path / "history" / f"{self.file_stem(run)}.json"
+
+    def file_stem(self, run: Run) -> str:
+        """What tells a run from all others, as a file name without its ending."""
+        return self.history_name(run).replace(" ", "").replace(":", "")
+
+    @property
+    def claims(self) -> Path:
+        """The folder of what is being done: see :class:`~aim_kernels.experiments.sharing.Share`."""
+        return self.path / "claims"
 
     def history_name(self, run: Run) -> str:
         """What tells a run from all others."""

@@ -62,7 +62,7 @@ def test_interruption_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.Mon
     def fake(run: Run) -> tuple[Line, list[dict[str, Any]]]:
         if run.seed == 1:
             raise KeyboardInterrupt
-        return compare_line(run.contestant, run.seed), []
+        return compare_line(run.contestant, run.seed, epochs=run.epochs), []
 
     monkeypatch.setattr(cli, "train", fake)
     torch.set_num_threads(2)

@@ -111,8 +111,8 @@ COMMANDS = (
     Mutant(
         "behind a line that was cut short",
         LINE,
-        'header = "" if file.read(1) == b"\\n" else "\\n"',
-        'header = "" if file.read(1) else "\\n"',
+        "            end = begin + last + 1",
+        "            end = size",
         "The next line would become part of it, and both be lost.",
         (f"{ENDS}::test_a_line_cut_short_by_a_full_disk_is_done_again",),
     ),

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "aim_kernels"
 LAYERS = (
     "_native",
     "_extras",
+    "_locks",
     "command_line",
     "step",
     "backends",

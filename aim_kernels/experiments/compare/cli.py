@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import multiprocessing
-import signal
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,17 +14,22 @@ from aim_kernels import command_line
 from aim_kernels._extras import MissingPackageError, require
 from aim_kernels.experiments.compare import cost, report
 from aim_kernels.experiments.compare.contestants import BUDGET, CONTESTANTS, TUNING_SEEDS
-from aim_kernels.experiments.compare.lines import Line, train
+from aim_kernels.experiments.compare.lines import train
 from aim_kernels.experiments.compare.results import Folder, seed_runs, tuned, tuning_runs
+from aim_kernels.experiments.compare.workers import Trained, trained
 from aim_kernels.experiments.data import DATA_SETS
 from aim_kernels.experiments.networks import BACKBONES
 from aim_kernels.experiments.runs import Run, network_of
+from aim_kernels.experiments.sharing import Share, alone_in
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 DESCRIPTION = f"""\
 Trains every method on every data set: identical splits, batches and initial weights for each seed. Methods with
 options first choose one of at most {BUDGET} configurations by the validation split of two seeds that are not reported
-({", ".join(map(str, TUNING_SEEDS))}). Results are appended as they come; interrupted, the same command goes on. Writes
-results.csv, report.md, report.html and pictures.
+({", ".join(map(str, TUNING_SEEDS))}). Results are appended as they come; interrupted, the same command goes on. Run
+more than once at a time, it shares the work. Writes results.csv, report.md, report.html and pictures.
 """
 
 
@@ -108,8 +110,11 @@ def _main(p: command_line.Parser, folder: Folder, options: argparse.Namespace) -
         print(f"{error}\n(--data chooses other data sets)", file=sys.stderr)
         return 1
     wanted = None
+    if options.report and not folder.path.is_dir():
+        p.refuse("--report", f"there is no folder {folder.path}; --out names one that a comparison wrote")
     if report.is_empty(folder) and options.report:
-        p.refuse("--report", f"{folder.path} has no results: neither runs in results.csv nor steps in cost.csv")
+        p.refuse("--report", f"{folder.path} has no results: neither runs in results.csv nor steps in cost.csv; "
+                 "--out names a folder that a comparison wrote")  # fmt: skip
     if options.cost:
         cost.measure(folder.path, data, names, options.backbone, options.width)
     elif not options.report:
@@ -118,7 +123,8 @@ def _main(p: command_line.Parser, folder: Folder, options: argparse.Namespace) -
         _train_all(folder, tuning, options.jobs, "tuning")
         wanted = seed_runs(data, names, options.seeds, options.epochs, tuned(folder.lines(), tuning), *network)
         _train_all(folder, wanted, options.jobs, "seeds")
-    written = report.write(folder, wanted)
+    with alone_in(folder.claims, "report"):
+        written = report.write(folder, wanted)
     print(f"Saved in {folder.path}: {', '.join(path.name for path in written)}")
     return 0
 
@@ -135,63 +141,34 @@ def _look_at(p: command_line.Parser, data: Sequence[str], options: argparse.Name
         p.refuse_beyond_memory("--width", _BYTES * sum(weight.numel() for weight in network.parameters()))
 
 
-def _one_thread() -> None:
-    torch.set_num_threads(1)  # networks this small are fastest with one, and give the same bits everywhere
-
-
-@contextlib.contextmanager
-def _not_interrupted() -> Iterator[None]:
-    """Processes that begin within never see an interruption, which a terminal sends to all; this one sees it later.
-    Windows has no such mask."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _train_all(folder: Folder, runs: Sequence[Run], jobs: int, what: str) -> None:
+    """Every run has its line afterwards, of this process or of another one with the same folder."""
     from rich.progress import Progress
 
     done = {line.run for line in folder.lines()}
-    todo = [run for run in runs if run not in done]
-    with Progress() as progress:
-        task = progress.add_task(what, total=len(runs), completed=len(runs) - len(todo))
-        for line, history in _trained(todo, jobs):
-            folder.add(line, history)
-            progress.advance(task)
-            progress.print(f"{line.data:14} {line.contestant:22} seed {line.seed:<5} test {line.test:5.1f} %")
-
-
-def _trained(runs: Sequence[Run], jobs: int) -> Iterator[tuple[Line, list[dict[str, Any]]]]:
-    """Results as they come."""
-    if jobs == 1:
-        threads = torch.get_num_threads()
-        try:
-            _one_thread()
-            yield from map(train, runs)
-        finally:
-            torch.set_num_threads(threads)
+    if all(run in done for run in runs):
         return
-    # spawned: a forked process would inherit threads that hold locks
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _one_thread)
-    others = set(multiprocessing.active_children())
-    try:
-        left = list(reversed(runs))
-        running: set[Future[tuple[Line, list[dict[str, Any]]]]] = set()
-        while left or running:
-            while left and len(running) < 2 * jobs:  # few at a time, so that an interruption does not wait for many
-                with _not_interrupted():
-                    running.add(pool.submit(train, left.pop()))
-            finished, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in finished:
-                yield future.result()
-    except BaseException:
-        for process in set(multiprocessing.active_children()) - others:
-            process.terminate()  # what they are at would end in minutes, and nobody waits for it
-        raise
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    share = Share(folder.claims, runs, folder.file_stem, lambda: {line.run for line in folder.lines()})
+    with contextlib.closing(share), Progress() as progress:
+        task = progress.add_task(what, total=len(runs), completed=share.done)
+        for line, history in _trained(_told(share, progress, task), jobs):
+            folder.add(line, history)
+            share.release(line.run)
+            progress.update(task, completed=share.done)
+            progress.print(f"{line.data:14} {line.contestant:22} seed {line.seed:<5} test {line.test:5.1f} %")
+        progress.update(task, completed=len(runs))
+
+
+def _told(share: Share, progress: Progress, task: TaskID) -> Iterator[Run | None]:
+    """The runs of a share; once, that others are waited for."""
+    told = False
+    for run in share:
+        progress.update(task, completed=share.done)
+        if run is None and not told:
+            told = True
+            progress.print("What is left is being trained by other processes with this folder; waiting for them.")
+        yield run
+
+
+def _trained(runs: Iterable[Run | None], jobs: int) -> Iterator[Trained]:
+    return trained(runs, jobs, train)
