@@ -134,9 +134,9 @@ COMMANDS = (
     ),
     Mutant(
         "processes tell of an interruption, too",
-        COMPARE,
-        "    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})",
-        "    before = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})",
+        "aim_kernels/experiments/compare/workers.py",
+        "    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if masked else None",
+        "    before = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT}) if masked else None",
         "A terminal sends it to all, and each printed a traceback.",
         (f"{ENDS}::test_control_c",),
     ),

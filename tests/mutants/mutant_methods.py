@@ -217,7 +217,7 @@ METHOD_BUGS = (
     Mutant(
         "copies of AIM have no hooks",
         "aim_kernels/aim/aim.py",
-        'self._handles = self.mixing.install(self) if state["_handles"] else ()',
+        'self._handles = self._install() if state["_handles"] else ()',
         "self._handles = ()",
         "a deep copy would train jointly, and say that it modulates",
         ("test_copies.py::test_a_copy_mixes_by_itself",),

@@ -290,7 +290,9 @@ def test_a_report_of_nothing_is_refused(there: list[str], idle: Path, capsys: py
     for name in there:
         (folder / name).write_text("")
     said = refused(["compare", "--report", "--out", str(folder)], capsys)
-    assert said == f"argument --report: {folder} has no results: neither runs in results.csv nor steps in cost.csv"
+    nothing = f"{folder} has no results: neither runs in results.csv nor steps in cost.csv; --out names a folder that"
+    missing = f"there is no folder {folder}; --out names one that"
+    assert said == f"argument --report: {nothing if there else missing} a comparison wrote"
     assert sorted(path.name for path in folder.glob("*")) == sorted(there)
     assert folder.exists() == bool(there)
 
