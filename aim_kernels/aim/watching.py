@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from aim_kernels.aim.prototypes import is_probed
+
 if TYPE_CHECKING:
     from aim_kernels.aim.interface import Modulator
 
@@ -34,7 +36,7 @@ class LiveWatch:
         ]
 
     def evaluated(self, model: nn.Module, _args: Any) -> None:
-        if not torch.compiler.is_compiling() and not model.training and self._live():
+        if not torch.compiler.is_compiling() and not model.training and self._live() and not is_probed(model):
             self.warn("evaluated", "the model is evaluated with live weights, in which a modality may be degraded")
 
     def saved(self, _model: nn.Module, *_args: Any) -> None:
