@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from aim_kernels.step import codecs
+from aim_kernels.step.placement import spread
 from aim_kernels.step.sharding import is_dtensor, like, local_of
 from aim_kernels.step.supported import is_estimated
 
@@ -393,3 +394,5 @@ def make_states(
         if name == "sum" and group["initial_accumulator_value"]:
             begin = torch.full_like(local_of(value), 0, dtype=arithmetic_dtype(p.dtype))
             keep_moment(p, state[p], name, begin.fill_(float(group["initial_accumulator_value"])), dtype)
+    for p in params:
+        spread(p, state[p])
