@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from aim_kernels.experiments.data import MissingPackageError, ave, crema_d, kinetics_sounds, ucf101
-from aim_kernels.experiments.data.clips import EMOTIONS, Clips, lines
+from aim_kernels.experiments.data.clips import EMOTIONS
+from aim_kernels.experiments.data.index import Clips
+from aim_kernels.experiments.data.lists import rows
 from aim_kernels.experiments.data.media import (
     IMAGENET,
     Flow,
@@ -294,7 +296,7 @@ def test_kinetics_sounds_in_both_layouts(tmp_path: Path) -> None:
     test = kinetics_sounds(tmp_path / "b", "test", audio=SOUND, video=SIGHT)
     assert train.classes == test.classes == ("bowling", "singing")
     assert names(train) == ["bowling/x", "bowling/y", "singing/x", "singing/y"]
-    assert [clip.paths[0].suffix for clip in train.clips] == [".wav", ".avi", ".avi", ".avi"]
+    assert [clip.sources[0].suffix for clip in train.clips] == [".wav", ".avi", ".avi", ".avi"]
     assert names(test) == ["bowling/z", "singing/z"] and test.labels.tolist() == [0, 1]
     assert isinstance(test[0][0], Tensor) and test[0][0].shape == (1, 33, 41)
 
@@ -350,7 +352,7 @@ def test_ucf101_holds_groups_out(tmp_path: Path) -> None:
         write_video(tmp_path / "UCF-101" / name.split("_")[1] / f"{name}.avi", [60, 60], sine(0.2, 8000))
     heard = ucf101(tmp_path, "test", modalities=("audio", "rgb"), fold=2, readers={"rgb": SIGHT, "audio": SOUND})
     assert heard.shapes() == {"audio": (1, 33, 41), "rgb": (3, 2, 16, 16)}
-    assert [clip.paths[1].parent.name for clip in heard.clips] == ["jpegs_256"] * 2  # frames go before videos
+    assert [clip.sources[1].parent.name for clip in heard.clips] == ["jpegs_256"] * 2  # frames go before videos
 
 
 def test_what_is_asked_for_wrongly(tmp_path: Path) -> None:
@@ -373,4 +375,4 @@ def test_what_is_asked_for_wrongly(tmp_path: Path) -> None:
             make(tmp_path / "nowhere")
     (tmp_path / "rows.txt").write_text("a,b\n\nc\n")
     with pytest.raises(ValueError, match=r"rows\.txt, line 3: 2 fields"):
-        lines(tmp_path / "rows.txt", ",", 2)
+        rows(tmp_path / "rows.txt", ",", {"a": (), "b": ()})
