@@ -191,11 +191,9 @@ def _captioned(
         caption = captions[unique]
         file = caption.image.rsplit("/", 1)[-1]
         stem = file.rsplit(".", 1)[0]
-        written: Source | None
-        if use_tokens:
-            written = tokens.find(stem)
-        else:
-            written = caption.text if caption.text is not None else plain.find(stem)
+        written: Source | None = caption.text
+        if use_tokens or written is None:
+            written = (tokens if use_tokens else plain).find(stem)
         return shown.find(caption.image, f"{caption.label}/{file}", file), written
 
     readers = {"image": image or Picture(), "text": text or (StoredTokens() if use_tokens else Tokens())}
@@ -233,12 +231,12 @@ def iemocap(
     Source: Busso et al., Language Resources and Evaluation 42, 2008; lists as the published code of MLA (ab6c184).
     """
     base = existing(root)
-    known = {"audio": Either(LogSpectrogram(seconds=6.0)), "text": Tokens(), "video": Frames()}
+    known: dict[str, Reader] = {"audio": Either(LogSpectrogram(seconds=6.0)), "text": Tokens(), "video": Frames()}
     check(split, validation, missing)
     subset_of("modalities", modalities, known)
     if fold not in range(1, 6):
         raise ValueError(f"fold must be 1 to 5, the session for testing, got {fold}")
-    given: dict[str, Reader] = {**known, **(readers or {})}
+    given = {**known, **(readers or {})}
     own = listed(split)
     if (base / "my_train_iemo.txt").exists():
         held = split == "validation" and (base / "my_dev_iemo.txt").exists()

@@ -237,8 +237,8 @@ def vggsound(
     classes = sorted({label for _, label, _ in table})
     pairs = [(name, label) for name, label, part in table if part == own]
     tree = f"{own}-videos/{own}-set"
-    frames = [f"{tree}-img/{folder}/{{}}{e}" for folder in folders(base / f"{tree}-img", r"Image-\d+-FPS") for e in
-              (".mp4", "")]  # fmt: skip
+    images = [f"{tree}-img/{folder}" for folder in folders(base / f"{tree}-img", r"Image-\d+-FPS")]
+    frames = [f"{folder}/{{}}{end}" for folder in images for end in (".mp4", "")]
     where = ("video", "videos", own, tree)
     videos = [f"{folder}/{{}}{end}" for folder in where for end in VIDEOS]
     sounds = [f"{own}-audios/{own}-set/{{}}.wav", *audio_places(own)]

@@ -183,7 +183,8 @@ def collect(
 
     ``missing``: "error" raises FileNotFoundError for the first clip that lacks a file; "skip-missing" leaves such clips
     out; "skip" also reads every file once and leaves out clips whose files are broken. What is left out is counted in a
-    warning that names the first, given to the caller at stack ``level``. Raises ValueError for an unknown class, and if nothing is left.
+    warning that names the first, given to the caller at stack ``level``. Raises ValueError for an unknown class, and if
+    nothing is left.
     """
     known = {label: number for number, label in enumerate(classes)}
     clips, lacking, broken = [], [], []
@@ -208,10 +209,8 @@ def collect(
     if lacking or broken:
         parts = [f"{len(lacking)} lack {files}, {lacking[0]!r} the first"] if lacking else []
         parts += [f"{len(broken)} have one that cannot be read, the first: {broken[0][1]}"] if broken else []
-        warnings.warn(
-            f"{name}: {len(lacking) + len(broken)} of {len(rows)} clips are left out: {'; '.join(parts)}",
-            stacklevel=level,
-        )
+        left_out = f"{len(lacking) + len(broken)} of {len(rows)} clips are left out"
+        warnings.warn(f"{name}: {left_out}: {'; '.join(parts)}", stacklevel=level)
     return Clips(name, classes, clips, readers, [*lacking, *(own for own, _ in broken)])
 
 

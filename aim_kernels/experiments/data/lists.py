@@ -135,7 +135,7 @@ def json_rows(path: Path, keys: Sequence[str]) -> list[list[str]]:
         lacking = [key for key in keys if not isinstance(item, dict) or key not in item]
         if lacking:
             raise ValueError(
-                f"{path}, object of line {number}: a JSON object with {', '.join(keys)}; it lacks {lacking}"
+                f"{path}, line {number}: expected a JSON object with {', '.join(keys)}; it lacks {lacking}"
             )
     return [["" if item[key] is None else str(item[key]).strip() for key in keys] for _, item in objects]
 

@@ -130,8 +130,8 @@ def spaced(available: int, count: int) -> list[int]:
 
 
 def pictures(path: Path, count: int) -> list[Any]:
-    """``count`` evenly spaced Pillow images of a folder of frames (``2.jpg`` before ``10.jpg``), of a video, or ``count``
-    times one image. Modes are ``RGB`` and ``L``, see :func:`plain`.
+    """``count`` evenly spaced Pillow images of a folder of frames (``2.jpg`` before ``10.jpg``) or of a video, or
+    ``count`` times one image. Modes are ``RGB`` and ``L``, see :func:`plain`.
 
     Raises MissingPackageError without Pillow or, for videos, PyAV; BrokenFileError, which names the frame, for what
     cannot be decoded, and where there is no frame.
@@ -165,7 +165,7 @@ def plain(image: Any) -> Any:
         values = np.asarray(image)
         if image.mode == "F" or values.min() < 0 or values.max() > 65535:
             raise ValueError(
-                f"pixels of the mode {image.mode!r} from {values.min()} to {values.max()}, not 8 or 16 bits"
+                f"pixels of the mode {image.mode!r} from {values.min()} to {values.max()}, neither 8 nor 16 bits"
             )
         return Image.fromarray(np.round(values / 257.0).astype(np.uint8))
     if image.mode in ("P", "PA"):
@@ -188,8 +188,9 @@ def _video(path: Path, count: int) -> Iterator[Any]:
     with av.open(str(path)) as container:
         container.streams.video[0].thread_type = "AUTO"
         for number, frame in enumerate(container.decode(video=0)):
+            to_image: Callable[[], Any] = frame.to_image
             for _ in range(wanted.count(number)):
-                yield frame.to_image()
+                yield to_image()
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Pickles of arrays, read without running what they name.
 
-A pickle is a program: ``pickle.load`` calls every function that the file names. Here it can call none. Numbers, strings,
-lists, tuples, sets and dictionaries are read as they are; of NumPy's arrays, types and scalars the pickle only fills
-stand-ins of this module, from which arrays are built afterwards, with every size checked. Any other name is refused.
+A pickle is a program: ``pickle.load`` calls every function that the file names. Here it can call none. Numbers,
+strings, lists, tuples, sets and dictionaries are read as they are; of NumPy's arrays, types and scalars the pickle only
+fills stand-ins of this module, from which arrays are built with every size checked. Any other name is refused.
 """
 
 from __future__ import annotations
@@ -86,11 +86,17 @@ def _bytes(text: Any, encoding: Any = "") -> bytes:
     return text.encode("latin-1")
 
 
+def _empty() -> bytes:
+    """``bytes()`` as the older protocols name it, and with no argument: a number would be a size."""
+    return b""
+
+
 _NAMES: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Kind,
     ("_codecs", "encode"): _bytes,
     ("collections", "OrderedDict"): OrderedDict,
+    **{(module, "bytes"): _empty for module in ("builtins", "__builtin__")},
     **{(module, "set"): set for module in ("builtins", "__builtin__")},
     **{(module, "frozenset"): frozenset for module in ("builtins", "__builtin__")},
     **{(f"numpy.{core}.multiarray", "_reconstruct"): _Array for core in ("core", "_core")},
