@@ -118,6 +118,19 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
         waveform(wav, 4000)
 
 
+@pytest.mark.parametrize("size", [0, 0x7FFFFFFF, 0xFFFFFFFF])
+def test_sound_that_was_written_to_a_pipe(tmp_path: Path, size: int) -> None:
+    wav = tmp_path / "x.wav"
+    write_wav(wav, sine(0.1, 4000))
+    content = bytearray(wav.read_bytes())
+    expected = waveform(wav, 4000)
+    at = content.index(b"data")
+    for place in (4, at + 4):  # the sizes of the file and of its sound, which the writer could not know
+        content[place : place + 4] = struct.pack("<I", size)
+    wav.write_bytes(content[:12] + b"LIST\x03\0\0\0tag\0" + content[12:])
+    assert torch.equal(waveform(wav, 4000), expected)
+
+
 def test_broken_videos_are_named(tmp_path: Path) -> None:
     video = tmp_path / "x.avi"
     for content in (b"", b"no video" * 50):

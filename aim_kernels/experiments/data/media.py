@@ -5,6 +5,7 @@ Frames need Pillow, ``.wav`` files scipy, all other files PyAV; each is imported
 
 from __future__ import annotations
 
+import io
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -71,7 +72,7 @@ def _wav(path: Path, rate: int) -> Tensor:
         # chunks that are no sound (tags) may be skipped; sound that is cut off may not
         warnings.simplefilter("ignore", wavfile.WavFileWarning)
         warnings.filterwarnings("error", "Reached EOF prematurely", wavfile.WavFileWarning)
-        own, samples = wavfile.read(path)
+        own, samples = wavfile.read(_with_sizes(path))
     if samples.size == 0:
         raise BrokenFileError(f"{path} has no sound")
     if samples.dtype == np.uint8:
@@ -83,6 +84,30 @@ def _wav(path: Path, rate: int) -> Tensor:
         common = math.gcd(own, rate)
         samples = resample_poly(samples, rate // common, own // common)
     return torch.from_numpy(np.ascontiguousarray(samples, dtype=np.float32))
+
+
+#: From here on the sizes in a header say that whoever wrote it did not know them.
+_UNKNOWN_SIZE = 0x7FFFFF00
+
+
+def _with_sizes(path: Path) -> Path | io.BytesIO:
+    """A ``.wav`` file with the sizes in its header; one that was written to a pipe has none."""
+    with path.open("rb") as file:
+        head = file.read(12)
+    size = int.from_bytes(head[4:8], "little")
+    if head[:4] != b"RIFF" or 0 < size < _UNKNOWN_SIZE:
+        return path
+    content = bytearray(path.read_bytes())
+    content[4:8] = (len(content) - 8).to_bytes(4, "little")
+    at = 12
+    while at + 8 <= len(content):
+        size = int.from_bytes(content[at + 4 : at + 8], "little")
+        if content[at : at + 4] == b"data":
+            if size == 0 or size >= _UNKNOWN_SIZE:
+                content[at + 4 : at + 8] = (len(content) - at - 8).to_bytes(4, "little")
+            break
+        at += 8 + size + size % 2
+    return io.BytesIO(bytes(content))
 
 
 def _sound_of_video(path: Path, rate: int) -> Tensor:
