@@ -140,6 +140,9 @@ def test_arrays_within_objects_and_lists_that_are_no_array(tmp_path: Path) -> No
     np.testing.assert_array_equal(unpickle.array(tmp_path, found), [[1, 1, 1], [0, 0, 0]])
     with pytest.raises(ValueError, match="lists of equal lengths"):
         unpickle.array(tmp_path, [[1, 2], [3]])
+    unfilled = b"\x80\x02cnumpy\nndarray\n)\x81."
+    with pytest.raises(ValueError, match="without content"):
+        unpickle.array(tmp_path, unpickle.load(io.BytesIO(unfilled)))
 
 
 @pytest.mark.parametrize(

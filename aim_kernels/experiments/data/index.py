@@ -135,29 +135,31 @@ def folders(base: Path, pattern: str) -> list[str]:
 class Places:
     """Where a modality's files may be: ``patterns`` below ``base`` in which ``{}`` stands for a clip's name.
 
-    Folders that are not there are left out once, not looked for in every clip. If ``reader`` takes only features, or
-    only sound, patterns of the other kind are left out as well.
+    Folders are listed once, so that clips that are not in one cost nothing there. If ``reader`` takes only features, or
+    only sound, patterns of the other kind are left out.
     """
 
     def __init__(self, base: Path, patterns: Iterable[str], reader: Reader | None = None) -> None:
-        present: dict[str, bool] = {}
-        self.base, self.patterns = base, []
+        listings: dict[Path, frozenset[str]] = {}
+        #: Folders, what is in them, and the rest of the pattern.
+        self.patterns: list[tuple[Path, frozenset[str], str]] = []
         for pattern in dict.fromkeys(patterns):
-            folder = pattern.split("{}")[0].rpartition("/")[0]
-            if folder not in present:
-                present[folder] = (base / folder).is_dir()
+            inner = pattern.split("{}")[0].rpartition("/")[0]
+            folder, rest = base / inner, pattern[len(inner) :].lstrip("/")
             feature = Path(pattern).suffix.lower() in FEATURES
             wrong = (isinstance(reader, Features) and not feature) or (isinstance(reader, LogSpectrogram) and feature)
-            if present[folder] and not wrong:
-                self.patterns.append(pattern)
+            if not wrong and folder not in listings:
+                listings[folder] = frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
+            if not wrong and listings[folder]:
+                self.patterns.append((folder, listings[folder], rest))
 
     def find(self, *names: str) -> Path | None:
         """The first file, or folder with frames, that is there under the first of ``names`` that has one."""
         for name in names:
-            for pattern in self.patterns:
-                path = self.base / pattern.replace("{}", name)
-                if path.is_file() or has_frames(path):
-                    return path
+            for folder, listing, pattern in self.patterns:
+                inner = pattern.replace("{}", name)
+                if inner.split("/", 1)[0] in listing and ((folder / inner).is_file() or has_frames(folder / inner)):
+                    return folder / inner
         return None
 
 

@@ -40,8 +40,10 @@ class _Kind:
 class _Array:
     """Stands for a ``numpy.ndarray``."""
 
+    value: NDArray[Any] | None = None  # a pickle may leave it at that
+
     def __init__(self, *_: Any) -> None:
-        self.value: NDArray[Any] | None = None
+        pass
 
     def __setstate__(self, state: Any) -> None:
         _, shape, kind, fortran, content = state
