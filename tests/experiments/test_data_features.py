@@ -155,6 +155,8 @@ def test_arrays_within_objects_and_lists_that_are_no_array(tmp_path: Path) -> No
         b"cnumpy\ndtype\n(S'O'\ntR(I3\nS'|'\nNNNI-1\nI-1\nI0\ntb.cnumpy",
         b"cnumpy._core.multiarray\nscalar\n(cnumpy\ndtype\n(S'O'\ntRS'x'\ntR.",
         b"cnumpy\ndtype\n(S'i4,f4'\ntR.",
+        b"cnumpy\ndtype\n(S'f8'\ntR(I3\nS'<'\nN(S'a'\ntNI-1\nI-1\nI0\ntb.",
+        b"cnumpy\ndtype\n(S'f8'\ntR(I3\nS'<'\n(S'f8'\n(I2\nttNNI-1\nI-1\nI0\ntb.",
         b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR(I1\n(I9\ntcnumpy\ndtype\n(S'f8'\ntRI00\nS'x'\ntb.",
     ],
 )
