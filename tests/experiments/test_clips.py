@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import wave
 from collections import Counter
 from pathlib import Path
 
@@ -14,9 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
+from written_files import names, sine, write_frames, write_video, write_wav
 
 from aim_kernels.experiments.data import MissingPackageError, ave, crema_d, kinetics_sounds, ucf101
-from aim_kernels.experiments.data.clips import EMOTIONS, Clips, lines
+from aim_kernels.experiments.data.clips import EMOTIONS
 from aim_kernels.experiments.data.media import (
     IMAGENET,
     Flow,
@@ -35,53 +35,6 @@ SOUND = LogSpectrogram(rate=4000, seconds=0.5, n_fft=64, hop=50)
 SIGHT = Frames(2, 16)
 #: JPEG and video codecs change flat colours by a few of 256 levels.
 CODEC = 12 / 255
-
-
-def sine(seconds: float, rate: int, pitch: float = 440.0) -> np.ndarray:
-    return 0.5 * np.sin(2 * np.pi * pitch * np.arange(round(seconds * rate)) / rate)
-
-
-def write_wav(path: Path, samples: np.ndarray, rate: int = 4000, width: int = 2) -> None:
-    """PCM of ``width`` bytes; ``samples`` [n] or [n, channels] in [-1, 1]."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scaled = np.round(samples * (2 ** (8 * width - 1) - 1))
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(1 if samples.ndim == 1 else samples.shape[1])
-        file.setsampwidth(width)
-        file.setframerate(rate)
-        data = (scaled + 128).astype(np.uint8) if width == 1 else scaled.astype(f"<i{width}")
-        file.writeframes(data.tobytes())
-
-
-def write_frames(folder: Path, levels: list[int], mode: str = "RGB", end: str = ".jpg") -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, level in enumerate(levels):
-        colour = (level, 255 - level, 0) if mode == "RGB" else level
-        Image.new(mode, (24, 20), colour).save(folder / f"{number:05d}{end}")
-
-
-def write_video(path: Path, levels: list[int], sound: np.ndarray | None = None, rate: int = 8000) -> None:
-    """Flat grey frames, and mono sound."""
-    import av
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=5)
-        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
-        audio = container.add_stream("pcm_s16le", rate=rate) if sound is not None else None
-        for level in levels:
-            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), level, dtype=np.uint8), format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-        if audio is not None and sound is not None:
-            piece = av.AudioFrame.from_ndarray(np.round(sound * 32767).astype(np.int16)[None], "s16", "mono")
-            piece.sample_rate = rate
-            container.mux(audio.encode(piece))
-            container.mux(audio.encode(None))
-
-
-def names(clips: Clips) -> list[str]:
-    return [clip.name for clip in clips.clips]
 
 
 # -- sound and pictures ------------------------------------------------------------------------------------------------
@@ -254,7 +207,8 @@ def test_crema_d_videos_and_missing_files(tmp_path: Path) -> None:
         FileNotFoundError, match=rf"1 of 12 clips lack a file for audio or video, '{made[0]}' the first"
     ):
         crema_d(tmp_path, validation=0.0)
-    clips = crema_d(tmp_path, validation=0.0, missing="skip")
+    with pytest.warns(UserWarning, match=rf"1 of 12 clips are left out: 1 lack a file .* '{made[0]}' the first"):
+        clips = crema_d(tmp_path, validation=0.0, missing="skip-missing")
     assert (names(clips), clips.left_out) == (made[1:], (made[0],))
     write_video(tmp_path / "VideoFlash" / f"{made[0]}.avi", [10, 20, 30])
     clips = crema_d(tmp_path, audio=SOUND, video=SIGHT, validation=0.0)
@@ -294,7 +248,7 @@ def test_kinetics_sounds_in_both_layouts(tmp_path: Path) -> None:
     test = kinetics_sounds(tmp_path / "b", "test", audio=SOUND, video=SIGHT)
     assert train.classes == test.classes == ("bowling", "singing")
     assert names(train) == ["bowling/x", "bowling/y", "singing/x", "singing/y"]
-    assert [clip.paths[0].suffix for clip in train.clips] == [".wav", ".avi", ".avi", ".avi"]
+    assert [clip.sources[0].suffix for clip in train.clips] == [".wav", ".avi", ".avi", ".avi"]
     assert names(test) == ["bowling/z", "singing/z"] and test.labels.tolist() == [0, 1]
     assert isinstance(test[0][0], Tensor) and test[0][0].shape == (1, 33, 41)
 
@@ -305,8 +259,8 @@ def test_ave_by_its_lists(tmp_path: Path) -> None:
         "valSet": ["Truck&cc&good&0&10"],
         "testSet": ["Category&VideoID&Quality&StartTime&EndTime", "Bark&dd&good&0&4", ""],
     }
-    for name, rows in lists.items():
-        (tmp_path / f"{name}.txt").write_text("\n".join(rows))
+    for name, written in lists.items():
+        (tmp_path / f"{name}.txt").write_text("\n".join(written))
     for name in ("aa", "cc", "dd"):
         write_video(tmp_path / "AVE" / f"{name}.mp4.avi", [90, 90], sine(0.2, 8000))
         (tmp_path / "AVE" / f"{name}.mp4.avi").rename(tmp_path / "AVE" / f"{name}.mp4")
@@ -350,7 +304,7 @@ def test_ucf101_holds_groups_out(tmp_path: Path) -> None:
         write_video(tmp_path / "UCF-101" / name.split("_")[1] / f"{name}.avi", [60, 60], sine(0.2, 8000))
     heard = ucf101(tmp_path, "test", modalities=("audio", "rgb"), fold=2, readers={"rgb": SIGHT, "audio": SOUND})
     assert heard.shapes() == {"audio": (1, 33, 41), "rgb": (3, 2, 16, 16)}
-    assert [clip.paths[1].parent.name for clip in heard.clips] == ["jpegs_256"] * 2  # frames go before videos
+    assert [clip.sources[1].parent.name for clip in heard.clips] == ["jpegs_256"] * 2  # frames go before videos
 
 
 def test_what_is_asked_for_wrongly(tmp_path: Path) -> None:
@@ -371,6 +325,3 @@ def test_what_is_asked_for_wrongly(tmp_path: Path) -> None:
     for make in (crema_d, kinetics_sounds):
         with pytest.raises(FileNotFoundError, match="root"):
             make(tmp_path / "nowhere")
-    (tmp_path / "rows.txt").write_text("a,b\n\nc\n")
-    with pytest.raises(ValueError, match=r"rows\.txt, line 3: 2 fields"):
-        lines(tmp_path / "rows.txt", ",", 2)
