@@ -10,7 +10,7 @@ DATA = ("digits", "watch")
 METHODS: dict[str, dict[str, Contestant]] = {
     "joint": {"joint": COMPARED["joint"]},
     "ogm-ge": {f"ogm-ge {alpha:g}": Contestant("ogm-ge", ({"alpha": alpha},)) for alpha in (0.5, 1.0, 2.0)},
-    "aim": {"aim": COMPARED["aim (gap)"]},
-    "drop": {"drop": COMPARED["drop (gap)"]},
+    "aim": {"aim": COMPARED["aim"]},
+    "drop": {"drop": COMPARED["drop"]},
 }
 CONTESTANTS = {name: entry for named in METHODS.values() for name, entry in named.items()}
