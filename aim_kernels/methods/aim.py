@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from aim_kernels.aim.aim import AIM
+from aim_kernels.aim.samples import Samples
 from aim_kernels.methods.base import Blocks, Method, Outputs
-from aim_kernels.methods.scores import unimodal_losses
+from aim_kernels.methods.losses import Loss
 from aim_kernels.step.arguments import check_at_least
 
 
@@ -18,7 +19,7 @@ class AIMMethod(Method):
     method as ``train``.
 
     ``num_classes=None``: that of the blocks, which may be None, too. ``unimodal_weight`` times the sum of the
-    modalities' own cross entropies is added to the loss (0, the default: the joint loss alone), which makes every
+    modalities' own losses is added to the loss (0, the default: the joint loss alone), which makes every
     encoder better by itself, held back or not, and costs accuracy where classes are unbalanced: not the paper's, but
     what several rivals owe their encoders to (docs/comparison.md). ``options`` go to AIM. With a mixing of two passes a
     step is ``AIM.backward(closure)`` and the optimizer's step.
@@ -33,10 +34,11 @@ class AIMMethod(Method):
         *,
         num_classes: int | None = None,
         unimodal_weight: float = 0.0,
+        loss: Loss | None = None,
         seed: int = 0,
         **options: Any,
     ) -> None:
-        super().__init__(blocks, optimizer, seed=seed)
+        super().__init__(blocks, optimizer, loss=loss, seed=seed)
         check_at_least("unimodal_weight", unimodal_weight, 0.0)
         self.unimodal_weight = unimodal_weight
         num_classes = blocks.num_classes if num_classes is None else num_classes
@@ -46,6 +48,7 @@ class AIMMethod(Method):
             num_classes,
             arguments=blocks.arguments,
             seed=seed,
+            loss=loss,
             **self.options_of_aim(options),
         )
 
@@ -58,20 +61,19 @@ class AIMMethod(Method):
         """Whether a training loop of one's own will do: not where a step takes two passes, or adds to the loss."""
         return not self.aim.mixing.two_passes and not self.unimodal_weight
 
-    def update(
-        self,
-        inputs: Sequence[Tensor],
-        labels: Tensor | None = None,
-        held_out: tuple[Sequence[Tensor], Tensor | None] | None = None,
-    ) -> Any:
+    def _update(self, samples: Samples, held_out: Samples | None) -> Any:
         """Returns AIM's table."""
-        recent = self._recent.copy()
+        recent, held = self._recent.copy(), None if held_out is None else (held_out.inputs, held_out.labels)
         try:
-            table = self.aim.update(inputs, labels, held_out=held_out, train=self.step)
+            return self.aim.update(samples.inputs, samples.labels, held_out=held, train=self._try)
         finally:
             self._recent = recent  # without the steps that were tried
-        super().update(inputs, labels, held_out)
-        return table
+
+    def _try(self, inputs: Any, labels: Any, present: Tensor | None = None, **keywords: Any) -> Tensor:
+        """A step on inputs in the form in which a rule gives them: positions, and keywords beside them."""
+        if keywords:
+            inputs = {**dict(enumerate(inputs)), **keywords}
+        return self.step(inputs, labels) if present is None else self.step(inputs, labels, present)
 
     @property
     def degrades(self) -> bool:
@@ -80,16 +82,18 @@ class AIMMethod(Method):
 
     def loss(self, outputs: Outputs) -> Tensor:
         loss = super().loss(outputs)
-        return loss + self.unimodal_weight * unimodal_losses(outputs).sum() if self.unimodal_weight else loss
+        return loss + self.unimodal_weight * self.unimodal_losses(outputs).sum() if self.unimodal_weight else loss
 
-    def step(self, inputs: Sequence[Tensor], labels: Tensor) -> Tensor:
+    def _backward(self, batch: Samples, run: Callable[[Tensor], Any]) -> tuple[Tensor, Outputs]:
         if not self.aim.mixing.two_passes:
-            return super().step(inputs, labels)
-        self.note_batch(inputs)
-        self.optimizer.zero_grad()
-        loss: Tensor = self.aim.backward(lambda: self.loss(self.blocks.forward(inputs, labels)))
-        self.optimizer.step()
-        return loss.detach()
+            return super()._backward(batch, run)
+        seen: list[Outputs] = []
+
+        def closure() -> Tensor:
+            seen[:] = [self.forward(batch)]
+            return self.loss(seen[0])
+
+        return self.aim.backward(closure, run).detach(), seen[0]
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "aim": self.aim.state_dict()}

@@ -16,7 +16,7 @@ from aim_kernels.aim.mixing import Alternate, Mixing, as_mixing
 from aim_kernels.aim.strengths import ModulationTable
 from aim_kernels.methods.aim import AIMMethod
 from aim_kernels.methods.base import Blocks, Method, Outputs, check_apply_to
-from aim_kernels.methods.scores import unimodal_losses
+from aim_kernels.methods.losses import Loss
 from aim_kernels.step.arguments import check_at_least
 from aim_kernels.step.layout import PHASE_COLUMNS, PHASES, ROW
 
@@ -157,7 +157,7 @@ class NoMask(AIMMethod):
 
 
 class SumOfLosses(Method):
-    """Cross entropy of the joint logits plus ``unimodal_weight`` times that of each modality's own; encoders' gradients
+    """The loss of the joint logits plus ``unimodal_weight`` times that of each modality's own; encoders' gradients
     (or updates) times ``encoder_factor``. With ``unimodal_weight=0.3`` it is AIM's own losses without AIM.
 
     With ``encoder_factor=3`` it is what BalanceBenchmark's port of MMPareto (4c1482f) comes to: its gradients are
@@ -176,9 +176,10 @@ class SumOfLosses(Method):
         unimodal_weight: float = 1.0,
         encoder_factor: float = 1.0,
         apply_to: str = "grad",
+        loss: Loss | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(blocks, optimizer, seed=seed)
+        super().__init__(blocks, optimizer, loss=loss, seed=seed)
         check_at_least("encoder_factor", encoder_factor, 0.0)
         check_at_least("unimodal_weight", unimodal_weight, 0.0)
         self.unimodal_weight = unimodal_weight
@@ -189,4 +190,4 @@ class SumOfLosses(Method):
             self.scale(factors, apply_to=apply_to, biases=True)
 
     def loss(self, outputs: Outputs) -> Tensor:
-        return super().loss(outputs) + self.unimodal_weight * unimodal_losses(outputs).sum()
+        return super().loss(outputs) + self.unimodal_weight * self.unimodal_losses(outputs).sum()
