@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from aim_kernels.aim.aim import AIM
@@ -41,6 +42,7 @@ class AIMMethod(Method):
         super().__init__(blocks, optimizer, loss=loss, seed=seed)
         check_at_least("unimodal_weight", unimodal_weight, 0.0)
         self.unimodal_weight = unimodal_weight
+        self._without_labels = False  # in the latest update
         num_classes = blocks.num_classes if num_classes is None else num_classes
         self.aim = AIM(
             blocks.model,
@@ -48,7 +50,7 @@ class AIMMethod(Method):
             num_classes,
             arguments=blocks.arguments,
             seed=seed,
-            loss=loss,
+            loss=None if loss is None else self._measured_loss,
             **self.options_of_aim(options),
         )
 
@@ -63,14 +65,27 @@ class AIMMethod(Method):
 
     def _update(self, samples: Samples, held_out: Samples | None) -> Any:
         """Returns AIM's table."""
-        recent, held = self._recent.copy(), None if held_out is None else (held_out.inputs, held_out.labels)
+        rule = self.aim.rule
+        on_losses = not self.aim.asks_for_scores if rule is None else not rule.scores_blocks
+        self._without_labels = (
+            samples.labels is None and self.given_loss is not None and on_losses and held_out is not None
+        )
+        labels, outside = samples.labels, None if held_out is None else held_out.labels
+        if self._without_labels and held_out is not None:
+            # Rules on losses take labels apart by sample, whatever they are; the loss does not see these.
+            labels, outside = (torch.arange(each.size, device=each.inputs.device) for each in (samples, held_out))
+        recent, held = self._recent.copy(), None if held_out is None else (held_out.inputs, outside)
         try:
-            return self.aim.update(samples.inputs, samples.labels, held_out=held, train=self._try)
+            return self.aim.update(samples.inputs, labels, held_out=held, train=self._try)
         finally:
             self._recent = recent  # without the steps that were tried
 
+    def _measured_loss(self, logits: Any, labels: Any) -> Tensor:
+        return self.loss_function(logits, None if self._without_labels else labels)
+
     def _try(self, inputs: Any, labels: Any, present: Tensor | None = None, **keywords: Any) -> Tensor:
         """A step on inputs in the form in which a rule gives them: positions, and keywords beside them."""
+        labels = None if self._without_labels else labels
         if keywords:
             inputs = {**dict(enumerate(inputs)), **keywords}
         return self.step(inputs, labels) if present is None else self.step(inputs, labels, present)

@@ -52,6 +52,7 @@ class AMSS(Method):
 
     class_scores = "the cross entropy of each modality against that of the class frequencies"
     writes_gradients = True
+    reads_rows = True
 
     def __init__(
         self,

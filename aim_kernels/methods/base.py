@@ -59,6 +59,8 @@ class Method:
     writes_rows_only = True
     #: What of class numbers ``[B]`` the formula needs; "": nothing, so that any loss will do.
     class_scores: str = ""
+    #: Whether rows of features are treated as those of samples.
+    reads_rows = False
     #: Whether a step is one call of :meth:`loss` and one backward pass, which may be accumulated and scaled.
     one_pass = True
     #: Whether :meth:`after_backward` changes gradients, which a scaler's factor must have left by then.
@@ -106,6 +108,7 @@ class Method:
 
     def loss(self, outputs: Outputs) -> Tensor:
         """The loss of the joint logits."""
+        self.check(outputs.logits, outputs.labels)
         return self.loss_of(outputs.logits, outputs.labels)
 
     def after_backward(self, outputs: Outputs) -> Any:
@@ -232,12 +235,19 @@ class Method:
     def forward(self, batch: Samples) -> Outputs:
         """One forward pass of a step; ValueError for logits that do not go with the labels."""
         outputs = self.blocks.forward(batch.inputs, batch.labels)
+        self.check(outputs.logits, outputs.labels)
+        if self.reads_rows:
+            self.blocks.check_rows(batch.inputs, outputs)
+        return outputs
+
+    def check(self, logits: Any, labels: Any) -> None:
+        """Raises ValueError for logits that do not go with the labels, or labels that are none of the loss's."""
         if self.class_scores or self.given_loss is None:
             flat = bool(self.class_scores)
-            check_logits(self._why(), outputs.logits, outputs.labels, self.ignored, flat=flat)
+            check_numbers(self._why(), labels, flat=flat)
+            check_logits(self._why(), logits, labels, self.ignored, flat=flat)
         elif of_classes(self.loss_function):
-            refuse_one_class(self._why(), outputs.logits)
-        return outputs
+            refuse_one_class(self._why(), logits)
 
     def _read(self, inputs: Any, labels: Any, present: Tensor | None) -> Samples:
         batch = read_batch(self.blocks.layout, inputs, labels, present)

@@ -284,6 +284,7 @@ class ModalityDropout(Method):
     """
 
     writes_rows_only = False
+    reads_rows = True
 
     def __init__(
         self, blocks: Blocks, optimizer: Any, *, probability: float = 0.3, loss: Loss | None = None, seed: int = 0

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from aim_kernels.aim.inputs import Inputs, Layout, joined, labels_of
 from aim_kernels.aim.samples import LABELS, Samples
@@ -63,6 +64,9 @@ def union(what: str, one: Samples, other: Samples) -> Samples:
         of_samples = all(isinstance(x, Tensor) and x.dim() and len(x) == n for x, n in zip(parts, counts, strict=True))
         shared[name] = joined(parts, counts) if of_samples else parts[0]
     try:
+        for a, b in zip(pytree.tree_leaves(one.labels), pytree.tree_leaves(other.labels), strict=False):
+            if isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype != b.dtype:
+                raise ValueError(f"labels are {a.dtype} and {b.dtype}")
         entries = tuple(joined(parts, counts) for parts in zip(one.inputs, other.inputs, strict=True))
         labels = joined([one.labels, other.labels], counts)
     except (ValueError, RuntimeError) as error:
@@ -94,7 +98,7 @@ def samples_of(layout: Layout, state: Mapping[str, Any] | None, device: torch.de
         return None
 
     def there(tree: Any) -> Any:
-        return torch.utils._pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, tree)
+        return pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, tree)
 
     own = layout if state["names"] is None else Layout(layout.modalities, tuple(state["names"]))
     inputs = Inputs(tuple(map(there, state["entries"])), there(state["shared"]), own)

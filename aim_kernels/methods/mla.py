@@ -12,7 +12,7 @@ from aim_kernels.aim.inputs import Inputs
 from aim_kernels.aim.prototypes import first_tensor, probing
 from aim_kernels.aim.samples import Samples
 from aim_kernels.methods.base import Blocks, Method
-from aim_kernels.methods.losses import Loss, check_logits
+from aim_kernels.methods.losses import Loss
 from aim_kernels.methods.scores import wide
 from aim_kernels.step.arguments import check_at_least, check_choice
 from aim_kernels.step.sharding import averaged
@@ -95,8 +95,7 @@ class MLA(Method):
                 continue
             self.optimizer.zero_grad()
             z, logits = self.own_logits(m, inputs)
-            if self.given_loss is None:
-                check_logits(self._why(), logits, labels, self.ignored, flat=False)
+            self.check(logits, labels)
             loss = self.loss_of(logits, labels)
             loss.backward()
             if self.projector is not None and self.turns:

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from aim_kernels.aim.blocks import block_param_groups
 from aim_kernels.aim.inputs import Layout, count_of
-from aim_kernels.aim.prototypes import first_tensor
-from aim_kernels.methods.trees import changed, per_sample, zeroed
+from aim_kernels.aim.prototypes import first_tensor, probing
+from aim_kernels.methods.trees import changed, frames_of, per_sample, zeroed
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ class Blocks:
         self.modalities = tuple(self.encoders)
         self.arguments = None if arguments is None else dict(arguments)
         self.layout = Layout.of(self.modalities, arguments)
+        self._rows_first: set[int] = set()  # modalities of which the first dimension counts samples for sure
 
     def named(self, number: int) -> str:
         """What a message calls the last block of the modality with this number."""
@@ -108,8 +110,8 @@ class Blocks:
                 raise RuntimeError(
                     "fuse is called more than once in a forward pass of the model; make it a module that is called once"
                     if self._encode is not None
-                    else f"{self.named(number)} is called more than once in a forward pass of the model, and "
-                    "nobody says which call gives the features; give Blocks encode= and a fuse that is a module of the model"
+                    else f"{self.named(number)} is called more than once in a forward pass of the model, and nobody "
+                    "says which call gives the features; give Blocks encode= and a fuse that is a module of the model"
                 )
             caught[number] = output
 
@@ -126,6 +128,29 @@ class Blocks:
                 raise RuntimeError(f"{self.named(number)} returns a {type(output).__name__} without a tensor")
             features.append(found)
         return Outputs(self, features, logits, labels, returned, read.size)
+
+    @torch.no_grad()
+    def check_rows(self, inputs: Inputs, outputs: Outputs) -> None:
+        """Raises ValueError for features ``[T, B, C]``, also where T is B: then one sample less tells, once for every
+        modality (a forward pass in evaluation mode, of which random states are as before)."""
+        count = outputs.count
+        unclear = {
+            number: z
+            for number, z in enumerate(outputs.features)
+            if frames_of(self.named(number), z, count) == 1 and z.dim() > 2 and z.shape[1] == count > 1
+        }
+        if unclear.keys() <= self._rows_first:
+            return
+        with probing(self.model):
+            fewer = self.forward(inputs.take(slice(count - 1), count)).features
+        for number, z in unclear.items():
+            frames_of(self.named(number), fewer[number], count - 1)
+            if fewer[number].shape[0] == z.shape[0]:
+                raise ValueError(
+                    f"{self.named(number)} has features of shape {list(z.shape)}, of which the second dimension counts "
+                    "samples; it must return [B, ...]"
+                )
+            self._rows_first.add(number)
 
     def treated(self, treat: Callable[[int, Any], Any]) -> contextlib.AbstractContextManager[None]:
         """Inside, ``treat(number, output)`` takes the place of what each modality's last block returns in passes of the

@@ -31,6 +31,7 @@ class OPM(Method):
     """
 
     writes_rows_only = False
+    reads_rows = True
     class_scores = "the probability of the true class"
 
     def __init__(

@@ -33,6 +33,7 @@ class PMR(Method):
     """
 
     writes_rows_only = False
+    reads_rows = True
     class_scores = "a prototype of each class"
 
     def __init__(

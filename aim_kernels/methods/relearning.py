@@ -55,6 +55,7 @@ class Relearning(Method):
     """
 
     class_scores = "the classes of the samples of each cluster"
+    reads_rows = True
 
     def __init__(
         self,

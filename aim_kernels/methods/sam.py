@@ -70,8 +70,8 @@ class MSAM(SAM):
 
     M-SAM (arXiv 2510.24919; no code was found): ``L_d = v L`` is the dominant modality's part of the loss, the rest the
     others', and only L_d is flattened: ``e = rho * grad L_d / |grad L_d|``, in which v cancels. ``v``: Shapley values
-    of the mean probability of the true class, from this batch, negative ones as 0; without class numbers ``[B]``, of what
-    features take from the loss (our reading). ``perturb="all"``:
+    of the mean probability of the true class, from this batch, negative ones as 0; without class numbers ``[B]``, of
+    what features take from the loss (our reading). ``perturb="all"``:
     every parameter, as the formula; "dominant": the dominant modality's encoder only (our variant).
 
     Raises ValueError for a negative ``rho``, an unknown ``perturb``.
