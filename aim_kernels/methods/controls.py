@@ -36,6 +36,8 @@ class DropFeatures(Mixing):
     """
 
     name: ClassVar[str] = "drop-features"
+    #: Whether rows of features are told apart.
+    by_sample: ClassVar[bool] = True
 
     @property
     def writes_rows(self) -> bool:
@@ -70,7 +72,8 @@ class DropFeatures(Mixing):
 
             def change(z: Tensor) -> Tensor:
                 # Outside of the model's own forward pass a row is a sample.
-                each = frames_of(where, z, counts[0] if counts and counts[0] else len(z))
+                count = counts[0] if counts and counts[0] else len(z)
+                each = frames_of(where, z, count) if self.by_sample else 1
                 return self.treat(z, probability, state["drop_generator"], each)
 
             return changed(where, output, change)
@@ -94,6 +97,7 @@ class ScaleFeatures(DropFeatures):
     mode. Otherwise :class:`DropFeatures`; source: this library's control."""
 
     name: ClassVar[str] = "scale-features"
+    by_sample: ClassVar[bool] = False
 
     def treat(self, output: Tensor, probability: float, generator: torch.Generator, each: int = 1) -> Tensor:
         return output * (1.0 - probability)
@@ -151,6 +155,7 @@ class Drop(AIMMethod):
     """AIM's strengths, but the dominant modality's features are dropped: see :class:`DropFeatures`. Takes the options
     of AIM but ``mixing`` and ``decouple``, which are about rows."""
 
+    reads_rows = True
     features: ClassVar[Mixing] = DropFeatures()
 
     def options_of_aim(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -166,6 +171,7 @@ class Drop(AIMMethod):
 class FeatureScale(Drop):
     """AIM's strengths, but the dominant modality's features are multiplied by ``1 - kappa``."""
 
+    reads_rows = False
     features = ScaleFeatures()
 
 

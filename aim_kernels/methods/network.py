@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from aim_kernels.aim.blocks import block_param_groups
-from aim_kernels.aim.inputs import Layout, count_of
+from aim_kernels.aim.inputs import Inputs, Layout, count_of
 from aim_kernels.aim.prototypes import first_tensor, probing
 from aim_kernels.methods.trees import changed, frames_of, per_sample, zeroed
 
