@@ -284,7 +284,6 @@ class ModalityDropout(Method):
     """
 
     writes_rows_only = False
-    reads_rows = True
 
     def __init__(
         self, blocks: Blocks, optimizer: Any, *, probability: float = 0.3, loss: Loss | None = None, seed: int = 0
@@ -311,7 +310,11 @@ class ModalityDropout(Method):
             return self.blocks.with_changed(number, output, change)
 
         with self.blocks.treated(treat):
-            return super()._backward(batch, run)
+            outputs = self.forward(batch)
+        self.blocks.check_rows(batch.inputs, outputs)
+        loss = self.loss(outputs)
+        run(loss)
+        return loss.detach(), outputs
 
 
 def _wide(logits: Any) -> Any:

@@ -133,7 +133,7 @@ class MLA(Method):
                     # The same operations, but compiled, or in another order: some hundred roundoffs.
                     near = 1e3 * max(torch.finfo(x.dtype).eps for x in (own, whole))
                     away = (wide(own) - wide(whole)).norm()
-                    same = bool(away <= min(near, 0.1) * wide(whole).norm())
+                    same = bool(away <= min(near, 0.03) * wide(whole).norm())
                 if not same:
                     name = self.blocks.modalities[m]
                     raise ValueError(
