@@ -126,7 +126,7 @@ class Method:
         run(loss)
         return loss.detach(), outputs
 
-    def _step(self, batch: Samples) -> Tensor:
+    def _step_on(self, batch: Samples) -> Tensor:
         """The whole step of methods of more than one pass; returns the loss, detached."""
         self.optimizer.zero_grad()
         loss, outputs = self._backward(batch, Tensor.backward)
@@ -177,7 +177,7 @@ class Method:
             loss = self.backward(inputs, labels, present, scaler=scaler)
             self.apply(scaler=scaler)
             return loss
-        return self._step(self._read(inputs, labels, present))
+        return self._step_on(self._read(inputs, labels, present))
 
     def backward(
         self,

@@ -197,7 +197,7 @@ class BestSubset(_KeepsHeldOut):
             return contextlib.nullcontext()
         return self.blocks.treated(lambda m, z: z if m in present else zeroed(z))
 
-    def _step(self, batch: Samples) -> Tensor:
+    def _step_on(self, batch: Samples) -> Tensor:
         """One training step of every network on one batch; returns the loss of that of all modalities, detached."""
         given = self.optimizer
         loss = torch.empty(0, device="cpu")
@@ -209,7 +209,7 @@ class BestSubset(_KeepsHeldOut):
                 self._put_in(number)
                 self.optimizer = optimizer
                 with self._present(number):
-                    loss = super()._step(batch)
+                    loss = super()._step_on(batch)
         finally:
             self.optimizer = given
             self._put_in(len(self.subsets) - 1)

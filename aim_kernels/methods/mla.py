@@ -79,7 +79,7 @@ class MLA(Method):
         """An epoch begins."""
         self.batches = 0
 
-    def _step(self, batch: Samples) -> Tensor:
+    def _step_on(self, batch: Samples) -> Tensor:
         """As many optimizer steps as modalities that have an input; returns the sum of their losses."""
         inputs, labels = batch.inputs, batch.labels
         if inputs.shared.get("present") is not None:

@@ -39,7 +39,7 @@ class MMPareto(Method):
         check_at_least("gamma", gamma, 0.0)
         self.gamma = gamma
 
-    def _step(self, batch: Samples) -> Tensor:
+    def _step_on(self, batch: Samples) -> Tensor:
         """Two backward passes and one step; returns the sum of all losses."""
         self.optimizer.zero_grad()
         outputs = self.forward(batch)

@@ -33,7 +33,7 @@ class SAM(Method):
         check_at_least("rho", rho, 0.0)
         self.rho = rho
 
-    def _step(self, batch: Samples) -> Tensor:
+    def _step_on(self, batch: Samples) -> Tensor:
         """Returns the loss of the unperturbed weights."""
         self.optimizer.zero_grad()
         outputs = self.forward(batch)
