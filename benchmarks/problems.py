@@ -292,13 +292,6 @@ def judged(network: Network, problem: Problem, data: Samples) -> float:
     return 100.0 * float(torch.stack([right[data.labels == k].mean() for k in data.labels.unique()]).mean())
 
 
-class Regression:
-    """What makes a method minimize squared errors: only joint training and AIM by its joint loss can."""
-
-    def __init__(self, method: Any) -> None:
-        method.loss = lambda outputs: nn.functional.mse_loss(outputs.logits, outputs.labels)
-
-
 def run(problem: Problem, method_name: str, seed: int) -> dict[str, float]:
     """Trains one network; what came out of it."""
     name, options = {**METHODS, **WITHOUT_SHIFT}[method_name]
@@ -313,10 +306,7 @@ def run(problem: Problem, method_name: str, seed: int) -> dict[str, float]:
     blocks = ak.Blocks(network, encoders, network.fuse, num_classes=max(problem.classes, 2))
     rates: dict[str, Any] = {"lr": 1e-3} if problem.rule == "adamw" else {"lr": 0.05, "momentum": 0.9}
     optimizer = ak.AIMFusedOptimizer(blocks.param_groups(1e-2), rule=problem.rule, seed=seed, **rates)
-    extra = {"loss": loss} if name == "aim" else {}
-    method = ak.make_method(name, blocks, optimizer, seed=seed, **options, **extra)
-    if problem.regression:
-        Regression(method)
+    method = ak.make_method(name, blocks, optimizer, seed=seed, loss=loss, **options)
     generator = torch.Generator().manual_seed(seed)
     train = data["train"]
     began = time.perf_counter()

@@ -10,7 +10,7 @@ from torch import Tensor
 from aim_kernels.methods.base import Blocks, Outputs
 from aim_kernels.methods.coalitions import shapley_logits
 from aim_kernels.methods.coefficients import Coefficients
-from aim_kernels.methods.scores import evaluation_mode
+from aim_kernels.methods.scores import counted, evaluation_mode, mean_of_counted
 from aim_kernels.step.arguments import check_at_least, check_choice
 from aim_kernels.step.sharding import averaged
 
@@ -32,6 +32,8 @@ class AGM(Coefficients):
     Raises ValueError for a negative ``alpha``, an unknown ``sign``.
     """
 
+    class_scores = "the probability of the true class"
+
     def __init__(
         self, blocks: Blocks, optimizer: Any, *, alpha: float = 1.0, sign: str = "paper", **options: Any
     ) -> None:
@@ -44,9 +46,11 @@ class AGM(Coefficients):
 
     def coefficients(self, outputs: Outputs) -> Tensor:
         with evaluation_mode(self.blocks.model):
-            logits = shapley_logits(self.blocks.fuse, outputs.features)
-        index = outputs.labels[None, :, None].expand(len(logits), -1, 1)
-        scores = averaged(logits.softmax(2).gather(2, index).clamp_min(1e-8).log().double().mean((1, 2)))
+            logits = shapley_logits(self.blocks.fuse, outputs.returned)
+        counts, labels = counted(outputs.labels, self.ignored)
+        index = labels[None, :, None].expand(len(logits), -1, 1)
+        own = logits.softmax(2).gather(2, index)[..., 0].clamp_min(1e-8).log()
+        scores = averaged(mean_of_counted(own, counts))
         if self.sign == "published":
             scores = -scores
         k = torch.exp(self.alpha * (self.discrepancy(self.running) - self.discrepancy(scores)).clamp_max(7.0))

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from aim_kernels.methods.base import Blocks, Method, Outputs, check_window
-from aim_kernels.methods.scores import wide
+from aim_kernels.methods.losses import Loss
+from aim_kernels.methods.scores import counted, mean_of_counted, wide
 from aim_kernels.step.arguments import check_choice, check_within
 from aim_kernels.step.sharding import averaged
 
@@ -49,6 +50,10 @@ class AMSS(Method):
     temperature that is not positive.
     """
 
+    class_scores = "the cross entropy of each modality against that of the class frequencies"
+    writes_gradients = True
+    reads_rows = True
+
     def __init__(
         self,
         blocks: Blocks,
@@ -63,9 +68,10 @@ class AMSS(Method):
         high: float = 0.9,
         starts: int = 0,
         ends: int | None = None,
+        loss: Loss | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(blocks, optimizer, seed=seed)
+        super().__init__(blocks, optimizer, loss=loss, seed=seed)
         check_choice("sample", sample, ("adaptive", "topk", "bernoulli", "random"))
         check_choice("weight", weight, ("one", "plus", "inverse"))
         check_choice("significance", significance, ("gn", "gn_wn", "sqrt_gn"))
@@ -87,19 +93,25 @@ class AMSS(Method):
     def shares(self, outputs: Outputs) -> Tensor:
         """``rho``, ``[M]``: the share of each encoder's filters that learn."""
         labels, classes = outputs.labels, outputs.logits.shape[1]
-        frequency = averaged((labels[:, None] == torch.arange(classes, device=labels.device)).double().mean(0))
+        counts, _ = counted(labels, self.ignored)
+        of_class = labels == torch.arange(classes, device=labels.device)[:, None]
+        frequency = averaged(mean_of_counted(of_class.double(), counts))
         if self.label_entropy == "published":
             entropy = -(frequency * frequency.log_softmax(0)).sum()
         else:
             entropy = -torch.xlogy(frequency, frequency).sum()
-        losses = torch.stack([nn.functional.cross_entropy(wide(x), labels).double() for x in outputs.unimodal()])
-        spread = torch.stack([self.feature_entropy(z) for z in outputs.features])
+        losses = torch.stack([self.own_loss(x, labels) for x in outputs.unimodal()])
+        spread = torch.stack([self.feature_entropy(outputs.per_sample(m)) for m in range(len(losses))])
         losses, spread = averaged(torch.stack([losses, spread]))
         numerator = -losses + entropy + 0.5
         modalities = len(losses)
         ahead = (numerator / spread / self.temperature).softmax(0)
         rho = ((1.0 - ahead) * modalities / (2.0 * (modalities - 1))).clamp(self.low, self.high)
         return torch.where((numerator <= 0.0).any(), torch.full_like(rho, 0.5), rho)
+
+    def own_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross entropy of one modality's logits, whatever the network is trained by; 0-dim, float64."""
+        return nn.functional.cross_entropy(wide(logits), labels, ignore_index=self.ignored).double()
 
     @staticmethod
     def feature_entropy(z: Tensor) -> Tensor:

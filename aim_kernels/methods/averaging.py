@@ -6,6 +6,7 @@ import contextlib
 from typing import Any
 
 from aim_kernels.methods.base import Blocks, Method
+from aim_kernels.methods.losses import Loss
 
 
 class WeightAveraging(Method):
@@ -16,8 +17,10 @@ class WeightAveraging(Method):
     that were stepped without an average.
     """
 
-    def __init__(self, blocks: Blocks, optimizer: Any, *, decay: float = 0.999, seed: int = 0) -> None:
-        super().__init__(blocks, optimizer, seed=seed)
+    def __init__(
+        self, blocks: Blocks, optimizer: Any, *, decay: float = 0.999, loss: Loss | None = None, seed: int = 0
+    ) -> None:
+        super().__init__(blocks, optimizer, loss=loss, seed=seed)
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"decay must lie in [0, 1), got {decay}")
         without = [group for group in self.optimizer.param_groups if group["ema_decay"] is None]

@@ -11,169 +11,60 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from aim_kernels.aim.blocks import block_param_groups
-from aim_kernels.aim.inputs import Inputs, Layout
+from aim_kernels.aim.inputs import Inputs, joined
+from aim_kernels.aim.samples import Samples, read_held_out, read_samples
 from aim_kernels.aim.statistics import SAMPLES, batches_of, layers_with_statistics, refreshed, trained_layers
+from aim_kernels.methods.batches import read_batch
+from aim_kernels.methods.losses import (
+    Loss,
+    check_logits,
+    check_numbers,
+    ignored_label,
+    of_classes,
+    refuse_one_class,
+    refuse_other_losses,
+)
+from aim_kernels.methods.network import Blocks, Outputs
+from aim_kernels.methods.trees import detached
 from aim_kernels.optim.modulation import unwrapped
-from aim_kernels.step.arguments import check_at_least, check_choice, numbers_checked
+from aim_kernels.step.arguments import check_at_least, check_choice, check_finite, numbers_checked
 
-
-@dataclass(frozen=True)
-class Outputs:
-    """What one forward pass of a batch gave.
-
-    ``features``: the output of every encoder, in the order of the modalities; ``logits``: ``[B, K]`` of the whole
-    network; ``labels``: ``[B]`` (int64).
-    """
-
-    blocks: Blocks
-    features: list[Tensor]
-    logits: Tensor
-    labels: Tensor
-
-    def unimodal(self) -> list[Tensor]:
-        """``[B, K]`` of each modality alone, differentiable: see :meth:`Blocks.unimodal`."""
-        return self.blocks.unimodal(self.features)
-
-
-class Blocks:
-    """A multimodal network as methods see it: encoders made of blocks, and what turns their features into logits.
-
-    Args:
-        model: called as ``model(*inputs)``, one input a modality; returns logits.
-        encoders: modality to its blocks, shallow to deep, as for :func:`block_param_groups`.
-        fuse: ``fuse(features) -> logits``: everything behind the encoders, of the list of what their last blocks
-            return. ``model(*inputs)`` must equal ``fuse`` of the encoders' outputs.
-        unimodal: ``unimodal(features) -> [logits of each modality alone]``. None: ``fuse`` with the features of all
-            other modalities at zero. A linear head on concatenated features has a sharper answer:
-            ``lambda z: late_fusion_logits(head, z)`` (methods.scores), whose parts add up to the joint logits.
-        encode: ``encode(*inputs) -> features`` for networks that do more than call block after block, such as putting
-            something in the place of a missing input (None). ``fuse`` must then be a module of ``model``: what it is
-            called with are the features.
-        num_classes: K, for methods that need it before they see labels.
-        arguments: modality to the model's arguments that belong to it, names of keywords or numbers of positions (see
-            :class:`AIM`); None: one positional argument per modality, or keywords with the modalities' names.
-
-    Raises ValueError for fewer than two modalities and what :func:`block_param_groups` refuses.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        encoders: Mapping[str, Sequence[nn.Module]],
-        fuse: Callable[[list[Tensor]], Tensor],
-        unimodal: Callable[[list[Tensor]], list[Tensor]] | None = None,
-        encode: Callable[..., list[Tensor]] | None = None,
-        num_classes: int | None = None,
-        arguments: Mapping[str, Any] | None = None,
-    ) -> None:
-        if len(encoders) < 2:
-            raise ValueError(f"encoders must name at least two modalities, got {list(encoders)}")
-        if encode is not None and not any(fuse is module for module in model.modules()):
-            raise ValueError("encode needs a fuse that is a module of the model")
-        block_param_groups(model, encoders)  # for its checks
-        self.model, self.fuse, self._unimodal, self._encode = model, fuse, unimodal, encode
-        self.num_classes = num_classes
-        self.encoders = {modality: list(modules) for modality, modules in encoders.items()}
-        self.modalities = tuple(self.encoders)
-        self.arguments = None if arguments is None else dict(arguments)
-        self.layout = Layout.of(self.modalities, arguments)
-
-    def forward(self, inputs: Any, labels: Any, present: Tensor | None = None) -> Outputs:
-        """One pass of the model; the features are caught on their way."""
-        read = self.layout.read("", inputs, present)
-        caught: dict[int, Tensor] = {}
-        if self._encode is not None and isinstance(self.fuse, nn.Module):
-            handles = [self.fuse.register_forward_pre_hook(lambda _module, args: caught.update(enumerate(args[0])))]
-        else:
-            handles = [
-                blocks[-1].register_forward_hook(lambda _module, _args, z, m=number: caught.__setitem__(m, z))
-                for number, blocks in enumerate(self.encoders.values())
-            ]
-        try:
-            logits = read.call(self.model)
-        finally:
-            for handle in handles:
-                handle.remove()
-        missing = [m for number, m in enumerate(self.modalities) if number not in caught]
-        if missing:
-            raise RuntimeError(f"the last block of {missing} was not called in the model's forward")
-        return Outputs(self, [caught[number] for number in range(len(self.modalities))], logits, labels)
-
-    @contextlib.contextmanager
-    def treated(self, treat: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
-        """Inside, ``treat(number, features)`` takes the place of each modality's features in passes of the model.
-
-        By hooks, so that a step still is one pass of the model, which a wrapper such as DistributedDataParallel sees.
-        """
-        if self._encode is not None and isinstance(self.fuse, nn.Module):
-            handles = [
-                self.fuse.register_forward_pre_hook(
-                    lambda _module, args: ([treat(number, z) for number, z in enumerate(args[0])], *args[1:])
-                )
-            ]
-        else:
-            handles = [
-                blocks[-1].register_forward_hook(lambda _module, _args, z, m=number: treat(m, z))
-                for number, blocks in enumerate(self.encoders.values())
-            ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def encode(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """The encoders' features, block by block, without the rest of the model."""
-        if self._encode is not None:
-            return self._encode(*inputs)
-        return [self.encode_one(number, x) for number, x in zip(range(len(self.modalities)), inputs, strict=True)]
-
-    def encode_one(self, number: int, x: Tensor) -> Tensor:
-        """Features of the modality with this number alone."""
-        for block in self.encoders[self.modalities[number]]:
-            x = block(x)
-        return x
-
-    def unimodal(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Logits ``[B, K]`` of each modality alone."""
-        if self._unimodal is not None:
-            return self._unimodal(list(features))
-        return [
-            self.fuse([z if own == other else torch.zeros_like(z) for other, z in enumerate(features)])
-            for own in range(len(features))
-        ]
-
-    def parameters(self, modality: str) -> list[nn.Parameter]:
-        """All parameters of one encoder, shallow to deep."""
-        return [p for block in self.encoders[modality] for p in block.parameters()]
-
-    def param_groups(self, weight_decay: float | None = None) -> list[dict[str, Any]]:
-        """Groups for :class:`AIMFusedOptimizer`."""
-        return block_param_groups(self.model, self.encoders, weight_decay)
+__all__ = ["Blocks", "Method", "Outputs", "check_apply_to", "check_window", "gradients_of"]
 
 
 class Method:
     """Joint training, and what all methods share.
 
-    ``optimizer`` is an :class:`AIMFusedOptimizer` over :meth:`Blocks.param_groups`. In a training loop of one's own::
+    ``optimizer`` is an :class:`AIMFusedOptimizer` over :meth:`Blocks.param_groups`. ``loss(logits, labels) -> scalar``
+    is what the network is trained by, of whatever the model returns and the batch brings for labels (None: cross
+    entropy of class numbers); a mean over samples. In a training loop of one's own::
 
         method.update(inputs, labels, held_out)          # now and then, by default once an epoch
         for *inputs, labels in loader:
             method.step(inputs, labels)                  # zero_grad, forward, backward, rows, optimizer.step()
 
-    or, for methods that only write rows (``method.writes_rows_only``), ``method.after_backward(outputs)`` between one's
-    own ``backward()`` and ``optimizer.step()``.
+    or in parts (:meth:`backward`, :meth:`apply`); or, for methods that only write rows (``method.writes_rows_only``),
+    ``method.after_backward(outputs)`` between one's own ``backward()`` and ``optimizer.step()``.
+
+    Raises ValueError for a ``loss`` that a method cannot take (:attr:`class_scores`), and for an optimizer over other
+    modalities; TypeError for another optimizer.
     """
 
     #: Whether :meth:`after_backward` is all that a step needs beside the joint loss, so that a user's own loop will do.
     writes_rows_only = True
+    #: What of class numbers ``[B]`` the formula needs; "": nothing, so that any loss will do.
+    class_scores: str = ""
+    #: Whether rows of features are treated as those of samples.
+    reads_rows = False
+    #: Whether a step is one call of :meth:`loss` and one backward pass, which may be accumulated and scaled.
+    one_pass = True
+    #: Whether :meth:`after_backward` changes gradients, which a scaler's factor must have left by then.
+    writes_gradients = False
     starts: int = 0
     ends: int | None = None
 
@@ -183,7 +74,7 @@ class Method:
             cls.__init__ = numbers_checked(cls.__init__)  # type: ignore[method-assign]
 
     @numbers_checked
-    def __init__(self, blocks: Blocks, optimizer: Any, *, seed: int = 0) -> None:
+    def __init__(self, blocks: Blocks, optimizer: Any, *, loss: Loss | None = None, seed: int = 0) -> None:
         optimizer = unwrapped(optimizer)
         if not hasattr(optimizer, "set_phase_rows"):
             raise TypeError(f"methods write rows of an AIMFusedOptimizer; {type(optimizer).__name__} has none")
@@ -193,6 +84,13 @@ class Method:
                 f"the optimizer's groups name the modalities {named}, the blocks {list(blocks.modalities)}; "
                 "make the groups with blocks.param_groups()"
             )
+        if loss is not None and not callable(loss):
+            raise TypeError(f"loss must be called as loss(logits, labels), got a {type(loss).__name__}")
+        if loss is not None and self.class_scores:
+            refuse_other_losses(type(self).__name__, self.class_scores, loss)
+        self.given_loss = loss
+        self.loss_function: Loss = nn.functional.cross_entropy if loss is None else loss
+        self.ignored = ignored_label(self.loss_function)  # the label of samples that scores leave out
         self.blocks, self.optimizer, self.seed = blocks, optimizer, seed
         self.updates = 0  # calls of update()
         self.generator = torch.Generator().manual_seed(seed)
@@ -200,39 +98,169 @@ class Method:
         self._keeps_batches = bool(layers_with_statistics(blocks.model))
         self._recent: deque[Inputs] = deque()
         self._updated_on: list[Inputs] = []
+        self._pending: list[Outputs] | None = None  # of the batches since the latest optimizer step
 
     # -- what methods override ----------------------------------------------------------------------------------------
 
-    def update(
-        self,
-        inputs: Sequence[Tensor],
-        labels: Tensor | None = None,
-        held_out: tuple[Sequence[Tensor], Tensor | None] | None = None,
-    ) -> Any:
-        """Once an epoch, before it: a batch of training samples, and one that the network is not trained on."""
-        self.updates += 1
-        if self._keeps_batches:
-            self._updated_on = batches_of(self.blocks.layout.read("", inputs), 128)
+    def _update(self, samples: Samples, held_out: Samples | None) -> Any:
+        """What :meth:`update` does with what it was given; labels are None where there are none."""
         return None
 
     def loss(self, outputs: Outputs) -> Tensor:
-        """Cross entropy of the joint logits."""
-        return nn.functional.cross_entropy(outputs.logits, outputs.labels)
+        """The loss of the joint logits."""
+        self.check(outputs.logits, outputs.labels)
+        return self.loss_of(outputs.logits, outputs.labels)
 
     def after_backward(self, outputs: Outputs) -> Any:
         """Rows (or gradients) for the coming step; gradients are there."""
         return None
 
-    def step(self, inputs: Sequence[Tensor], labels: Tensor) -> Tensor:
-        """One training step on one batch; returns the loss, detached."""
-        self.note_batch(inputs)
-        self.optimizer.zero_grad()
-        outputs = self.blocks.forward(inputs, labels)
+    def _batch(self, batch: Samples) -> Samples:
+        """What a step trains on, of the batch that it is given."""
+        return batch
+
+    def _backward(self, batch: Samples, run: Callable[[Tensor], Any]) -> tuple[Tensor, Outputs]:
+        """A forward pass and ``run(loss)``, which takes it backward; the loss, detached, and what the pass gave."""
+        outputs = self.forward(batch)
         loss = self.loss(outputs)
-        loss.backward()
+        run(loss)
+        return loss.detach(), outputs
+
+    def _step_on(self, batch: Samples) -> Tensor:
+        """The whole step of methods of more than one pass; returns the loss, detached."""
+        self.optimizer.zero_grad()
+        loss, outputs = self._backward(batch, Tensor.backward)
         self.after_backward(outputs)
         self.optimizer.step()
-        return loss.detach()
+        return loss
+
+    # -- what trains --------------------------------------------------------------------------------------------------
+
+    def update(self, inputs: Any, labels: Any = None, held_out: Any = None, present: Tensor | None = None) -> Any:
+        """Once an epoch, before it: a batch of training samples, and one that the network is not trained on.
+
+        Takes what :meth:`AIM.update` takes: one input a modality, or a mapping of the model's arguments; a loader or
+        its batch instead; ``held_out``: ``(inputs, labels)``, ``(inputs, labels, present)``, a loader or its batch;
+        ``present``: bool ``[B, M]``, which sample has which modality. Raises ValueError for samples that do not fit.
+        """
+        layout = self.blocks.layout
+        samples = read_samples("", layout, inputs, labels, present)
+        held = None if held_out is None else read_held_out(layout, held_out)
+        if self.class_scores:
+            for what, each in (("", samples), ("held-out ", held)):
+                if each is not None and each.labels is not None:
+                    check_numbers(self._why(), each.labels, flat=True, what=what)
+        found = self._update(samples, held)
+        self.updates += 1
+        if self._keeps_batches:
+            self._updated_on = batches_of(samples.inputs, 128)
+        return found
+
+    def step(
+        self,
+        inputs: Any,
+        labels: Any = None,
+        present: Tensor | None = None,
+        *,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> Tensor:
+        """One training step on one batch; returns the loss, detached.
+
+        ``inputs``: one a modality, or a mapping of the model's arguments; or a loader's batch, ``[*inputs, labels]``,
+        ``(inputs, labels)``, a mapping with "labels". ``present``: bool ``[B, M]``, a keyword of models that have it.
+        ``scaler``: scales the loss and takes the step; refused by methods of several passes (ValueError).
+
+        Raises ValueError, before the network is run, for labels of a kind that the loss or the formula is not of.
+        """
+        self._pending = None
+        if scaler is not None:
+            loss = self.backward(inputs, labels, present, scaler=scaler)
+            self.apply(scaler=scaler)
+            return loss
+        return self._step_on(self._read(inputs, labels, present))
+
+    def backward(
+        self,
+        inputs: Any,
+        labels: Any = None,
+        present: Tensor | None = None,
+        *,
+        scale: float = 1.0,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> Tensor:
+        """The part of a step before the optimizer's: forward, and ``scale`` times the loss backward; gradients of
+        batches add up until :meth:`apply`. Returns the loss, not scaled, detached.
+
+        ``scale=1/n`` for n batches. Rows are those of all batches together. Raises ValueError for methods of several
+        passes.
+        """
+        if not self.one_pass:
+            raise ValueError(
+                f"a step of {type(self).__name__} is several passes, which cannot be accumulated or scaled; call "
+                "step(inputs, labels), with bigger batches, in bfloat16 or float32"
+            )
+        check_finite("scale", scale)
+        batch = self._read(inputs, labels, present)
+        if self._pending is None:
+            self.optimizer.zero_grad()
+
+        def run(loss: Tensor) -> None:
+            scaled = loss * scale
+            (scaled if scaler is None else scaler.scale(scaled)).backward()
+
+        loss, outputs = self._backward(batch, run)
+        reads = type(self).after_backward is not Method.after_backward
+        kept = [_without_graph(outputs)] if reads else []
+        self._pending = [*(self._pending or []), *kept]
+        return loss
+
+    def apply(self, *, scaler: torch.amp.GradScaler | None = None) -> None:
+        """The rest of a step: rows or gradients for it, and the optimizer's step, by ``scaler`` if there is one.
+
+        Raises RuntimeError without a :meth:`backward` before.
+        """
+        if self._pending is None:
+            raise RuntimeError("apply() takes the step of gradients that backward() left; call backward() first")
+        pending, self._pending = self._pending, None
+        if scaler is not None and self.writes_gradients:
+            scaler.unscale_(self.optimizer)
+        if pending:
+            self.after_backward(_together(pending))
+        if scaler is None:
+            self.optimizer.step()
+        else:
+            scaler.step(self.optimizer)
+            scaler.update()
+
+    def forward(self, batch: Samples) -> Outputs:
+        """One forward pass of a step; ValueError for logits that do not go with the labels."""
+        outputs = self.blocks.forward(batch.inputs, batch.labels)
+        self.check(outputs.logits, outputs.labels)
+        if self.reads_rows:
+            self.blocks.check_rows(batch.inputs, outputs)
+        return outputs
+
+    def check(self, logits: Any, labels: Any) -> None:
+        """Raises ValueError for logits that do not go with the labels, or labels that are none of the loss's."""
+        if self.class_scores or self.given_loss is None:
+            flat = bool(self.class_scores)
+            check_numbers(self._why(), labels, flat=flat)
+            check_logits(self._why(), logits, labels, self.ignored, flat=flat)
+        elif of_classes(self.loss_function):
+            refuse_one_class(self._why(), logits)
+
+    def _read(self, inputs: Any, labels: Any, present: Tensor | None) -> Samples:
+        batch = read_batch(self.blocks.layout, inputs, labels, present)
+        if self.class_scores or self.given_loss is None:
+            check_numbers(self._why(), batch.labels, flat=bool(self.class_scores))
+        batch = self._batch(batch)
+        self.note_batch(batch.inputs)
+        return batch
+
+    def _why(self) -> str:
+        if self.class_scores:
+            return f"{type(self).__name__} needs {self.class_scores}"
+        return f"the loss of {type(self).__name__} is cross entropy"
 
     def evaluating(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the module holds the weights to be judged; after, those to be trained on, to the bit.
@@ -260,6 +288,18 @@ class Method:
         self.generator.set_state(state["generator"].cpu())
 
     # -- what methods use ---------------------------------------------------------------------------------------------
+
+    def loss_of(self, logits: Any, labels: Any) -> Tensor:
+        """What the network is trained by, of any logits. Raises ValueError for anything but a scalar."""
+        value = self.loss_function(logits, labels)
+        if not isinstance(value, Tensor) or value.dim():
+            got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise ValueError(f"loss must return a scalar tensor, the mean over samples; it returned {got}")
+        return value
+
+    def unimodal_losses(self, outputs: Outputs) -> Tensor:
+        """The loss of each modality's own logits, ``[M]``, differentiable."""
+        return torch.stack([self.loss_of(x, outputs.labels) for x in outputs.unimodal()])
 
     def note_batch(self, inputs: Any) -> None:
         """Keeps the inputs of the latest steps, 512 samples or one batch, for :meth:`evaluating`. A step of one's own
@@ -310,6 +350,39 @@ class Method:
             factor = coefficients[self.blocks.modalities.index(group["modality"])]
             columns: dict[str, Any] = {f"{apply_to}_under": factor, f"{apply_to}_well": factor}
             self.optimizer.set_modulation(index, **columns, noise=noise if modulated else 0.0)
+
+
+def _without_graph(outputs: Outputs) -> Outputs:
+    return Outputs(
+        outputs.blocks,
+        [z.detach() for z in outputs.features],
+        detached(outputs.logits),
+        outputs.labels,
+        [detached(each) for each in outputs.returned],
+        outputs.count,
+    )
+
+
+def _together(several: Sequence[Outputs]) -> Outputs:
+    """What one forward pass of all the batches would have given. Raises ValueError for batches of other shapes."""
+    if len(several) == 1:
+        return several[0]
+    counts = [each.count for each in several]
+
+    def join(parts: Sequence[Any]) -> Any:
+        try:
+            return joined(parts, counts)
+        except ValueError as error:
+            raise ValueError(f"the batches that are accumulated differ: {error}") from error
+
+    return Outputs(
+        several[0].blocks,
+        [join(parts) for parts in zip(*(each.features for each in several), strict=True)],
+        join([each.logits for each in several]),
+        join([each.labels for each in several]),
+        [join(parts) for parts in zip(*(each.returned for each in several), strict=True)],
+        sum(counts),
+    )
 
 
 def gradients_of(parameters: Sequence[Tensor]) -> list[Tensor]:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from aim_kernels.methods.base import Blocks, Method
+from aim_kernels.aim.samples import Samples
+from aim_kernels.methods.base import Blocks, Method, Outputs
+from aim_kernels.methods.batches import samples_of, state_of, union
+from aim_kernels.methods.losses import Loss
 from aim_kernels.methods.scores import evaluation_mode, wide
+from aim_kernels.methods.trees import by_sample, frames_of, zeroed
 from aim_kernels.step.arguments import check_finite, check_within
 from aim_kernels.step.sharding import averaged
 from aim_kernels.step.tables import KEYS
@@ -28,35 +32,28 @@ class _KeepsHeldOut(Method):
 
     writes_rows_only = False
 
-    def __init__(self, blocks: Blocks, optimizer: Any, *, seed: int = 0) -> None:
-        super().__init__(blocks, optimizer, seed=seed)
-        self.held: list[Tensor] | None = None  # inputs, then labels
+    def __init__(self, blocks: Blocks, optimizer: Any, *, loss: Loss | None = None, seed: int = 0) -> None:
+        super().__init__(blocks, optimizer, loss=loss, seed=seed)
+        self.held: Samples | None = None
 
-    def update(
-        self,
-        inputs: Sequence[Tensor],
-        labels: Tensor | None = None,
-        held_out: tuple[Sequence[Tensor], Tensor | None] | None = None,
-    ) -> Any:
+    def _update(self, samples: Samples, held_out: Samples | None) -> Any:
         """Keeps ``held_out`` (not a copy) in place of the samples before; None: keeps those before.
 
-        Raises ValueError where there are none, or where they have no labels or no rows.
+        Raises ValueError where there are none, or where they have no rows, or no labels beside the default loss.
         """
         if held_out is not None:
-            xs, ys = held_out
-            if ys is None or not len(ys):
+            if not held_out.size or (held_out.labels is None and self.given_loss is None):
                 raise ValueError(f"{type(self).__name__} needs held-out samples with labels; pass held_out=(xs, ys)")
-            self.held = [*xs, ys]
+            self.held = held_out
         elif self.held is None:
             raise ValueError(f"{type(self).__name__} needs held-out samples; pass held_out=(xs, ys)")
-        return super().update(inputs, labels, held_out)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "held": self.held}
+        return {**super().state_dict(), "held": state_of(self.held)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self.held = None if state["held"] is None else [x.to(self.device) for x in state["held"]]
+        self.held = samples_of(self.blocks.layout, state["held"], self.device)
 
 
 class TrainOnHeld(_KeepsHeldOut):
@@ -75,8 +72,10 @@ class TrainOnHeld(_KeepsHeldOut):
     Raises ValueError for a ``share`` that is negative or not finite, and in :meth:`update` without held-out samples.
     """
 
-    def __init__(self, blocks: Blocks, optimizer: Any, *, share: float | None = None, seed: int = 0) -> None:
-        super().__init__(blocks, optimizer, seed=seed)
+    def __init__(
+        self, blocks: Blocks, optimizer: Any, *, share: float | None = None, loss: Loss | None = None, seed: int = 0
+    ) -> None:
+        super().__init__(blocks, optimizer, loss=loss, seed=seed)
         if share is not None:
             check_finite("share", share)
         self.share = share
@@ -85,16 +84,11 @@ class TrainOnHeld(_KeepsHeldOut):
         self.order: Tensor | None = None  # of the held-out samples, and how many of them came
         self.position = 0
 
-    def update(
-        self,
-        inputs: Sequence[Tensor],
-        labels: Tensor | None = None,
-        held_out: tuple[Sequence[Tensor], Tensor | None] | None = None,
-    ) -> Any:
+    def _update(self, samples: Samples, held_out: Samples | None) -> Any:
         """See the class. Other samples as many as those before go on in the same order."""
-        super().update(inputs, labels, held_out)
+        super()._update(samples, held_out)
         self.epoch_size, self.seen = self.seen or self.epoch_size, 0
-        if self.order is not None and self.held is not None and len(self.order) != len(self.held[-1]):
+        if self.order is not None and self.held is not None and len(self.order) != self.held.size:
             self.order = None
 
     def share_now(self) -> float:
@@ -103,7 +97,7 @@ class TrainOnHeld(_KeepsHeldOut):
             return 0.0
         if self.share is not None:
             return self.share
-        return len(self.held[-1]) / self.epoch_size if self.epoch_size else FIRST_SHARE
+        return self.held.size / self.epoch_size if self.epoch_size else FIRST_SHARE
 
     def draw(self, count: int) -> Tensor:
         """Numbers of the next held-out samples, ``[count]``, on the device."""
@@ -111,7 +105,7 @@ class TrainOnHeld(_KeepsHeldOut):
         parts = []
         while count > 0:
             if self.order is None or self.position == len(self.order):
-                size = len(self.held[-1])
+                size = self.held.size
                 self.order = torch.randperm(size, generator=self.generator, device=self.generator.device)
                 self.position = 0
             parts.append(self.order[self.position : self.position + count])
@@ -121,17 +115,16 @@ class TrainOnHeld(_KeepsHeldOut):
         # From ordinary memory the copy would wait for the device.
         return (index.pin_memory() if self.device.type == "cuda" else index).to(self.device, non_blocking=True)
 
-    def step(self, inputs: Sequence[Tensor], labels: Tensor) -> Tensor:
-        """One training step on a batch with its part of the held-out samples; returns the loss over both, detached."""
-        owed = self.carry + self.share_now() * len(labels)
+    def _batch(self, batch: Samples) -> Samples:
+        """The batch with its part of the held-out samples."""
+        size = batch.size
+        owed = self.carry + self.share_now() * size
         count = math.floor(owed + 1e-9)  # roundoff must not put a sample off
         self.carry = owed - count
-        self.seen += len(labels)
+        self.seen += size
         if count and self.held is not None:
-            index = self.draw(count)
-            inputs = [torch.cat([x, held[index]]) for x, held in zip(inputs, self.held[:-1], strict=True)]
-            labels = torch.cat([labels, self.held[-1][index]])
-        return super().step(inputs, labels)
+            return union(type(self).__name__, batch, self.held.part(self.draw(count)))
+        return batch
 
     def state_dict(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in ("seen", "epoch_size", "carry", "order", "position")}
@@ -148,11 +141,11 @@ class BestSubset(_KeepsHeldOut):
     """One network for every non-empty subset of the modalities; the one with the least held-out loss is judged.
 
     The network of a subset is the whole one with the features of all other modalities at zero on their way to the
-    fusion, as in :meth:`Blocks.unimodal`, in training and when it is judged: ``argmin_S mean_i CE(f_S(x_i), y_i)``
-    over the samples of the latest :meth:`update`, taken when :meth:`evaluating` begins. All networks begin with the
-    same weights and see the same batches; the one of all modalities is joint training, and is what the module holds
-    outside of :meth:`evaluating`. Encoders that a subset is without get no gradient in it, so their weights stay those
-    of the beginning.
+    fusion, as in :meth:`Blocks.unimodal`, in training and when it is judged: ``argmin_S loss(f_S(x), y)`` over the
+    samples of the latest :meth:`update`, taken when :meth:`evaluating` begins. All networks begin with the same weights
+    and see the same batches; the one of all modalities is joint training, and is what the module holds outside of
+    :meth:`evaluating`. Encoders that a subset is without get no gradient in it, so their weights stay those of the
+    beginning.
 
     A step is ``2^M - 1`` whole steps, and copies weights to and fro; memory grows by as many copies of weights and of
     the optimizer's states. Every subset has an optimizer of its own over the same parameters, which follows the options
@@ -161,8 +154,10 @@ class BestSubset(_KeepsHeldOut):
     Raises ValueError for more than four modalities, and in :meth:`update` without held-out samples.
     """
 
-    def __init__(self, blocks: Blocks, optimizer: Any, *, seed: int = 0) -> None:
-        super().__init__(blocks, optimizer, seed=seed)
+    one_pass = False
+
+    def __init__(self, blocks: Blocks, optimizer: Any, *, loss: Loss | None = None, seed: int = 0) -> None:
+        super().__init__(blocks, optimizer, loss=loss, seed=seed)
         count = len(blocks.modalities)
         if count > MOST_MODALITIES:
             raise ValueError(f"{count} modalities have {2**count - 1} subsets; at most {MOST_MODALITIES} are tried")
@@ -200,12 +195,12 @@ class BestSubset(_KeepsHeldOut):
         present = self.subsets[number]
         if len(present) == len(self.blocks.modalities):
             return contextlib.nullcontext()
-        return self.blocks.treated(lambda m, z: z if m in present else torch.zeros_like(z))
+        return self.blocks.treated(lambda m, z: z if m in present else zeroed(z))
 
-    def step(self, inputs: Sequence[Tensor], labels: Tensor) -> Tensor:
+    def _step_on(self, batch: Samples) -> Tensor:
         """One training step of every network on one batch; returns the loss of that of all modalities, detached."""
         given = self.optimizer
-        loss = labels.new_zeros(())
+        loss = torch.empty(0, device="cpu")
         try:
             for number, optimizer in enumerate(self.optimizers):
                 if optimizer is not given:
@@ -214,7 +209,7 @@ class BestSubset(_KeepsHeldOut):
                 self._put_in(number)
                 self.optimizer = optimizer
                 with self._present(number):
-                    loss = super().step(inputs, labels)
+                    loss = super()._step_on(batch)
         finally:
             self.optimizer = given
             self._put_in(len(self.subsets) - 1)
@@ -222,20 +217,19 @@ class BestSubset(_KeepsHeldOut):
 
     @torch.no_grad()
     def held_out_losses(self) -> Tensor:
-        """Mean cross entropy of every network on the latest held-out samples, float64 ``[2^M - 1]``, over all ranks.
+        """The loss of every network on the latest held-out samples, float64 ``[2^M - 1]``, over all ranks.
 
         Raises ValueError before the first update.
         """
         if self.held is None:
             raise ValueError("BestSubset needs held-out samples; call update(..., held_out=(xs, ys))")
-        *inputs, labels = self.held
         losses = []
         try:
             for number in range(len(self.subsets)):
                 self._put_in(number)
                 with self._present(number), evaluation_mode(self.blocks.model):
-                    logits = self.blocks.model(*inputs)
-                losses.append(nn.functional.cross_entropy(wide(logits), labels).double())
+                    logits = self.held.inputs.call(self.blocks.model)
+                losses.append(self.loss_of(_wide(logits), self.held.labels).double())
         finally:
             self._put_in(len(self.subsets) - 1)
         return averaged(torch.stack(losses))
@@ -291,8 +285,10 @@ class ModalityDropout(Method):
 
     writes_rows_only = False
 
-    def __init__(self, blocks: Blocks, optimizer: Any, *, probability: float = 0.3, seed: int = 0) -> None:
-        super().__init__(blocks, optimizer, seed=seed)
+    def __init__(
+        self, blocks: Blocks, optimizer: Any, *, probability: float = 0.3, loss: Loss | None = None, seed: int = 0
+    ) -> None:
+        super().__init__(blocks, optimizer, loss=loss, seed=seed)
         check_within("probability", probability, 0.0, 1.0)
         self.probability = probability
 
@@ -301,19 +297,25 @@ class ModalityDropout(Method):
         u = self.uniform(len(self.blocks.modalities), count)
         return (u >= self.probability) | (u == u.amax(0))
 
-    def step(self, inputs: Sequence[Tensor], labels: Tensor) -> Tensor:
-        """One training step on one batch; returns the loss of what was left of it, detached."""
-        keep = self.draw(len(labels))
+    def _backward(self, batch: Samples, run: Callable[[Tensor], Any]) -> tuple[Tensor, Outputs]:
+        """A pass of what is left of the batch."""
+        count = batch.inputs.size
+        gone = ~self.draw(count)
 
-        def treat(number: int, features: Tensor) -> Tensor:
-            each, rest = divmod(len(features), len(labels))
-            if rest or not each:
-                raise ValueError(
-                    f"modality {self.blocks.modalities[number]!r} has features of {len(features)} rows for a batch of "
-                    f"{len(labels)}; its last block must return [B, ...]"
-                )
-            gone = ~keep[number].repeat_interleave(each)
-            return features.masked_fill(gone.view(-1, *[1] * (features.dim() - 1)), 0.0)
+        def treat(number: int, output: Any) -> Any:
+            def change(z: Tensor) -> Tensor:
+                each = frames_of(self.blocks.named(number), z, count)
+                return z.masked_fill(by_sample(gone[number], z, each), 0.0)
+
+            return self.blocks.with_changed(number, output, change)
 
         with self.blocks.treated(treat):
-            return super().step(inputs, labels)
+            outputs = self.forward(batch)
+        self.blocks.check_rows(batch.inputs, outputs)
+        loss = self.loss(outputs)
+        run(loss)
+        return loss.detach(), outputs
+
+
+def _wide(logits: Any) -> Any:
+    return wide(logits) if isinstance(logits, Tensor) and logits.is_floating_point() else logits

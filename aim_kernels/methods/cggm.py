@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from aim_kernels.methods.base import Blocks, Outputs
 from aim_kernels.methods.coefficients import Coefficients
-from aim_kernels.methods.scores import accuracies, unimodal_losses, wide
+from aim_kernels.methods.scores import accuracies, counted, wide
+from aim_kernels.methods.trees import detached
 from aim_kernels.step.arguments import check_at_least
 
 
@@ -32,6 +33,8 @@ class CGGM(Coefficients):
 
     Raises ValueError for a negative number, or ``bounds`` that are not a pair in order.
     """
+
+    class_scores = "the accuracy of each modality"
 
     def __init__(
         self,
@@ -59,24 +62,26 @@ class CGGM(Coefficients):
         self.steps = 0
 
     def loss(self, outputs: Outputs) -> Tensor:
-        loss = nn.functional.cross_entropy(outputs.logits, outputs.labels)
+        loss = super().loss(outputs)
         if self.direction and self.steps:
             loss = loss + self.direction * self.direction_loss(outputs)
         if self.head_weight:
-            detached = Outputs(self.blocks, [z.detach() for z in outputs.features], outputs.logits, outputs.labels)
-            loss = loss + self.head_weight * unimodal_losses(detached).sum()
+            own = self.blocks.unimodal([detached(z) for z in outputs.returned])
+            loss = loss + self.head_weight * torch.stack([self.loss_of(x, outputs.labels) for x in own]).sum()
         return loss
 
     def direction_loss(self, outputs: Outputs) -> Tensor:
         """See the class; differentiable, 0-dim."""
-        target = nn.functional.one_hot(outputs.labels, outputs.logits.shape[1])
-        joint, *own = [(wide(x).softmax(1) - target).flatten() for x in (outputs.logits, *outputs.unimodal())]
+        counts, labels = counted(outputs.labels, self.ignored)
+        target = nn.functional.one_hot(labels, outputs.logits.shape[1])
+        away = [wide(x).softmax(1) - target for x in (outputs.logits, *outputs.unimodal())]
+        joint, *own = [torch.where(counts[:, None], g, 0.0).flatten() for g in away]
         cosines = torch.stack([nn.functional.cosine_similarity(g, joint, dim=0) for g in own])
         c = self.previous.to(cosines.dtype)
         return (c.abs().sum() - (c * cosines).sum()) / len(own)
 
     def coefficients(self, outputs: Outputs) -> Tensor:
-        accuracy = accuracies(outputs.unimodal(), outputs.labels)
+        accuracy = accuracies(outputs.unimodal(), outputs.labels, self.ignored)
         gain = accuracy - self.accuracy
         total = gain.sum() + 1e-8
         c = (total - gain) / total

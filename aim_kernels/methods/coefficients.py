@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from aim_kernels.methods.base import Blocks, Method, Outputs, check_apply_to, check_window
+from aim_kernels.methods.losses import Loss
 
 
 class Coefficients(Method, abc.ABC):
@@ -31,9 +32,10 @@ class Coefficients(Method, abc.ABC):
         ends: int | None = None,
         biases: bool = False,
         noise: float = 0.0,
+        loss: Loss | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(blocks, optimizer, seed=seed)
+        super().__init__(blocks, optimizer, loss=loss, seed=seed)
         check_apply_to(apply_to)
         check_window(starts, ends)
         self.apply_to, self.starts, self.ends, self.biases, self.noise = apply_to, starts, ends, biases, noise
@@ -48,6 +50,6 @@ class Coefficients(Method, abc.ABC):
         if self.active:
             k = self.coefficients(outputs)
         else:
-            k = torch.ones(len(self.blocks.modalities), dtype=torch.float64, device=outputs.logits.device)
+            k = torch.ones(len(self.blocks.modalities), dtype=torch.float64, device=self.device)
         self.scale(k, apply_to=self.apply_to, noise=self.noise if self.active else 0.0, biases=self.biases)
         return k

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from aim_kernels.aim.blocks import block_modules
 from aim_kernels.aim.hooks import BlockHook
+from aim_kernels.aim.inputs import Layout, count_of
 from aim_kernels.aim.interface import Modulator
 from aim_kernels.aim.mixing import Alternate, Mixing, as_mixing
 from aim_kernels.aim.strengths import ModulationTable
 from aim_kernels.methods.aim import AIMMethod
 from aim_kernels.methods.base import Blocks, Method, Outputs, check_apply_to
-from aim_kernels.methods.scores import unimodal_losses
+from aim_kernels.methods.losses import Loss
+from aim_kernels.methods.trees import by_sample, changed, frames_of
 from aim_kernels.step.arguments import check_at_least
 from aim_kernels.step.layout import PHASE_COLUMNS, PHASES, ROW
 
@@ -34,6 +36,8 @@ class DropFeatures(Mixing):
     """
 
     name: ClassVar[str] = "drop-features"
+    #: Whether rows of features are told apart.
+    by_sample: ClassVar[bool] = True
 
     @property
     def writes_rows(self) -> bool:
@@ -41,32 +45,45 @@ class DropFeatures(Mixing):
 
     def install(self, aim: Modulator) -> Sequence[Any]:
         modules = aim.scoring.modules or block_modules(aim.model, aim.optimizer)
-        hooks = {m: BlockHook(self._hook_of(m, aim.mixing_state)) for m in aim.modalities}
-        return [modules[m][-1].register_forward_hook(hook) for m, hook in hooks.items()]
+        counts: list[int] = []  # of the samples in a forward pass of the model, while it lasts
+        layout = getattr(aim, "layout", None)
+        hooks = {m: BlockHook(self._hook_of(m, aim.mixing_state, counts)) for m in aim.modalities}
+
+        def begins(_module: nn.Module, args: Any, keywords: Any) -> None:
+            counts[:] = [_samples_in(layout, args, keywords)]
+
+        return [
+            aim.model.register_forward_pre_hook(BlockHook(begins), with_kwargs=True),
+            *(modules[m][-1].register_forward_hook(hook) for m, hook in hooks.items()),
+            aim.model.register_forward_hook(BlockHook(lambda *_: counts.clear()), always_call=True),
+        ]
 
     def initial_state(self, modalities: Sequence[str], seed: int) -> dict[str, Any]:
         """``drop``: modality to probability; ``drop_generator``: of the draws."""
         return {"drop": dict.fromkeys(modalities, 0.0), "drop_generator": torch.Generator().manual_seed(seed + 1)}
 
-    def _hook_of(self, modality: str, state: dict[str, Any]) -> Callable[..., Tensor | None]:
-        def hook(module: nn.Module, _args: Any, output: Any) -> Tensor | None:
+    def _hook_of(self, modality: str, state: dict[str, Any], counts: list[int]) -> Callable[..., Any]:
+        where = f"the last block of {modality!r}"
+
+        def hook(module: nn.Module, _args: Any, output: Any) -> Any:
             probability = state["drop"][modality]
             if not module.training or probability == 0.0:
                 return None
-            if not isinstance(output, Tensor):
-                raise TypeError(
-                    f"the last block of {modality!r} returns a {type(output).__name__}; {type(self).__name__} needs a "
-                    "tensor"
-                )
-            return self.treat(output, probability, state["drop_generator"])
+
+            def change(z: Tensor) -> Tensor:
+                # Outside of the model's own forward pass a row is a sample.
+                count = counts[0] if counts and counts[0] else len(z)
+                each = frames_of(where, z, count) if self.by_sample else 1
+                return self.treat(z, probability, state["drop_generator"], each)
+
+            return changed(where, output, change)
 
         return hook
 
-    def treat(self, output: Tensor, probability: float, generator: torch.Generator) -> Tensor:
-        """What becomes of the output of a dominant modality's last block, ``[B, ...]``."""
-        drawn = torch.rand(len(output), generator=generator, dtype=torch.float32, device=generator.device)
-        keep = drawn >= probability
-        return output * keep.to(output).view(-1, *[1] * (output.dim() - 1))
+    def treat(self, output: Tensor, probability: float, generator: torch.Generator, each: int = 1) -> Tensor:
+        """What becomes of the output of a dominant modality's last block, ``[B, ...]``, or ``[B * each, ...]``."""
+        drawn = torch.rand(len(output) // each, generator=generator, dtype=torch.float32, device=generator.device)
+        return output * by_sample((drawn >= probability).to(output), output, each)
 
     def write(self, aim: Modulator, table: ModulationTable) -> None:
         aim.mixing_state["drop"] = {
@@ -80,8 +97,9 @@ class ScaleFeatures(DropFeatures):
     mode. Otherwise :class:`DropFeatures`; source: this library's control."""
 
     name: ClassVar[str] = "scale-features"
+    by_sample: ClassVar[bool] = False
 
-    def treat(self, output: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+    def treat(self, output: Tensor, probability: float, generator: torch.Generator, each: int = 1) -> Tensor:
         return output * (1.0 - probability)
 
 
@@ -126,10 +144,18 @@ class WithoutMask(Mixing):
                 aim.optimizer.set_phase_rows(index, **columns)
 
 
+def _samples_in(layout: Layout | None, args: Sequence[Any], keywords: Mapping[str, Any]) -> int:
+    """The number of samples in a call of a model; 0 if no argument tells."""
+    values: dict[Any, Any] = {**dict(enumerate(args)), **keywords}
+    names = [name for row in (() if layout is None else layout.names) for name in row or ()]
+    return count_of([values[name] for name in names if name in values] or list(values.values())) or 0
+
+
 class Drop(AIMMethod):
     """AIM's strengths, but the dominant modality's features are dropped: see :class:`DropFeatures`. Takes the options
     of AIM but ``mixing`` and ``decouple``, which are about rows."""
 
+    reads_rows = True
     features: ClassVar[Mixing] = DropFeatures()
 
     def options_of_aim(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -145,6 +171,7 @@ class Drop(AIMMethod):
 class FeatureScale(Drop):
     """AIM's strengths, but the dominant modality's features are multiplied by ``1 - kappa``."""
 
+    reads_rows = False
     features = ScaleFeatures()
 
 
@@ -157,7 +184,7 @@ class NoMask(AIMMethod):
 
 
 class SumOfLosses(Method):
-    """Cross entropy of the joint logits plus ``unimodal_weight`` times that of each modality's own; encoders' gradients
+    """The loss of the joint logits plus ``unimodal_weight`` times that of each modality's own; encoders' gradients
     (or updates) times ``encoder_factor``. With ``unimodal_weight=0.3`` it is AIM's own losses without AIM.
 
     With ``encoder_factor=3`` it is what BalanceBenchmark's port of MMPareto (4c1482f) comes to: its gradients are
@@ -176,9 +203,10 @@ class SumOfLosses(Method):
         unimodal_weight: float = 1.0,
         encoder_factor: float = 1.0,
         apply_to: str = "grad",
+        loss: Loss | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(blocks, optimizer, seed=seed)
+        super().__init__(blocks, optimizer, loss=loss, seed=seed)
         check_at_least("encoder_factor", encoder_factor, 0.0)
         check_at_least("unimodal_weight", unimodal_weight, 0.0)
         self.unimodal_weight = unimodal_weight
@@ -189,4 +217,4 @@ class SumOfLosses(Method):
             self.scale(factors, apply_to=apply_to, biases=True)
 
     def loss(self, outputs: Outputs) -> Tensor:
-        return super().loss(outputs) + self.unimodal_weight * unimodal_losses(outputs).sum()
+        return super().loss(outputs) + self.unimodal_weight * self.unimodal_losses(outputs).sum()

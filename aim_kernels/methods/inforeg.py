@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aim_kernels.aim.samples import Samples
 from aim_kernels.methods.base import Blocks, Method, Outputs, gradients_of
-from aim_kernels.methods.scores import mean_of_others, true_class_scores, unimodal_losses
+from aim_kernels.methods.losses import Loss
+from aim_kernels.methods.scores import counted, mean_of_others, true_class_scores
 from aim_kernels.step.arguments import check_at_least, check_choice
 
 
@@ -32,6 +34,8 @@ class InfoReg(Method):
     """
 
     writes_rows_only = False
+    writes_gradients = True
+    class_scores = "the probability of the true class"
     #: Epochs whose traces are added.
     HISTORY = 10
 
@@ -43,9 +47,10 @@ class InfoReg(Method):
         strength: float | Sequence[float] = 0.95,
         threshold: float = 0.05,
         scores: str = "sum",
+        loss: Loss | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(blocks, optimizer, seed=seed)
+        super().__init__(blocks, optimizer, loss=loss, seed=seed)
         modalities = len(blocks.modalities)
         strengths = [float(strength)] * modalities if isinstance(strength, (int, float)) else list(strength)
         if len(strengths) != modalities:
@@ -59,18 +64,12 @@ class InfoReg(Method):
         self.start: list[list[Tensor]] | None = None
 
     @torch.no_grad()
-    def update(
-        self,
-        inputs: Sequence[Tensor],
-        labels: Tensor | None = None,
-        held_out: tuple[Sequence[Tensor], Tensor | None] | None = None,
-    ) -> Tensor:
+    def _update(self, samples: Samples, held_out: Samples | None) -> Tensor:
         """An epoch begins: keeps the weights, closes the trace. Returns ``[M]``, 1 where a window is open."""
         if self.start is not None:
             self.traces = [*self.traces, self.trace][-(self.HISTORY + 1) :]
             self.trace = torch.zeros_like(self.trace)
         self.start = [[p.detach().clone() for p in self.blocks.parameters(m)] for m in self.blocks.modalities]
-        super().update(inputs, labels, held_out)
         return self.window()
 
     def window(self) -> Tensor:
@@ -82,14 +81,14 @@ class InfoReg(Method):
         return ((latest - before) / latest > self.threshold).double()
 
     def loss(self, outputs: Outputs) -> Tensor:
-        return super().loss(outputs) + unimodal_losses(outputs).sum()
+        return super().loss(outputs) + self.unimodal_losses(outputs).sum()
 
     @torch.no_grad()
     def after_backward(self, outputs: Outputs) -> Tensor:
         """Adds to the gradients in place; returns ``beta``, float64 ``[M]``."""
-        scores = true_class_scores(outputs.unimodal(), outputs.labels)
+        scores = true_class_scores(outputs.unimodal(), outputs.labels, self.ignored)
         if self.scores == "mean":
-            scores = scores / len(outputs.labels)
+            scores = scores / counted(outputs.labels, self.ignored)[0].sum().clamp_min(1)
         gap = scores - mean_of_others(scores)
         beta = torch.where(gap > 0.0, self.strength * torch.exp(torch.tanh(gap)), 0.0) * self.window()
         traces = torch.zeros_like(self.trace)
@@ -106,7 +105,8 @@ class InfoReg(Method):
                 norms = torch.stack(torch._foreach_norm(weights)).double()
                 sizes = torch.tensor([1.0 / g.numel() for g in weights], dtype=torch.float64, device="cpu")
                 traces[m] = (norms.square() * sizes.to(norms.device, non_blocking=True)).sum()
-        self.trace = self.trace + traces
+        # A scaler takes no step of infinite gradients.
+        self.trace = self.trace + torch.where(traces.isfinite(), traces, 0.0)
         return beta
 
     def state_dict(self) -> dict[str, Any]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from aim_kernels.methods.base import Blocks, Outputs
 from aim_kernels.methods.coefficients import Coefficients
-from aim_kernels.methods.scores import mean_of_others, true_class_scores, unimodal_losses
+from aim_kernels.methods.scores import mean_of_others, true_class_scores
 from aim_kernels.step.arguments import check_at_least
 
 
@@ -24,6 +24,8 @@ class MLB(Coefficients):
 
     Raises ValueError for a negative ``alpha`` or ``unimodal_weight``, ``beta_max`` below 1.
     """
+
+    class_scores = "the probability of the true class"
 
     def __init__(
         self,
@@ -44,13 +46,13 @@ class MLB(Coefficients):
         self.writes_rows_only = unimodal_weight == 0.0
 
     def loss(self, outputs: Outputs) -> Tensor:
-        joint = nn.functional.cross_entropy(outputs.logits, outputs.labels)
+        joint = super().loss(outputs)
         if self.unimodal_weight == 0.0:
             return joint
-        return joint + self.unimodal_weight * unimodal_losses(outputs).sum()
+        return joint + self.unimodal_weight * self.unimodal_losses(outputs).sum()
 
     def coefficients(self, outputs: Outputs) -> Tensor:
-        scores = true_class_scores(outputs.unimodal(), outputs.labels)
+        scores = true_class_scores(outputs.unimodal(), outputs.labels, self.ignored)
         excess = mean_of_others(scores) / scores - 1.0
         reach = torch.where(excess > 0.0, self.beta_max - 1.0, 1.0)
         return 1.0 + reach * torch.tanh(self.alpha * excess)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aim_kernels.aim.samples import Samples
 from aim_kernels.methods.base import Blocks, Method
-from aim_kernels.methods.scores import unimodal_losses
+from aim_kernels.methods.losses import Loss
 from aim_kernels.step.arguments import check_at_least
 
 
@@ -17,7 +18,7 @@ class MMPareto(Method):
     """``g = gamma * max(1, |g_mm + g_u| / |g*|) * g*``, ``g* = 2 k g_mm + 2 (1 - k) g_u`` for each tensor of an
     encoder.
 
-    ``g_mm``: gradient of the joint cross entropy; ``g_u``: of the modality's own. Over a whole encoder, k = 1/2 where
+    ``g_mm``: gradient of the joint loss; ``g_u``: of the modality's own. Over a whole encoder, k = 1/2 where
     ``g_mm . g_u > 0``; else the weights of the shortest convex combination, ``k = (|g_u|^2 - g_mm . g_u) /
     |g_mm - g_u|^2``, clamped to [0.001, 0.999]. The factor by norms is each tensor's. All other parameters (heads) get
     the sum. Source: GeWu-Lab/MMPareto_ICML2024, a339db3 (ICML 2024), gamma = 1.5.
@@ -29,18 +30,20 @@ class MMPareto(Method):
     """
 
     writes_rows_only = False
+    one_pass = False
 
-    def __init__(self, blocks: Blocks, optimizer: Any, *, gamma: float = 1.5, seed: int = 0) -> None:
-        super().__init__(blocks, optimizer, seed=seed)
+    def __init__(
+        self, blocks: Blocks, optimizer: Any, *, gamma: float = 1.5, loss: Loss | None = None, seed: int = 0
+    ) -> None:
+        super().__init__(blocks, optimizer, loss=loss, seed=seed)
         check_at_least("gamma", gamma, 0.0)
         self.gamma = gamma
 
-    def step(self, inputs: Sequence[Tensor], labels: Tensor) -> Tensor:
+    def _step_on(self, batch: Samples) -> Tensor:
         """Two backward passes and one step; returns the sum of all losses."""
-        self.note_batch(inputs)
         self.optimizer.zero_grad()
-        outputs = self.blocks.forward(inputs, labels)
-        joint, own = self.loss(outputs), unimodal_losses(outputs).sum()
+        outputs = self.forward(batch)
+        joint, own = self.loss(outputs), self.unimodal_losses(outputs).sum()
         joint.backward(retain_graph=True)
         encoders = [self.blocks.parameters(m) for m in self.blocks.modalities]
         of_joint = [[p.grad for p in parameters] for parameters in encoders]

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from aim_kernels.methods.base import Blocks, Outputs
 from aim_kernels.methods.coefficients import Coefficients
-from aim_kernels.methods.scores import mean_of_others
+from aim_kernels.methods.losses import IGNORED
+from aim_kernels.methods.scores import counted, mean_of_others
 from aim_kernels.step.arguments import check_at_least, check_choice
 from aim_kernels.step.sharding import averaged
 
@@ -33,6 +34,8 @@ class OGM(Coefficients):
     Raises ValueError for a negative ``alpha`` or ``noise``, an unknown ``argument``, ``boost`` below 1.
     """
 
+    class_scores = "the probability of the true class"
+
     def __init__(
         self,
         blocks: Blocks,
@@ -53,15 +56,17 @@ class OGM(Coefficients):
         self.alpha, self.argument, self.boost = alpha, argument, boost
 
     @staticmethod
-    def ratios(logits: Sequence[Tensor], labels: Tensor) -> Tensor:
+    def ratios(logits: Sequence[Tensor], labels: Tensor, ignored: int = IGNORED) -> Tensor:
         """``r`` as a float64 tensor ``[M]`` on the device of the logits. ``logits``: ``[B, K]`` per modality;
-        ``labels``: ``[B]``."""
-        scores = torch.stack([x.float().softmax(1).gather(1, labels[:, None]).sum() for x in logits]).double()
+        ``labels``: ``[B]``, those ``ignored`` left out."""
+        counts, labels = counted(labels, ignored)
+        own = [x.float().softmax(1).gather(1, labels[:, None])[:, 0] for x in logits]
+        scores = torch.stack([torch.where(counts, p, 0.0).sum() for p in own]).double()
         scores = averaged(scores)
         return scores / mean_of_others(scores)
 
     def coefficients(self, outputs: Outputs) -> Tensor:
-        ratio = self.ratios(outputs.unimodal(), outputs.labels)
+        ratio = self.ratios(outputs.unimodal(), outputs.labels, self.ignored)
         ahead, one = ratio > 1.0, torch.ones_like(ratio)
         if self.boost is not None:
             return torch.where(ahead.any() & ~ahead, one * self.boost, one)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from aim_kernels.methods.base import Blocks, Method, Outputs, check_window
+from aim_kernels.methods.losses import Loss
 from aim_kernels.methods.scores import mean_of_others, true_class_scores
+from aim_kernels.methods.trees import by_sample, frames_of
 from aim_kernels.step.arguments import check_at_least, check_within
 
 
@@ -28,6 +31,8 @@ class OPM(Method):
     """
 
     writes_rows_only = False
+    reads_rows = True
+    class_scores = "the probability of the true class"
 
     def __init__(
         self,
@@ -39,9 +44,10 @@ class OPM(Method):
         probability: float = 0.7,
         starts: int = 0,
         ends: int | None = None,
+        loss: Loss | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(blocks, optimizer, seed=seed)
+        super().__init__(blocks, optimizer, loss=loss, seed=seed)
         check_at_least("alpha", alpha, 0.0)
         check_within("base", base, 0.0, 1.0)
         check_within("probability", probability, 0.0, 1.0)
@@ -52,7 +58,7 @@ class OPM(Method):
     @torch.no_grad()
     def probabilities(self, outputs: Outputs) -> Tensor:
         """``q``, float64 ``[M]``."""
-        scores = true_class_scores(outputs.unimodal(), outputs.labels)
+        scores = true_class_scores(outputs.unimodal(), outputs.labels, self.ignored)
         excess = scores / mean_of_others(scores) - 1.0
         q = self.base * (1.0 + self.alpha * torch.tanh(excess.relu()))
         return torch.where(excess > 0.0, q.clamp_max(1.0), torch.zeros_like(q))
@@ -62,15 +68,17 @@ class OPM(Method):
         return torch.rand((), generator=self.generator, dtype=torch.float32, device=self.generator.device)
 
     def loss(self, outputs: Outputs) -> Tensor:
-        """Cross entropy of what the fusion makes of the features that are left."""
+        """The loss of what the fusion makes of the features that are left."""
         if not self.active or (self.probability < 1.0 and self._draw() >= self.probability):
             return super().loss(outputs)
         q = self.probabilities(outputs)
-        keep = self.uniform(len(q), len(outputs.labels)) >= q[:, None]
-        widths = [z[0].numel() for z in outputs.features]
+        keep = self.uniform(len(q), outputs.count) >= q[:, None]
+        frames = [frames_of(self.blocks.named(m), z, outputs.count) for m, z in enumerate(outputs.features)]
+        widths = [each * z[0].numel() for each, z in zip(frames, outputs.features, strict=True)]
         theta = sum(width * q[m] for m, width in enumerate(widths)) / sum(widths)
-        left = [
-            z * keep[m].to(z.dtype).view(-1, *[1] * (z.dim() - 1)) / (1.0 - theta)
-            for m, z in enumerate(outputs.features)
-        ]
-        return nn.functional.cross_entropy(self.blocks.fuse(left), outputs.labels)
+
+        def left_of(m: int, x: Tensor) -> Tensor:
+            return x * by_sample(keep[m].to(x.dtype), x, frames[m]) / (1.0 - theta)
+
+        left = [self.blocks.with_changed(m, z, functools.partial(left_of, m)) for m, z in enumerate(outputs.returned)]
+        return self.loss_of(self.blocks.fuse(left), outputs.labels)

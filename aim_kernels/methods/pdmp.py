@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from aim_kernels.aim.samples import Samples
 from aim_kernels.methods.base import Blocks, Outputs
 from aim_kernels.methods.coefficients import Coefficients
 from aim_kernels.methods.scores import accuracies, evaluation_mode
@@ -35,6 +35,8 @@ class PDMP(Coefficients):
         gamma_r: float = 1.0,
         **options: Any,
     ) -> None:
+        # Where the modality is named, nothing is ranked.
+        self.class_scores = "dominant=, or the accuracy of each modality" if dominant is None else ""
         super().__init__(blocks, optimizer, **options)
         if dominant is not None and dominant not in blocks.modalities:
             raise ValueError(f"dominant names {dominant!r}; the modalities are {', '.join(blocks.modalities)}")
@@ -46,22 +48,16 @@ class PDMP(Coefficients):
         leads = [float(m == dominant) for m in blocks.modalities]
         self.lead = torch.tensor(leads, dtype=torch.float64, device=self.device)
 
-    def update(
-        self,
-        inputs: Sequence[Tensor],
-        labels: Tensor | None = None,
-        held_out: tuple[Sequence[Tensor], Tensor | None] | None = None,
-    ) -> Tensor:
+    def _update(self, samples: Samples, held_out: Samples | None) -> Tensor:
         """Finds the dominant modality, unless it was named; returns ``[M]``, 1 where a modality leads."""
         if self.dominant is None:
-            xs, ys = (inputs, labels) if held_out is None else held_out
-            if ys is None:
+            ranked = samples if held_out is None else held_out
+            if ranked.labels is None:
                 raise ValueError("PDMP ranks modalities by their accuracy; pass labels, or name the dominant one")
             with torch.no_grad(), self.optimizer.true_parameters(), evaluation_mode(self.blocks.model):
-                right = accuracies(self.blocks.forward(xs, ys).unimodal(), ys)
+                right = accuracies(self.forward(ranked).unimodal(), ranked.labels, self.ignored)
             best = (torch.arange(len(right), device=right.device) == right.argmax()).double()
             self.lead = torch.where(right.max() > right.min(), best, torch.zeros_like(best))
-        super().update(inputs, labels, held_out)
         return self.lead
 
     def coefficients(self, outputs: Outputs) -> Tensor:

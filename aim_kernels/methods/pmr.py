@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from aim_kernels.aim.samples import Samples
 from aim_kernels.methods.base import Blocks, Method, Outputs, check_window
-from aim_kernels.methods.scores import evaluation_mode, mean_of_others, wide
+from aim_kernels.methods.losses import Loss
+from aim_kernels.methods.scores import counted, evaluation_mode, mean_of_others, wide
 from aim_kernels.step.arguments import check_at_least, check_choice, check_within
 from aim_kernels.step.sharding import averaged
 
 
 class PMR(Method):
-    """``loss = CE(logits) + alpha * sum_m w_m CE(-|z_m - P_m|)``, with a prototype ``P_m[k]`` a class and modality.
+    """``loss = loss(logits) + alpha * sum_m w_m CE(-|z_m - P_m|)``, with a prototype ``P_m[k]`` a class and modality.
 
     ``w_m``: 1 for a modality that is behind the mean of the others, else 0 ("one": fanyunfeng-bit/Modal-Imbalance-PMR,
     3615e48), or ``min(mean_{m' != m} s_m' / s_m - 1, 1)`` where that is positive ("ratio": Fan et al., CVPR 2023).
@@ -31,6 +33,8 @@ class PMR(Method):
     """
 
     writes_rows_only = False
+    reads_rows = True
+    class_scores = "a prototype of each class"
 
     def __init__(
         self,
@@ -42,9 +46,10 @@ class PMR(Method):
         weighting: str = "one",
         starts: int = 0,
         ends: int | None = None,
+        loss: Loss | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(blocks, optimizer, seed=seed)
+        super().__init__(blocks, optimizer, loss=loss, seed=seed)
         check_at_least("alpha", alpha, 0.0)
         check_within("momentum", momentum, 0.0, 1.0)
         check_choice("weighting", weighting, ("one", "ratio"))
@@ -54,23 +59,19 @@ class PMR(Method):
         self.seen: Tensor | None = None  # [K]: which classes have one
 
     @torch.no_grad()
-    def update(
-        self,
-        inputs: Sequence[Tensor],
-        labels: Tensor | None = None,
-        held_out: tuple[Sequence[Tensor], Tensor | None] | None = None,
-    ) -> None:
+    def _update(self, samples: Samples, held_out: Samples | None) -> None:
         """Moves the prototypes. Raises ValueError without labels."""
+        labels = samples.labels
         if labels is None:
             raise ValueError("PMR makes a prototype of each class; pass labels")
         with self.optimizer.true_parameters(), evaluation_mode(self.blocks.model):
-            outputs = self.blocks.forward(inputs, labels)
-        members = (torch.arange(outputs.logits.shape[1], device=labels.device)[:, None] == labels).to(
-            wide(outputs.logits).dtype
-        )
+            outputs = self.forward(samples)
+        counts, labels = counted(labels, self.ignored)
+        classes = torch.arange(outputs.logits.shape[1], device=labels.device)
+        members = (counts & (classes[:, None] == labels)).to(wide(outputs.logits).dtype)
         count = averaged(members.sum(1))
         here = count > 0
-        sums = [averaged(members @ wide(z).flatten(1)) for z in outputs.features]
+        sums = [averaged(members @ self.features(outputs, m)) for m in range(len(self.blocks.modalities))]
         means = [torch.where(here[:, None], total / count[:, None], 0.0) for total in sums]
         if self.prototypes is None or self.seen is None:
             self.prototypes, self.seen = means, here
@@ -84,19 +85,25 @@ class PMR(Method):
                 torch.where(here[:, None], new, p) for new, p in zip(moved, self.prototypes, strict=True)
             ]
             self.seen = self.seen | here
-        super().update(inputs, labels, held_out)
+
+    def features(self, outputs: Outputs, m: int) -> Tensor:
+        """``[B, C]`` of modality m."""
+        return wide(outputs.per_sample(m)).flatten(1)
 
     def loss(self, outputs: Outputs) -> Tensor:
-        joint = nn.functional.cross_entropy(outputs.logits, outputs.labels)
+        joint = super().loss(outputs)
         if self.prototypes is None or not self.active:
             return joint
-        own = torch.stack([self.log_probabilities(m, z, outputs.labels) for m, z in enumerate(outputs.features)])
-        known = self.known(outputs.labels)
+        counts, labels = counted(outputs.labels, self.ignored)
+        own = torch.stack(
+            [self.log_probabilities(m, self.features(outputs, m), labels) for m in range(len(self.blocks.modalities))]
+        )
+        known = self.known(labels) & counts
         with torch.no_grad():
             scores = averaged(torch.where(known, own.exp(), 0.0).double().sum(1))
             behind = mean_of_others(scores) / scores - 1.0
             weight = (behind > 0.0).double() if self.weighting == "one" else behind.clamp(0.0, 1.0)
-        losses = -torch.where(known, own, torch.zeros_like(own)).mean(1)
+        losses = -torch.where(known, own, torch.zeros_like(own)).sum(1) / counts.sum().clamp_min(1)
         return joint + self.alpha * (weight.to(losses.dtype) * losses).sum()
 
     def known(self, labels: Tensor) -> Tensor:
@@ -105,9 +112,9 @@ class PMR(Method):
         return self.seen[labels]
 
     def log_probabilities(self, m: int, z: Tensor, labels: Tensor) -> Tensor:
-        """``log softmax(-|z - P_m|)[y]``, ``[B]``; differentiable."""
+        """``log softmax(-|z - P_m|)[y]``, ``[B]``, of features ``[B, C]``; differentiable."""
         assert self.prototypes is not None and self.seen is not None
-        distance = torch.cdist(wide(z).flatten(1), self.prototypes[m], compute_mode="donot_use_mm_for_euclid_dist")
+        distance = torch.cdist(z, self.prototypes[m], compute_mode="donot_use_mm_for_euclid_dist")
         similarity = (-distance).masked_fill(~self.seen, -torch.inf)
         return similarity.log_softmax(1).gather(1, labels[:, None])[:, 0]
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from aim_kernels.aim.samples import Samples
 from aim_kernels.methods.base import Blocks, Method
-from aim_kernels.methods.scores import evaluation_mode, wide
+from aim_kernels.methods.losses import Loss
+from aim_kernels.methods.scores import counted, evaluation_mode, wide
 from aim_kernels.step.arguments import check_at_least
 from aim_kernels.step.sharding import averaged
 
@@ -52,6 +54,9 @@ class Relearning(Method):
     Raises ValueError for numbers out of range.
     """
 
+    class_scores = "the classes of the samples of each cluster"
+    reads_rows = True
+
     def __init__(
         self,
         blocks: Blocks,
@@ -60,9 +65,10 @@ class Relearning(Method):
         strength: float = 1.0,
         every: int = 10,
         times: int | None = None,
+        loss: Loss | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(blocks, optimizer, seed=seed)
+        super().__init__(blocks, optimizer, loss=loss, seed=seed)
         check_at_least("strength", strength, 0.0)
         check_at_least("every", every, 1)
         if times is not None:
@@ -72,12 +78,7 @@ class Relearning(Method):
         self.start = [[p.detach().clone() for p in blocks.parameters(m)] for m in blocks.modalities]
 
     @torch.no_grad()
-    def update(
-        self,
-        inputs: Sequence[Tensor],
-        labels: Tensor | None = None,
-        held_out: tuple[Sequence[Tensor], Tensor | None] | None = None,
-    ) -> list[float] | None:
+    def _update(self, samples: Samples, held_out: Samples | None) -> list[float] | None:
         """Diagnoses, and moves the encoders back, where it is time to; returns ``w``, else None.
 
         Raises ValueError where it is time to and labels or held-out samples are missing.
@@ -85,24 +86,27 @@ class Relearning(Method):
         due = self.updates > 0 and self.updates % self.every == 0 and (self.times is None or self.done < self.times)
         weights = None
         if due:
-            if labels is None or held_out is None or held_out[1] is None:
+            if samples.labels is None or held_out is None or held_out.labels is None:
                 raise ValueError("re-learning compares training with held-out samples; pass labels and held_out")
             with self.optimizer.true_parameters():
-                gaps = self.purities(inputs, labels) - self.purities(held_out[0], held_out[1])
+                gaps = self.purities(samples.inputs, samples.labels) - self.purities(held_out.inputs, held_out.labels)
                 weights = torch.tanh(self.strength * gaps.abs()).tolist()
                 for modality, start, w in zip(self.blocks.modalities, self.start, weights, strict=True):
                     torch._foreach_lerp_(list[Tensor](self.blocks.parameters(modality)), start, w)
             self.done += 1
-        super().update(inputs, labels, held_out)
         return weights
 
-    def purities(self, inputs: Sequence[Tensor], labels: Tensor) -> Tensor:
+    def purities(self, inputs: Any, labels: Tensor) -> Tensor:
         """Of each modality's features; float64 ``[M]``."""
         with evaluation_mode(self.blocks.model):
-            outputs = self.blocks.forward(inputs, labels)
+            outputs = self.forward(Samples(self.blocks.layout.read("", inputs), labels))
+        counts, labels = counted(labels, self.ignored)
+        labels = labels[counts]
+        if not len(labels):
+            raise ValueError("re-learning needs samples with a class; all labels are to be ignored")
         found = []
-        for features in outputs.features:
-            z = wide(features).flatten(1)
+        for m in range(len(self.blocks.modalities)):
+            z = wide(outputs.per_sample(m)).flatten(1)[counts]
             low, high = z.amin(0), z.amax(0)
             z = 2.0 * (z - low) / (high - low).clamp_min(1e-12) - 1.0
             found.append(purity(kmeans(z, outputs.logits.shape[1], self.generator), labels))

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aim_kernels.aim.samples import Samples
 from aim_kernels.methods.base import Blocks, Method, Outputs, gradients_of
-from aim_kernels.methods.coalitions import shapley_values
+from aim_kernels.methods.coalitions import shapley_losses, shapley_values
+from aim_kernels.methods.losses import Loss, of_classes
 from aim_kernels.step.arguments import check_at_least, check_choice
 
 
@@ -22,17 +24,19 @@ class SAM(Method):
     """
 
     writes_rows_only = False
+    one_pass = False
 
-    def __init__(self, blocks: Blocks, optimizer: Any, *, rho: float = 0.05, seed: int = 0) -> None:
-        super().__init__(blocks, optimizer, seed=seed)
+    def __init__(
+        self, blocks: Blocks, optimizer: Any, *, rho: float = 0.05, loss: Loss | None = None, seed: int = 0
+    ) -> None:
+        super().__init__(blocks, optimizer, loss=loss, seed=seed)
         check_at_least("rho", rho, 0.0)
         self.rho = rho
 
-    def step(self, inputs: Sequence[Tensor], labels: Tensor) -> Tensor:
+    def _step_on(self, batch: Samples) -> Tensor:
         """Returns the loss of the unperturbed weights."""
-        self.note_batch(inputs)
         self.optimizer.zero_grad()
-        outputs = self.blocks.forward(inputs, labels)
+        outputs = self.forward(batch)
         loss = self.loss(outputs)
         loss.backward()
         stepped: list[Tensor] = [p for p in self.blocks.model.parameters() if p.grad is not None]
@@ -44,7 +48,7 @@ class SAM(Method):
         try:
             for p in stepped:
                 p.grad = None  # not zero_grad(), which may keep the tensors
-            self.loss(self.blocks.forward(inputs, labels)).backward()
+            self.loss(self.forward(batch)).backward()
         finally:
             with torch.no_grad():
                 torch._foreach_copy_(stepped, kept)
@@ -66,22 +70,35 @@ class MSAM(SAM):
 
     M-SAM (arXiv 2510.24919; no code was found): ``L_d = v L`` is the dominant modality's part of the loss, the rest the
     others', and only L_d is flattened: ``e = rho * grad L_d / |grad L_d|``, in which v cancels. ``v``: Shapley values
-    of the mean probability of the true class, from this batch, negative ones as 0 (our reading). ``perturb="all"``:
+    of the mean probability of the true class, from this batch, negative ones as 0; without class numbers ``[B]``, of
+    what features take from the loss (our reading). ``perturb="all"``:
     every parameter, as the formula; "dominant": the dominant modality's encoder only (our variant).
 
     Raises ValueError for a negative ``rho``, an unknown ``perturb``.
     """
 
     def __init__(
-        self, blocks: Blocks, optimizer: Any, *, rho: float = 0.05, perturb: str = "all", seed: int = 0
+        self,
+        blocks: Blocks,
+        optimizer: Any,
+        *,
+        rho: float = 0.05,
+        perturb: str = "all",
+        loss: Loss | None = None,
+        seed: int = 0,
     ) -> None:
-        super().__init__(blocks, optimizer, rho=rho, seed=seed)
+        super().__init__(blocks, optimizer, rho=rho, loss=loss, seed=seed)
         check_choice("perturb", perturb, ("all", "dominant"))
         self.perturb = perturb
 
     def shares(self, outputs: Outputs) -> Tensor:
         """Float64 ``[M]``, adding up to 1."""
-        phi = shapley_values(self.blocks.fuse, outputs.features, outputs.labels).clamp_min(0.0)
+        labels, fuse = outputs.labels, self.blocks.fuse
+        flat = isinstance(labels, Tensor) and labels.dim() == 1 and labels.dtype == torch.int64
+        if of_classes(self.loss_function) and flat and outputs.logits.dim() == 2:
+            phi = shapley_values(fuse, outputs.returned, labels, self.ignored).clamp_min(0.0)
+        else:
+            phi = shapley_losses(fuse, outputs.returned, lambda x: self.loss_of(x, labels)).clamp_min(0.0)
         total = phi.sum()
         return torch.where(total > 0.0, phi / total.clamp_min(1e-12), torch.full_like(phi, 1.0 / len(phi)))
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from aim_kernels.methods.base import Outputs
+from aim_kernels.methods.losses import IGNORED
 from aim_kernels.step.sharding import averaged
 
 
@@ -20,25 +20,35 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def true_class_scores(logits: Sequence[Tensor], labels: Tensor) -> Tensor:
+def counted(labels: Tensor, ignored: int = IGNORED) -> tuple[Tensor, Tensor]:
+    """Which samples count, bool ``[B]``, and labels with 0 for the others."""
+    counts = labels != ignored
+    return counts, torch.where(counts, labels, 0)
+
+
+def mean_of_counted(values: Tensor, counts: Tensor) -> Tensor:
+    """Means of ``values`` ``[..., B]`` over the samples that count, float64; 0 if none does."""
+    values = torch.where(counts, values, 0.0).double()
+    return values.sum(-1) / counts.sum().clamp_min(1)
+
+
+def true_class_scores(logits: Sequence[Tensor], labels: Tensor, ignored: int = IGNORED) -> Tensor:
     """``s_m = sum_i softmax(logits_m[i])[y_i]``, float64 ``[M]``. ``logits``: ``[B, K]`` a modality; ``labels``:
-    ``[B]``."""
-    return averaged(torch.stack([wide(x).softmax(1).gather(1, labels[:, None]).double().sum() for x in logits]))
+    ``[B]``; samples with the label ``ignored`` are left out."""
+    counts, labels = counted(labels, ignored)
+    own = [wide(x).softmax(1).gather(1, labels[:, None])[:, 0] for x in logits]
+    return averaged(torch.stack([torch.where(counts, p, 0.0).double().sum() for p in own]))
 
 
-def accuracies(logits: Sequence[Tensor], labels: Tensor) -> Tensor:
-    """Share of the samples whose class each modality names, float64 ``[M]``."""
-    return averaged(torch.stack([(x.argmax(1) == labels).double().mean() for x in logits]))
+def accuracies(logits: Sequence[Tensor], labels: Tensor, ignored: int = IGNORED) -> Tensor:
+    """Share of the samples whose class each modality names, float64 ``[M]``; those ``ignored`` are left out."""
+    counts, labels = counted(labels, ignored)
+    return averaged(torch.stack([mean_of_counted((x.argmax(1) == labels).double(), counts) for x in logits]))
 
 
 def mean_of_others(scores: Tensor) -> Tensor:
     """``mean_{m' != m} s_m'`` for each m; ``[M]``."""
     return (scores.sum() - scores) / (len(scores) - 1)
-
-
-def unimodal_losses(outputs: Outputs) -> Tensor:
-    """Cross entropy of each modality's own logits, ``[M]``, differentiable."""
-    return torch.stack([nn.functional.cross_entropy(x, outputs.labels) for x in outputs.unimodal()])
 
 
 def late_fusion_logits(head: nn.Linear, features: Sequence[Tensor]) -> list[Tensor]:

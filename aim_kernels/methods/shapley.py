@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from aim_kernels.aim.samples import Samples
 from aim_kernels.methods.base import Blocks, Outputs
 from aim_kernels.methods.coalitions import shapley_values
 from aim_kernels.methods.coefficients import Coefficients
@@ -28,6 +28,8 @@ class ShapleyAlternation(Coefficients):
     Raises ValueError for an unknown ``period``, a negative ``margin``.
     """
 
+    class_scores = "the probability of the true class"
+
     def __init__(
         self,
         blocks: Blocks,
@@ -44,24 +46,18 @@ class ShapleyAlternation(Coefficients):
         self.period, self.margin = period, margin
         self.learns = torch.ones(len(blocks.modalities), dtype=torch.float64, device=self.device)
 
-    def update(
-        self,
-        inputs: Sequence[Tensor],
-        labels: Tensor | None = None,
-        held_out: tuple[Sequence[Tensor], Tensor | None] | None = None,
-    ) -> Tensor:
+    def _update(self, samples: Samples, held_out: Samples | None) -> Tensor:
         """Returns ``[M]``, 1 where an encoder learns. Raises ValueError where ``period="epoch"`` has no labels."""
         if self.period == "epoch":
-            if labels is None:
+            if samples.labels is None:
                 raise ValueError("Shapley values are of the probability of the true class; pass labels")
             with torch.no_grad(), self.optimizer.true_parameters(), evaluation_mode(self.blocks.model):
-                self.learns = self.lowest(self.blocks.forward(inputs, labels))
-        super().update(inputs, labels, held_out)
+                self.learns = self.lowest(self.forward(samples))
         return self.learns
 
     def lowest(self, outputs: Outputs) -> Tensor:
         """1 for the modality with the lowest value and 0 for others; all 1 within the margin. Float64 ``[M]``."""
-        phi = shapley_values(self.blocks.fuse, outputs.features, outputs.labels)
+        phi = shapley_values(self.blocks.fuse, outputs.returned, outputs.labels, self.ignored)
         alone = (torch.arange(len(phi), device=phi.device) == phi.argmin()).double()
         return torch.where(phi.max() - phi.min() > self.margin, alone, torch.ones_like(alone))
 

@@ -116,7 +116,7 @@ def test_the_page_of_methods_names_every_one_and_its_options() -> None:
     rows = [line.split("|")[1:-1] for line in page.splitlines() if line.startswith("| `")]
     listed = {name: row[-1] for row in rows for name in re.findall(r"`([^`]+)`", row[0])}
     assert set(listed) == set(METHODS)
-    shared = {"seed", "apply_to", "starts", "ends", "biases", "num_classes", "options"}
+    shared = {"seed", "apply_to", "starts", "ends", "biases", "num_classes", "options", "loss"}
     for name in METHODS:
         known = set(inspect.signature(type(made(name)[1]).__init__).parameters) - {"self", "blocks", "optimizer"}
         told = set(re.findall(r"`(\w+)", listed[name]))

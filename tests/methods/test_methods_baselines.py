@@ -113,8 +113,12 @@ def test_seeds_and_other_held_out_samples() -> None:
 @pytest.mark.parametrize("name", ["train-on-held", "best-subset"])
 def test_held_out_samples_are_needed_once(name: str) -> None:
     _, method = made(name)
-    for held_out in (None, (batch(2)[0], None), (batch(2)[0], torch.zeros(0, dtype=torch.int64))):
-        with pytest.raises(ValueError, match="needs held-out samples"):
+    for held_out, message in (
+        (None, "needs held-out samples"),
+        ((batch(2)[0], None), "needs held-out samples with labels"),
+        ((batch(2)[0], torch.zeros(0, dtype=torch.int64)), "held-out labels have 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
             method.update(*batch(2), held_out=held_out)
     assert method.updates == 0
     method.update(*batch(2), held_out=batch(2, seed=1))
@@ -286,7 +290,7 @@ def test_frames_in_the_batch_belong_to_their_sample() -> None:
     for m, z in enumerate(seen[0].split(4, 1)):
         assert torch.equal((z != 0.0).all(1), keep[m]) and torch.equal((z != 0.0).any(1), keep[m])
     net.forward = lambda *inputs: fuse(net.features([x[:9] for x in inputs]))
-    with pytest.raises(ValueError, match=r"'a' has features of 9 rows for a batch of 12; its last block must return"):
+    with pytest.raises(ValueError, match=r"the last block of 'a' has features of shape \[9, 4\] for a batch of 12"):
         method.step(inputs, labels)
     method.optimizer.zero_grad()
     net.forward = Net.forward.__get__(net)

@@ -169,8 +169,8 @@ METHOD_BUGS = (
     Mutant(
         "a leader by training accuracy",
         f"{METHODS}pdmp.py",
-        "xs, ys = (inputs, labels) if held_out is None else held_out",
-        "xs, ys = inputs, labels",
+        "ranked = samples if held_out is None else held_out",
+        "ranked = samples",
         "the modality that is memorized first would lead",
         ("test_methods_rows.py::test_pdmp_ranks_modalities_by_held_out_accuracy",),
     ),
