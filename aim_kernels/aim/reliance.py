@@ -13,6 +13,7 @@ from torch import Tensor
 from aim_kernels.aim.prototypes import probing
 from aim_kernels.aim.samples import Samples, pieces_of
 from aim_kernels.aim.strengths import Measured, Scores
+from aim_kernels.aim.watching import measuring_live
 
 if TYPE_CHECKING:
     from aim_kernels.aim.interface import Modulator
@@ -42,7 +43,7 @@ def measure(aim: Modulator, samples: Samples, held_out: Samples) -> tuple[Measur
     with live weights."""
     live = None
     if aim.history and aim.history[-1].dominant:
-        with torch.no_grad(), probing(aim.model):
+        with torch.no_grad(), probing(aim.model), measuring_live():
             live = piece_losses(aim, samples, PIECES)
     with aim.measuring(samples.inputs):
         train, outside = (aim.scoring.averaged(_reliance(aim, each)) for each in (samples, held_out))

@@ -3,8 +3,11 @@ are kept."""
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 import weakref
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +17,18 @@ if TYPE_CHECKING:
     from aim_kernels.aim.interface import Modulator
 
 REMEDY = "call optimizer.eval() before and optimizer.train() after, or use Method.evaluating() or a callback"
+
+_MEASURING: ContextVar[bool] = ContextVar("measuring", default=False)
+
+
+@contextlib.contextmanager
+def measuring_live() -> Iterator[None]:
+    """Live weights are evaluated inside on purpose, which is not warned of."""
+    token = _MEASURING.set(True)
+    try:
+        yield
+    finally:
+        _MEASURING.reset(token)
 
 
 class LiveWatch:
@@ -34,7 +49,7 @@ class LiveWatch:
         ]
 
     def evaluated(self, model: nn.Module, _args: Any) -> None:
-        if not torch.compiler.is_compiling() and not model.training and self._live():
+        if not torch.compiler.is_compiling() and not model.training and not _MEASURING.get() and self._live():
             self.warn("evaluated", "the model is evaluated with live weights, in which a modality may be degraded")
 
     def saved(self, _model: nn.Module, *_args: Any) -> None:
