@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -268,4 +266,129 @@ def test_the_loop_holds_back_a_shortcut(title: str, tmp_path: Path) -> None:
         assert names["aim"].history
 
 
-TRAINERS: dict[str, Any] = {}
+# -- transformers ------------------------------------------------------------------------------------------------------
+
+
+def trainer_names(folder: Path, epochs: int, model: nn.Module, columns: Callable[..., dict[str, Tensor]]) -> dict[str, Any]:
+    """What a script of the Trainer has before it makes one."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    watch: dict[str, Any] = {"degraded": 0, "true": []}
+
+    class Observed(transformers.Trainer):
+        def training_step(self, model: nn.Module, *args: Any, **keywords: Any) -> Tensor:
+            masters = getattr(self.optimizer.optimizer, "masters", dict)()
+            watch["degraded"] += any(not torch.equal(p, master) for p, master in masters.items())
+            return super().training_step(model, *args, **keywords)
+
+        def prediction_step(self, *args: Any, **keywords: Any) -> Any:
+            watch["true"].append(getattr(self.optimizer.optimizer, "holds_true_weights", True))
+            return super().prediction_step(*args, **keywords)
+
+    options = {"num_train_epochs": epochs, "save_strategy": "epoch", "eval_strategy": "epoch", "disable_tqdm": True}
+    arguments = transformers.TrainingArguments(
+        str(folder),
+        per_device_train_batch_size=16,
+        per_device_eval_batch_size=64,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        logging_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        **options,
+    )
+    return {
+        "torch": torch,
+        "cross_entropy": functional.cross_entropy,
+        "Trainer": Observed,
+        "training_args": arguments,
+        "model": model,
+        "collate": scripts.stacked,
+        "train": scripts.rows(**columns(192, 1, True)),
+        "valid": scripts.rows(**columns(128, 2, False)),
+        "watch": watch,
+    }
+
+
+def two_towers(folder: Path, epochs: int) -> dict[str, Any]:
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_outputs import SequenceClassifierOutput
+
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+
+    class Classifier(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.towers = transformers.VisionTextDualEncoderModel(
+                transformers.VisionTextDualEncoderConfig.from_vision_text_configs(
+                    transformers.ViTConfig(**small, image_size=8, patch_size=4),
+                    transformers.BertConfig(**small, vocab_size=16, max_position_embeddings=8),
+                    projection_dim=16,
+                )
+            )
+            self.head = nn.Linear(32, CLASSES)
+
+        def forward(
+            self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor, labels: Tensor | None = None
+        ) -> Any:
+            found = self.towers(input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values)
+            logits = self.head(torch.cat([found.text_embeds, found.image_embeds], 1))
+            loss = None if labels is None else functional.cross_entropy(logits, labels)
+            return SequenceClassifierOutput(loss=loss, logits=logits)
+
+    def columns(count: int, seed: int, shortcut: bool) -> dict[str, Tensor]:
+        names = ("input_ids", "attention_mask", "pixel_values", "labels")
+        return dict(zip(names, scripts.texts_and_images(count, seed, shortcut, first=4), strict=True))
+
+    return trainer_names(folder, epochs, Classifier(), columns)
+
+
+def frozen_tower(folder: Path, epochs: int) -> dict[str, Any]:
+    """Four image tokens, a question that gives the answer away, a mark, and the answer, which alone is asked for."""
+    transformers = pytest.importorskip("transformers")
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    text = transformers.LlamaConfig(
+        vocab_size=16, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0
+    )
+    model = transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=15, vision_feature_layer=-1)
+    )
+    model.requires_grad_(False)
+    scripts.adapt(model.model.language_model, 8)
+    model.model.multi_modal_projector.requires_grad_(True)
+
+    def columns(count: int, seed: int, shortcut: bool) -> dict[str, Tensor]:
+        ids, _, images, labels = scripts.texts_and_images(count, seed, shortcut, first=4)
+        answer, mark = (8 + labels)[:, None], torch.full((count, 1), 3)
+        ids = torch.cat([torch.full((count, 4), 15), ids[:, 1:2], mark, answer], 1)
+        asked = torch.full_like(ids, -100)
+        asked[:, -1:] = answer
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": images, "labels": asked}
+
+    return trainer_names(folder, epochs, model, columns)
+
+
+#: Recipe to what its script would have, its shortcut and epochs.
+TRAINERS: dict[str, tuple[Callable[[Path, int], dict[str, Any]], str, int]] = {
+    "Hugging Face: text and image, masks, Trainer": (two_towers, "text", 4),
+    "LLaVA: a frozen tower, adapters, tokens as labels": (frozen_tower, "text", 4),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("title", TRAINERS)
+def test_the_trainer_holds_back_a_shortcut(title: str, tmp_path: Path) -> None:
+    make, shortcut, epochs = TRAINERS[title]
+    run(side(title, "-"), make(tmp_path / "before", 1))
+    names = make(tmp_path / "after", epochs)
+    run(side(title, "+"), names)
+    aim, optimizer, watch = names["aim"], names["optimizer"], names["watch"]
+    for table in aim.history: print(table)
+    assert aim.updates == epochs
+    assert {m for table in aim.history for m in table.dominant} == {shortcut}
+    assert watch["degraded"] > 0 and watch["true"] and all(watch["true"])
+    assert optimizer.holds_true_weights
+    masters = optimizer.masters()
+    assert masters and all(torch.equal(p, master) for p, master in masters.items())
