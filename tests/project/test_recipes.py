@@ -98,7 +98,7 @@ def saved_in(path: Path) -> Iterator[dict[str, Tensor]]:
 
 
 def test_every_recipe_has_a_test_and_is_short() -> None:
-    assert set(SECTIONS) == {*LOOPS, *TRAINERS}
+    assert set(SECTIONS) == {*LOOPS, *TRAINERS, PAIRS}
     for title in SECTIONS:
         (diff,) = blocks(title, "diff")
         assert 0 < sum(line.startswith("+") for line in diff.splitlines()) <= 10, title
@@ -385,10 +385,68 @@ def test_the_trainer_holds_back_a_shortcut(title: str, tmp_path: Path) -> None:
     names = make(tmp_path / "after", epochs)
     run(side(title, "+"), names)
     aim, optimizer, watch = names["aim"], names["optimizer"], names["watch"]
-    for table in aim.history: print(table)
     assert aim.updates == epochs
     assert {m for table in aim.history for m in table.dominant} == {shortcut}
     assert watch["degraded"] > 0 and watch["true"] and all(watch["true"])
     assert optimizer.holds_true_weights
     masters = optimizer.masters()
     assert masters and all(torch.equal(p, master) for p, master in masters.items())
+
+
+# -- pairs without labels ----------------------------------------------------------------------------------------------
+
+PAIRS = "CLIP: pairs without labels"
+
+
+def pairs(epochs: int, path: Path) -> dict[str, Any]:
+    transformers = pytest.importorskip("transformers")
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    text = {**small, "vocab_size": 16, "max_position_embeddings": 8, "bos_token_id": 0, "eos_token_id": 2}
+    images = {**small, "image_size": 8, "patch_size": 4}
+    config = transformers.CLIPConfig(text_config=text, vision_config=images, projection_dim=8)
+    ids, mask, pixels, _ = scripts.texts_and_images(64, 1, True, first=4)
+    batch = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+    names: dict[str, Any] = {"torch": torch, "path": path}
+    return names | {
+        "args": SimpleNamespace(lr=1e-2, epochs=epochs),
+        "model": transformers.CLIPModel(config),
+        "dataloader": [{name: x[part::8] for name, x in batch.items()} for part in range(8)],
+        "evaluate": lambda _: None,
+        "whole": batch,
+    }
+
+
+@pytest.mark.slow
+def test_pairs_without_labels_are_modulated_by_gradients(tmp_path: Path) -> None:
+    run(side(PAIRS, "-"), pairs(1, tmp_path / "before.pt"))
+    names = pairs(3, tmp_path / "model.pt")
+    run(side(PAIRS, "+"), names)
+    aim, optimizer = names["aim"], names["optimizer"]
+    assert aim.updates == 3 and all(min(map(min, table.scores.values())) > 0 for table in aim.history)
+    # Somebody's gradients are always the larger ones.
+    assert any(table.dominant for table in aim.history)
+    optimizer.eval()
+    (state,) = saved_in(tmp_path / "model.pt")
+    assert all(torch.equal(state[name], x) for name, x in aim.model.state_dict().items())
+
+
+@pytest.mark.slow
+def test_reliance_says_nothing_of_pairs(tmp_path: Path) -> None:
+    """A loss of pairs is whole again if both are exchanged: each modality's score is within its error of 0, though
+    the pairs matter."""
+    names = pairs(30, tmp_path / "model.pt")
+    run(side(PAIRS, "-"), names)
+    model, batch = names["model"], {**names["whole"], "return_loss": True}
+    blocks_of = {"text": [model.text_model.encoder], "image": [model.vision_model.encoder]}
+    optimizer = ak.AdamW(ak.block_param_groups(model, blocks_of))
+    arguments = {"text": ("input_ids", "attention_mask"), "image": "pixel_values"}
+    aim = ak.AIM(model, optimizer, arguments=arguments, rule="reliance", loss=lambda output, _: output.loss)
+    with pytest.raises(ValueError, match=r"pass labels, or, if the loss needs none, .* torch.arange\(B\)"):
+        aim.update(batch, held_out=batch)
+    table = aim.update(batch, torch.arange(64), held_out=(batch, torch.arange(64)))
+    broken = {**batch, "pixel_values": batch["pixel_values"].roll(1, 0)}
+    with torch.no_grad():
+        lost = float(model(**broken).loss - model(**batch).loss)
+    assert lost > 0.3
+    for modality in ("text", "image"):
+        assert abs(table.scores[modality][0]) < max(3 * table.errors[modality][0], 0.05 * lost)
