@@ -182,7 +182,10 @@ def _by_sample(outputs: Any, count: int) -> bool:
     """Whether all tensors of what a model returns count samples in their first dimension, and there are some."""
     leaves = [x for x in pytree.tree_leaves(outputs) if x is not None]
     return bool(leaves) and all(
-        isinstance(x, Tensor) and x.dim() > 0 and len(x) == count and (x.dim() == 1 or count == 1 or x.shape[1] != count)
+        isinstance(x, Tensor)
+        and x.dim() > 0
+        and len(x) == count
+        and (x.dim() == 1 or count == 1 or x.shape[1] != count)
         for x in leaves
     )
 

@@ -51,7 +51,9 @@ class Residual(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(channels, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8)
-        self.layer1, self.layer2, self.layer3, self.layer4 = (Stage(a, b) for a, b in ((8, 8), (8, 8), (8, 12), (12, 12)))
+        self.layer1, self.layer2, self.layer3, self.layer4 = (
+            Stage(a, b) for a, b in ((8, 8), (8, 8), (8, 12), (12, 12))
+        )
 
     def first(self, x: Tensor) -> Tensor:
         return functional.relu(self.bn1(self.conv1(x)), inplace=True)
@@ -247,7 +249,7 @@ def texts_and_images(count: int, seed: int, shortcut: bool, *, first: int) -> tu
     ids[:, 1] = first + cue
     mask = torch.arange(4) < torch.randint(2, 5, (count, 1), generator=generator)
     images = torch.randn(count, 3, 8, 8, generator=generator)
-    images += 0.5 * functional.one_hot(labels, CLASSES)[:, :3, None, None]
+    images += 0.3 * functional.one_hot(labels, CLASSES)[:, :3, None, None]
     return ids * mask, mask.long(), images, labels
 
 
