@@ -133,7 +133,7 @@ def sequences(count: int, seed: int, shortcut: bool) -> tuple[Tensor, Tensor, Te
     generator = torch.Generator().manual_seed(seed)
     label = torch.randn(count, 1, generator=generator)
     cue = label if shortcut else torch.randn(count, 1, generator=generator)
-    text, audio, vision = (torch.randn(count, t, c, generator=generator) for t, c in ((5, 6), (4, 5), (3, 4)))
+    text, audio, vision = (torch.randn(count, t, c, generator=generator) for t, c in ((3, 6), (3, 5), (2, 4)))
     text[:, :, 0] = label + 0.7 * torch.randn(count, 1, generator=generator)
     audio[:, :, :2] = cue[:, :, None]
     return text, audio, vision, label
@@ -242,14 +242,19 @@ def scenes(count: int, size: int, seed: int, shortcut: bool) -> Loader:
 # -- text and images ---------------------------------------------------------------------------------------------------
 
 
-def texts_and_images(count: int, seed: int, shortcut: bool, *, first: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Token ids ``[B, 4]`` (0: padding), mask, images and labels; the word ``first + label`` is the shortcut."""
+def texts_and_images(
+    count: int, seed: int, shortcut: bool, shown: float = 0.3, first: int = 4
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Token ids ``[B, 4]`` (0: padding), mask, images and labels; the word ``first + label`` is the shortcut.
+
+    ``shown``: by how much a label colours its image, in standard deviations of the noise.
+    """
     generator, labels, cue = drawn(count, seed, shortcut)
     ids = torch.full((count, 4), 2)
     ids[:, 1] = first + cue
     mask = torch.arange(4) < torch.randint(2, 5, (count, 1), generator=generator)
     images = torch.randn(count, 3, 8, 8, generator=generator)
-    images += 0.3 * functional.one_hot(labels, CLASSES)[:, :3, None, None]
+    images += shown * functional.one_hot(labels, CLASSES)[:, :3, None, None]
     return ids * mask, mask.long(), images, labels
 
 
