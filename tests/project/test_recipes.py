@@ -109,7 +109,7 @@ def test_every_recipe_has_a_test_and_is_short() -> None:
 
 
 def two_streams(epochs: int, path: Path) -> dict[str, Any]:
-    names: dict[str, Any] = {"torch": torch, "cross_entropy": functional.cross_entropy, "path": path}
+    names: dict[str, Any] = {"torch": torch, "path": path}
     watch = Watch(names)
 
     def train_epoch(args: Any, epoch: int, model: nn.Module, device: Any, loader: Any, *_: Any) -> None:
@@ -170,7 +170,7 @@ def cross_modal(epochs: int, path: Path) -> dict[str, Any]:
 
 
 def segmentation(epochs: int, path: Path) -> dict[str, Any]:
-    names: dict[str, Any] = {"torch": torch, "cross_entropy": functional.cross_entropy, "path": path}
+    names: dict[str, Any] = {"torch": torch, "path": path}
     watch = Watch(names)
 
     def loss_of(outputs: Any, targets: Any) -> Tensor:
@@ -205,7 +205,7 @@ def segmentation(epochs: int, path: Path) -> dict[str, Any]:
 
 
 def late_fusion(epochs: int, path: Path) -> dict[str, Any]:
-    names: dict[str, Any] = {"torch": torch, "l1_loss": functional.l1_loss}
+    names: dict[str, Any] = {"torch": torch}
     watch = Watch(names)
 
     def loss_of(model: nn.Module, d: Any) -> Tensor:
@@ -301,7 +301,6 @@ def trainer_names(
     )
     return {
         "torch": torch,
-        "cross_entropy": functional.cross_entropy,
         "Trainer": Observed,
         "training_args": arguments,
         "model": model,
