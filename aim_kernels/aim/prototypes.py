@@ -50,15 +50,6 @@ FRAMES = "frames"
 WAYS = (*POOLS, FRAMES)
 
 
-#: Models inside :func:`probing`, by their numbers: what is measured there is measured on purpose.
-_PROBED: set[int] = set()
-
-
-def is_probed(model: nn.Module) -> bool:
-    """Whether a model is inside of :func:`probing`."""
-    return id(model) in _PROBED
-
-
 @contextlib.contextmanager
 def probing(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; outside, every module's own training flag and the global random state are as they were.
@@ -73,8 +64,6 @@ def probing(model: nn.Module) -> Iterator[None]:
     recurrent = any(isinstance(module, nn.RNNBase) for module, _ in modes)
     cudnn = torch.backends.cudnn.flags(enabled=False) if recurrent else contextlib.nullcontext()
     fast = torch.backends.mha.get_fastpath_enabled()
-    outermost = not is_probed(model)
-    _PROBED.add(id(model))
     try:
         for module, _ in modes:
             module.training = False
@@ -83,8 +72,6 @@ def probing(model: nn.Module) -> Iterator[None]:
         with torch.random.fork_rng(devices=devices), cudnn:
             yield
     finally:
-        if outermost:
-            _PROBED.discard(id(model))
         torch.backends.mha.set_fastpath_enabled(fast)
         for module, training in modes:
             module.training = training

@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from aim_kernels.aim.prototypes import probing
 from aim_kernels.aim.samples import Samples, pieces_of
 from aim_kernels.aim.strengths import Measured, Scores
+from aim_kernels.aim.watching import measuring_live
 
 if TYPE_CHECKING:
     from aim_kernels.aim.interface import Modulator
@@ -42,7 +45,7 @@ def measure(aim: Modulator, samples: Samples, held_out: Samples) -> tuple[Measur
     with live weights."""
     live = None
     if aim.history and aim.history[-1].dominant:
-        with torch.no_grad(), probing(aim.model):
+        with torch.no_grad(), probing(aim.model), measuring_live():
             live = piece_losses(aim, samples, PIECES)
     with aim.measuring(samples.inputs):
         train, outside = (aim.scoring.averaged(_reliance(aim, each)) for each in (samples, held_out))
@@ -142,8 +145,9 @@ def _reliance(aim: Modulator, samples: Samples) -> Measured:
 
 
 def piece_losses(aim: Modulator, samples: Samples, pieces: int) -> Tensor:
-    """Mean losses (float64) of so many pieces of the samples. Outputs that are one tensor ``[B, ...]`` are computed in
-    batches of ``batch_size`` and cut; any others piece by piece."""
+    """Mean losses (float64) of so many pieces of the samples. Outputs that are tensors ``[B, ...]``, one or a tuple or
+    a mapping of them, are computed in batches of ``batch_size`` and cut; any others piece by piece: a loss of the
+    model's own, ``[T, B, C]``, and ``[B, B, ...]``, which may be of pairs."""
     count = samples.size
     parts = pieces_of(count, pieces)
     totals = torch.zeros(len(parts), dtype=torch.float64, device="cpu")
@@ -151,7 +155,10 @@ def piece_losses(aim: Modulator, samples: Samples, pieces: int) -> Tensor:
     for start in range(0, count, batch):
         stop = min(start + batch, count)
         outputs = samples.inputs.take(slice(start, stop), count).call(aim.model)
-        cut = isinstance(outputs, Tensor) and outputs.dim() > 0 and len(outputs) == stop - start
+        cut = _by_sample(outputs, stop - start)
+        if cut and not isinstance(outputs, Tensor) and stop - start > 1:
+            # What has as many rows by chance (prototypes of as many classes) one sample tells.
+            cut = _by_sample(samples.inputs.take(slice(start, start + 1), count).call(aim.model), 1)
         terms: list[Tensor] = []
         numbers: list[int] = []
         for number, part in enumerate(parts):
@@ -159,12 +166,32 @@ def piece_losses(aim: Modulator, samples: Samples, pieces: int) -> Tensor:
             if low >= high:
                 continue
             here = samples.part(slice(low, high))
-            output = outputs[low - start : high - start] if cut else here.inputs.call(aim.model)
+            if cut:
+                piece = slice(low - start, high - start)
+                output = pytree.tree_map(partial(_rows_of, index=piece), outputs)
+            else:
+                output = here.inputs.call(aim.model)
             loss = aim.scoring.loss(output, here.labels)
             terms.append(loss.double() * ((high - low) / (part.stop - part.start)))
             numbers.append(number)
         totals[numbers] += torch.stack(terms).cpu()
     return totals
+
+
+def _by_sample(outputs: Any, count: int) -> bool:
+    """Whether all tensors of what a model returns count samples in their first dimension, and there are some."""
+    leaves = [x for x in pytree.tree_leaves(outputs) if x is not None]
+    return bool(leaves) and all(
+        isinstance(x, Tensor)
+        and x.dim() > 0
+        and len(x) == count
+        and (x.dim() == 1 or count == 1 or x.shape[1] != count)
+        for x in leaves
+    )
+
+
+def _rows_of(tensor: Tensor | None, index: slice) -> Tensor | None:
+    return None if tensor is None else tensor[index]
 
 
 def rows(measured: Measured, depths: Mapping[str, int]) -> Measured:

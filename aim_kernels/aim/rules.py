@@ -243,7 +243,11 @@ class Reliance(Rule):
 
     def check(self, aim: Modulator, what: str, samples: Samples) -> Samples:
         if samples.labels is None:
-            raise ValueError(f"rule={self.name!r} compares losses; pass {what}labels")
+            raise ValueError(
+                f"rule={self.name!r} compares losses; pass {what}labels, or, if the loss needs none, any tensor of B "
+                "entries: torch.arange(B). Of a loss of pairs (contrastive) it says nothing: use rule='ratio' with "
+                "probe='gradient-norm'"
+            )
         if samples.size < 2:
             raise ValueError(f"rule={self.name!r} needs at least two {what}samples for a standard error")
         return samples

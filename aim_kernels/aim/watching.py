@@ -3,19 +3,32 @@ are kept."""
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 import weakref
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from aim_kernels.aim.prototypes import is_probed
-
 if TYPE_CHECKING:
     from aim_kernels.aim.interface import Modulator
 
 REMEDY = "call optimizer.eval() before and optimizer.train() after, or use Method.evaluating() or a callback"
+
+_MEASURING: ContextVar[bool] = ContextVar("measuring", default=False)
+
+
+@contextlib.contextmanager
+def measuring_live() -> Iterator[None]:
+    """Live weights are evaluated inside on purpose, which is not warned of."""
+    token = _MEASURING.set(True)
+    try:
+        yield
+    finally:
+        _MEASURING.reset(token)
 
 
 class LiveWatch:
@@ -36,7 +49,7 @@ class LiveWatch:
         ]
 
     def evaluated(self, model: nn.Module, _args: Any) -> None:
-        if not torch.compiler.is_compiling() and not model.training and self._live() and not is_probed(model):
+        if not torch.compiler.is_compiling() and not model.training and not _MEASURING.get() and self._live():
             self.warn("evaluated", "the model is evaluated with live weights, in which a modality may be degraded")
 
     def saved(self, _model: nn.Module, *_args: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -108,16 +109,50 @@ def test_batches_and_pieces_do_not_change_what_is_measured() -> None:
             assert other.errors[m] == pytest.approx(tables[0].errors[m], rel=1e-10)
 
 
-def test_outputs_that_cannot_be_cut_are_computed_piece_by_piece() -> None:
+def wrapped(returned: Any, read: Any) -> tuple[list[int], Tensor, Tensor]:
+    """Sizes of the calls of a model that returns something else than its logits, its losses, and those of the logits
+    alone."""
     model, aim = summed(2)
     samples = Samples(Inputs(tuple(random_samples(40, 2, 0)[0])), random_samples(40, 2, 0)[1])
-    plain = piece_losses(aim, samples, 16)
-    outer = aim.scoring
-    aim.scoring.__dict__["loss"] = lambda outputs, labels: cross_entropy(outputs["logits"], labels)
+    plain, calls = piece_losses(aim, samples, 16), []
+
+    def forward(*inputs: Tensor) -> Any:
+        calls.append(len(inputs[0]))
+        return returned(model(*inputs))
+
+    aim.scoring.__dict__["loss"] = lambda outputs, labels: cross_entropy(read(outputs), labels)
     aim.model = nn.Module()
-    aim.model.forward = lambda *inputs: {"logits": model(*inputs)}
-    assert torch.allclose(piece_losses(aim, samples, 16), plain, rtol=1e-12, atol=0.0)
-    assert aim.scoring is outer
+    aim.model.forward = forward
+    return calls, piece_losses(aim, samples, 16), plain
+
+
+@pytest.mark.parametrize(
+    ("returned", "read"),
+    [
+        (lambda z: {"logits": z, "hidden": None}, lambda out: out["logits"]),
+        (lambda z: (z, z.sum(1)), lambda out: out[0]),
+        (lambda z: [z[:, None], {"a": z}], lambda out: out[1]["a"]),
+    ],
+)
+def test_outputs_of_several_tensors_are_computed_at_once(returned: Any, read: Any) -> None:
+    calls, found, plain = wrapped(returned, read)
+    assert calls == [40, 1] and torch.allclose(found, plain, rtol=1e-12, atol=0.0)
+
+
+@pytest.mark.parametrize(
+    ("returned", "read"),
+    [
+        (lambda z: (z, z.mean()), lambda out: out[0]),
+        (lambda z: z[None], lambda out: out[0]),  # [T, B, C]
+        (lambda z: (z, torch.ones(40, 3)), lambda out: out[0] + out[1].sum() - 120.0),  # as many rows by chance
+        (lambda z: SimpleNamespace(logits=z), lambda out: out.logits),
+        (lambda z: (z, z @ z.T), lambda out: out[0]),  # of pairs
+    ],
+)
+def test_outputs_that_cannot_be_cut_are_computed_piece_by_piece(returned: Any, read: Any) -> None:
+    calls, found, plain = wrapped(returned, read)
+    assert [n for n in calls if n < 4 and n > 1] == [3] * 8 + [2] * 8
+    assert torch.allclose(found, plain, rtol=1e-12, atol=0.0)
 
 
 # -- what is decided --------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -68,6 +69,28 @@ def test_an_update_and_a_decision_say_nothing() -> None:
         train(model, optimizer, 20)
         quietly(lambda: aim.update(*batch(240), held_out=outside))
     assert aim.history[-2].dominant
+
+
+def test_reliance_says_nothing_of_the_live_weights_that_it_measures_itself() -> None:
+    model, optimizer, aim = held_back()
+    inputs, labels = batch()
+
+    def degrade() -> None:
+        optimizer.set_phases(1.0)
+        for depth in range(3):
+            optimizer.set_strength("b", depth, 0.5)
+        train(model, optimizer, 3)
+        assert aim.degrades_weights
+
+    aim.update(inputs, labels, held_out=batch(seed=1))
+    aim.history[-1] = replace(aim.history[-1], dominant=("b",))
+    degrade()
+    table = quietly(lambda: aim.update(inputs, labels, held_out=batch(seed=1)))
+    assert table.trial_losses  # of live weights, too
+    degrade()
+    model.eval()
+    with pytest.warns(UserWarning, match="the model is evaluated with live weights"):
+        model(*inputs)
 
 
 def test_saving_live_weights_is_said_once() -> None:

@@ -99,7 +99,7 @@ INPUT_BUGS = (
     Mutant(
         "evaluating live weights goes unnoticed",
         WATCHING,
-        "if not torch.compiler.is_compiling() and not model.training and self._live() and not is_probed(model):",
+        "if not torch.compiler.is_compiling() and not model.training and not _MEASURING.get() and self._live():",
         "if False:",
         "accuracies of a degraded network were reported",
         ("test_watching.py::test_evaluating_live_weights_is_said_once",),
