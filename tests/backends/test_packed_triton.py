@@ -76,7 +76,8 @@ ROWS = ("chain", "all", "alternate", "ones", "noise", "step")
 @interpreted
 @pytest.mark.parametrize(
     ("rule", "dtype", "options"),
-    CASES,
+    # every other one at night: the interpreter takes ten seconds for each
+    [pytest.param(*case, marks=[pytest.mark.nightly] * (turn % 2)) for turn, case in enumerate(CASES)],
     ids=["-".join([rule, dtype, *map(str, o.values())]) for rule, dtype, o in CASES],
 )
 def test_the_bits_of_the_cpu_kernels(
