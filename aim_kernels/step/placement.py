@@ -1,7 +1,8 @@
 """Places of large states in memory: streams of one step do not begin at the same place of a page.
 
 Every large block that torch allocates on the CPU begins 64 bytes behind a page. A step reads and writes four to six of
-them at once, and a load whose lower 12 address bits are those of an earlier store waits for it ("4K aliasing").
+them at once, and a load whose lower 12 address bits are those of an earlier store waits for it ("4K aliasing"; that the
+places matter was measured, that this is the cause was not).
 """
 
 from __future__ import annotations
@@ -16,32 +17,32 @@ from aim_kernels.step.sharding import is_dtensor, like, local_of
 from aim_kernels.step.supported import is_estimated
 
 PAGE = 4096
-#: Where torch's large blocks begin behind a page.
-USUAL = 64
-#: Bytes from the place of one state to that of the next: 13 cache lines, so that five are far from each other.
-APART = 832
 #: Smaller states lie in the caches, and side by side.
 LARGE = 1 << 18
+#: Bytes behind a page, by state; parameters and gradients lie at 64. 13 cache lines apart, as far as there is room.
+PLACES: dict[str, int] = {
+    **dict.fromkeys(("exp_avg", "sum", "square_avg"), 896),
+    **dict.fromkeys(("exp_avg_sq", "grad_avg"), 1728),
+    **dict.fromkeys(("master", "remainder", "compensation"), 2560),
+    "ema": 3392,
+    **dict.fromkeys(("max_exp_avg_sq", "momentum_buffer"), 2144),
+    "anchor": 3008,
+}
 
 
 def spread(p: Tensor, state: dict[str, Any]) -> None:
-    """Moves large states that lie where torch's blocks do to places of their own, the n-th ``n * 832`` bytes further.
-
-    A tensor that was moved once stays. Only on the CPU, and of what fills one block of memory.
-    """
-    if p.device.type != "cpu" or is_estimated(p) or p.numel() * p.element_size() < LARGE // 4:
+    """Moves large states to places of their own (:data:`PLACES`), where they are not there. Only on the CPU."""
+    if p.device.type != "cpu" or is_estimated(p) or p.numel() < LARGE // 8:
         return
-    number = 0
-    for name, value in state.items():
-        if not isinstance(value, Tensor) or name == "step":
+    for name, place in PLACES.items():
+        value = state.get(name)
+        if not isinstance(value, Tensor):
             continue
         local = local_of(value)
-        if local.device.type != "cpu" or local.nbytes < LARGE or local.layout != torch.strided:
+        if local.device.type != "cpu" or local.nbytes < LARGE or local.data_ptr() % PAGE == place:
             continue
-        number += 1
-        if local.data_ptr() % PAGE == USUAL and local.untyped_storage().nbytes() == local.nbytes:
-            made = placed(local, (USUAL + number * APART) % PAGE)
-            state[name] = like(p, made) if is_dtensor(value) else made
+        made = placed(local, place)
+        state[name] = like(p, made) if is_dtensor(value) else made
 
 
 @torch.no_grad()

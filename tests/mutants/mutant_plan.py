@@ -264,4 +264,20 @@ PLAN_BUGS = (
         "an estimate of memory under FakeTensorMode asks for addresses",
         ("test_memory.py::test_a_step_of_shapes_makes_the_states_of_a_real_one",),
     ),
+    Mutant(
+        "states lie where torch's blocks do",
+        "aim_kernels/step/placement.py",
+        "local.data_ptr() % PAGE == place:",
+        "True:",
+        "all streams of a step begin at the same place of a page; a tenth to a quarter of its time",
+        ("test_placement.py::test_places_and_bits",),
+    ),
+    Mutant(
+        "states move with every plan",
+        "aim_kernels/step/placement.py",
+        " or local.data_ptr() % PAGE == place:",
+        ":",
+        "a copy of all states whenever the plan is made anew; whoever held one held the old one",
+        ("test_placement.py::test_a_state_that_was_moved_stays",),
+    ),
 )
