@@ -193,6 +193,8 @@ def call(model: nn.Module, inputs: Any) -> Any:
 
 def count_of(tree: Any) -> int | None:
     """The number of samples: the length of the first tensor that has one; None if there is none."""
+    if isinstance(tree, Tensor):
+        return tree.size(0) if tree.dim() else None
     for leaf in pytree.tree_leaves(_plain(tree)):
         if isinstance(leaf, PackedSequence):
             return int(leaf.batch_sizes[0])
@@ -316,6 +318,8 @@ def _plain(tree: Any) -> Any:
 
 def _tensors(tree: Any) -> Any:
     """A tree with tensors for numpy's arrays."""
+    if isinstance(tree, Tensor):  # by far the most often
+        return tree
     return pytree.tree_map(lambda x: torch.as_tensor(x) if isinstance(x, np.ndarray) else x, _plain(tree))
 
 
