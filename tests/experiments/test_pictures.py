@@ -131,32 +131,40 @@ def test_text_in_place_of_the_demo_picture_is_true() -> None:
         joint, aim, drop = (statistics.fmean(of(data, name)) for name in ("joint", "aim", "drop"))
         expected += [f"{value:.1f}" for value in (joint, min(alphas), max(alphas), aim, drop)]
     assert re.findall(r"\d+\.\d", shown_in(README, "demo.png")) == expected
-    lost = []
-    for method in ("aim", "drop"):
-        pairs = [(float(demo_lines()["watch", name][seed]["test"])) for seed in range(3) for name in ("joint", method)]
-        lost.append(with_error([joint - own for joint, own in zip(pairs[::2], pairs[1::2], strict=True)]))
-    text = " ".join(README.read_text(encoding="utf-8").split())
-    assert f"AIM loses {lost[0]} points to joint training, dropping features {lost[1]}" in text
+    assert "On the watch nothing is held back: AIM is joint training, to the bit." in " ".join(
+        README.read_text(encoding="utf-8").split()
+    )
+    for column in ("test", "train", "probe_0"):
+        assert of("watch", "joint", column) == of("watch", "aim", column) == of("watch", "drop", column)
 
 
 def test_modulation_picture_is_of_the_history_and_as_its_text_says() -> None:
     history = json.loads((RESULTS / "demo/history/digits-aim-seed100-epochs40-cpu.json").read_text())
     drawn = plots.numbers_of(ROOT / "docs/images/modulation-digits.png")
     assert drawn["title"].startswith("digits, AIM, seed 100")
-    names = {"score": "scores", "strength kappa": "kappa", "under-optimized share": "under_fraction"}
-    for panel, field in names.items():
-        for modality, grid in drawn[panel].items():
-            assert [len(row) for row in grid] == [len(history)] * 3
-            for update, entry in enumerate(history):
-                for depth, value in enumerate(entry[field][modality]):
-                    cell = grid[depth][update]
-                    assert value == pytest.approx(cell, rel=1e-5) if cell is not None else math.isnan(value)
+    assert {entry["rule"] for entry in history} == {"reliance"}
+    columns = {"reliance in training": "scores", "reliance held out": "held_out_scores", "strength kappa": "kappa"}
+    for panel, field in columns.items():
+        for modality, line in drawn[panel].items():
+            assert line == pytest.approx([entry[field][modality][0] for entry in history], rel=1e-5)
+    found, limit = drawn["standard errors above 1 + dead zone"], drawn["limit"]
+    for modality in ("grey", "colour"):
+        for update, entry in enumerate(history):
+            excess, error = entry["excess"][modality][0], entry["excess_errors"][modality][0]
+            if error:
+                own = (excess - 1.0 - entry["dead_zone"]) / error
+                assert found[modality][update] == pytest.approx(own, rel=1e-4)
     text = shown_in(GUIDE, "modulation-digits.png")
-    assert "seed 100" in text and "0 for grey at all times, for colour above 0.85 from update 2 on" in text
-    kappa, share = drawn["strength kappa"], drawn["under-optimized share"]
-    assert {k for row in kappa["grey"] for k in row} == {0.0}
-    assert min(k for row in kappa["colour"] for k in row[2:]) > 0.85
-    assert "below 0.3 for grey" in text and max(x for row in share["grey"] for x in row[1:]) < 0.3
+    assert (
+        "seed 100" in text and "below the limit of 3 for grey at all times, for colour above 6 from update 1 on" in text
+    )
+    assert set(limit["grey"]) == {3.0} and max(x for x in found["grey"] if x is not None) < 3.0
+    assert min(found["colour"][1:]) > 6.0
+    assert "held back from update 1 on" in text and min(drawn["strength kappa"]["colour"][1:]) > 0.0
+    assert set(drawn["strength kappa"]["grey"]) == {0.0}
+    assert "grey's grows to 14 in both" in text and drawn["reliance held out"]["grey"][-1] > 14.0
+    assert "colour's stays near 0 on held-out samples" in text
+    assert max(map(abs, drawn["reliance held out"]["colour"])) < 0.3 < max(drawn["reliance in training"]["colour"])
 
 
 def test_seeds_are_told() -> None:
