@@ -158,7 +158,7 @@ class AIM:
 
         self.depths = block_depths(optimizer)
         self.modalities = tuple(self.depths)
-        self.layout = Layout.of(self.modalities, arguments)
+        self.layout = Layout.of(self.modalities, arguments, model)
         self.scoring = Scoring(
             model=model,
             optimizer=optimizer,

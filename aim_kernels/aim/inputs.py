@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import (
+    PackedSequence,
+    pack_padded_sequence,
+    pack_sequence,
+    pad_packed_sequence,
+    unpack_sequence,
+)
 from torch.utils import _pytree as pytree
 
 #: An argument of a model: the name of a keyword, or the number of a position.
@@ -109,15 +117,19 @@ class Layout:
 
     modalities: tuple[str, ...]
     names: tuple[tuple[Argument, ...] | None, ...]
+    #: What is wrong with positional inputs: the model names its arguments like the modalities, in another order.
+    refused: str = ""
 
     @classmethod
-    def of(cls, modalities: Sequence[str], arguments: Mapping[str, Any] | None) -> Layout:
+    def of(
+        cls, modalities: Sequence[str], arguments: Mapping[str, Any] | None, model: nn.Module | None = None
+    ) -> Layout:
         """That of ``arguments``: modality to a keyword or a position, or to several; None: one position each.
 
         Raises ValueError for other modalities than there are, none of a modality, and one that two modalities claim.
         """
         if arguments is None:
-            return cls(tuple(modalities), (None,) * len(modalities))
+            return cls(tuple(modalities), (None,) * len(modalities), _swapped(modalities, model))
         if set(arguments) != set(modalities):
             raise ValueError(f"arguments is given for {sorted(arguments)}, the modalities are {sorted(modalities)}")
         names: list[tuple[Argument, ...]] = []
@@ -142,7 +154,7 @@ class Layout:
         """
         if isinstance(inputs, Inputs):
             return inputs if present is None else Inputs(inputs.entries, {**inputs.shared, "present": present}, self)
-        extra: dict[Argument, Any] = {} if present is None else {"present": _tensors(present)}
+        extra: dict[Argument, Any] = {} if present is None else {"present": _mask(what, present, self.modalities)}
         if isinstance(inputs, Mapping):
             return self._of_keywords(what, dict(inputs), extra)
         count = len(self.modalities)
@@ -154,6 +166,8 @@ class Layout:
                 f"arguments={{{self.modalities[0]!r}: (...), ...}}"
             )
         values = [_tensors(x) for x in inputs]
+        if self.names[0] is None and self.refused:
+            raise ValueError(self.refused)
         if self.names[0] is None:
             return Inputs(tuple(values), extra, self)
         return self._by_name(what, dict(enumerate(values)), extra)
@@ -186,16 +200,13 @@ class Layout:
         return Inputs(tuple(entries), {**shared, **extra}, self)
 
 
-def call(model: nn.Module, inputs: Any) -> Any:
-    """``model`` of inputs in any form."""
-    return inputs.call(model) if isinstance(inputs, Inputs) else model(*inputs)
-
-
 def count_of(tree: Any) -> int | None:
     """The number of samples: the length of the first tensor that has one; None if there is none."""
     if isinstance(tree, Tensor):
         return tree.size(0) if tree.dim() else None
-    for leaf in pytree.tree_leaves(_plain(tree)):
+    if _is_per_sample(tree):
+        return len(tree)
+    for leaf in pytree.tree_leaves(_plain(tree), is_leaf=lambda x: isinstance(x, PackedSequence)):
         if isinstance(leaf, PackedSequence):
             return int(leaf.batch_sizes[0])
         if isinstance(leaf, Tensor) and leaf.dim() > 0:
@@ -205,14 +216,12 @@ def count_of(tree: Any) -> int | None:
 
 def take(tree: Any, index: Index, count: int, *, whole: bool = False) -> Any:
     """The samples ``index`` of ``count`` in a tree: rows of tensors, packed sequences and nested tensors, and elements
-    of lists of so many tensors. What has no samples of its own (a number, a text, a tensor without or of one row)
-    stays; with ``whole`` any tensor that has another number of rows, too."""
-    if _is_ragged(tree, count):
-        return [tree[number] for number in _numbers(index, count)]
+    of lists of so many tensors, texts or other objects. What has no samples of its own (a number, a text, a tensor
+    without or of one row) stays; with ``whole`` any tensor that has another number of rows, too."""
 
     def cut(leaf: Any) -> Any:
         if _is_ragged(leaf, count):
-            return [leaf[number] for number in _numbers(index, count)]
+            return type(leaf)(leaf[number] for number in _numbers(index, count))
         if isinstance(leaf, PackedSequence):
             padded, lengths = pad_packed_sequence(leaf, batch_first=True)
             rows = torch.tensor(_numbers(index, count), dtype=torch.int64, device="cpu")
@@ -238,8 +247,14 @@ def take(tree: Any, index: Index, count: int, *, whole: bool = False) -> Any:
 def rows_with_nan(tree: Any, count: int) -> Tensor | None:
     """Which of the samples have NaN, bool ``[count]``; None if no tensor of floating point says anything of it."""
     found: Tensor | None = None
-    for leaf in pytree.tree_leaves(_plain(tree)):
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.is_nested:
+    for leaf in _leaves(tree, count):
+        if isinstance(leaf, PackedSequence) and leaf.data.is_floating_point():
+            leaf = pad_packed_sequence(leaf, batch_first=True)[0]
+        parts = leaf.unbind() if isinstance(leaf, Tensor) and leaf.is_nested else leaf
+        if isinstance(parts, (list, tuple)) and not isinstance(parts, PackedSequence):
+            leaf = torch.tensor([isinstance(x, Tensor) and bool(x.isnan().any()) for x in parts]).to(torch.float32)
+            leaf = leaf.masked_fill(leaf > 0, math.nan)
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             continue
         if leaf.layout != torch.strided or leaf.dim() == 0 or leaf.size(0) != count:
             continue
@@ -248,10 +263,18 @@ def rows_with_nan(tree: Any, count: int) -> Tensor | None:
     return found
 
 
-def shape_of(tree: Any) -> list[int]:
-    """The lengths of all tensors of a tree that have one."""
-    leaves = pytree.tree_leaves(_plain(tree), is_leaf=lambda x: isinstance(x, PackedSequence))
-    return [n for x in leaves if (n := count_of(x)) is not None]
+def shape_of(tree: Any, count: int) -> list[int]:
+    """The lengths of everything in a tree that has one, if there are so many samples."""
+    leaves = _leaves(tree, count)
+    return [n for x in leaves if (n := len(x) if _is_ragged(x, count) else count_of(x)) is not None]
+
+
+def _flattened(tree: Any, count: int) -> tuple[list[Any], Any]:
+    return pytree.tree_flatten(_plain(tree), is_leaf=lambda x: isinstance(x, PackedSequence) or _is_ragged(x, count))
+
+
+def _leaves(tree: Any, count: int) -> list[Any]:
+    return pytree.tree_leaves(_plain(tree), is_leaf=lambda x: isinstance(x, PackedSequence) or _is_ragged(x, count))
 
 
 def moved(tree: Any, device: torch.device) -> Any:
@@ -266,13 +289,18 @@ def joined(trees: Sequence[Any], counts: Sequence[int]) -> Any:
     """
     first = trees[0]
     if _is_ragged(first, counts[0]):
-        return [x for tree in trees for x in tree]
-    plain = [_plain(tree) for tree in trees]
-    flat = [pytree.tree_flatten(tree) for tree in plain]
+        return type(first)(x for tree in trees for x in tree)
+    flat = [_flattened(tree, count) for tree, count in zip(trees, counts, strict=True)]
     if any(spec != flat[0][1] for _, spec in flat):
         raise ValueError("the batches of the loader differ in structure; pass one batch as (inputs, labels)")
 
     def join(parts: Sequence[Any]) -> Any:
+        if isinstance(parts[0], PackedSequence):
+            return pack_sequence([x for part in parts for x in unpack_sequence(part)], enforce_sorted=False)
+        if _is_ragged(parts[0], counts[0]):
+            return type(parts[0])(x for part in parts for x in part)
+        if isinstance(parts[0], Tensor) and parts[0].is_nested:
+            return torch.nested.as_nested_tensor([x for part in parts for x in part.unbind()], layout=parts[0].layout)
         if not isinstance(parts[0], Tensor) or parts[0].dim() == 0:
             return parts[0]
         shapes = {tuple(x.shape[1:]) for x in parts}
@@ -293,12 +321,29 @@ def _numbers(index: Index, count: int) -> list[int]:
 
 
 def _is_ragged(x: Any, count: int) -> bool:
-    """Whether a list has one element per sample: texts, or tensors that are not all batches of so many."""
-    if type(x) is not list or len(x) != count or not x:
+    """Whether a list has one element per sample: texts (in a tuple, too), other objects, mappings, or tensors that are
+    not all batches of so many."""
+    if type(x) not in (list, tuple) or len(x) != count or not x:
         return False
     if all(isinstance(each, str) for each in x):
         return True
-    return all(isinstance(each, Tensor) for each in x) and not all(e.dim() and e.size(0) == count for e in x)
+    if type(x) is tuple:
+        return False
+    if all(isinstance(each, Tensor) for each in x):
+        return not all(e.dim() and e.size(0) == count for e in x)
+    inner = (Tensor, np.ndarray, PackedSequence, list, tuple, type(None))
+    return not any(isinstance(each, inner) for each in x)
+
+
+def _is_per_sample(x: Any) -> bool:
+    """The same of a list whose number of samples nothing else tells: texts, or tensors of different lengths."""
+    if type(x) not in (list, tuple) or not x:
+        return False
+    if all(isinstance(each, str) for each in x):
+        return True
+    if type(x) is tuple or not all(isinstance(each, Tensor) for each in x):
+        return False
+    return len({each.shape[:1] for each in x}) > 1 or not x[0].dim()
 
 
 def _has_rows(x: Any) -> bool:
@@ -321,6 +366,33 @@ def _tensors(tree: Any) -> Any:
     if isinstance(tree, Tensor):  # by far the most often
         return tree
     return pytree.tree_map(lambda x: torch.as_tensor(x) if isinstance(x, np.ndarray) else x, _plain(tree))
+
+
+def _mask(what: str, present: Any, modalities: Sequence[str]) -> Tensor:
+    """``present`` as a tensor. Raises ValueError for one that is not bool ``[B, M]``."""
+    mask = present if isinstance(present, Tensor) else torch.as_tensor(present)
+    if mask.dtype != torch.bool or mask.dim() != 2 or mask.shape[1] != len(modalities):
+        raise ValueError(
+            f"{what}present must be bool of shape [B, {len(modalities)}], which samples have which of "
+            f"{', '.join(modalities)}; got {mask.dtype} of shape {list(mask.shape)}"
+        )
+    return mask
+
+
+def _swapped(modalities: Sequence[str], model: nn.Module | None) -> str:
+    """The message about a model whose positional arguments are the modalities in another order; else empty."""
+    if model is None:
+        return ""
+    try:
+        names = list(inspect.signature(model.forward).parameters)[: len(modalities)]
+    except (TypeError, ValueError):
+        return ""
+    if set(names) != set(modalities) or names == list(modalities):
+        return ""
+    return (
+        f"the model takes {', '.join(names)}, and the blocks are given in the order {', '.join(modalities)}; give the "
+        "blocks in the model's order, or inputs as a mapping"
+    )
 
 
 def labels_of(labels: Any) -> Any:

@@ -171,11 +171,31 @@ def piece_losses(aim: Modulator, samples: Samples, pieces: int) -> Tensor:
                 output = pytree.tree_map(partial(_rows_of, index=piece), outputs)
             else:
                 output = here.inputs.call(aim.model)
-            loss = aim.scoring.loss(output, here.labels)
+            loss = _scalar(aim.scoring.loss(output, here.labels))
+            if cut and not start and not number:
+                _refuse_sums(aim, output, here.labels, loss)
             terms.append(loss.double() * ((high - low) / (part.stop - part.start)))
             numbers.append(number)
         totals[numbers] += torch.stack(terms).cpu()
     return totals
+
+
+def _scalar(loss: Any) -> Tensor:
+    """The loss. Raises ValueError for anything but one number."""
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        return loss.reshape(())
+    got = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+    raise ValueError(f"loss must return one number, the mean over samples; it returned {got}")
+
+
+def _refuse_sums(aim: Modulator, output: Any, labels: Any, loss: Tensor) -> None:
+    """Raises ValueError for a loss that doubles if every sample is there twice: parts of the samples, and two sets of
+    other sizes, cannot be compared by sums."""
+    if not isinstance(output, Tensor) or not isinstance(labels, Tensor):
+        return
+    twice = _scalar(aim.scoring.loss(torch.cat([output, output]), torch.cat([labels, labels])))
+    if bool(loss != 0.0) and bool(torch.isclose(twice.double(), 2.0 * loss.double(), rtol=1e-4, atol=0.0)):
+        raise ValueError("loss sums over samples, and parts of different sizes are compared; give one with their mean")
 
 
 def _by_sample(outputs: Any, count: int) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,6 +113,7 @@ def _of_loader(layout: Layout, loader: Iterable[Any]) -> tuple[Any, Any]:
             parts.append(samples)
             total += samples.size
             if total >= FROM_LOADER:
+                _warn_of_order(parts)
                 break
     if not parts:
         raise ValueError("the loader is empty; give one that yields samples")
@@ -122,18 +123,45 @@ def _of_loader(layout: Layout, loader: Iterable[Any]) -> tuple[Any, Any]:
     return joined(inputs, counts), labels
 
 
+def _warn_of_order(parts: Sequence[Samples]) -> None:
+    """Warns where the first samples of a loader that goes on are sorted by class."""
+    labels = [each.labels for each in parts]
+    if not all(isinstance(x, Tensor) and x.dim() == 1 and not x.is_floating_point() for x in labels):
+        return
+    found = torch.cat(labels)
+    if bool((found[1:] >= found[:-1]).all()):
+        warnings.warn(
+            f"the first {len(found)} samples of the loader are sorted by class and have {len(found.unique())} of them; "
+            "a decision needs samples of all: shuffle, or pass samples",
+            stacklevel=6,  # whoever calls AIM.update
+        )
+
+
 def _check_lengths(what: str, layout: Layout, samples: Samples) -> None:
     """Raises ValueError where inputs and labels are not all of as many samples."""
     count = samples.size
     source = "" if samples.labels is None else f", {what}labels have {count}"
     for modality, x in zip(layout.modalities, samples.inputs, strict=True):
-        wrong = [n for n in shape_of(take(x, slice(None), count)) if n not in (count, 1)] if count else [0]
+        found = shape_of(x, count) if count else [0]
+        if x is not None and count not in found and count:
+            got = type(next(iter(x.values())) if isinstance(x, Mapping) and x else x).__name__
+            raise ValueError(
+                f"{what}input of {modality!r} ({got}) has nothing that counts {count} samples; give tensors whose "
+                "first dimension does, or a list of one element per sample"
+                if not found or set(found) == {1}
+                else f"{what}input of {modality!r} has {found[0]} samples{source}; the first dimension of all its "
+                "tensors must count samples"
+            )
+        wrong = [n for n in found if n not in (count, 1)] if count else [0]
         if x is not None and wrong:
             raise ValueError(
                 f"{what}input of {modality!r} has {wrong[0]} samples{source}; the first dimension of all its tensors "
                 "must count samples"
             )
-    wrong = [n for n in shape_of(samples.labels) if n != count]
+    present = samples.inputs.shared.get("present")
+    if isinstance(present, Tensor) and present.dim() == 2 and len(present) != count:
+        raise ValueError(f"{what}present has {len(present)} samples, the inputs have {count}")
+    wrong = [n for n in shape_of(samples.labels, count) if n != count]
     if wrong:
         raise ValueError(f"{what}labels have tensors of {count} and of {wrong[0]} samples; all must count samples")
 

@@ -44,9 +44,15 @@ class LiveWatch:
         model = aim.model
         self.handles = [
             model.register_forward_pre_hook(_Hook(self.evaluated, _Copied(self._aim))),
-            model.register_state_dict_pre_hook(_Hook(self.saved)),
-            model.register_load_state_dict_post_hook(_Hook(self.loaded)),
         ]
+        # Also of parts of the model, which people load and save by themselves.
+        for module in model.modules():
+            self.handles += [
+                module.register_state_dict_pre_hook(_Hook(self.saved)),
+                module.register_load_state_dict_pre_hook(_Hook(self.loading)),
+                module.register_load_state_dict_post_hook(_Hook(self.loaded)),
+            ]
+        self._loading: weakref.ref[nn.Module] | None = None
 
     def evaluated(self, model: nn.Module, _args: Any) -> None:
         if not torch.compiler.is_compiling() and not model.training and not _MEASURING.get() and self._live():
@@ -57,13 +63,17 @@ class LiveWatch:
         if self._live() and aim is not None and not aim.optimizer.replaces_saved_weights:
             self.warn("saved", "the model's state_dict has live weights, in which a modality may be degraded")
 
-    def loaded(self, model: nn.Module, incompatible: Any) -> None:
+    def loading(self, module: nn.Module, _state_dict: Any, prefix: str, *_args: Any) -> None:
+        if not prefix:  # the module of which load_state_dict was called
+            self._loading = weakref.ref(module)
+
+    def loaded(self, module: nn.Module, _incompatible: Any) -> None:
         aim = self._aim()
-        if aim is None:
+        if aim is None or self._loading is None or self._loading() is not module:
             return
-        missing = set(incompatible.missing_keys)
-        names = {id(p): name for name, p in model.named_parameters()}
-        aim.optimizer.adopt_loaded(lambda p: id(p) in names and names[id(p)] not in missing)
+        self._loading = None
+        inside = set(map(id, module.parameters()))
+        aim.optimizer.adopt_loaded(lambda p: id(p) in inside)
 
     def warn(self, kind: str, what: str) -> None:
         """Says it once."""
@@ -95,14 +105,16 @@ class _Hook:
 class _Copied:
     """On a copy of the model: whether it averages live weights (AveragedModel, an EMA of one's own)."""
 
-    def __init__(self, aim: weakref.ref[Modulator]) -> None:
+    def __init__(self, aim: weakref.ref[Modulator], *, of_live_weights: bool = False) -> None:
         self._aim = aim
-        self._versions: list[int] = []
+        self._of_live_weights = of_live_weights
         self._said = False
 
     def begun(self) -> _Copied:
         """A new one for another copy."""
-        return _Copied(self._aim)
+        aim = self._aim()
+        live = aim is not None and aim.degrades_weights and not aim.optimizer.holds_true_weights
+        return _Copied(self._aim, of_live_weights=live)
 
     def __deepcopy__(self, _memo: Any) -> _Copied:
         return self.begun()
@@ -117,6 +129,14 @@ class _Copied:
         weights = list(model.parameters())
         # Averages are written in place, without gradients; a copy that is trained has some.
         written = any(p._version > 1 for p in weights) and all(p.grad is None for p in weights)
+        if self._of_live_weights and not any(p._version > 1 for p in weights):
+            self._said = True
+            warnings.warn(
+                "this copy of the model was taken while it held live weights, in which a modality may be degraded; "
+                "copy it inside optimizer.true_parameters()",
+                stacklevel=4,
+            )
+            return
         if written and aim is not None and aim.degrades_weights and not aim.optimizer.holds_true_weights:
             self._said = True
             warnings.warn(

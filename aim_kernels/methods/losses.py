@@ -114,7 +114,7 @@ def check_logits(why: str, logits: Any, labels: Tensor, ignored: int, *, flat: b
     classes = logits.shape[1]
     if labels.numel() and labels.device.type == "cpu" and not validation.on_device(labels):
         low, high = (int(x) for x in labels.aminmax())
-        if 0 <= low and high < classes:
+        if low >= 0 and high < classes:
             return
         valid = labels[labels != ignored]
         if valid.numel() and not (int(valid.min()) >= 0 and int(valid.max()) < classes):

@@ -89,7 +89,7 @@ class Blocks:
         self.encoders = {modality: list(modules) for modality, modules in encoders.items()}
         self.modalities = tuple(self.encoders)
         self.arguments = None if arguments is None else dict(arguments)
-        self.layout = Layout.of(self.modalities, arguments)
+        self.layout = Layout.of(self.modalities, arguments, model)
         self._rows_first: set[int] = set()  # modalities of which the first dimension counts samples for sure
 
     def named(self, number: int) -> str:

@@ -192,12 +192,15 @@ class HeldWeights:
             return
         here = [sharding.local_of(p).detach().clone() for p, _ in masters]
         self.emit()
+        adopted = False
         for (p, master), values in zip(masters, here, strict=True):
             local = sharding.local_of(p).detach()
             if not torch.equal(local, values):
                 local.copy_(values)
                 adopt_edits(p, master)
-        sharding.reshard_all(p for p, _ in masters)
+                adopted = True
+        if adopted:
+            self.emit()
 
     def present(self) -> list[tuple[Tensor, Tensor]]:
         found = [

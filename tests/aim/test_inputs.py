@@ -442,3 +442,106 @@ def test_prototypes_run_in_pieces(size: int) -> None:
     plain = AIM(model, optimizer, CLASSES, probe=Prototypes(steps=3)).update(*batch())
     for m, row in plain.scores.items():  # sums in another order; Adam's first steps amplify a sign near zero little
         assert table.scores[m] == pytest.approx(row, rel=1e-4)
+
+
+# -- what strangers tried ---------------------------------------------------------------------------------------------
+
+
+class Means(nn.Module):
+    """A recurrent network or texts in a, a tensor in b."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.GRU(3, 5, batch_first=True), nn.Linear(4, 5), nn.Linear(10, CLASSES)
+
+    def forward(self, a: Any, b: Tensor) -> Tensor:
+        if isinstance(a, PackedSequence):
+            z = self.a(a)[1][0]
+        else:  # one tensor, text, or number in a box per sample
+            rows = [torch.full((1, 3), float(len(x))) if isinstance(x, str) else x for x in a]
+            z = torch.stack([self.a(row[None])[1][0, 0] for row in rows])
+        return self.head(torch.cat([z, self.b(b)], 1))
+
+
+def means() -> AIM:
+    torch.manual_seed(0)
+    model = Means()
+    return AIM(model, AIMFusedOptimizer(block_param_groups(model, {"a": [model.a], "b": [model.b]}), lr=1e-2))
+
+
+@pytest.mark.parametrize("kind", ["packed", "ragged", "texts", "tuple of texts"])
+def test_an_update_takes_what_belongs_to_samples(kind: str) -> None:
+    aim, y = means(), torch.arange(32) % CLASSES
+    pieces = [torch.full((n % 5 + 1, 3), float(y[n])) for n in range(32)]
+    texts = ["x" * (int(y[n]) + 1) for n in range(32)]
+    of_kind = {"packed": pack_sequence(pieces, enforce_sorted=False), "ragged": pieces, "texts": texts}
+    a = of_kind.get(kind, tuple(texts))
+    table = aim.update([a, torch.randn(32, 4)], y, held_out=([a, torch.randn(32, 4)], y))
+    assert table.scores["a"][0] != 0.0  # exchanged, and not the same for all
+
+
+@pytest.mark.parametrize("kind", ["packed", "texts", "nested"])
+def test_batches_of_a_loader_are_joined_by_samples(kind: str) -> None:
+    pieces = [torch.randn(n % 5 + 1, 3) for n in range(12)]
+
+    def loader() -> Any:
+        for start in (0, 4, 8):
+            part = pieces[start : start + 4]
+            a = {
+                "packed": lambda part=part: pack_sequence(part, enforce_sorted=False),
+                "texts": lambda part=part: [str(len(x)) for x in part],
+                "nested": lambda part=part: torch.nested.nested_tensor(part, layout=torch.jagged),
+            }[kind]()
+            yield [a, torch.randn(4, 2), torch.arange(4)]
+
+    found = read_samples("", TWO, loader()).inputs[0]
+    if kind == "packed":
+        assert all(map(torch.equal, nn.utils.rnn.unpack_sequence(found), pieces))
+    elif kind == "texts":
+        assert found == [str(len(x)) for x in pieces]
+    else:
+        assert all(map(torch.equal, found.unbind(), pieces))
+
+
+def test_what_nothing_can_be_exchanged_in_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"input of 'a' \(str\) has nothing that counts 3 samples"):
+        read_samples("", TWO, ["abc", torch.ones(3, 2)], torch.arange(3))
+
+
+@pytest.mark.parametrize("shape", [(24, 1), (2, 24), (24, 3), (23, 2)])
+def test_present_of_another_shape_is_refused(shape: tuple[int, int]) -> None:
+    x = torch.ones(24, 2)
+    with pytest.raises(
+        ValueError, match=r"present (must be bool of shape \[B, 2\]|has 23 samples, the inputs have 24)"
+    ):
+        read_samples("", TWO, [x, x], torch.zeros(24), torch.ones(shape, dtype=torch.bool))
+
+
+def test_blocks_in_another_order_than_the_model_takes_them() -> None:
+    model, _ = build()
+    groups = block_param_groups(model, {"b": list(model.b), "a": list(model.a)})
+    aim = AIM(model, AIMFusedOptimizer(groups, lr=1e-2))
+    (a, b), labels = batch()
+    outside = batch(seed=1)
+    with pytest.raises(ValueError, match="the model takes a, b, and the blocks are given in the order b, a"):
+        aim.update([a, b], labels, held_out=outside)
+    aim.update({"a": a, "b": b}, labels, held_out=({"a": outside[0][0], "b": outside[0][1]}, outside[1]))
+
+
+def test_a_loader_sorted_by_class_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samples_module, "FROM_LOADER", 8)
+    x = torch.ones(12, 2)
+    sorted_, shuffled = torch.arange(12) // 4, torch.arange(12) % 3
+    with pytest.warns(UserWarning, match="the first 8 samples of the loader are sorted by class and have 2 of them"):
+        read_samples("", TWO, iter([[x[:4], x[:4], sorted_[s : s + 4]] for s in (0, 4, 8)]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_samples("", TWO, iter([[x[:4], x[:4], shuffled[s : s + 4]] for s in (0, 4, 8)]))
+
+
+@pytest.mark.parametrize(("reduction", "message"), [("sum", "loss sums over samples"), ("none", "return one number")])
+def test_losses_that_are_no_means_are_refused(reduction: str, message: str) -> None:
+    model, optimizer = build()
+    aim = AIM(model, optimizer, loss=lambda x, y: nn.functional.cross_entropy(x, y, reduction=reduction))
+    with pytest.raises(ValueError, match=message):
+        aim.update(*batch(), held_out=batch(seed=1))

@@ -283,3 +283,42 @@ def test_a_block_of_parameters_alone_has_no_output_to_probe() -> None:
         AIM(model, optimizer, CLASSES, rule="gap")
     inputs, labels = [torch.randn(24, 4), torch.randn(24, 3)], torch.arange(24) % CLASSES
     AIM(model, optimizer, rule="reliance").update(inputs, labels, held_out=(inputs, labels))
+
+
+@pytest.mark.parametrize("part", ["b", "b.0"])
+def test_weights_that_are_loaded_into_a_part_are_kept(part: str) -> None:
+    model, optimizer, _aim = held_back()
+    module = model.get_submodule(part)
+    with optimizer.true_parameters():
+        other = {name: x + 1.0 for name, x in module.state_dict().items()}
+    module.load_state_dict(other)
+    optimizer.eval()
+    assert all(torch.equal(x, other[name]) for name, x in module.state_dict().items())
+
+
+def test_a_run_goes_on_whichever_is_loaded_first() -> None:
+    model, optimizer, _aim = held_back()
+    with optimizer.true_parameters():
+        weights = copy.deepcopy(model.state_dict())
+    state = copy.deepcopy(optimizer.state_dict())
+    found = []
+    for first in ("model", "optimizer"):
+        again, other, _other_aim = held_back(seed=1)
+        for what in (first, "optimizer" if first == "model" else "model"):
+            if what == "model":
+                again.load_state_dict(weights)
+            else:
+                other.load_state_dict(state)
+        train(again, other, 3)
+        found.append([p.detach().clone() for p in again.parameters()])
+    assert all(map(torch.equal, *found))
+
+
+def test_a_copy_of_live_weights_is_warned_of_when_it_is_evaluated() -> None:
+    model, optimizer, _aim = held_back()
+    best = copy.deepcopy(model).eval()
+    with pytest.warns(UserWarning, match="this copy of the model was taken while it held live weights"):
+        best(*batch()[0])
+    with optimizer.true_parameters():
+        best = copy.deepcopy(model).eval()
+    quietly(best, *batch()[0])
