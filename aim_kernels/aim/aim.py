@@ -126,8 +126,10 @@ class AIM:
         self.alpha = 10.0 if alpha is None else alpha
         check_finite("alpha", self.alpha)
         reads_features = self.probe.reads_features and (self.rule is None or self.rule.scores_blocks)
+        if num_classes == 1 and reads_features:
+            raise ValueError("num_classes must be at least 2, got 1; leave it out where no probe reads features")
         if num_classes is not None:
-            check_at_least("num_classes", num_classes, 2 if reads_features else 1)
+            check_at_least("num_classes", num_classes, 1)
         elif reads_features and self.rule is not None:
             raise ValueError(
                 f"rule={self.rule.name!r} with probe={self.probe.name!r} scores classes; give num_classes, or another "

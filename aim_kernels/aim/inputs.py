@@ -70,7 +70,7 @@ class Inputs(Sequence[Any]):
             elif entry is not None:
                 places.update(entry)
             else:
-                places.update({name: None for name in names if isinstance(name, int)})
+                places.update(dict.fromkeys(names))
         numbers = sorted(name for name in places if isinstance(name, int))
         return [places[n] for n in numbers], {name: x for name, x in places.items() if isinstance(name, str)}
 
@@ -182,6 +182,9 @@ class Layout:
                 f"{what}inputs have {', '.join(unknown)}, the modalities are {', '.join(self.modalities)}; say which "
                 f"keywords of the model belong to which: arguments={{{self.modalities[0]!r}: (...), ...}}"
             )
+        lacking = [m for m in self.modalities if m not in values]
+        if lacking:
+            raise ValueError(f"{what}inputs have no {', '.join(lacking)}; give None for a modality that is missing")
         return Layout(self.modalities, tuple((m,) for m in self.modalities))._by_name(what, values, extra)
 
     def _by_name(self, what: str, values: Mapping[Argument, Any], extra: Mapping[Argument, Any]) -> Inputs:

@@ -197,6 +197,7 @@ def test_keywords_with_the_names_of_the_modalities() -> None:
         ({"a": 1.5, "b": "x"}, None, "give the names of the model's keywords|not iterable"),
         ({"a": "x", "b": "y"}, {"z": 1}, "none of the arguments that belong to a modality"),
         (None, {"a": torch.ones(3), "c": torch.ones(3)}, "inputs have c, the modalities are a, b"),
+        (None, {"a": torch.ones(3)}, "inputs have no b; give None for a modality that is missing"),
         (None, [torch.ones(3)], "inputs must be 2 tensors, one a modality in the order a, b; got 1"),
     ],
 )
