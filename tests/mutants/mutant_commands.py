@@ -159,15 +159,15 @@ COMMANDS = (
     Mutant(
         "a table of other lines",
         "README.md",
+        "**86.6 ± 1.1**",
         "**92.0 ± 0.5**",
-        "**91.8 ± 0.6**",
         "Numbers of an earlier run.",
         (f"{PICTURES}::test_demo_picture_and_table_are_of_the_lines",),
     ),
     Mutant(
         "text in place of another picture",
         "README.md",
-        "AIM 92.0 %, dominant",
+        "AIM 86.6 %, dominant",
         "AIM 53.1 %, dominant",
         "Nobody sees it who sees the picture.",
         (f"{PICTURES}::test_text_in_place_of_the_demo_picture_is_true",),
