@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
         # Address and undefined behaviour: every load and store of every thread stays inside its buffers.
         ("test_cuda", 300),
         # Threads: what one writes to shared memory, others read only behind a barrier.
-        ("test_cuda_tsan", 90),
+        pytest.param("test_cuda_tsan", 90, marks=pytest.mark.nightly),
     ],
 )
 def test_kernels_under_sanitizers(program: str, least: int) -> None:

@@ -257,7 +257,7 @@ def test_triton_is_imported_by_the_first_step_only() -> None:
     assert "triton is not installed" in done.stdout
 
 
-@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.nightly), 90])
+@pytest.mark.parametrize("capability", [80, pytest.param(90, marks=pytest.mark.nightly)])
 def test_what_the_compiler_makes_of_it(capability: int, tmp_path: Path) -> None:
     """128-bit accesses for every array of a step, nothing spilled, nothing contracted, nothing approximate."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -232,7 +232,7 @@ def python(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     [
         (["bench", "--rounds", "-3"], "argument --rounds: '-3' is not a whole number from 1 to 10000"),
         (["demo", "--seeds", "0-1000000000"], "argument --seeds: '0-1000000000' is 1000000001 seeds"),
-        (["compare", "--report", "--out", "nowhere"], "argument --report: nowhere has no results"),
+        (["compare", "--report", "--out", "nowhere"], "argument --report: there is no folder nowhere"),
     ],
 )
 def test_as_a_process(arguments: list[str], said: str, tmp_path: Path) -> None:
