@@ -46,11 +46,6 @@ class Samples:
         count = self.size
         return Samples(self.inputs.take(index, count), take(self.labels, index, count))
 
-    @property
-    def missing(self) -> list[int]:
-        """Numbers of the modalities without an input."""
-        return [number for number, x in enumerate(self.inputs) if x is None]
-
 
 def read_samples(what: str, layout: Layout, inputs: Any, labels: Any = None, present: Tensor | None = None) -> Samples:
     """One batch in any of the forms that :meth:`AIM.update` takes, its labels on the device of its inputs. ``what``: ""
